@@ -1,0 +1,46 @@
+"""osscompile compiles gpt-oss models into artifacts that a minimal runtime executes.
+
+Public names resolve on first use, because `import osscompile.runtime` runs this file too and must
+stay free of the compiler.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compile import compile
+    from .errors import CheckpointError, TargetError
+    from .runtime import ArtifactError, InputError, Model, OsscompileError, load
+
+__version__ = "0.1.0"
+__all__ = [
+    "ArtifactError",
+    "CheckpointError",
+    "InputError",
+    "Model",
+    "OsscompileError",
+    "TargetError",
+    "compile",
+    "load",
+]
+
+# A wheel holds schedules/, targets/ and runtime/ inside this folder; a checkout holds them beside it.
+_here = Path(__file__).parent
+if not (_here / "runtime").is_dir():
+    __path__.append(str(_here.parent))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compile":
+        from .compile import compile
+
+        return compile
+    if name in ("CheckpointError", "TargetError"):
+        from . import errors
+
+        return getattr(errors, name)
+    if name in __all__:
+        from . import runtime
+
+        return getattr(runtime, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
