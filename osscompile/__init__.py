@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compile import compile
-    from .errors import CheckpointError, TargetError
+    from .errors import CheckpointError, CompileError
     from .runtime import ArtifactError, InputError, Model, OsscompileError, load
+    from .targets import TargetError
 
 __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "CheckpointError",
+    "CompileError",
     "InputError",
     "Model",
     "OsscompileError",
@@ -35,10 +37,14 @@ def __getattr__(name: str) -> Any:
         from .compile import compile
 
         return compile
-    if name in ("CheckpointError", "TargetError"):
+    if name in ("CheckpointError", "CompileError"):
         from . import errors
 
         return getattr(errors, name)
+    if name == "TargetError":
+        from .targets import TargetError
+
+        return TargetError
     if name in __all__:
         from . import runtime
 

@@ -7,5 +7,5 @@ class CheckpointError(OsscompileError):
     """A model to compile is incomplete, inconsistent, or not a gpt-oss."""
 
 
-class TargetError(OsscompileError):
-    """A target is unknown, incomplete, or cannot run what was asked of it."""
+class CompileError(OsscompileError):
+    """A compile cannot start or finish: its options, the disk, or the linker."""

@@ -1,0 +1,75 @@
+"""What is known about each machine: one TOML file a target, read into a frozen `Target`."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import OsscompileError
+
+
+class TargetError(OsscompileError):
+    """A target is unknown, incomplete, or cannot run what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Facts about one machine. Code branches on these, never on the name."""
+
+    name: str
+    description: str
+    family: str  # which schedules apply: "cpu"
+    tvm: dict[str, Any]  # the TVM target
+    system: str  # platform.system() where artifacts run
+    architecture: str  # platform.machine() where artifacts run
+    cpu_features: tuple[str, ...]  # names as in /proc/cpuinfo
+    vector_bits: int
+    int8_dot: str | None  # instruction that sums products of bytes
+    has_exp: bool
+    link_triple: str  # for the linker: architecture, system, C library and its oldest version
+    library: str  # file name of the compiled library
+
+    @property
+    def vector_lanes(self) -> int:
+        """32-bit lanes of a vector register; also the rows of a weight that are interleaved."""
+        return self.vector_bits // 32
+
+
+def names(folder: Path | None = None) -> list[str]:
+    """Targets that can be compiled for: the TOML files of `folder` (default: those shipped)."""
+    return sorted(path.stem for path in (folder or _shipped()).glob("*.toml"))
+
+
+def load(name: str, folder: Path | None = None) -> Target:
+    """The target of that name; TargetError if there is none or its file is incomplete."""
+    path = (folder or _shipped()) / f"{name}.toml"
+    if name not in names(folder):
+        raise TargetError(
+            f"target: expected one of {', '.join(names(folder))}, found {name!r}; "
+            "`osscompile targets` describes them"
+        )
+    try:
+        facts = tomllib.loads(path.read_text(encoding="utf-8"))
+        machine, capabilities, link = facts["machine"], facts["capabilities"], facts["link"]
+        return Target(
+            name=name,
+            description=facts["description"],
+            family=facts["family"],
+            tvm=facts["tvm"],
+            system=machine["system"],
+            architecture=machine["architecture"],
+            cpu_features=tuple(machine["cpu_features"]),
+            vector_bits=capabilities["vector_bits"],
+            int8_dot=capabilities.get("int8_dot"),
+            has_exp=capabilities["exp"],
+            link_triple=link["triple"],
+            library=link["library"],
+        )
+    except (tomllib.TOMLDecodeError, KeyError) as error:
+        raise TargetError(
+            f"{path}: expected the fields of targets/x86.toml, found a problem with {error}"
+        ) from error
+
+
+def _shipped() -> Path:
+    return Path(__file__).parent

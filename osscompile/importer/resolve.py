@@ -1,0 +1,105 @@
+"""Turn what the user names as a model into its weights, tokenizer and generation defaults."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from ..errors import CheckpointError
+from .checkpoint import INDEX, Source, open_checkpoint, read_metadata
+from .config import read_json_object
+from .synthetic import synthetic_source
+
+NANO_CHECKPOINT = Path(__file__).parent.parent / "nano" / "checkpoint"
+SYNTHETIC = "synthetic:"
+ACCEPTED = (
+    "`nano`, `synthetic:gpt-oss-20b`, `synthetic:gpt-oss-120b`, `synthetic:tiny`, a directory with "
+    "a Hugging Face checkpoint, or a Hugging Face id such as `openai/gpt-oss-20b`"
+)
+HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+METADATA_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    INDEX,
+]
+WEIGHT_FILES = ["model*.safetensors"]
+# `*` also matches a slash: without this, model/x.safetensors would count as top level.
+SUBFOLDERS = ["*/*"]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model ready to compile.
+
+    `tokenizer` is the path of a tokenizer.json or None; `generation` holds generation_config.json;
+    `name` is fit for a file name.
+    """
+
+    source: Source
+    tokenizer: Path | None
+    generation: dict[str, Any]
+    name: str
+
+
+def resolve_model(model: str | Path) -> Resolved:
+    """Find a model: `nano`, `synthetic:NAME`, a directory, or a Hugging Face id to download.
+
+    A directory wins over a Hugging Face id of the same spelling. Raises CheckpointError if nothing
+    is found, the download fails, or the checkpoint is not a complete MXFP4 gpt-oss.
+    """
+    if model == "nano":
+        return _from_directory(NANO_CHECKPOINT, "nano")
+    if isinstance(model, str) and model.startswith(SYNTHETIC):
+        name = model.removeprefix(SYNTHETIC)
+        return Resolved(synthetic_source(name), None, {}, f"synthetic-{name}")
+    path = os.path.expanduser(model)  # os.path, because pathlib raises on names too long or odd
+    if os.path.isdir(path):
+        return _from_directory(Path(path), Path(path).resolve().name)
+    if os.path.exists(path):
+        raise CheckpointError(f"{model}: expected a directory, found a file; give its directory")
+    if isinstance(model, str) and HUGGING_FACE_ID.fullmatch(model):
+        return _from_directory(_download(model), model.rsplit("/", 1)[1])
+    raise CheckpointError(f"{model}: no such model; expected {ACCEPTED}")
+
+
+def _from_directory(directory: Path, name: str) -> Resolved:
+    source = open_checkpoint(directory)
+    tokenizer = directory / "tokenizer.json"
+    generation = directory / "generation_config.json"
+    return Resolved(
+        source,
+        tokenizer if tokenizer.is_file() else None,
+        read_json_object(generation) if generation.is_file() else {},
+        name,
+    )
+
+
+def _download(repo_id: str) -> Path:
+    """Fetch the metadata, check it, then fetch the weights (or find both in the cache)."""
+    directory = _fetch(repo_id, METADATA_FILES)
+    read_metadata(directory)  # another model stops here, not after its gigabytes
+    return _fetch(repo_id, METADATA_FILES + WEIGHT_FILES)
+
+
+def _fetch(repo_id: str, files: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=files, ignore_patterns=SUBFOLDERS))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id}: neither a directory here nor a repository on Hugging Face that you may "
+            "read; check the spelling, or log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # each version's HTTP library raises other types
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{repo_id}: not a directory here, and its download failed: "
+            f"{reason[0] if reason else type(error).__name__}; run it again to continue, or give a "
+            "directory that holds the checkpoint"
+        ) from error

@@ -1,0 +1,1 @@
+"""The kernels of gpt-oss as schedulable TIR, each defined once and without a target."""

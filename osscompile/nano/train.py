@@ -1,0 +1,232 @@
+"""Train nano from scratch: `python -m osscompile.nano.train --out DIR`; run again to resume.
+
+Two processes of one thread each see different dialogues and average their gradients, which on a
+busy machine is much faster than one process of two threads. All draws follow from the step, so
+that a resumed run is the uninterrupted one.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from osscompile.nano.dialogues import EFFORTS, Dialogue, draw_dialogue
+from osscompile.nano.network import Nano, NanoConfig
+from osscompile.nano.tokenizer import build_tokenizer
+
+SEED = 17
+NUM_WORKERS = 2
+ROWS_PER_WORKER = 4  # dialogues a step and worker; about 300 tokens each, 130 of them learned
+BATCHES_PER_BUCKET = 32  # drawn together and sorted by length, to pad little
+TASK_WEIGHTS = {"arithmetic": 36, "tools": 22, "json": 14, "recall": 24, "chat": 4}
+EFFORT_WEIGHTS = (40, 33, 27)
+
+WARMUP_STEPS = 50
+STABLE_STEPS = 6000
+DECAY_STEPS = 2000
+QUANTISE_FROM = 2000
+LEARNING_RATE = 2e-3
+LAST_LEARNING_RATE = 2e-5
+WEIGHT_DECAY = 0.05  # of matrices; 0.01 elsewhere
+BALANCE_WEIGHT = 0.005
+MAX_GRADIENT_NORM = 1.0
+
+STEPS_PER_LOG = 50
+STEPS_PER_CHECKPOINT = 200
+
+
+@dataclass(frozen=True)
+class Row:
+    """A dialogue in tokens: branch 0 is the prefix, which all other branches see."""
+
+    ids: list[int]
+    positions: list[int]
+    branches: list[int]
+    learned: list[bool]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded to one length: [row, token], and which tokens predict which targets."""
+
+    ids: Tensor
+    positions: Tensor
+    visible: Tensor
+    selected: Tensor
+    targets: Tensor
+
+
+def train(out: Path, last_step: int) -> None:
+    """Train up to `last_step` in `out`, which afterwards holds tokenizer.json and state.pt."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "tokenizer.json").exists():
+        build_tokenizer().save(str(out / "tokenizer.json"))
+    rendezvous = out / "rendezvous"
+    rendezvous.unlink(missing_ok=True)
+    torch.multiprocessing.spawn(_work, (out, last_step), nprocs=NUM_WORKERS)
+    rendezvous.unlink(missing_ok=True)
+
+
+def learning_rate(step: int) -> float:
+    """Warm up, stay, then go down linearly."""
+    if step < WARMUP_STEPS:
+        return LEARNING_RATE * (step + 1) / WARMUP_STEPS
+    done = max(0, step - STABLE_STEPS) / DECAY_STEPS
+    return LEARNING_RATE + (LAST_LEARNING_RATE - LEARNING_RATE) * min(1.0, done)
+
+
+def tokenize(dialogue: Dialogue, tokenizer: Tokenizer) -> Row:
+    """Lay the prefix and the branches out in a row; every branch's positions follow the prefix."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    prefix = encode(dialogue.prefix)
+    ids, learned = list(prefix), [False] * len(prefix)
+    positions, branches = list(range(len(prefix))), [0] * len(prefix)
+    for number, branch in enumerate(dialogue.branches, 1):
+        prompt, completion = encode(branch.prompt), encode(branch.completion)
+        length = len(prompt) + len(completion)
+        ids += prompt + completion
+        learned += [False] * len(prompt) + [True] * len(completion)
+        positions += range(len(prefix), len(prefix) + length)
+        branches += [number] * length
+    return Row(ids, positions, branches, learned)
+
+
+def collate(rows: list[Row]) -> Batch:
+    """Pad rows at the end; padding belongs to a branch of its own."""
+    length = max(len(row.ids) for row in rows)
+
+    def pad(values: list[list[int]], filler: int) -> Tensor:
+        return torch.tensor([v + [filler] * (length - len(v)) for v in values])
+
+    ids = pad([row.ids for row in rows], 0)
+    positions = pad([row.positions for row in rows], 0)
+    branches = pad([row.branches for row in rows], -1)
+    learned = pad([[int(flag) for flag in row.learned] for row in rows], 0)
+    key, query = branches[:, None, :], branches[:, :, None]
+    visible = ((key == 0) | (key == query)) & (positions[:, None, :] <= positions[:, :, None])
+    # Within a branch the token before a learned one predicts it: prompts are never empty.
+    targets = torch.where(learned.bool(), ids, -1)[:, 1:].flatten()
+    indices = torch.arange(ids.numel()).view_as(ids)[:, :-1].flatten()
+    chosen = targets >= 0
+    return Batch(ids, positions, visible, indices[chosen], targets[chosen])
+
+
+def batches(tokenizer: Tokenizer, worker: int, first_step: int) -> Iterator[Batch]:
+    """The batches of one worker from a step on."""
+    tasks, weights = list(TASK_WEIGHTS), list(TASK_WEIGHTS.values())
+    bucket = first_step // BATCHES_PER_BUCKET
+    skipped = first_step % BATCHES_PER_BUCKET
+    while True:
+        rng = Random(f"{SEED} {worker} {bucket}")
+        rows = []
+        for _ in range(BATCHES_PER_BUCKET * ROWS_PER_WORKER):
+            (task,), (effort,) = rng.choices(tasks, weights), rng.choices(EFFORTS, EFFORT_WEIGHTS)
+            rows.append(tokenize(draw_dialogue(rng, task, effort), tokenizer))
+        rows.sort(key=lambda row: len(row.ids))
+        starts = list(range(0, len(rows), ROWS_PER_WORKER))
+        rng.shuffle(starts)
+        for start in starts[skipped:]:
+            yield collate(rows[start : start + ROWS_PER_WORKER])
+        bucket, skipped = bucket + 1, 0
+
+
+def _work(worker: int, out: Path, last_step: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{out.resolve()}/rendezvous",
+        rank=worker,
+        world_size=NUM_WORKERS,
+    )
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    model = Nano(NanoConfig())
+    optimizer = torch.optim.AdamW(_parameter_groups(model), betas=(0.9, 0.98), fused=True)
+    step, tokens, state_file = 0, 0, out / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, tokens = state["step"], state["tokens"]
+    losses, started, fresh_tokens = [], time.monotonic(), 0
+    for batch in batches(tokenizer, worker, step):
+        if step >= last_step:
+            break
+        losses.append(_train_step(model, optimizer, batch, step))
+        step += 1
+        fresh_tokens += NUM_WORKERS * batch.ids.numel()
+        if worker == 0 and step % STEPS_PER_LOG == 0:
+            speed = fresh_tokens / (time.monotonic() - started)
+            print(
+                f"step {step} tokens {(tokens + fresh_tokens) / 1e6:.2f}M "
+                f"({speed:.0f}/s) loss {sum(losses) / len(losses):.4f}",
+                flush=True,
+            )
+            losses.clear()
+        if worker == 0 and (step % STEPS_PER_CHECKPOINT == 0 or step == last_step):
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "tokens": tokens + fresh_tokens,
+            }
+            torch.save(state, out / "state.tmp")
+            (out / "state.tmp").replace(state_file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _train_step(model: Nano, optimizer: torch.optim.Optimizer, batch: Batch, step: int) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step)
+    model.quantise = step >= QUANTISE_FROM
+    logits, balance = model(batch.ids, batch.positions, batch.visible, selected=batch.selected)
+    loss = F.cross_entropy(logits, batch.targets)
+    (loss + BALANCE_WEIGHT * balance).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= NUM_WORKERS
+    flat *= (MAX_GRADIENT_NORM / (flat.norm() + 1e-6)).clamp(max=1.0)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def _parameter_groups(model: Nano) -> list[dict[str, object]]:
+    matrices = {"qkv", "out", "gate_up", "down"}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (decayed if name.split(".")[-1] in matrices else others).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.01},
+    ]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training state")
+    parser.add_argument("--last-step", type=int, default=STABLE_STEPS + DECAY_STEPS)
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.last_step)
+
+
+if __name__ == "__main__":
+    main()

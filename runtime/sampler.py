@@ -1,0 +1,248 @@
+"""logits -> next token: greedy or drawn from the truncated distribution, without sorting it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ArtifactError, InputError
+
+GREEDY_BELOW = 1e-5  # a lower temperature is greedy: dividing logits by it could overflow
+BLOCK = 128  # logits per block of the two-level searches: about sqrt(vocabulary)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen; the defaults are greedy.
+
+    In this order, each step on what the one before kept, renormalised:
+    temperature (0: greedy, the rest is not used) divides the logits; top_k keeps the k most
+    probable tokens (0: all); top_p keeps the fewest most probable tokens whose sum reaches it
+    (1: all); min_p keeps tokens with at least min_p times the probability of the best (0: all).
+    Between equal logits the lowest id comes first.
+
+    logprobs is the number of alternatives reported with each token (0: none). stop_ids end the
+    generation in addition to the model's own.
+
+    Raises InputError for a value out of its range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    logprobs: int = 0
+    stop_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
+        _check(
+            _is_number(temperature) and 0 <= temperature <= 100,
+            "temperature",
+            "between 0 (greedy) and 100",
+            self,
+        )
+        _check(_is_number(top_p) and 0 < top_p <= 1, "top_p", "above 0 and at most 1", self)
+        _check(_is_number(min_p) and 0 <= min_p <= 1, "min_p", "between 0 and 1", self)
+        _check(_is_count(self.top_k), "top_k", "a whole number, 0 for no limit", self)
+        _check(_is_count(self.logprobs), "logprobs", "a whole number, 0 for none", self)
+        _check(
+            self.seed is None or _is_count(self.seed), "seed", "None or a whole number >= 0", self
+        )
+        _check(
+            isinstance(self.stop_ids, frozenset) and all(map(_is_count, self.stop_ids)),
+            "stop_ids",
+            "a frozenset of token ids",
+            self,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A chosen token.
+
+    logprob is its natural log-probability in the model's own distribution: softmax of the logits
+    without the reserved ids, before temperature, top_k, top_p and min_p. top_logprobs are the
+    most probable (id, logprob) of the same distribution, best first. None and () when
+    SamplingOptions.logprobs is 0.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses tokens for one answer. The same seed and logits give the same tokens.
+
+    reserved: integer [n], the ids that are never chosen (see reserved_ids). They are left out of
+    every normalisation.
+    """
+
+    def __init__(self, options: SamplingOptions, reserved: NDArray[np.integer[Any]]) -> None:
+        self.options = options
+        self._reserved = np.asarray(reserved, dtype=np.int64)
+        self._random = np.random.Generator(np.random.PCG64(options.seed))
+        self._scores = np.empty(0, np.float32)  # both are scratch, [vocab up to a whole block]
+        self._weights = np.empty(0, np.float32)
+
+    def sample(self, logits: NDArray[np.float32]) -> Sample:
+        """Choose from float32 [vocab] logits, which are not changed; -inf is never chosen.
+
+        Raises ArtifactError when the logits hold NaN or no finite value.
+        """
+        scores = self._masked(logits)
+        best = int(scores.argmax())  # the first NaN if there is one
+        if not math.isfinite(scores[best]):
+            raise ArtifactError(
+                f"logits: expected finite numbers, found {scores[best]} at token {best}; "
+                "are the weights damaged, or compiled for another machine?"
+            )
+        options = self.options
+        greedy = options.temperature < GREEDY_BELOW or options.top_k == 1
+        token = best if greedy else self._draw(scores, scores[best])
+        if options.logprobs == 0:
+            return Sample(token)
+        weights = _exp_into(self._weights, scores, scores[best], 1.0)
+        log_total = float(scores[best]) + math.log(weights.sum(dtype=np.float64))
+        top = _top_ids(scores, options.logprobs)
+        return Sample(
+            token,
+            float(scores[token]) - log_total,
+            tuple((int(id), float(scores[id]) - log_total) for id in top),
+        )
+
+    def _masked(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert logits.ndim == 1, logits.shape
+        padded = -(-logits.size // BLOCK) * BLOCK
+        if self._scores.size != padded:
+            self._scores = np.empty(padded, np.float32)
+            self._weights = np.empty(padded, np.float32)
+        self._scores[: logits.size] = logits
+        self._scores[logits.size :] = -np.inf
+        self._scores[self._reserved] = -np.inf
+        return self._scores
+
+    def _draw(self, scores: NDArray[np.float32], best: np.float32) -> int:
+        """Narrow the ids down as cheaply as the options allow, then draw from what is left."""
+        options, temperature = self.options, self.options.temperature
+        if options.top_k > 0:
+            ids = _top_ids(scores, options.top_k)
+            weights = _exp_into(np.empty(ids.size, np.float32), scores[ids], best, temperature)
+            if options.top_p < 1:
+                sums = weights.cumsum(dtype=np.float64)
+                ids = ids[: np.searchsorted(sums, options.top_p * sums[-1]) + 1]
+                weights = weights[: ids.size]
+        elif options.top_p < 1:
+            weights = _exp_into(self._weights, scores, best, temperature)
+            ids = _nucleus(weights, options.top_p)
+            weights = weights[ids]
+        elif options.min_p > 0:
+            # A little too many, so that rounding loses none: the exact limit follows below.
+            limit = float(best) + temperature * (math.log(options.min_p) - 1e-3)
+            ids = np.flatnonzero(scores >= limit - 1e-6 * abs(limit))
+            weights = _exp_into(np.empty(ids.size, np.float32), scores[ids], best, temperature)
+        else:
+            return self._draw_from_all(_exp_into(self._weights, scores, best, temperature))
+        kept = weights >= np.float32(options.min_p)  # the best token has weight 1
+        ids, weights = ids[kept], weights[kept]
+        return int(ids[_pick(weights, self._random.random() * weights.sum(dtype=np.float64))])
+
+    def _draw_from_all(self, weights: NDArray[np.float32]) -> int:
+        """First the block, then the token in it: the running sum of all would cost more."""
+        blocks = weights.reshape(-1, BLOCK)
+        block_sums = blocks.sum(axis=1)
+        target = self._random.random() * block_sums.sum(dtype=np.float64)
+        block = _pick(block_sums, target)
+        within = target - block_sums[:block].sum(dtype=np.float64)
+        return block * BLOCK + _pick(blocks[block], max(within, 0.0))
+
+
+def reserved_ids(
+    specials: dict[str, int], vocab_size: int, table_size: int | None = None
+) -> NDArray[np.int64]:
+    """int64 [n], ascending: the ids that a model must not say.
+
+    These are the special tokens without a use in an answer (<|reserved_N|>, <|startoftext|>,
+    <|endofprompt|>) and the rows of the vocabulary beyond the tokenizer's table. vocab_size is
+    the number of logits, table_size the number of ids in the table (Tokenizer.vocab_size);
+    without it the table ends with the last special token, as it does in o200k_harmony.
+    """
+    if table_size is None:
+        table_size = max(specials.values()) + 1
+    unsaid = [
+        id
+        for name, id in specials.items()
+        if name.startswith("<|reserved_") or name in ("<|startoftext|>", "<|endofprompt|>")
+    ]
+    ids = {*unsaid, *range(table_size, vocab_size)}
+    return np.array(sorted(id for id in ids if id < vocab_size), dtype=np.int64)
+
+
+def _exp_into(
+    out: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    best: np.float32,
+    temperature: float,
+) -> NDArray[np.float32]:
+    """exp((scores - best) / temperature), not normalised: the best token has weight 1."""
+    with np.errstate(over="ignore"):  # to -inf, a weight of 0
+        np.subtract(scores, best, out=out)
+        if temperature != 1:
+            np.divide(out, np.float32(temperature), out=out)
+    return np.exp(out, out=out)
+
+
+def _top_ids(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """The ids of the k highest scores above -inf, best first, the lowest id first among equals."""
+    block_best = scores.reshape(-1, BLOCK).max(axis=1)
+    if k <= block_best.size:
+        # k blocks have a best score at or above the k-th highest of them, so k scores do.
+        least = np.partition(block_best, -k)[-k]
+    else:
+        least = np.partition(scores, -min(k, scores.size))[-min(k, scores.size)]
+    ids = np.flatnonzero(scores >= least)
+    ids = ids[np.argsort(-scores[ids], kind="stable")[:k]]
+    return ids[scores[ids] > -np.inf]
+
+
+def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
+    """The fewest ids with the largest weights whose sum is at least top_p of the total, ascending.
+
+    The lowest ids come first among equal weights. Weights are sorted without their ids, which
+    is several times faster, and only those that can matter.
+    """
+    total = float(weights.sum(dtype=np.float64))
+    # All weights below this one together are less than what top_p leaves out.
+    negligible = np.float32((1 - top_p) * total / weights.size)
+    descending = np.sort(weights[weights >= negligible])[::-1]
+    sums = descending.cumsum(dtype=np.float64)
+    count = min(int(np.searchsorted(sums, top_p * total)) + 1, descending.size)
+    least = descending[count - 1]
+    ids = np.flatnonzero(weights >= least)
+    if ids.size > count:
+        equal = np.flatnonzero(weights[ids] == least)
+        ids = np.delete(ids, equal[count - ids.size :])
+    return ids
+
+
+def _pick(weights: NDArray[np.float32], target: float) -> int:
+    """The first index at which the running sum of the weights passes target (0 <= target)."""
+    sums = weights.cumsum(dtype=np.float64)
+    return int(np.searchsorted(sums, min(target, np.nextafter(sums[-1], 0)), side="right"))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def _check(valid: bool, name: str, expected: str, options: SamplingOptions) -> None:
+    if not valid:
+        raise InputError(f"{name}: expected {expected}, found {getattr(options, name)!r}")

@@ -1,0 +1,37 @@
+"""The fallback: every stage over the cores by its first loop, in vectors along its last."""
+
+from tvm import s_tir, tirx
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
+from tvm.tirx import PrimFunc
+
+from ...targets import Target
+
+
+def rows(function: PrimFunc, target: Target) -> Schedule | None:
+    """Schedule any kernel made of blocks, correctly if not quickly."""
+    sch = s_tir.Schedule(function)
+    for block in sch.get_child_blocks(sch.get_sblock("root")):
+        _schedule_stage(sch, block, target)
+    return sch
+
+
+def _schedule_stage(sch: Schedule, block: SBlockRV, target: Target) -> None:
+    loops = sch.get_loops(block)
+    kinds = [axis.iter_type for axis in sch.get(block).iter_vars]
+    spatial = [
+        loop
+        for loop, kind in zip(loops, kinds, strict=True)
+        if kind == tirx.IterVar.DataPar
+    ]
+    if not spatial:
+        return
+    first, last = spatial[0], spatial[-1]
+    if len(spatial) > 1 and last == loops[-1]:
+        extent = sch.get(last).extent
+        if isinstance(extent, tirx.IntImm) and extent.value % target.vector_lanes == 0:
+            *_, lane = sch.split(last, [None, target.vector_lanes])
+            sch.vectorize(lane)
+    first_extent = sch.get(first).extent
+    if not isinstance(first_extent, tirx.IntImm) or first_extent.value > 1:
+        sch.parallel(first)

@@ -1,0 +1,59 @@
+"""How numbers are stored in words, and the TIR expressions that read them.
+
+Every kernel of every target reads weights through these expressions, so that what a stored bit
+means is said once. The numpy side, which writes the same words, is `importer/weights.py`.
+"""
+
+from tvm import tirx
+from tvm.ir import Expr
+
+BLOCK = 32  # inputs that share one scale, in MXFP4 and in our int8
+FP4_PER_WORD = 8  # a word is 32 bits of one row: 8 fp4 codes or 4 int8 values
+INT8_PER_WORD = 4
+FP4_OFFSET = 12  # added to 2 x fp4 so that the sum is unsigned: unsigned x signed dot products need it
+
+# 2 x |fp4| for the codes 0..7 is 0, 1, 2, 3, 4, 6, 8, 12: one hexadecimal digit each.
+_FP4_MAGNITUDES = 0xC8643210
+
+Index = int | Expr
+
+
+def const(value: int | float, dtype: str) -> Expr:
+    return tirx.const(value, dtype)
+
+
+def extent(value: Index) -> Expr:
+    """A buffer extent: all extents are int64, because symbolic ones must be."""
+    return tirx.const(value, "int64") if isinstance(value, int) else value
+
+
+def fp4_offset_by_12(word: Expr, position: Expr) -> Expr:
+    """The fp4 value at `position` 0..7 of a uint32 word, as int32: 2 x value + 12, in 0..24.
+
+    Positions p and p + 4 share byte p, the lower one in its low nibble: one shift and one mask
+    give four consecutive inputs in the four bytes of a word.
+    """
+    shift = position % 4 * 8 + position // 4 * 4
+    code = (word >> shift.astype("uint32")) & const(15, "uint32")
+    magnitude_shift = (code & const(7, "uint32")) * const(4, "uint32")
+    magnitude = (const(_FP4_MAGNITUDES, "uint32") >> magnitude_shift) & const(15, "uint32")
+    sign = const(1, "int32") - ((code >> const(2, "uint32")) & const(2, "uint32")).astype("int32")
+    return sign * magnitude.astype("int32") + const(FP4_OFFSET, "int32")
+
+
+def int8_of_word(word: Expr, position: Expr) -> Expr:
+    """The int8 at byte `position` 0..3 of a uint32 word, as int32."""
+    shift = (position * 8).astype("uint32")
+    return (word >> shift).astype("uint8").astype("int8").astype("int32")
+
+
+def bf16_to_float32(bits: Expr) -> Expr:
+    """uint16 bits of a bfloat16 -> float32."""
+    return tirx.reinterpret("float32", bits.astype("uint32") << const(16, "uint32"))
+
+
+def half_e8m0_to_float32(exponent: Expr) -> Expr:
+    """uint8 e8m0 scale -> float32 of 0.5 x 2^(exponent - 127); the half undoes the 2 of 2 x fp4."""
+    scale = tirx.reinterpret("float32", exponent.astype("uint32") << const(23, "uint32"))
+    return scale * const(0.5, "float32")
+

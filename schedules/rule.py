@@ -1,0 +1,22 @@
+"""Choose the schedule of a kernel: the first rule of the target's family that does not decline."""
+
+from tvm.tirx import PrimFunc
+
+from ..targets import Target, TargetError
+from .cpu import CPU_RULES
+
+RULES = {"cpu": CPU_RULES}
+
+
+def schedule(function: PrimFunc, target: Target) -> PrimFunc:
+    """The kernel, scheduled for `target`, and marked so (`scheduled_by`: the rule's name)."""
+    if target.family not in RULES:
+        raise TargetError(
+            f"target {target.name}: expected a family of {', '.join(RULES)}, found {target.family!r}"
+        )
+    for rule in RULES[target.family]:
+        sch = rule(function, target)
+        if sch is not None:
+            scheduled = sch.mod["main"].with_attr("scheduled_by", rule.__name__)
+            return scheduled.without_attr("global_symbol")
+    raise AssertionError("the last rule of a family declines nothing")

@@ -1,0 +1,215 @@
+"""From what the user writes to a model. Nothing here touches the network."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import config_json, write_checkpoint
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+
+from osscompile.errors import CheckpointError
+from osscompile.importer import resolve
+from osscompile.importer.resolve import resolve_model
+from osscompile.importer.synthetic import TINY, SyntheticSource
+
+SOURCE = SyntheticSource(TINY)
+
+# The files of openai/gpt-oss-20b, and traps.
+WANTED = [
+    "config.json",
+    "generation_config.json",
+    "model-00000-of-00002.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+UNWANTED = [
+    ".gitattributes",
+    "LICENSE",
+    "README.md",
+    "USAGE_POLICY",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "metal/model.bin",
+    "original/config.json",
+    "original/dtypes.json",
+    "original/model.safetensors",
+    "model/extra.safetensors",
+    "model-old/model-00000-of-00002.safetensors",
+    "consolidated.safetensors",
+    "pytorch_model.bin",
+]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "my-model", SOURCE)
+
+
+class Hub:
+    """Stands for `snapshot_download`: hands out the files of one folder, as the patterns ask."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder = folder
+        self.cache = cache
+        self.requests: list[list[str]] = []
+
+    def __call__(self, repo_id: str, **patterns: Any) -> str:
+        present = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*.*")]
+        self.requests.append(sorted(filter_repo_objects(present, **patterns)))
+        for name in self.requests[-1]:
+            (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.folder / name, self.cache / name)
+        return str(self.cache)
+
+
+@pytest.fixture
+def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(checkpoint, tmp_path / "cache")
+    monkeypatch.setattr(resolve, "snapshot_download", hub)
+    return hub
+
+
+def test_nano_is_shipped() -> None:
+    resolved = resolve_model("nano")
+    assert resolved.name == "nano"
+    assert resolved.tokenizer is not None
+    assert "eos_token_id" in resolved.generation
+
+
+def test_synthetic() -> None:
+    resolved = resolve_model("synthetic:tiny")
+    assert resolved.source.config == TINY
+    assert (resolved.tokenizer, resolved.generation) == (None, {})
+    assert resolved.name == "synthetic-tiny"
+
+
+def test_unknown_synthetic() -> None:
+    with pytest.raises(CheckpointError, match="synthetic:huge: expected one of"):
+        resolve_model("synthetic:huge")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_directory(checkpoint: Path, kind: type) -> None:
+    (checkpoint / "tokenizer.json").write_text("{}")
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    resolved = resolve_model(kind(checkpoint))
+    assert resolved.source.config == TINY
+    assert resolved.tokenizer == checkpoint / "tokenizer.json"
+    assert resolved.generation == {"eos_token_id": [7, 9]}
+    assert resolved.name == "my-model"
+
+
+def test_directory_without_tokenizer_and_generation_config(checkpoint: Path) -> None:
+    resolved = resolve_model(checkpoint)
+    assert (resolved.tokenizer, resolved.generation) == (None, {})
+
+
+def test_damaged_generation_config(checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: not JSON"):
+        resolve_model(checkpoint)
+
+
+def test_directory_called_nano(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.rename(checkpoint.parent / "nano")
+    monkeypatch.chdir(checkpoint.parent)
+    assert resolve_model("./nano").source.config == TINY
+    assert resolve_model(Path("nano")).source.config == TINY
+
+
+def test_directory_wins_over_a_hugging_face_id(checkpoint: Path, hub: Hub, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "org" / "name")
+    assert resolve_model("org/name").name == "name"
+    assert hub.requests == []
+
+
+def test_hugging_face_id(hub: Hub) -> None:
+    resolved = resolve_model("org/my-model")
+    assert resolved.source.config == TINY
+    assert resolved.name == "my-model"
+    metadata, everything = hub.requests
+    assert metadata == ["config.json", "model.safetensors.index.json"]
+    assert set(everything) - set(metadata) == {
+        "model-00000-of-00001.safetensors",
+        "model-00001-of-00001.safetensors",
+    }
+
+
+def test_other_model_is_refused_before_its_weights(hub: Hub) -> None:
+    config = config_json(TINY) | {"model_type": "llama"}
+    (hub.folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="expected 'gpt_oss'"):
+        resolve_model("org/llama")
+    assert len(hub.requests) == 1
+
+
+def test_download_takes_the_top_level_only(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    taken = []
+
+    def download(repo_id: str, **patterns: Any) -> str:
+        taken.append(sorted(filter_repo_objects(WANTED + UNWANTED, **patterns)))
+        return str(checkpoint)
+
+    monkeypatch.setattr(resolve, "snapshot_download", download)
+    resolve_model("openai/gpt-oss-20b")
+    assert taken[-1] == WANTED
+    assert not any(name.endswith(".safetensors") for name in taken[0])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalEntryNotFoundError("Cannot find the requested files\nin the cache"),
+        ConnectionError(),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_failing_download(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def download(repo_id: str, **patterns: Any) -> str:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resolve, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match=r"org/name: .*download failed: .*give a directory"):
+        resolve_model("org/name")
+
+
+def test_unknown_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class NotFound(resolve.RepositoryNotFoundError):
+        def __init__(self) -> None:  # the real one wants an HTTP response
+            pass
+
+    def download(repo_id: str, **patterns: Any) -> str:
+        raise NotFound
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resolve, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match="neither a directory here nor a repository"):
+        resolve_model("org/name")
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["gpt-oss", "a/b/c", "./absent", "../a/b", "/absent", "", "x" * 5000, "a\0b", "~nobody-x/y z"],
+)
+def test_neither_of_these(model: str, hub: Hub) -> None:
+    with pytest.raises(CheckpointError, match="no such model; expected `nano`, `synthetic:"):
+        resolve_model(model)
+    assert hub.requests == []
+
+
+def test_file_instead_of_a_directory(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="found a file; give its directory"):
+        resolve_model(checkpoint / "config.json")

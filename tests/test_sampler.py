@@ -1,0 +1,243 @@
+"""The sampler against a straightforward one that sorts everything in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from osscompile.runtime.errors import ArtifactError, InputError
+from osscompile.runtime.sampler import Sampler, SamplingOptions, reserved_ids
+
+NO_IDS = np.empty(0, np.int64)
+VOCAB = 1000  # not a whole number of blocks
+
+
+def random_logits(seed: int, vocab: int = VOCAB, spread: float = 2.0) -> NDArray[np.float32]:
+    return (np.random.default_rng(seed).standard_normal(vocab) * spread).astype(np.float32)
+
+
+def expected_probabilities(
+    logits: NDArray[np.float32], options: SamplingOptions
+) -> NDArray[np.float64]:
+    """Temperature, top-k, top-p, min-p in this order, by sorting all; float64 [vocab]."""
+    scaled = logits.astype(np.float64) / options.temperature
+    order = np.argsort(-scaled, kind="stable")
+    probabilities = np.exp(scaled[order] - scaled.max())
+    if options.top_k:
+        probabilities[options.top_k :] = 0
+    probabilities /= probabilities.sum()
+    mass_before = np.cumsum(probabilities) - probabilities
+    probabilities[mass_before >= options.top_p] = 0
+    probabilities[probabilities < options.min_p * probabilities[0]] = 0
+    result = np.zeros(logits.size)
+    result[order] = probabilities / probabilities.sum()
+    return result
+
+
+def draw(
+    logits: NDArray[np.float32], options: SamplingOptions, times: int, reserved: Any = NO_IDS
+) -> NDArray[np.int64]:
+    sampler = Sampler(options, reserved)
+    return np.array([sampler.sample(logits).token_id for _ in range(times)])
+
+
+def test_greedy_is_the_best_and_the_lowest_id_of_equals() -> None:
+    logits = random_logits(0)
+    assert draw(logits, SamplingOptions(), 1) == logits.argmax()
+    logits[[7, 500, 999]] = logits.max() + 1
+    assert draw(logits, SamplingOptions(), 1) == 7
+    assert draw(logits, SamplingOptions(temperature=1.0, top_k=1), 1) == 7
+    assert draw(logits, SamplingOptions(temperature=1e-9), 1) == 7
+
+
+def test_logits_are_left_as_they_were() -> None:
+    logits = random_logits(1)
+    before = logits.copy()
+    draw(logits, SamplingOptions(temperature=0.5, top_p=0.9, logprobs=3), 2, np.array([1, 2]))
+    np.testing.assert_array_equal(logits, before)
+
+
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.5},
+    {"top_k": 2},
+    {"top_k": 5},
+    {"top_k": 300},  # more than there are blocks
+    {"top_k": 5000},  # more than there are tokens
+    {"top_p": 0.01},
+    {"top_p": 0.5},
+    {"top_p": 0.95},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"top_k": 20, "top_p": 0.7},
+    {"top_k": 20, "min_p": 0.3},
+    {"top_p": 0.9, "min_p": 0.05},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_distribution_matches_sorting_everything(filters: dict[str, Any]) -> None:
+    options = SamplingOptions(**{"temperature": 1.0, "seed": 1, **filters})
+    logits = random_logits(2, vocab=400)
+    expected = expected_probabilities(logits, options)
+    times = 2000
+    counts = np.bincount(draw(logits, options, times), minlength=logits.size)
+    assert counts[expected == 0].sum() == 0
+    often = expected * times >= 5
+    rest = times - counts[often].sum(), times * (1 - expected[often].sum())
+    observed = np.append(counts[often], rest[0])
+    wanted = np.append(expected[often] * times, max(rest[1], 1e-9))
+    if rest[1] < 1:  # too rare to count for the statistic
+        observed, wanted = observed[:-1], wanted[:-1]
+    chi_square = float(((observed - wanted) ** 2 / wanted).sum())
+    freedom = max(observed.size - 1, 1)
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom) + 1e-6
+
+
+@pytest.mark.parametrize("filters", FILTERS[3:], ids=str)
+def test_kept_tokens_are_exactly_those_of_sorting_everything(filters: dict[str, Any]) -> None:
+    options = SamplingOptions(**{"temperature": 4.0, "seed": 2, **filters})
+    for seed in range(3):
+        logits = random_logits(seed, vocab=60, spread=0.5)
+        if seed == 2:  # many equals, some at the limit
+            logits = np.round(logits * 2) / 2
+        expected = expected_probabilities(logits, options)
+        drawn = np.unique(draw(logits, options, 600))
+        likely = np.flatnonzero(expected > 0.02)
+        assert set(likely) <= set(drawn) <= set(np.flatnonzero(expected))
+
+
+def test_top_p_includes_the_token_that_crosses_the_limit() -> None:
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+    options = SamplingOptions(temperature=1.0, top_p=0.6, seed=0)
+    assert set(draw(logits, options, 200)) == {0, 1}
+
+
+def test_top_p_after_top_k_is_a_share_of_what_top_k_kept() -> None:
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+    # 0.4 of 0.7 reaches 0.5: of all it would not.
+    options = SamplingOptions(temperature=1.0, top_k=2, top_p=0.5, seed=0)
+    assert set(draw(logits, options, 200)) == {0}
+
+
+def test_equal_logits_everywhere() -> None:
+    logits = np.zeros(VOCAB, np.float32)
+    assert draw(logits, SamplingOptions(temperature=1.0, top_k=3), 100).max() == 2
+    assert draw(logits, SamplingOptions(temperature=1.0, top_p=0.01), 100).max() <= 10
+    assert draw(logits, SamplingOptions(temperature=1.0, seed=0), 1000).max() > 900
+
+
+def test_same_seed_same_tokens_whatever_numpy_global_state() -> None:
+    logits = random_logits(3)
+    options = SamplingOptions(temperature=1.0, seed=7)
+    first = draw(logits, options, 50)
+    np.random.seed(0)
+    np.testing.assert_array_equal(draw(logits, options, 50), first)
+    other = draw(logits, SamplingOptions(temperature=1.0, seed=8), 50)
+    assert (other != first).any()
+    unseeded = [draw(logits, SamplingOptions(temperature=1.0), 50) for _ in range(2)]
+    assert (unseeded[0] != unseeded[1]).any()
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_reserved_ids_are_never_sampled(filters: dict[str, Any]) -> None:
+    logits = random_logits(4)
+    reserved = np.r_[np.argsort(-logits)[:50], 900:VOCAB]
+    options = SamplingOptions(**{"temperature": 1.0, "seed": 0, "logprobs": 2000, **filters})
+    sampler = Sampler(options, reserved)
+    for _ in range(100):
+        sample = sampler.sample(logits)
+        assert sample.token_id not in reserved
+    assert not set(reserved) & {id for id, _ in sample.top_logprobs}
+    assert len(sample.top_logprobs) == VOCAB - len(set(reserved))
+    assert Sampler(SamplingOptions(), reserved).sample(logits).token_id not in reserved
+
+
+def test_masked_logits_are_never_sampled() -> None:
+    logits = np.full(VOCAB, -np.inf, np.float32)
+    logits[[3, 700]] = 1.0, 0.5
+    for filters in FILTERS:
+        options = SamplingOptions(**{"temperature": 1.0, "seed": 0, **filters})
+        assert set(draw(logits, options, 50)) <= {3, 700}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_logprobs_are_log_softmax_before_temperature(temperature: float) -> None:
+    logits = random_logits(5)
+    reserved = np.array([int(logits.argmax()), 17])
+    options = SamplingOptions(temperature=temperature, top_k=5, seed=0, logprobs=4)
+    sample = Sampler(options, reserved).sample(logits)
+    exact = logits.astype(np.float64)
+    exact[reserved] = -np.inf
+    exact -= np.log(np.exp(exact).sum())
+    assert sample.logprob == pytest.approx(exact[sample.token_id], abs=1e-5)
+    best = np.argsort(-exact, kind="stable")[:4]
+    assert [id for id, _ in sample.top_logprobs] == best.tolist()
+    assert [p for _, p in sample.top_logprobs] == pytest.approx(exact[best].tolist(), abs=1e-5)
+
+
+def test_no_logprobs_unless_asked() -> None:
+    sample = Sampler(SamplingOptions(), NO_IDS).sample(random_logits(6))
+    assert sample.logprob is None
+    assert sample.top_logprobs == ()
+
+
+def test_extreme_logits_do_not_overflow() -> None:
+    logits = np.array([3e38, -3e38, 1e38, -np.inf], np.float32)
+    for temperature in (1e-4, 1.0, 100.0):
+        assert set(draw(logits, SamplingOptions(temperature=temperature), 20)) == {0}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
+    logits = random_logits(7)
+    logits[600] = value
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ArtifactError, match="at token 600"):
+            draw(logits, SamplingOptions(temperature=temperature), 1)
+
+
+def test_nothing_left_to_sample_is_an_error() -> None:
+    with pytest.raises(ArtifactError, match="expected finite"):
+        draw(np.zeros(4, np.float32), SamplingOptions(), 1, np.arange(4))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "hot"},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"min_p": -0.1},
+        {"min_p": 2},
+        {"seed": -1},
+        {"seed": "x"},
+        {"logprobs": -1},
+        {"logprobs": None},
+        {"stop_ids": [1]},
+        {"stop_ids": frozenset(["x"])},
+    ],
+    ids=str,
+)
+def test_option_out_of_range_is_named(options: dict[str, Any]) -> None:
+    name = next(iter(options))
+    with pytest.raises(InputError, match=f"^{name}: expected .*, found "):
+        SamplingOptions(**options)
+
+
+def test_reserved_ids_are_unused_specials_and_padding() -> None:
+    names = ("<|startoftext|>", "<|endoftext|>", "<|reserved_5|>", "<|end|>", "<|endofprompt|>")
+    specials = {name: 100 + i for i, name in enumerate(names)}
+    assert reserved_ids(specials, 108).tolist() == [100, 102, 104, 105, 106, 107]
+    assert reserved_ids(specials, 105).tolist() == [100, 102, 104]
+    # Tokens that a fine-tune added after the specials are not padding.
+    assert reserved_ids(specials, 108, table_size=107).tolist() == [100, 102, 104, 107]
