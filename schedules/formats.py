@@ -10,7 +10,9 @@ from tvm.ir import Expr
 BLOCK = 32  # inputs that share one scale, in MXFP4 and in our int8
 FP4_PER_WORD = 8  # a word is 32 bits of one row: 8 fp4 codes or 4 int8 values
 INT8_PER_WORD = 4
-FP4_OFFSET = 12  # added to 2 x fp4 so that the sum is unsigned: unsigned x signed dot products need it
+FP4_OFFSET = (
+    12  # added to 2 x fp4 so that the sum is unsigned: unsigned x signed dot products need it
+)
 
 # 2 x |fp4| for the codes 0..7 is 0, 1, 2, 3, 4, 6, 8, 12: one hexadecimal digit each.
 _FP4_MAGNITUDES = 0xC8643210
@@ -56,4 +58,3 @@ def half_e8m0_to_float32(exponent: Expr) -> Expr:
     """uint8 e8m0 scale -> float32 of 0.5 x 2^(exponent - 127); the half undoes the 2 of 2 x fp4."""
     scale = tirx.reinterpret("float32", exponent.astype("uint32") << const(23, "uint32"))
     return scale * const(0.5, "float32")
-

@@ -25,6 +25,7 @@ class Target:
     cpu_features: tuple[str, ...]  # names as in /proc/cpuinfo
     vector_bits: int
     int8_dot: str | None  # instruction that sums products of bytes
+    dtypes: tuple[str, ...]  # legal for kernel arguments
     has_exp: bool
     link_triple: str  # for the linker: architecture, system, C library and its oldest version
     library: str  # file name of the compiled library
@@ -61,6 +62,7 @@ def load(name: str, folder: Path | None = None) -> Target:
             cpu_features=tuple(machine["cpu_features"]),
             vector_bits=capabilities["vector_bits"],
             int8_dot=capabilities.get("int8_dot"),
+            dtypes=tuple(capabilities["dtypes"]),
             has_exp=capabilities["exp"],
             link_triple=link["triple"],
             library=link["library"],

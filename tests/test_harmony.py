@@ -359,7 +359,7 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
     [{"role": "system", "content": "Be brief.\n"}, user("a<|end|>b <|start|> 👩‍👩‍👧 東京\r\n\t x")],
     [user("u1"), assistant("t1", "analysis"), assistant("f1"), user("u2")],
     [user("u1"), assistant("t1", "analysis"), assistant("c1", "commentary"), assistant("f1")],
-    [user("u1"), assistant("t1", "analysis"), assistant("f1"), user("u2"), assistant("t", "analysis")],
+    [user("u1"), assistant("t1", "analysis"), assistant("f1"), assistant("t2", "analysis")],
     [user("u1"), assistant("t1", "analysis"), user("u2")],
     [user("u1"), assistant("f1"), assistant("c1", "commentary"), user("u2")],
     [
@@ -367,7 +367,7 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
         *(user("u2"), assistant("t2", "analysis"), assistant("f2"), user("u3")),
     ],
     [user("u"), {"role": "developer", "content": "Rhyme."}, user("v")],
-]  # fmt: skip
+]
 
 
 # The special tokens of o200k_harmony that a table may hold: ids 199998..200018.

@@ -17,6 +17,8 @@ from .config import ModelConfig
 
 PREFILL_TILE = 8  # tokens that share one pass over the weights in prefill
 DEFAULT_CHUNK = 512  # tokens of one prefill call; longer prompts take several
+TILES = tirx.Var("tiles", "int64")  # number of tiles within a kernel
+EXPERT_TILES = tirx.Var("expert_tiles", "int64")  # the same after sorting by expert
 PROFILES = ("fast", "exact")
 
 
@@ -47,8 +49,10 @@ def build_graph(config: ModelConfig, profile: str, context: int, chunk: int) -> 
     caches = cache_parameters(config, profile, context, chunk)
     weights = weight_parameters(config, profile, context)
     builder = BlockBuilder()
-    for name, tile in (("prefill", PREFILL_TILE), ("decode", 1), ("score", PREFILL_TILE)):
-        _emit_function(builder, name, config, profile, (caches, weights), tile, chunk)
+    for name in ("prefill", "decode", "score"):
+        # each function needs a symbol of its own; kernels share TILES and are built once
+        shape = (1, 1) if name == "decode" else (tirx.Var("tiles", "int64"), PREFILL_TILE)
+        _emit_function(builder, name, config, profile, (caches, weights), shape, chunk)
     return Graph(builder.get(), caches, weights)
 
 
@@ -125,10 +129,10 @@ def _emit_function(
     config: ModelConfig,
     profile: str,
     tensors: tuple[tuple[Parameter, ...], tuple[Parameter, ...]],
-    tile: int,
+    shape: tuple[Index, int],
     chunk: int,
 ) -> None:
-    tiles: Index = 1 if tile == 1 else tirx.Var("tiles", "int64")
+    tiles, tile = shape
     arguments = [
         relax.Var("ids", TensorType((tiles, tile), "int32")),
         relax.Var("position", TensorType((1,), "int32")),
@@ -168,8 +172,12 @@ class _Layers:
         self.quantized = profile == "fast"
         self.position, self.tiles, self.tile = position, tiles, tile
 
+    @property
+    def kernel_shape(self) -> tuple[Index, int]:
+        return (self.tiles if isinstance(self.tiles, int) else TILES, self.tile)
+
     def embed(self, ids: relax.Var) -> relax.Var:
-        size = (self.tiles, self.tile, self.config.vocab_size, self.config.hidden_size)
+        size = (*self.kernel_shape, self.config.vocab_size, self.config.hidden_size)
         kernel = rows.embed_q8(*size) if self.quantized else rows.embed_bf16(*size)
         return self._call(kernel, [ids, *self._dense_weights("embed")], [self._hidden()])
 
@@ -185,11 +193,12 @@ class _Layers:
         normed = self._norm(f"{layer}.attn_norm", x)
         qkv = self._dense(f"{layer}.qkv", self._activation(normed, config.hidden_size))
         queries = self._call(
-            rows.rotate_queries(*shape, heads, kv_heads, dim, context),
+            rows.rotate_queries(*self.kernel_shape, heads, kv_heads, dim, context),
             [qkv, rope, self.position],
             [TensorType((*shape, heads, dim), "float32")],
         )
-        append = attention.append_kv(*shape, heads, kv_heads, dim, context, capacity, dtype)
+        cache = (heads, kv_heads, dim, context, capacity, dtype)
+        append = attention.append_kv(*self.kernel_shape, *cache)
         caches = self.builder.emit(
             relax.op.call_tir_inplace(
                 self.builder.add_func(append, "append_kv"),
@@ -201,7 +210,7 @@ class _Layers:
         keys, values = (self.builder.emit(relax.TupleGetItem(caches, j)) for j in (0, 1))
         window = config.window if config.sliding[i] else None
         mixed = self._call(
-            attention.attention(*shape, heads, kv_heads, dim, capacity, window, dtype),
+            attention.attention(*self.kernel_shape, heads, kv_heads, dim, capacity, window, dtype),
             [queries, keys, values, self.variables[f"{layer}.sinks"], self.position],
             [TensorType((*shape, config.q_size), "float32")],
         )
@@ -215,22 +224,24 @@ class _Layers:
             config.intermediate_size,
             config.num_experts_per_token,
         )
-        sizes = (self.tiles, tile, config.num_experts, top_k)
+        sizes = (config.num_experts, top_k)
         choices = TensorType((self.tiles, tile, top_k), "int32")
 
         normed = self._norm(f"{layer}.mlp_norm", x)
         router = [self.variables[f"{layer}.router.{part}"] for part in ("weight", "bias")]
         logits = self._call(
-            matmul.dense_bf16(self.tiles, tile, hidden, config.num_experts, True, False),
+            matmul.dense_bf16(*self.kernel_shape, hidden, config.num_experts, True, False),
             [normed, *router],
             [TensorType((self.tiles, tile, config.num_experts), "float32")],
         )
         ids, weights = self._call_many(
-            experts.route(*sizes), [logits], [choices, TensorType(choices.shape, "float32")]
+            experts.route(*self.kernel_shape, *sizes),
+            [logits],
+            [choices, TensorType(choices.shape, "float32")],
         )
-        num_tiles = experts.num_expert_tiles(*sizes)
+        num_tiles = experts.num_expert_tiles(self.tiles, tile, *sizes)
         tile_expert, tile_token, slots, _ = self._call_many(
-            experts.sort_by_expert(*sizes),
+            experts.sort_by_expert(*self.kernel_shape, *sizes),
             [ids],
             [
                 TensorType((num_tiles,), "int32"),
@@ -240,9 +251,9 @@ class _Layers:
             ],
         )
         # Within the expert kernels the number of tiles is a symbol of its own.
-        symbol = num_tiles if isinstance(num_tiles, int) else tirx.Var("expert_tiles", "int64")
+        symbol = num_tiles if isinstance(num_tiles, int) else EXPERT_TILES
         gathered = self._call(
-            rows.gather_rows(self.tiles, tile, hidden, symbol),
+            rows.gather_rows(*self.kernel_shape, hidden, symbol),
             [normed, tile_token],
             [TensorType((num_tiles, tile, hidden), "float32")],
         )
@@ -263,14 +274,14 @@ class _Layers:
             TensorType((num_tiles, tile, hidden), "float32"),
         )
         return self._call(
-            experts.combine_experts(self.tiles, tile, hidden, symbol, top_k),
+            experts.combine_experts(*self.kernel_shape, hidden, symbol, top_k),
             [y, slots, weights, x],
             [self._hidden()],
         )
 
     def take_row(self, x: relax.Var, index: relax.Var) -> relax.Var:
         """The row of one token; what follows sees a single tile of it."""
-        kernel = rows.take_row(self.tiles, self.tile, self.config.hidden_size)
+        kernel = rows.take_row(*self.kernel_shape, self.config.hidden_size)
         self.tiles, self.tile = 1, 1
         return self._call(kernel, [x, index], [self._hidden()])
 
@@ -280,7 +291,7 @@ class _Layers:
 
     def _norm(self, name: str, x: relax.Var) -> relax.Var:
         size = self.config.hidden_size
-        kernel = rows.rms_norm(self.tiles, self.tile, size, self.config.norm_eps)
+        kernel = rows.rms_norm(*self.kernel_shape, size, self.config.norm_eps)
         return self._call(kernel, [x, self.variables[f"{name}.weight"]], [self._hidden()])
 
     def _activation(
@@ -290,7 +301,9 @@ class _Layers:
         if not self.quantized:
             return [x]
         shape = (x.ty.shape[0], x.ty.shape[1], inputs // BLOCK)
-        kernel = rows.quantize_q8(self.tiles if symbol is None else symbol, self.tile, inputs)
+        kernel = rows.quantize_q8(
+            self.kernel_shape[0] if symbol is None else symbol, self.tile, inputs
+        )
         types = [
             TensorType((*shape, BLOCK), "int8"),
             TensorType(shape, "float32"),
@@ -305,8 +318,7 @@ class _Layers:
         num_rows = int(weights[0].ty.shape[0])
         bias = self.variables.get(f"{name}.bias")
         kernel = (matmul.dense_q8 if self.quantized else matmul.dense_bf16)(
-            self.tiles,
-            self.tile,
+            *self.kernel_shape,
             _inputs(activation),
             num_rows,
             bias is not None,
@@ -345,9 +357,7 @@ class _Layers:
         self, kernel: PrimFunc, args: list[relax.Var], outputs: list[TensorType]
     ) -> list[relax.Var]:
         results = self._call(kernel, args, outputs)
-        return [
-            self.builder.emit(relax.TupleGetItem(results, i)) for i in range(len(outputs))
-        ]
+        return [self.builder.emit(relax.TupleGetItem(results, i)) for i in range(len(outputs))]
 
 
 def _inputs(activation: list[relax.Var]) -> int:

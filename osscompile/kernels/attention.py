@@ -9,6 +9,8 @@ These kernels are plain loops whose names say what a schedule may do with them: 
 keep their accumulators in registers when unrolled.
 """
 
+from functools import cache
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -20,6 +22,7 @@ DIMS_PER_PART = 8  # of the values: as many accumulators as query heads stay in 
 HIDDEN = -1e30  # score of a key that must not be seen
 
 
+@cache
 def append_kv(
     tiles: Index,
     tile: int,
@@ -56,7 +59,9 @@ def append_kv(
 
     @T.prim_func(private=True, s_tir=True)
     def append(
-        keys: T.Buffer((T.int64(kv_heads), T.int64(key_tiles), T.int64(head_dim), T.int64(8)), dtype),
+        keys: T.Buffer(
+            (T.int64(kv_heads), T.int64(key_tiles), T.int64(head_dim), T.int64(8)), dtype
+        ),
         values: T.Buffer((T.int64(kv_heads), T.int64(capacity), T.int64(head_dim)), dtype),
         qkv: T.Buffer((n_tiles, T.int64(tile), T.int64(width)), "float32"),
         rope: T.Buffer((T.int64(context), T.int64(head_dim // 2), T.int64(2)), "float32"),
@@ -75,6 +80,7 @@ def append_kv(
     return append
 
 
+@cache
 def attention(
     tiles: Index,
     tile: int,
@@ -140,7 +146,9 @@ def attention(
     @T.prim_func(private=True, s_tir=True)
     def attend(
         queries: T.Buffer((n_tiles, T.int64(tile), T.int64(heads), T.int64(head_dim)), "float32"),
-        keys: T.Buffer((T.int64(kv_heads), T.int64(key_tiles), T.int64(head_dim), T.int64(8)), dtype),
+        keys: T.Buffer(
+            (T.int64(kv_heads), T.int64(key_tiles), T.int64(head_dim), T.int64(8)), dtype
+        ),
         values: T.Buffer((T.int64(kv_heads), T.int64(capacity), T.int64(head_dim)), dtype),
         sinks: T.Buffer((T.int64(heads),), "float32"),
         position: T.Buffer((T.int64(1),), "int32"),
@@ -157,7 +165,9 @@ def attention(
                 total[row] = T.float32(1.0)
             for row in range(group):
                 for lane in range(head_dim):
-                    out[token(task) // tile, token(task) % tile, column(task, row, lane)] = T.float32(0.0)
+                    out[token(task) // tile, token(task) % tile, column(task, row, lane)] = (
+                        T.float32(0.0)
+                    )
             for step in range(tile_count(position, task)):
                 for row in range(group):
                     for lane in range(KEYS_PER_TILE):
@@ -165,7 +175,9 @@ def attention(
                 for d in range(head_dim):
                     for row in range(group):
                         for lane in range(KEYS_PER_TILE):
-                            weight[row, lane] += queries[token(task) // tile, token(task) % tile, head(task, row), d] * float32(
+                            weight[row, lane] += queries[
+                                token(task) // tile, token(task) % tile, head(task, row), d
+                            ] * float32(
                                 keys[kv_head(task), slot_tile(position, task, step), d, lane]
                             )
                 for row in range(group):
@@ -188,26 +200,29 @@ def attention(
                         total[row] += weight[row, key]
                     for lane in range(head_dim):
                         out[token(task) // tile, token(task) % tile, column(task, row, lane)] = (
-                            out[token(task) // tile, token(task) % tile, column(task, row, lane)] * shrink[row]
+                            out[token(task) // tile, token(task) % tile, column(task, row, lane)]
+                            * shrink[row]
                         )
                 for part in range(head_dim // DIMS_PER_PART):
                     for key in range(KEYS_PER_TILE):
                         for row in range(group):
                             for lane in range(DIMS_PER_PART):
-                                out[token(task) // tile, token(task) % tile, column(task, row, part * DIMS_PER_PART + lane)] += (
-                                    weight[row, key]
-                                    * float32(
-                                        values[
-                                            kv_head(task),
-                                            slot_tile(position, task, step) * KEYS_PER_TILE + key,
-                                            part * DIMS_PER_PART + lane,
-                                        ]
-                                    )
+                                out[
+                                    token(task) // tile,
+                                    token(task) % tile,
+                                    column(task, row, part * DIMS_PER_PART + lane),
+                                ] += weight[row, key] * float32(
+                                    values[
+                                        kv_head(task),
+                                        slot_tile(position, task, step) * KEYS_PER_TILE + key,
+                                        part * DIMS_PER_PART + lane,
+                                    ]
                                 )
             for row in range(group):
                 for lane in range(head_dim):
                     out[token(task) // tile, token(task) % tile, column(task, row, lane)] = (
-                        out[token(task) // tile, token(task) % tile, column(task, row, lane)] / total[row]
+                        out[token(task) // tile, token(task) % tile, column(task, row, lane)]
+                        / total[row]
                     )
 
     return attend

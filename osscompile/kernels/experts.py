@@ -3,6 +3,8 @@
 Loops are named as in `attention.py`: the iterations of `task` are independent.
 """
 
+from functools import cache
+
 from tvm import te
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -11,6 +13,7 @@ from tvm.tirx import PrimFunc
 from ..schedules.formats import Index, extent
 
 
+@cache
 def route(tiles: Index, tile: int, experts: int, top_k: int) -> PrimFunc:
     """logits [tiles, tile, experts] float32 -> the top_k experts of each token [tiles, tile, top_k]
     int32, best first, ties to the lower id; and their softmax [tiles, tile, top_k] float32."""
@@ -54,6 +57,7 @@ def route(tiles: Index, tile: int, experts: int, top_k: int) -> PrimFunc:
     return top_experts
 
 
+@cache
 def sort_by_expert(tiles: Index, tile: int, experts: int, top_k: int) -> PrimFunc:
     """Sort (token, choice) pairs by expert into tiles of `tile` tokens with one expert each.
 
@@ -108,6 +112,7 @@ def num_expert_tiles(tiles: Index, tile: int, experts: int, top_k: int) -> Index
     return (tiles * (tile * top_k) + experts * (tile - 1)) // tile
 
 
+@cache
 def combine_experts(
     tiles: Index, tile: int, hidden: int, expert_tiles: Index, top_k: int
 ) -> PrimFunc:

@@ -10,6 +10,7 @@ no blocks), `acc` (float32 sum over blocks) and `out` (bias, residual, SwiGLU).
 """
 
 from collections.abc import Callable
+from functools import cache
 
 from tvm import te, tirx
 from tvm.ir import Expr
@@ -32,6 +33,7 @@ from ..schedules.formats import (
 SWIGLU_ALPHA = 1.702  # of gpt-oss; not in its config.json
 
 
+@cache
 def moe_mxfp4_swiglu(
     quantized: bool, tiles: Index, tile: int, experts: int, inputs: int, rows: int, limit: float
 ) -> PrimFunc:
@@ -62,6 +64,7 @@ def moe_mxfp4_swiglu(
     return _prim_func("moe_mxfp4_swiglu", quantized, [*x, words, scales, bias, expert, out], 2)
 
 
+@cache
 def moe_mxfp4(
     quantized: bool, tiles: Index, tile: int, experts: int, inputs: int, rows: int
 ) -> PrimFunc:
@@ -81,6 +84,7 @@ def moe_mxfp4(
     return _prim_func("moe_mxfp4", quantized, [*x, words, scales, bias, expert, out], 1)
 
 
+@cache
 def dense_q8(
     tiles: Index, tile: int, inputs: int, rows: int, bias: bool, residual: bool
 ) -> PrimFunc:
@@ -116,6 +120,7 @@ def dense_q8(
     return _prim_func("dense_q8", True, [xq, xs, xsum, words, scales, *extra, out], 0)
 
 
+@cache
 def dense_bf16(
     tiles: Index, tile: int, inputs: int, rows: int, bias: bool, residual: bool
 ) -> PrimFunc:
@@ -183,9 +188,7 @@ def _expert_sum(
         xq, xs, xsum = activation
         dot = te.compute(
             _shape(tiles, blocks, tile, *rows),
-            lambda i, g, t, *r: te.sum(
-                weight(i, r, g, k) * xq[i, t, g, k].astype("int32"), axis=k
-            ),
+            lambda i, g, t, *r: te.sum(weight(i, r, g, k) * xq[i, t, g, k].astype("int32"), axis=k),
             name="dot",
         )
 

@@ -1,5 +1,7 @@
 """Kernels that treat every token's row by itself: embed, normalise, quantise, rotate, gather."""
 
+from functools import cache
+
 from tvm import te, tirx
 from tvm.ir import Expr
 from tvm.tirx import PrimFunc
@@ -15,6 +17,7 @@ from ..schedules.formats import (
 )
 
 
+@cache
 def embed_bf16(tiles: Index, tile: int, vocab: int, hidden: int) -> PrimFunc:
     """token ids [tiles, tile] int32, weight [vocab, hidden] bfloat16 bits -> [tiles, tile, hidden] float32."""
     ids = te.placeholder((extent(tiles), extent(tile)), "int32", name="ids")
@@ -27,27 +30,35 @@ def embed_bf16(tiles: Index, tile: int, vocab: int, hidden: int) -> PrimFunc:
     return _row_func("embed_bf16", [ids, weight, out])
 
 
+@cache
 def embed_q8(tiles: Index, tile: int, vocab: int, hidden: int) -> PrimFunc:
-    """token ids [tiles, tile] int32, words [vocab, hidden/4] uint32, scales [vocab, hidden/32] float16
-    -> [tiles, tile, hidden] float32."""
+    """token ids [tiles, tile] int32, words [vocab, hidden/32, 8] uint32, scales
+    [vocab, hidden/32] float16 -> [tiles, tile, hidden] float32."""
     ids = te.placeholder((extent(tiles), extent(tile)), "int32", name="ids")
-    words = te.placeholder((extent(vocab), extent(hidden // INT8_PER_WORD)), "uint32", name="words")
-    scales = te.placeholder((extent(vocab), extent(hidden // BLOCK)), "float16", name="scales")
+    blocks = (extent(vocab), extent(hidden // BLOCK))
+    words = te.placeholder((*blocks, extent(BLOCK // INT8_PER_WORD)), "uint32", name="words")
+    scales = te.placeholder(blocks, "float16", name="scales")
 
     def value(i: Expr, t: Expr, h: Expr) -> Expr:
-        code = int8_of_word(words[ids[i, t], h // INT8_PER_WORD], h % INT8_PER_WORD)
+        word = words[ids[i, t], h // BLOCK, h % BLOCK // INT8_PER_WORD]
+        code = int8_of_word(word, h % INT8_PER_WORD)
         return code.astype("float32") * scales[ids[i, t], h // BLOCK].astype("float32")
 
     out = te.compute((extent(tiles), extent(tile), extent(hidden)), value, name="out")
     return _row_func("embed_q8", [ids, words, scales, out])
 
 
+@cache
 def rms_norm(tiles: Index, tile: int, hidden: int, eps: float) -> PrimFunc:
     """x [tiles, tile, hidden], weight [hidden] float32 -> x / sqrt(mean(x^2) + eps) * weight."""
     x = te.placeholder((extent(tiles), extent(tile), extent(hidden)), "float32", name="x")
     weight = te.placeholder((extent(hidden),), "float32", name="weight")
     h = te.reduce_axis((extent(0), extent(hidden)), name="h")
-    total = te.compute((extent(tiles), extent(tile)), lambda i, t: te.sum(x[i, t, h] * x[i, t, h], axis=h), name="total")
+    total = te.compute(
+        (extent(tiles), extent(tile)),
+        lambda i, t: te.sum(x[i, t, h] * x[i, t, h], axis=h),
+        name="total",
+    )
     out = te.compute(
         (extent(tiles), extent(tile), extent(hidden)),
         lambda i, t, h: (
@@ -60,6 +71,7 @@ def rms_norm(tiles: Index, tile: int, hidden: int, eps: float) -> PrimFunc:
     return _row_func("rms_norm", [x, weight, out])
 
 
+@cache
 def take_row(tiles: Index, tile: int, hidden: int) -> PrimFunc:
     """x [tiles, tile, hidden] float32, index [1] int32 of a token -> its row [1, 1, hidden]."""
     x = te.placeholder((extent(tiles), extent(tile), extent(hidden)), "float32", name="x")
@@ -72,6 +84,7 @@ def take_row(tiles: Index, tile: int, hidden: int) -> PrimFunc:
     return _row_func("take_row", [x, index, out])
 
 
+@cache
 def quantize_q8(tiles: Index, tile: int, inputs: int) -> PrimFunc:
     """x [tiles, tile, inputs] float32 -> int8 [tiles, tile, blocks, 32], one float32 scale and the int32 sum
     of the int8 values per block of 32.
@@ -87,9 +100,7 @@ def quantize_q8(tiles: Index, tile: int, inputs: int) -> PrimFunc:
         lambda i, t, g: te.max(tirx.abs(x[i, t, g * BLOCK + k]), axis=k),
         name="largest",
     )
-    xs = te.compute(
-        shape, lambda i, t, g: largest[i, t, g] / const(127.0, "float32"), name="xs"
-    )
+    xs = te.compute(shape, lambda i, t, g: largest[i, t, g] / const(127.0, "float32"), name="xs")
 
     def value(i: Expr, t: Expr, g: Expr, k: Expr) -> Expr:
         # a zero scale belongs to zeros: divide them by 1
@@ -110,6 +121,7 @@ def quantize_q8(tiles: Index, tile: int, inputs: int) -> PrimFunc:
     return _row_func("quantize_q8", [x, xq, xs, xsum])
 
 
+@cache
 def gather_rows(tiles: Index, tile: int, hidden: int, expert_tiles: Index) -> PrimFunc:
     """x [tiles, tile, hidden] float32, tile_token [expert_tiles, tile] int32 -> the rows of those
     tokens [expert_tiles, tile, hidden]."""
@@ -124,6 +136,7 @@ def gather_rows(tiles: Index, tile: int, hidden: int, expert_tiles: Index) -> Pr
     return _row_func("gather_rows", [x, token, out])
 
 
+@cache
 def rotate_queries(
     tiles: Index, tile: int, heads: int, kv_heads: int, head_dim: int, context: int
 ) -> PrimFunc:

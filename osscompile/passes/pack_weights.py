@@ -19,20 +19,20 @@ def pack_weights(module: ir.IRModule, target: Target) -> ir.IRModule:
     A kernel whose rows do not fill whole vectors keeps its layout.
     """
     lanes = target.vector_lanes
-    packed = ir.IRModule({}, attrs=module.attrs)
-    row_axes: dict[str, dict[int, int]] = {}
+    builder = relax.BlockBuilder()  # gives every kernel a name of the new type
+    kernels: dict[ir.GlobalVar, tuple[ir.GlobalVar, dict[int, int]]] = {}
     for name, function in module.functions_items():
         if isinstance(function, PrimFunc):
-            row_axes[name.name_hint] = _packable(function, lanes)
-            function = _pack_kernel(function, row_axes[name.name_hint], lanes)
-            packed[name] = function
+            axes = _packable(function, lanes)
+            packed = _pack_kernel(function, axes, lanes)
+            kernels[name] = (builder.add_func(packed, name.name_hint), axes)
     layout: dict[str, list[int]] = {}
+    result = builder.get()
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):
-            function, found = _retype_weights(function, row_axes, lanes)
-            packed[name] = function
+            result[name], found = _retype(function, kernels, lanes)
             layout |= found
-    return packed.with_attr(PACKED_ROWS, layout)
+    return result.with_attr(PACKED_ROWS, layout)
 
 
 def _packable(function: PrimFunc, lanes: int) -> dict[int, int]:
@@ -57,23 +57,30 @@ def _row_map(axis: int, lanes: int):  # type: ignore[no-untyped-def]
     return lambda *i: (*i[:axis], i[axis] // lanes, *i[axis + 1 :], i[axis] % lanes)
 
 
-def _retype_weights(
-    function: relax.Function, row_axes: dict[str, dict[int, int]], lanes: int
+def _retype(
+    function: relax.Function,
+    kernels: dict[ir.GlobalVar, tuple[ir.GlobalVar, dict[int, int]]],
+    lanes: int,
 ) -> tuple[relax.Function, dict[str, list[int]]]:
-    """Give the packed weights among the function's parameters their new shapes."""
+    """Call the packed kernels, and give the packed weights among the parameters their shapes."""
     layout: dict[str, list[int]] = {}
     for block in function.body.blocks:
         for binding in block.bindings:
             call = binding.value
             if isinstance(call, ir.Call) and call.op == ir.Op.get("relax.call_tir"):
-                for i, axis in row_axes[call.args[0].name_hint].items():
-                    layout[call.args[1].fields[i].name_hint] = [axis, lanes]
-    renamed = {}
+                for i, axis in kernels[call.args[0]][1].items():
+                    layout[call.args[1].fields[i].name] = [axis, lanes]
+    retyped = {}
     for variable in function.params:
-        if variable.name_hint in layout:
-            axis, _ = layout[variable.name_hint]
+        if variable.name in layout:
+            axis, _ = layout[variable.name]
             shape = [int(e) for e in variable.ty.shape]
             shape = [*shape[:axis], shape[axis] // lanes, *shape[axis + 1 :], lanes]
             ty = relax.TensorType(shape, variable.ty.dtype)
-            renamed[variable] = relax.Var(variable.name_hint, ty)
-    return structural_map(function, (relax.Var, lambda v: renamed.get(v, v))), layout
+            retyped[variable] = relax.Var(variable.name, ty)
+    renames = [
+        (relax.Var, lambda v: retyped.get(v, v)),
+        (relax.Tuple, lambda args: relax.Tuple(list(args.fields))),  # to know its new type
+        (ir.GlobalVar, lambda name: kernels[name][0] if name in kernels else name),
+    ]
+    return structural_map(function, renames), layout

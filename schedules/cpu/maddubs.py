@@ -150,9 +150,7 @@ def _avx2(instruction: str, dtype: str, *args: Expr) -> Expr:
 
 def _prefetch(weights: Buffer, word: Expr) -> Expr:
     address = T.address_of(weights[0, PREFETCH_WORDS + word])
-    return T.call_llvm_intrin(
-        "void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1)
-    )
+    return T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1))
 
 
 def _register(name: str, description: object, implementation: object) -> str:

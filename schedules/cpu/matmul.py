@@ -4,7 +4,7 @@ The weights' layout puts the same word of `vector_lanes` consecutive rows side b
 `osscompile/passes/pack_weights.py`), so that every vector holds one word each of 8 rows.
 """
 
-from tvm import s_tir, tirx
+from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import PrimFunc
@@ -13,7 +13,14 @@ from ...targets import Target
 from ..records import constants
 from . import maddubs
 
-OPS = ("moe_mxfp4", "moe_mxfp4_q8", "moe_mxfp4_swiglu", "moe_mxfp4_swiglu_q8", "dense_q8", "dense_bf16")
+OPS = (
+    "moe_mxfp4",
+    "moe_mxfp4_q8",
+    "moe_mxfp4_swiglu",
+    "moe_mxfp4_swiglu_q8",
+    "dense_q8",
+    "dense_bf16",
+)
 
 # Row groups (of vector_lanes rows) that one parallel task computes, at most: fewer leave the cores
 # waiting for each other, more outgrow the second-level cache when tiles of tokens follow.

@@ -20,9 +20,7 @@ def _schedule_stage(sch: Schedule, block: SBlockRV, target: Target) -> None:
     loops = sch.get_loops(block)
     kinds = [axis.iter_type for axis in sch.get(block).iter_vars]
     spatial = [
-        loop
-        for loop, kind in zip(loops, kinds, strict=True)
-        if kind == tirx.IterVar.DataPar
+        loop for loop, kind in zip(loops, kinds, strict=True) if kind == tirx.IterVar.DataPar
     ]
     if not spatial:
         return

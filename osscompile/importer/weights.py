@@ -1,0 +1,125 @@
+"""Make the graph's weights from a checkpoint, some rows at a time.
+
+Dense layers stay bfloat16 (exact) or become int8 (fast); MXFP4 stays as it is, bit for bit, in
+another order; vectors become float32. `schedules/formats.py` reads what is written here.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..schedules.formats import BLOCK, FP4_PER_WORD
+from .checkpoint import Source
+from .config import ModelConfig
+from .graph import Parameter
+
+CHUNK_BYTES = 64 << 20  # of one piece in its final form: bounds the memory of a compile
+
+
+def weight_chunks(
+    parameter: Parameter, source: Source, packing: tuple[int, int] | None
+) -> Iterator[np.ndarray]:
+    """The tensor in its final layout, cut along its leading axis; the pieces follow in order.
+
+    `packing`: (axis of the rows, lanes) if rows lie side by side (`passes/pack_weights.py`).
+    """
+    size = parameter.shape[0]
+    row_bytes = max(1, int(np.prod(parameter.shape[1:])) * np.dtype(parameter.dtype).itemsize)
+    step = max(1, CHUNK_BYTES // row_bytes)
+    if packing is not None and packing[0] == 0:
+        step = max(packing[1], step // packing[1] * packing[1])
+    for start in range(0, size, step):
+        rows = _rows(parameter, source, start, min(start + step, size))
+        assert rows.shape[1:] == parameter.shape[1:] and rows.dtype == parameter.dtype, parameter
+        yield np.ascontiguousarray(rows if packing is None else pack_rows(rows, *packing))
+
+
+def pack_rows(tensor: np.ndarray, axis: int, lanes: int) -> np.ndarray:
+    """[.., rows, ..] -> [.., rows / lanes, .., lanes]."""
+    shape = tensor.shape
+    split = tensor.reshape(*shape[:axis], shape[axis] // lanes, lanes, *shape[axis + 1 :])
+    return np.moveaxis(split, axis + 1, -1)
+
+
+def _rows(parameter: Parameter, source: Source, start: int, stop: int) -> np.ndarray:
+    name, _, part = parameter.name.rpartition(".")
+    if parameter.name == "rope":
+        table = rope_table(source.config, np.arange(start, stop))
+        return table
+    if part == "words" and parameter.shape[-1] == BLOCK // FP4_PER_WORD:
+        return mxfp4_words(source.read(f"{name}.blocks", start, stop))
+    if part == "scales" and parameter.dtype == "uint8":
+        return source.read(f"{name}.scales", start, stop)
+    if part == "words":
+        return quantize_q8(source.read(f"{name}.weight", start, stop))[0]
+    if part == "scales":
+        return q8_scales(source.read(f"{name}.weight", start, stop))
+    values = source.read(parameter.name, start, stop)
+    if parameter.dtype == "uint16":
+        return values.view(np.uint16)
+    return values.astype(np.float32)
+
+
+def mxfp4_words(blocks: np.ndarray) -> np.ndarray:
+    """[.., 16] uint8, two neighbouring inputs a byte, low nibble first -> [.., 4] uint32: inputs p
+    and p + 4 of eight share byte p, the lower one in its low nibble."""
+    words = np.ascontiguousarray(blocks).view("<u4")
+    low = _spread(words & np.uint32(0xFFFF))
+    low |= _spread(words >> np.uint32(16)) << np.uint32(4)
+    return low
+
+
+def _spread(nibbles: np.ndarray) -> np.ndarray:
+    """Four nibbles in 16 bits -> one in the low half of each of four bytes."""
+    nibbles = (nibbles | nibbles << np.uint32(8)) & np.uint32(0x00FF00FF)
+    return (nibbles | nibbles << np.uint32(4)) & np.uint32(0x0F0F0F0F)
+
+
+def quantize_q8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[rows, inputs] bfloat16 -> words [rows, blocks, 8] uint32 of four int8 each, and scales
+    [rows, blocks] float16. Values are rounded to the nearest multiple of the scale as stored."""
+    scales = q8_scales(weight)
+    blocks = weight.astype(np.float32).reshape(*scales.shape, BLOCK)
+    divisor = np.where(scales > 0, scales, 1).astype(np.float32)
+    blocks /= divisor[..., None]
+    np.rint(blocks, out=blocks)
+    return blocks.clip(-127, 127).astype(np.int8).view("<u4"), scales
+
+
+def q8_scales(weight: np.ndarray) -> np.ndarray:
+    """Largest magnitude of each block of 32 inputs / 127, rounded up to float16.
+
+    Rounded up, so that the largest value is not clipped.
+    """
+    rows, inputs = weight.shape
+    bits = weight.view(np.uint16).reshape(rows, inputs // BLOCK, BLOCK) & np.uint16(0x7FFF)
+    largest = (bits.max(axis=-1).astype(np.uint32) << 16).view(np.float32)  # order of bits = order
+    exact = largest / np.float32(127)
+    scales = exact.astype(np.float16)
+    too_small = scales.astype(np.float32) < exact
+    scales[too_small] = np.nextafter(scales[too_small], np.float16(np.inf))
+    return scales
+
+
+def rope_table(config: ModelConfig, positions: np.ndarray) -> np.ndarray:
+    """cos and sin [positions, head_dim / 2, 2] float32, from float64 angles; both include YaRN's
+    concentration. YaRN: Peng et al. 2023, section 3, as in the model's reference code."""
+    rope, half = config.rope, config.head_dim // 2
+    frequency = rope.theta ** (-np.arange(half, dtype=np.float64) / half)
+    concentration = 1.0
+    if rope.factor > 1:
+        concentration = 0.1 * np.log(rope.factor) + 1.0
+
+        def dimension(turns: float) -> float:
+            """Index of the pair that turns so often within the original context."""
+            angle = rope.original_context / (turns * 2 * np.pi)
+            return float(half * np.log(angle) / np.log(rope.theta))
+
+        low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+        if rope.truncate:
+            low, high = np.floor(low), np.ceil(high)
+        ramp = np.clip((np.arange(half) - low) / (high - low), 0, 1)
+        frequency = frequency / rope.factor * ramp + frequency * (1 - ramp)
+    angles = positions[:, None].astype(np.float64) * frequency
+    table = np.stack([np.cos(angles), np.sin(angles)], axis=-1) * concentration
+    return table.astype(np.float32)
