@@ -1,0 +1,16 @@
+"""From an artifact to tokens, without the compiler. This folder can be copied out and used alone:
+it needs tvm_ffi, numpy, tokenizers and libtvm_runtime, and imports nothing else of osscompile."""
+
+from .engine import GeneratedToken, Model, load
+from .errors import ArtifactError, InputError, OsscompileError
+from .harmony import Piece
+
+__all__ = [
+    "ArtifactError",
+    "GeneratedToken",
+    "InputError",
+    "Model",
+    "OsscompileError",
+    "Piece",
+    "load",
+]

@@ -15,12 +15,16 @@ _PASSES = (
 )
 
 
+WORKSPACE = "workspace_bytes"  # module attribute: {function: bytes of its activations}
+
+
 def plan_memory(module: ir.IRModule, target: Target) -> ir.IRModule:
-    return tvm.transform.Sequential(list(_PASSES))(module)
+    planned = tvm.transform.Sequential(list(_PASSES))(module)
+    return planned.with_attr(WORKSPACE, _workspace_bytes(planned))
 
 
-def workspace_bytes(module: ir.IRModule) -> dict[str, int]:
-    """Storage that each function allocates for activations, in a module that was planned."""
+def _workspace_bytes(module: ir.IRModule) -> dict[str, int]:
+    """Storage that each function allocates for activations."""
     totals: dict[str, int] = {}
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):

@@ -1,0 +1,150 @@
+"""The whole story on one page: from a model to an artifact for one machine."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import __version__, targets
+from .build import build_library
+from .errors import CompileError
+from .importer.config import ModelConfig
+from .importer.graph import DEFAULT_CHUNK, PREFILL_TILE, PROFILES, Parameter, build_graph
+from .importer.resolve import Resolved, resolve_model
+from .importer.weights import weight_chunks
+from .passes import PIPELINE, run_passes
+from .passes.pack_weights import PACKED_ROWS
+from .passes.plan_memory import WORKSPACE
+from .runtime.artifact import (
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    File,
+    Manifest,
+    Tensor,
+    hash_file,
+    mark_verified,
+)
+from .runtime.machine import Machine
+from .write import staged_directory, weights_file_bytes, write_weights
+
+OTHER_FILES_BYTES = 64 << 20  # room for library, tokenizer and manifest
+
+
+def compile(
+    model: str | Path,
+    target: str = "x86",
+    output: str | Path | None = None,
+    *,
+    profile: str = "fast",
+    context: int | None = None,
+    dump: str | Path | None = None,
+    prefill_chunk: int = DEFAULT_CHUNK,
+    progress: bool = False,
+) -> Path:
+    """Compile a model for a target and return the artifact's directory.
+
+    `model`: a directory in the Hugging Face layout, a Hugging Face id, "nano", or
+    "synthetic:gpt-oss-20b" (also gpt-oss-120b, tiny). `output`: default NAME-TARGET.osc here.
+    `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 weights, float32
+    activations). `context`: most positions (default: the model's). `dump`: a folder for the IR
+    after each phase. `prefill_chunk`: tokens of one prefill, a multiple of 8; a smaller one takes
+    less workspace. Raises CheckpointError, TargetError or CompileError; nothing is left behind.
+    """
+    machine = targets.load(target)
+    resolved = resolve_model(model)
+    config = resolved.source.config
+    context = _check_options(config, profile, context, prefill_chunk)
+    output = Path(output) if output is not None else Path(f"{resolved.name}-{target}.osc")
+
+    graph = build_graph(config, profile, context, prefill_chunk)
+    module = run_passes(graph.module, machine, PIPELINE, Path(dump) if dump else None)
+
+    packing = {name: (int(v[0]), int(v[1])) for name, v in module.attrs[PACKED_ROWS].items()}
+    parameters = {p.name: p for p in graph.weights}
+    weights = tuple(_packed(p, packing.get(p.name)) for p in graph.weights)
+    size = weights_file_bytes(weights)
+    with (
+        staged_directory(output, size + OTHER_FILES_BYTES) as folder,
+        tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar,
+    ):
+        build_library(module, machine, folder / machine.library)
+        weights_sha256 = write_weights(
+            folder / WEIGHTS,
+            weights,
+            lambda t: weight_chunks(parameters[t.name], resolved.source, packing.get(t.name)),
+            bar.update,
+        )
+        _copy_tokenizer(resolved, folder)
+        manifest = Manifest(
+            model=resolved.name,
+            compiler=__version__,
+            profile=profile,
+            target=machine.name,
+            machine=Machine(machine.system, machine.architecture, machine.cpu_features),
+            library=machine.library,
+            vocab_size=config.vocab_size,
+            context=context,
+            window=config.window,
+            sliding=config.sliding,
+            chunk=prefill_chunk,
+            tile=PREFILL_TILE,
+            workspace_bytes={f: int(n) for f, n in sorted(module.attrs[WORKSPACE].items())},
+            caches=tuple(Tensor(c.name, c.shape, c.dtype) for c in graph.caches),
+            weights=weights,
+            eos_token_ids=_eos_token_ids(resolved),
+            files=_files(folder, weights_sha256),
+        )
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    mark_verified(output / WEIGHTS, weights_sha256)
+    return output
+
+
+def _check_options(config: ModelConfig, profile: str, context: int | None, chunk: int) -> int:
+    if profile not in PROFILES:
+        raise CompileError(f"profile: expected one of {', '.join(PROFILES)}, found {profile!r}")
+    if context is None:
+        context = config.max_context
+    if not 1 <= context <= config.max_context:
+        raise CompileError(
+            f"context: expected 1 to {config.max_context} (the model's limit), found {context}"
+        )
+    if chunk < PREFILL_TILE or chunk % PREFILL_TILE:
+        raise CompileError(
+            f"prefill_chunk: expected a positive multiple of {PREFILL_TILE}, found {chunk}"
+        )
+    return context
+
+
+def _packed(parameter: Parameter, packing: tuple[int, int] | None) -> Tensor:
+    """The weight as the artifact holds it: with its rows side by side if they are packed."""
+    shape = parameter.shape
+    if packing is not None:
+        axis, lanes = packing
+        shape = (*shape[:axis], shape[axis] // lanes, *shape[axis + 1 :], lanes)
+    return Tensor(parameter.name, shape, parameter.dtype)
+
+
+def _copy_tokenizer(resolved: Resolved, folder: Path) -> None:
+    if resolved.tokenizer is not None:
+        shutil.copyfile(resolved.tokenizer, folder / TOKENIZER)
+    else:
+        warnings.warn(
+            f"{resolved.name} has no tokenizer.json: the artifact will take token ids only",
+            stacklevel=3,
+        )
+
+
+def _eos_token_ids(resolved: Resolved) -> tuple[int, ...]:
+    ids = resolved.generation.get("eos_token_id", [])
+    ids = ids if isinstance(ids, list) else [ids]
+    return tuple(i for i in ids if isinstance(i, int) and 0 <= i < resolved.source.config.vocab_size)
+
+
+def _files(folder: Path, weights_sha256: str) -> dict[str, File]:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        sha256 = weights_sha256 if path.name == WEIGHTS else hash_file(path)
+        files[path.name] = File(path.stat().st_size, sha256)
+    return files

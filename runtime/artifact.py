@@ -1,0 +1,256 @@
+"""The artifact: a directory with a manifest, a compiled library, weights and a tokenizer.
+
+This file defines the format (`osscompile/write.py` writes it) and checks everything that can be
+checked before the library, which is code, is loaded.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ArtifactError
+from .machine import Machine
+from .safetensors import FormatError, TensorEntry, map_tensors, read_header
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+TOKENIZER = "tokenizer.json"
+ALIGNMENT = 64  # bytes; kernels read aligned vectors, and an unaligned one is a crash
+PADDING = "__padding__"  # prefix of the tensors that align the others: the format forbids holes
+
+# Smaller files are hashed at every load; larger ones once a copy, because it takes seconds.
+ALWAYS_HASHED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Name, shape and numpy dtype of a weight or cache."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class File:
+    """Size and hash of one file of the artifact."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is, for which machine, and what its functions take."""
+
+    model: str
+    compiler: str  # version of osscompile
+    profile: str
+    target: str
+    machine: Machine  # what it needs
+    library: str  # file name
+    vocab_size: int
+    context: int  # positions
+    window: int  # of the sliding layers, in positions
+    sliding: tuple[bool, ...]  # of each layer
+    chunk: int  # tokens of one prefill, at most
+    tile: int  # a prefill is padded to a multiple of this
+    workspace_bytes: dict[str, int]  # of each function's activations
+    caches: tuple[Tensor, ...]  # keys and values of each layer: arguments before the weights
+    weights: tuple[Tensor, ...]
+    eos_token_ids: tuple[int, ...]
+    files: dict[str, File]
+
+    def to_json(self) -> str:
+        """Text of manifest.json; its last field is a hash of all others."""
+        fields = {"format_version": FORMAT_VERSION, **asdict(self)}
+        fields["manifest_sha256"] = _hash_fields(fields)
+        return json.dumps(fields, indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A checked artifact. `weights` are mapped, in the order in which functions take them."""
+
+    path: Path
+    manifest: Manifest
+    weights: tuple[np.ndarray, ...]
+
+    @property
+    def library(self) -> Path:
+        return self.path / self.manifest.library
+
+    @property
+    def tokenizer(self) -> Path | None:
+        return self.path / TOKENIZER if TOKENIZER in self.manifest.files else None
+
+
+def open_artifact(
+    path: str | Path, verify: bool = False, progress: Callable[[int], object] | None = None
+) -> Artifact:
+    """Check an artifact and map its weights.
+
+    `verify`: hash every file even if this copy was verified before; `progress` is told the bytes
+    hashed. Raises ArtifactError if it is damaged, incomplete, of another format version, or made
+    for another machine.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    _check_machine(path, manifest.machine)
+    _check_files(path, manifest, verify, progress)
+    return Artifact(path, manifest, _map_weights(path / WEIGHTS, manifest.weights))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest alone, checked for its version and integrity; any machine can read it."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise ArtifactError(
+            f"{path}: expected an artifact, found no {MANIFEST} there; "
+            "compile a model with `osscompile compile MODEL --target TARGET -o OUT`"
+        )
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        version = fields["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(file, "a JSON object with a format_version", repr(error)) from error
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{file}: expected format version {FORMAT_VERSION}, found {version!r}; compile the "
+            "model again with this version of osscompile, or run it with the version that made it"
+        )
+    found = fields.pop("manifest_sha256", None)
+    if found != _hash_fields(fields):
+        raise _damaged(file, f"contents with the hash {found}", "other contents")
+    del fields["format_version"]
+    try:
+        return Manifest(
+            **fields
+            | {
+                "machine": Machine.from_json(fields["machine"]),
+                "caches": tuple(_tensor(t) for t in fields["caches"]),
+                "weights": tuple(_tensor(t) for t in fields["weights"]),
+                "sliding": tuple(fields["sliding"]),
+                "eos_token_ids": tuple(fields["eos_token_ids"]),
+                "files": {name: File(**file) for name, file in fields["files"].items()},
+            }
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file, "the fields of an artifact's manifest", repr(error)) from error
+
+
+def hash_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(4 << 20):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def mark_verified(path: Path, sha256: str) -> None:
+    """Remember that this copy of a large file has this hash, until the file changes."""
+    stamp = _stamp(path, sha256)
+    try:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+    except OSError:
+        return  # no place to remember it: the next load hashes again
+
+
+def _check_machine(path: Path, needed: Machine) -> None:
+    here = Machine.here()
+    if (needed.system, needed.architecture) != (here.system, here.architecture):
+        raise ArtifactError(
+            f"{path}: made for {needed.system} on {needed.architecture}, this machine is "
+            f"{here.system} on {here.architecture}; compile the model for this machine's target"
+        )
+    missing = [f for f in needed.cpu_features if f not in here.cpu_features]
+    if missing:
+        raise ArtifactError(
+            f"{path}: needs a CPU with {', '.join(needed.cpu_features)}, this one lacks "
+            f"{', '.join(missing)}; compile the model for another target (`osscompile targets`)"
+        )
+
+
+def _check_files(
+    path: Path, manifest: Manifest, verify: bool, progress: Callable[[int], object] | None
+) -> None:
+    for name in (manifest.library, WEIGHTS):
+        if name not in manifest.files:
+            raise _damaged(path / MANIFEST, f"an entry for {name}", "none")
+    for name, expected in manifest.files.items():
+        file = path / name
+        if Path(name).name != name:
+            raise _damaged(path / MANIFEST, "file names without a folder", repr(name))
+        if not file.is_file():
+            raise _damaged(file, f"a file of {expected.num_bytes} bytes", "none")
+        found = file.stat().st_size
+        if found != expected.num_bytes:
+            raise _damaged(file, f"{expected.num_bytes} bytes", f"{found} bytes")
+        large = expected.num_bytes > ALWAYS_HASHED_BYTES
+        if large and not verify and _stamp(file, expected.sha256).exists():
+            continue
+        sha256 = hash_file(file, progress)
+        if sha256 != expected.sha256:
+            raise _damaged(file, f"sha256 {expected.sha256}", sha256)
+        if large:
+            mark_verified(file, sha256)
+
+
+def _map_weights(file: Path, expected: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
+    try:
+        entries = read_header(file)
+        _check_alignment(file, entries)
+        tensors = map_tensors(file)
+    except FormatError as error:
+        raise ArtifactError(f"{error}; copy or compile the artifact again") from error
+    for tensor in expected:
+        found = tensors.get(tensor.name)
+        if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+            actual = "none" if found is None else f"{found.dtype} {list(found.shape)}"
+            wanted = f"{tensor.name} as {tensor.dtype} {list(tensor.shape)}"
+            raise _damaged(file, wanted, actual)
+    return tuple(tensors[tensor.name] for tensor in expected)
+
+
+def _check_alignment(file: Path, entries: dict[str, TensorEntry]) -> None:
+    for name, entry in entries.items():
+        if entry.offset % ALIGNMENT and not name.startswith(PADDING):
+            raise _damaged(file, f"{name} at a multiple of {ALIGNMENT}", f"offset {entry.offset}")
+
+
+def _stamp(file: Path, sha256: str) -> Path:
+    """The file whose existence says that `file`, as it is now, was found to have this hash."""
+    status = file.stat()
+    facts = (str(file.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, sha256)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "osscompile" / "verified" / hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _tensor(fields: dict[str, Any]) -> Tensor:
+    return Tensor(fields["name"], tuple(fields["shape"]), fields["dtype"])
+
+
+def _hash_fields(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(file: Path, expected: str, found: str) -> ArtifactError:
+    return ArtifactError(
+        f"{file}: expected {expected}, found {found}; the artifact is damaged or incomplete: "
+        "copy it again, or compile the model again"
+    )

@@ -1,0 +1,102 @@
+"""Run the functions of a compiled library: TVM's virtual machine, without TVM's compiler."""
+
+import ctypes
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .errors import ArtifactError
+
+CPU = 1  # DLPack's device type
+POOLED = 2  # the virtual machine's allocator that keeps what it freed
+RUNTIME_LIBRARY = {"Darwin": "libtvm_runtime.dylib"}.get(os.uname().sysname, "libtvm_runtime.so")
+
+
+class Device:
+    """A loaded library. Tensors in and out are numpy arrays that share memory with the device."""
+
+    def __init__(self, library: Path) -> None:
+        self._ffi = _load_runtime()
+        try:
+            # a path without a folder would be searched for elsewhere
+            module = self._ffi.load_module(str(library.resolve()))
+            self._machine = module["vm_load_executable"]()
+        except Exception as error:  # the loader raises whatever the library makes it raise
+            raise ArtifactError(
+                f"{library}: expected a library that this machine can load, found: {error}; "
+                "compile the model again for this machine"
+            ) from error
+        # one device and the host, which is the same here: (type, id, allocator) each
+        self._machine["vm_initialization"](CPU, 0, POOLED, CPU, 0, POOLED)
+        self._functions: dict[str, Any] = {}
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """A device tensor over the memory of a C-contiguous, 64-byte aligned array."""
+        assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
+        return self._ffi.from_dlpack(array)
+
+    def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
+        """Call a function with small inputs, which are copied, and tensors bound before."""
+        if function not in self._functions:
+            self._functions[function] = self._machine[function]
+        tensors = [self.tensor(_aligned(array)) for array in inputs]
+        result: np.ndarray = np.from_dlpack(self._functions[function](*tensors, *bound))
+        return result
+
+    def set_threads(self, count: int) -> None:
+        """Use so many threads for every function of the process."""
+        self._ffi.get_global_func("runtime.config_threadpool")(0, count)
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy whose memory begins at a multiple of 64 bytes."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@cache
+def _load_runtime() -> ModuleType:
+    """Load tvm_ffi, then libtvm_runtime, whose symbols compiled libraries look for."""
+    ffi = _import_ffi()
+    library = find_runtime_library()
+    if library is None:
+        raise ArtifactError(
+            f"expected {RUNTIME_LIBRARY} beside the runtime or in an installed apache-tvm, found "
+            "neither; run `osscompile bundle`, or set OSSCOMPILE_TVM_RUNTIME to its path"
+        )
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return ffi
+
+
+def find_runtime_library() -> Path | None:
+    """OSSCOMPILE_TVM_RUNTIME, or a copy beside this file, or the one of an installed apache-tvm."""
+    candidates = [Path(__file__).parent / RUNTIME_LIBRARY]
+    if named := os.environ.get("OSSCOMPILE_TVM_RUNTIME"):
+        candidates.insert(0, Path(named))
+    package = importlib.util.find_spec("tvm")  # finds it without importing it
+    if package is not None and package.origin is not None:
+        candidates.append(Path(package.origin).parent / "lib" / RUNTIME_LIBRARY)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _import_ffi() -> ModuleType:
+    """Import tvm_ffi, which would import torch first where torch is installed: seconds."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("tvm_ffi")
+    finally:
+        if hide:
+            del sys.modules["torch"]

@@ -1,0 +1,241 @@
+"""A loaded model: token ids to logits, to tokens, to the text of a chat."""
+
+import datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .artifact import Artifact, Manifest, open_artifact
+from .device import Device
+from .errors import InputError, OsscompileError
+from .harmony import ChannelParser, Piece, render_chat, stop_ids
+from .kv_cache import KVCache
+from .machine import available_memory_bytes
+from .sampler import Sample, Sampler, SamplingOptions, reserved_ids
+from .tokenizer import StreamDecoder, Tokenizer
+
+# Positions scored at once: their logits are kept together, 800 kB each for gpt-oss.
+SCORE_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class GeneratedToken(Sample):
+    """A token and the text that became complete with it ("" within a character of several bytes,
+    and for artifacts without a tokenizer)."""
+
+    text: str = ""
+
+
+def load(
+    path: str | Path,
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    verify: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> "Model":
+    """Load a compiled artifact; only load those that you trust, their library is code.
+
+    `context`: at most so many positions, to use less memory than the artifact was compiled for.
+    `threads`: CPU threads (default: all cores). `verify`: hash the weights even if this copy was
+    verified before; `progress` is told the bytes hashed. Raises ArtifactError for an artifact that
+    cannot be used here, InputError for options out of range.
+    """
+    artifact = open_artifact(path, verify, progress)
+    limit = artifact.manifest.context
+    if context is not None and not 1 <= context <= limit:
+        raise InputError(
+            f"context: expected 1 to {limit}, found {context}; "
+            "for more, compile the model again with a larger --context"
+        )
+    return Model(artifact, context or limit, threads)
+
+
+def memory_bytes(manifest: Manifest, context: int) -> dict[str, int]:
+    """Memory that a run uses when `context` positions are full, by what it is for."""
+    caches = 0
+    for cache, sliding in zip(manifest.caches, np.repeat(manifest.sliding, 2), strict=True):
+        used = 1.0 if sliding else min(1.0, context / manifest.context)
+        caches += int(cache.num_bytes * used)
+    return {
+        "weights": sum(weight.num_bytes for weight in manifest.weights),
+        "KV cache": caches,
+        "workspace": sum(manifest.workspace_bytes[f] for f in ("prefill", "decode")),
+    }
+
+
+class Model:
+    """A model that is ready to run. Not safe for use by several threads at once."""
+
+    def __init__(self, artifact: Artifact, context: int, threads: int | None) -> None:
+        self.manifest = artifact.manifest
+        self.context = context
+        self.vocab_size = self.manifest.vocab_size
+        self._check_memory()
+        path = artifact.tokenizer
+        self.tokenizer = Tokenizer(path) if path is not None else None
+        self._device = Device(artifact.library)
+        if threads is not None:
+            self._device.set_threads(threads)
+        self._cache = KVCache(self.manifest)
+        self._bound = [self._device.tensor(a) for a in (*self._cache.arrays, *artifact.weights)]
+        self._reserved, self._stops = np.empty(0, np.int64), set(self.manifest.eos_token_ids)
+        if self.tokenizer is not None:
+            size = self.tokenizer.vocab_size
+            self._reserved = reserved_ids(self.tokenizer.special, self.vocab_size, size)
+            self._stops |= stop_ids(self.tokenizer)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
+        ids = self._check_tokens(token_ids)
+        self._cache.reuse(())
+        rows = []
+        for start in range(0, len(ids), min(SCORE_CHUNK, self.manifest.chunk)):
+            part = ids[start : start + min(SCORE_CHUNK, self.manifest.chunk)]
+            padded = self._pad(part)
+            logits = self._run("score", padded, start)
+            self._cache.append(part, padded.size)
+            rows.append(logits.reshape(padded.size, -1)[: len(part)].copy())
+        return np.concatenate(rows)
+
+    def generate(
+        self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
+    ) -> Iterator[GeneratedToken]:
+        """Continue a prompt, one token at a time, until a stop id or `max_tokens`.
+
+        `options`: the fields of SamplingOptions (temperature, top_p, top_k, min_p, seed, logprobs,
+        stop_ids); the default is greedy. The stop id is the last token yielded. Without
+        `max_tokens` the context is the limit. The KV cache is kept: a prompt that begins like the
+        one before continues there. Raises InputError, before anything is computed.
+        """
+        ids = self._check_tokens(token_ids)
+        sampling = SamplingOptions(**options)  # type: ignore[arg-type]
+        room = self.context - len(ids)
+        if max_tokens is not None and max_tokens < 1:
+            raise InputError(f"max_tokens: expected at least 1, found {max_tokens}")
+        # The token that is sampled last needs no position of its own.
+        limit = room + 1 if max_tokens is None else min(max_tokens, room + 1)
+        return self._generate(ids, limit, sampling)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        reasoning: str = "medium",
+        current_date: str | None = None,
+        max_tokens: int | None = None,
+        **options: object,
+    ) -> Iterator[Piece]:
+        """Answer a conversation, in pieces of text as they are generated.
+
+        `messages`: {"role": system, developer, user or assistant, "content": text}; `reasoning`:
+        low, medium or high; `current_date`: YYYY-MM-DD (default: today's). Pieces name their
+        channel: "analysis" is the model's reasoning, "final" its answer. `max_tokens` and `options`
+        as in `generate`. Raises InputError, before anything is computed.
+        """
+        tokenizer = self._need_tokenizer("chat")
+        date = current_date or datetime.date.today().isoformat()
+        prompt = render_chat(messages, tokenizer, reasoning=reasoning, current_date=date)
+        tokens = self.generate(prompt, max_tokens=max_tokens, **options)
+        return _pieces(tokens, ChannelParser(tokenizer))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; what looks like a special token stays text."""
+        return self._need_tokenizer("encode").encode(text)
+
+    def _generate(
+        self, ids: list[int], limit: int, options: SamplingOptions
+    ) -> Iterator[GeneratedToken]:
+        sampler = Sampler(options, self._reserved)
+        decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
+        stops = self._stops | options.stop_ids
+        logits = self._prefill(ids)
+        for count in range(1, limit + 1):
+            sample = sampler.sample(logits)
+            last = sample.token_id in stops or count == limit
+            text = decoder.push(sample.token_id) if decoder is not None else ""
+            if decoder is not None and last:
+                text += decoder.flush()
+            yield GeneratedToken(sample.token_id, sample.logprob, sample.top_logprobs, text)
+            if last:
+                return
+            logits = self._decode(sample.token_id)
+
+    def _prefill(self, ids: list[int]) -> np.ndarray:
+        """Extend the cache to `ids` -> logits [vocab] after the last. At least one is computed."""
+        kept = self._cache.reuse(ids[:-1])
+        logits = np.empty(0, np.float32)
+        for start in range(kept, len(ids), self.manifest.chunk):
+            part = ids[start : start + self.manifest.chunk]
+            if len(part) == 1:
+                logits = self._decode(part[0])
+                continue
+            padded = self._pad(part)
+            index = np.array([len(part) - 1], np.int32)
+            logits = self._run("prefill", padded, start, index)
+            self._cache.append(part, padded.size)
+        self._cache.save()
+        return logits.reshape(-1)
+
+    def _decode(self, token_id: int) -> np.ndarray:
+        """Append one token -> logits [vocab]."""
+        ids = np.array([[token_id]], np.int32)
+        logits = self._run("decode", ids, len(self._cache.tokens))
+        self._cache.append([token_id], 1)
+        return logits.reshape(-1)
+
+    def _run(self, function: str, ids: np.ndarray, start: int, *more: np.ndarray) -> np.ndarray:
+        position = np.array([start], np.int32)
+        return self._device.run(function, [ids, position, *more], self._bound)
+
+    def _pad(self, ids: Sequence[int]) -> np.ndarray:
+        """ids [n] -> int32 [tiles, tile]; the last id is repeated. What the repetitions write into
+        the cache is hidden from every later token until it is overwritten."""
+        tile = self.manifest.tile
+        padded = np.full(-(-len(ids) // tile) * tile, ids[-1], np.int32)
+        padded[: len(ids)] = ids
+        return padded.reshape(-1, tile)
+
+    def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        ids = [int(i) for i in token_ids]
+        if not ids:
+            raise InputError("prompt: expected at least one token, found none")
+        if len(ids) > self.context:
+            raise InputError(
+                f"prompt: expected at most {self.context} tokens, found {len(ids)}; shorten it, or "
+                f"load with a larger context (this artifact was compiled for "
+                f"{self.manifest.context})"
+            )
+        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise InputError(
+                f"token ids: expected 0 to {self.vocab_size - 1}, found {wrong}; "
+                "was the prompt encoded with another tokenizer?"
+            )
+        return ids
+
+    def _check_memory(self) -> None:
+        needed = memory_bytes(self.manifest, self.context)
+        private = needed["KV cache"] + needed["workspace"]
+        available = available_memory_bytes()
+        if available is not None and private > available:
+            raise OsscompileError(
+                f"memory: {self.context} positions need {private / 1e9:.1f} GB beside the weights, "
+                f"found {available / 1e9:.1f} GB available; load with a smaller context"
+            )
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError(
+                f"{what}: expected an artifact with a tokenizer, found none in this one; compile "
+                "a checkpoint that has tokenizer.json, or pass token ids to `generate`"
+            )
+        return self.tokenizer
+
+
+def _pieces(tokens: Iterator[GeneratedToken], parser: ChannelParser) -> Iterator[Piece]:
+    for token in tokens:
+        yield from parser.push(token.token_id)
+    yield from parser.finish()

@@ -1,0 +1,74 @@
+"""The KV cache: which tokens it holds, and how far it can go back.
+
+Full layers keep every position. A sliding layer keeps a ring of window + chunk positions, so that
+the last `chunk` of them can be taken back; a snapshot of the rings reaches further.
+"""
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .artifact import Manifest
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    tokens: tuple[int, ...]
+    rings: list[np.ndarray]
+
+
+class KVCache:
+    """Arrays of every layer, in the order of the manifest, and the tokens they hold.
+
+    The operating system gives memory to the arrays when they are first written, so that a long
+    context costs what is used of it.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.arrays = [_zeros(c.shape, c.dtype) for c in manifest.caches]
+        self.tokens: list[int] = []
+        self._chunk, self._written = manifest.chunk, 0
+        pairs = zip(self.arrays[0::2], self.arrays[1::2], manifest.sliding, strict=True)
+        self._rings = [a for keys, values, sliding in pairs if sliding for a in (keys, values)]
+        self._snapshot: _Snapshot | None = None
+
+    def append(self, tokens: Sequence[int], written: int) -> None:
+        """Tokens were written; `written` positions, with the padding of the last tile."""
+        self._written = max(self._written, len(self.tokens) + written)
+        self.tokens += tokens
+
+    def reuse(self, tokens: Sequence[int]) -> int:
+        """Keep the longest prefix of `tokens` that can be kept; how many that is."""
+        shared = _shared_prefix(self.tokens, tokens)
+        if self._written - shared <= self._chunk:
+            del self.tokens[shared:]
+            return shared
+        snapshot = self._snapshot
+        if snapshot and len(snapshot.tokens) <= _shared_prefix(snapshot.tokens, tokens):
+            for ring, saved in zip(self._rings, snapshot.rings, strict=True):
+                ring[...] = saved
+            self.tokens = list(snapshot.tokens)
+            self._written = len(self.tokens)
+            return len(self.tokens)
+        self.tokens.clear()
+        self._written = 0
+        return 0
+
+    def save(self) -> None:
+        """Remember the rings as they are: a later `reuse` can come back to this point."""
+        self._snapshot = _Snapshot(tuple(self.tokens), [ring.copy() for ring in self._rings])
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def _shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

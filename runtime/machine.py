@@ -1,0 +1,49 @@
+"""What the machine is: operating system, architecture, and the features of its CPU."""
+
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine, or what an artifact needs of one. Features are named as in /proc/cpuinfo."""
+
+    system: str
+    architecture: str
+    cpu_features: tuple[str, ...]
+
+    @staticmethod
+    @cache
+    def here() -> "Machine":
+        return Machine(platform.system(), platform.machine(), _cpu_features())
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Machine":
+        return Machine(fields["system"], fields["architecture"], tuple(fields["cpu_features"]))
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return None
+
+
+def _cpu_features() -> tuple[str, ...]:
+    """Empty where the system does not list them in /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):  # x86 and AArch64
+            return tuple(sorted(set(value.split())))
+    return ()

@@ -1,0 +1,98 @@
+"""Compile one kernel as the pipeline does, and call it on numpy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from tvm import ir, tirx
+from tvm.sym import Analyzer
+from tvm.tirx import PrimFunc
+from tvm_ffi import structural_map
+
+from osscompile.importer.weights import pack_rows
+from osscompile.passes.expand_exp import expand_exp
+from osscompile.passes.pack_weights import _pack_kernel, _packable
+from osscompile.schedules.rule import schedule
+from osscompile.targets import Target
+
+Array = NDArray[Any]
+Rule = Callable[[PrimFunc, Target], "tvm.s_tir.Schedule | None"]
+
+_BUILT: dict[tuple[PrimFunc, str, bool, Rule | None], BuiltKernel] = {}
+
+
+def build(
+    kernel: PrimFunc, target: Target, *, scheduled: bool = True, rule: Rule | None = None
+) -> BuiltKernel:
+    """Pack, schedule (by the target's rules, or by `rule` alone), expand exp and compile."""
+    key = (kernel, repr(target), scheduled, rule)
+    if key not in _BUILT:
+        _BUILT[key] = BuiltKernel(kernel, target, scheduled, rule)
+    return _BUILT[key]
+
+
+class BuiltKernel:
+    """Takes weights in the order of the checkpoint: they are packed as the target wants them."""
+
+    def __init__(
+        self, kernel: PrimFunc, target: Target, scheduled: bool, rule: Rule | None
+    ) -> None:
+        self.kernel, self.lanes = kernel, target.vector_lanes
+        self.packed = _packable(kernel, self.lanes)
+        function = _pack_kernel(kernel, self.packed, self.lanes)
+        if rule is not None:
+            sch = rule(function, target)
+            assert sch is not None, f"{rule.__name__} declines {kernel.attrs['op']}"
+            function = sch.mod["main"]
+        elif scheduled:
+            function = schedule(function, target)
+        self.function = function
+        module = ir.IRModule({"main": function.with_attr("global_symbol", "main")})
+        module = expand_exp(module, target)
+        self._main = tvm.compile(module, target=tvm.target.Target(target.tvm))["main"]
+
+    def __call__(self, *inputs: Array, in_place: int = 0) -> Any:
+        """Arrays for the first parameters -> the remaining ones, which the kernel must fill.
+
+        The first `in_place` inputs are written too: their new contents come first. One result
+        comes as an array, several as a tuple.
+        """
+        symbols: dict[str, int] = {}
+        arguments = []
+        for i, (parameter, array) in enumerate(
+            zip(self.kernel.params, inputs, strict=False)  # the rest are outputs
+        ):
+            name = f"{self.kernel.attrs['op']}, {parameter.name}"
+            assert str(parameter.dtype) == str(array.dtype), (name, parameter.dtype, array.dtype)
+            assert len(parameter.shape) == array.ndim, (name, parameter.shape, array.shape)
+            for extent, size in zip(parameter.shape, array.shape, strict=True):
+                if isinstance(extent, tirx.Var):
+                    symbols[extent.name] = size
+                assert _value(extent, symbols) == size, (name, parameter.shape, array.shape)
+            if i in self.packed:
+                array = pack_rows(array, self.packed[i], self.lanes)
+            # a copy, because TVM aligns its own buffers to 64 bytes
+            arguments.append(tvm.runtime.tensor(np.ascontiguousarray(array)))
+        for parameter in self.kernel.params[len(inputs) :]:
+            shape = tuple(_value(extent, symbols) for extent in parameter.shape)
+            arguments.append(tvm.runtime.tensor(_poison(shape, str(parameter.dtype))))
+        self._main(*arguments)
+        results = [*arguments[:in_place], *arguments[len(inputs) :]]
+        arrays = tuple(result.numpy() for result in results)
+        return arrays[0] if len(arrays) == 1 else arrays
+
+
+def _poison(shape: tuple[int, ...], dtype: str) -> Array:
+    """What an output must not keep: NaN, or the smallest integer."""
+    kind = np.dtype(dtype)
+    return np.full(shape, np.nan if kind.kind == "f" else np.iinfo(kind).min, kind)
+
+
+def _value(extent: Any, symbols: dict[str, int]) -> int:
+    """An extent, which may be an expression of the symbols bound so far."""
+    known = structural_map(extent, (tirx.Var, lambda v: tirx.const(symbols[v.name], "int64")))
+    return int(Analyzer().simplify(known))
