@@ -26,7 +26,7 @@ __all__ = [
     "load",
 ]
 
-# A wheel holds schedules/, targets/ and runtime/ inside this folder; a checkout holds them beside it.
+# A wheel holds schedules/, targets/ and runtime/ inside this folder, a checkout beside it.
 _here = Path(__file__).parent
 if not (_here / "runtime").is_dir():
     __path__.append(str(_here.parent))

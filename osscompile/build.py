@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import tvm
 from tvm import ir, relax
 from tvm.target import Target as TvmTarget
 

@@ -1,6 +1,7 @@
 """The whole story on one page: from a model to an artifact for one machine."""
 
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -34,7 +35,7 @@ OTHER_FILES_BYTES = 64 << 20  # room for library, tokenizer and manifest
 
 def compile(
     model: str | Path,
-    target: str = "x86",
+    target: str | None = None,
     output: str | Path | None = None,
     *,
     profile: str = "fast",
@@ -46,18 +47,20 @@ def compile(
     """Compile a model for a target and return the artifact's directory.
 
     `model`: a directory in the Hugging Face layout, a Hugging Face id, "nano", or
-    "synthetic:gpt-oss-20b" (also gpt-oss-120b, tiny). `output`: default NAME-TARGET.osc here.
+    "synthetic:gpt-oss-20b" (also gpt-oss-120b, tiny). `target`: one of `targets.names()` (default:
+    the one for this machine). `output`: default NAME-TARGET.osc here.
     `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 weights, float32
     activations). `context`: most positions (default: the model's). `dump`: a folder for the IR
     after each phase. `prefill_chunk`: tokens of one prefill, a multiple of 8; a smaller one takes
     less workspace. Raises CheckpointError, TargetError or CompileError; nothing is left behind.
     """
-    machine = targets.load(target)
+    machine = targets.load(target) if target is not None else targets.of_this_machine()
     resolved = resolve_model(model)
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
-    output = Path(output) if output is not None else Path(f"{resolved.name}-{target}.osc")
+    output = Path(output) if output is not None else Path(f"{resolved.name}-{machine.name}.osc")
 
+    _say(progress, f"building the graph: {config.num_layers} layers, {config.num_experts} experts")
     graph = build_graph(config, profile, context, prefill_chunk)
     module = run_passes(graph.module, machine, PIPELINE, Path(dump) if dump else None)
 
@@ -65,17 +68,18 @@ def compile(
     parameters = {p.name: p for p in graph.weights}
     weights = tuple(_packed(p, packing.get(p.name)) for p in graph.weights)
     size = weights_file_bytes(weights)
-    with (
-        staged_directory(output, size + OTHER_FILES_BYTES) as folder,
-        tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar,
-    ):
+    with staged_directory(output, size + OTHER_FILES_BYTES) as folder:
+        _say(progress, f"compiling its kernels for {machine.description}")
         build_library(module, machine, folder / machine.library)
-        weights_sha256 = write_weights(
-            folder / WEIGHTS,
-            weights,
-            lambda t: weight_chunks(parameters[t.name], resolved.source, packing.get(t.name)),
-            bar.update,
-        )
+        with tqdm(
+            total=size, unit="B", unit_scale=True, desc="repacking weights", disable=not progress
+        ) as bar:
+            weights_sha256 = write_weights(
+                folder / WEIGHTS,
+                weights,
+                lambda t: weight_chunks(parameters[t.name], resolved.source, packing.get(t.name)),
+                bar.update,
+            )
         _copy_tokenizer(resolved, folder)
         manifest = Manifest(
             model=resolved.name,
@@ -99,6 +103,11 @@ def compile(
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     mark_verified(output / WEIGHTS, weights_sha256)
     return output
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        print(text, file=sys.stderr)
 
 
 def _check_options(config: ModelConfig, profile: str, context: int | None, chunk: int) -> int:
@@ -139,7 +148,8 @@ def _copy_tokenizer(resolved: Resolved, folder: Path) -> None:
 def _eos_token_ids(resolved: Resolved) -> tuple[int, ...]:
     ids = resolved.generation.get("eos_token_id", [])
     ids = ids if isinstance(ids, list) else [ids]
-    return tuple(i for i in ids if isinstance(i, int) and 0 <= i < resolved.source.config.vocab_size)
+    vocab_size = resolved.source.config.vocab_size
+    return tuple(i for i in ids if isinstance(i, int) and 0 <= i < vocab_size)
 
 
 def _files(folder: Path, weights_sha256: str) -> dict[str, File]:

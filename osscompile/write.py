@@ -50,7 +50,9 @@ def staged_directory(output: Path, needed_bytes: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(output.parent, needed_bytes) from error
-        raise CompileError(f"{output}: cannot be written: {error.strerror}; choose another -o") from error
+        raise CompileError(
+            f"{output}: expected a place to write, found: {error.strerror}; choose another -o"
+        ) from error
 
 
 def write_weights(

@@ -80,6 +80,7 @@ class Model:
         if threads is not None:
             self._device.set_threads(threads)
         self._cache = KVCache(self.manifest)
+        self._turn = 0  # counts the calls that used the cache
         self._bound = [self._device.tensor(a) for a in (*self._cache.arrays, *artifact.weights)]
         self._reserved, self._stops = np.empty(0, np.int64), set(self.manifest.eos_token_ids)
         if self.tokenizer is not None:
@@ -90,13 +91,14 @@ class Model:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
         ids = self._check_tokens(token_ids)
+        self._turn += 1
         self._cache.reuse(())
         rows = []
         for start in range(0, len(ids), min(SCORE_CHUNK, self.manifest.chunk)):
             part = ids[start : start + min(SCORE_CHUNK, self.manifest.chunk)]
             padded = self._pad(part)
-            logits = self._run("score", padded, start)
-            self._cache.append(part, padded.size)
+            logits = self._run("score", padded)
+            self._cache.append(part)
             rows.append(logits.reshape(padded.size, -1)[: len(part)].copy())
         return np.concatenate(rows)
 
@@ -108,7 +110,8 @@ class Model:
         `options`: the fields of SamplingOptions (temperature, top_p, top_k, min_p, seed, logprobs,
         stop_ids); the default is greedy. The stop id is the last token yielded. Without
         `max_tokens` the context is the limit. The KV cache is kept: a prompt that begins like the
-        one before continues there. Raises InputError, before anything is computed.
+        one before continues there. Another call ends this one: to go on with it then raises
+        InputError. Raises InputError for bad arguments, before anything is computed.
         """
         ids = self._check_tokens(token_ids)
         sampling = SamplingOptions(**options)  # type: ignore[arg-type]
@@ -151,6 +154,8 @@ class Model:
         sampler = Sampler(options, self._reserved)
         decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
         stops = self._stops | options.stop_ids
+        self._turn += 1
+        turn = self._turn
         logits = self._prefill(ids)
         for count in range(1, limit + 1):
             sample = sampler.sample(logits)
@@ -161,6 +166,12 @@ class Model:
             yield GeneratedToken(sample.token_id, sample.logprob, sample.top_logprobs, text)
             if last:
                 return
+            if self._turn != turn:
+                raise InputError(
+                    "generation: expected to be the last call that uses this model, found a later "
+                    "one, which took over the KV cache; finish one answer before the next, or "
+                    "load the model twice"
+                )
             logits = self._decode(sample.token_id)
 
     def _prefill(self, ids: list[int]) -> np.ndarray:
@@ -174,20 +185,20 @@ class Model:
                 continue
             padded = self._pad(part)
             index = np.array([len(part) - 1], np.int32)
-            logits = self._run("prefill", padded, start, index)
-            self._cache.append(part, padded.size)
+            logits = self._run("prefill", padded, index)
+            self._cache.append(part)
         self._cache.save()
         return logits.reshape(-1)
 
     def _decode(self, token_id: int) -> np.ndarray:
         """Append one token -> logits [vocab]."""
         ids = np.array([[token_id]], np.int32)
-        logits = self._run("decode", ids, len(self._cache.tokens))
-        self._cache.append([token_id], 1)
+        logits = self._run("decode", ids)
+        self._cache.append([token_id])
         return logits.reshape(-1)
 
-    def _run(self, function: str, ids: np.ndarray, start: int, *more: np.ndarray) -> np.ndarray:
-        position = np.array([start], np.int32)
+    def _run(self, function: str, ids: np.ndarray, *more: np.ndarray) -> np.ndarray:
+        position = np.array([self._cache.begin(ids.size)], np.int32)
         return self._device.run(function, [ids, position, *more], self._bound)
 
     def _pad(self, ids: Sequence[int]) -> np.ndarray:

@@ -15,7 +15,8 @@ from .artifact import Manifest
 
 @dataclass(frozen=True)
 class _Snapshot:
-    tokens: tuple[int, ...]
+    tokens: list[int]
+    written: int
     rings: list[np.ndarray]
 
 
@@ -34,31 +35,45 @@ class KVCache:
         self._rings = [a for keys, values, sliding in pairs if sliding for a in (keys, values)]
         self._snapshot: _Snapshot | None = None
 
-    def append(self, tokens: Sequence[int], written: int) -> None:
-        """Tokens were written; `written` positions, with the padding of the last tile."""
-        self._written = max(self._written, len(self.tokens) + written)
+    def begin(self, count: int) -> int:
+        """Where `count` positions, padding included, are about to be written: after the tokens.
+
+        What they overwrite counts as lost from now on, even if no `append` follows.
+        """
+        start = len(self.tokens)
+        self._written = max(self._written, start + count)
+        return start
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """The tokens were written."""
         self.tokens += tokens
 
     def reuse(self, tokens: Sequence[int]) -> int:
         """Keep the longest prefix of `tokens` that can be kept; how many that is."""
         shared = _shared_prefix(self.tokens, tokens)
-        if self._written - shared <= self._chunk:
-            del self.tokens[shared:]
-            return shared
-        snapshot = self._snapshot
-        if snapshot and len(snapshot.tokens) <= _shared_prefix(snapshot.tokens, tokens):
-            for ring, saved in zip(self._rings, snapshot.rings, strict=True):
-                ring[...] = saved
-            self.tokens = list(snapshot.tokens)
-            self._written = len(self.tokens)
-            return len(self.tokens)
-        self.tokens.clear()
-        self._written = 0
-        return 0
+        if self._written - shared > self._chunk:
+            shared = self._restore(tokens)
+        del self.tokens[shared:]
+        if self._snapshot is not None and shared < len(self._snapshot.tokens):
+            self._snapshot = None  # what follows overwrites its positions in the full layers
+        return shared
 
     def save(self) -> None:
         """Remember the rings as they are: a later `reuse` can come back to this point."""
-        self._snapshot = _Snapshot(tuple(self.tokens), [ring.copy() for ring in self._rings])
+        rings = [ring.copy() for ring in self._rings]
+        self._snapshot = _Snapshot(list(self.tokens), self._written, rings)
+
+    def _restore(self, tokens: Sequence[int]) -> int:
+        """Go back to the snapshot, or else to nothing; how many of `tokens` can be kept then."""
+        snapshot = self._snapshot
+        shared = _shared_prefix(snapshot.tokens, tokens) if snapshot is not None else 0
+        if snapshot is None or shared == 0 or snapshot.written - shared > self._chunk:
+            self.tokens, self._written = [], 0
+            return 0
+        for ring, saved in zip(self._rings, snapshot.rings, strict=True):
+            ring[...] = saved
+        self.tokens, self._written = list(snapshot.tokens), snapshot.written
+        return shared
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Constants that tuning found, one JSON file a target; kernels without a record use defaults.
 
 A record's key is the kernel's operation and the shapes of its parameters, for example
-"dense_q8 int8[1,1,90,32] float32[1,1,90] ...": the same kernel of the same model, whatever its place.
+"dense_q8 int8[1,1,90,32] float32[1,1,90] ...": the same in every layer of a model.
 """
 
 import json

@@ -12,7 +12,8 @@ def schedule(function: PrimFunc, target: Target) -> PrimFunc:
     """The kernel, scheduled for `target`, and marked so (`scheduled_by`: the rule's name)."""
     if target.family not in RULES:
         raise TargetError(
-            f"target {target.name}: expected a family of {', '.join(RULES)}, found {target.family!r}"
+            f"target {target.name}: expected one of the families {', '.join(RULES)}, "
+            f"found {target.family!r}"
         )
     for rule in RULES[target.family]:
         sch = rule(function, target)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import OsscompileError
+from ..runtime.machine import Machine
 
 
 class TargetError(OsscompileError):
@@ -71,6 +72,24 @@ def load(name: str, folder: Path | None = None) -> Target:
         raise TargetError(
             f"{path}: expected the fields of targets/x86.toml, found a problem with {error}"
         ) from error
+
+
+def of_this_machine() -> Target:
+    """The target whose system, architecture and CPU features this machine has, with the widest
+    vectors; TargetError if there is none."""
+    here = Machine.here()
+    fitting = [
+        target
+        for target in map(load, names())
+        if (target.system, target.architecture) == (here.system, here.architecture)
+        and set(target.cpu_features) <= set(here.cpu_features)
+    ]
+    if not fitting:
+        raise TargetError(
+            f"target: none fits this machine ({here.system} on {here.architecture}); choose one "
+            f"of {', '.join(names())} to compile for another machine"
+        )
+    return max(fitting, key=lambda target: target.vector_bits)
 
 
 def _shipped() -> Path:

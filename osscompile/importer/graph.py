@@ -297,7 +297,7 @@ class _Layers:
     def _activation(
         self, x: relax.Var, inputs: int, symbol: Index | None = None
     ) -> list[relax.Var]:
-        """x as the matrix products of the profile take it: float32, or int8 with scales and sums."""
+        """x as the profile's matrix products take it: float32, or int8 with scales and sums."""
         if not self.quantized:
             return [x]
         shape = (x.ty.shape[0], x.ty.shape[1], inputs // BLOCK)

@@ -93,8 +93,8 @@ def attention(
 ) -> PrimFunc:
     """Causal attention of new tokens over the cache, which already holds them.
 
-    queries [tiles, tile, heads, head_dim] float32 (rotated, scaled), keys and values as in `append_kv`,
-    sinks [heads] float32, position [1] int32 -> [tiles, tile, heads * head_dim] float32.
+    queries [tiles, tile, heads, head_dim] float32 (rotated, scaled), keys and values as in
+    `append_kv`, sinks [heads] float32, position [1] int32 -> [tiles, tile, heads * head_dim] float32.
 
     Online softmax over tiles of 8 keys, the query heads of one KV head together. The sink is a
     logit without a value: it starts the running maximum, and its mass 1 starts the running sum.

@@ -129,7 +129,7 @@ def dense_bf16(
     x [tiles, tile, inputs] float32, weight [rows, inputs] uint16 (bfloat16 bits),
     (bias [rows] float32), (residual [tiles, tile, rows] float32) -> [tiles, tile, rows] float32.
     """
-    (x,), activation = _activations(False, tiles, tile, inputs)
+    (x,), _ = _activations(False, tiles, tile, inputs)
     weight = te.placeholder(_shape(rows, inputs), "uint16", name="weight")
     k = te.reduce_axis((extent(0), extent(inputs)), name="k")
     acc = te.compute(

@@ -19,7 +19,8 @@ from ..schedules.formats import (
 
 @cache
 def embed_bf16(tiles: Index, tile: int, vocab: int, hidden: int) -> PrimFunc:
-    """token ids [tiles, tile] int32, weight [vocab, hidden] bfloat16 bits -> [tiles, tile, hidden] float32."""
+    """token ids [tiles, tile] int32, weight [vocab, hidden] bfloat16 bits
+    -> [tiles, tile, hidden] float32."""
     ids = te.placeholder((extent(tiles), extent(tile)), "int32", name="ids")
     weight = te.placeholder((extent(vocab), extent(hidden)), "uint16", name="weight")
     out = te.compute(
@@ -86,8 +87,8 @@ def take_row(tiles: Index, tile: int, hidden: int) -> PrimFunc:
 
 @cache
 def quantize_q8(tiles: Index, tile: int, inputs: int) -> PrimFunc:
-    """x [tiles, tile, inputs] float32 -> int8 [tiles, tile, blocks, 32], one float32 scale and the int32 sum
-    of the int8 values per block of 32.
+    """x [tiles, tile, inputs] float32 -> int8 [tiles, tile, blocks, 32], and per block of 32 one
+    float32 scale and the int32 sum of the int8 values.
 
     scale = max |x| / 127; value = round half to even (x / scale); a block of zeros has scale 0.
     """

@@ -100,7 +100,7 @@ def _schedule_inputs(sch: Schedule, acc: SBlockRV) -> None:
 def _zero_first(sch: Schedule, block: SBlockRV, loop: LoopRV) -> None:
     """Set the accumulators to zero before `loop`, in vectors."""
     init = sch.decompose_reduction(block, loop)
-    *outer, lane = sch.get_loops(init)
+    lane = sch.get_loops(init)[-1]
     if sch.get(lane).kind == tirx.ForKind.SERIAL:
         sch.vectorize(lane)
 

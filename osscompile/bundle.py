@@ -1,0 +1,35 @@
+"""Copy the runtime alone, with libtvm_runtime, for machines without the compiler."""
+
+import shutil
+from pathlib import Path
+
+from . import runtime
+from .errors import CompileError
+from .runtime.device import find_runtime_library
+
+NAME = "osscompile_runtime"
+README = """\
+The runtime of osscompile. In the environment that imports it:
+    pip install apache-tvm-ffi==0.1.14.post1 numpy tokenizers
+Then, with the folder above this one on the Python path:
+    import osscompile_runtime
+    model = osscompile_runtime.load("OUT")
+"""
+
+
+def bundle_runtime(directory: Path) -> Path:
+    """Write `directory`/osscompile_runtime: a package that loads artifacts of this machine.
+
+    Raises CompileError if it exists or libtvm_runtime is not installed.
+    """
+    folder = directory / NAME
+    library = find_runtime_library()
+    if library is None:
+        raise CompileError("bundle: expected an installed apache-tvm, found none; install it")
+    if folder.exists():
+        raise CompileError(f"{folder}: expected a new folder, found one; remove it first")
+    source = Path(runtime.__file__).parent
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(library, folder / library.name)
+    (folder / "README.txt").write_text(README, encoding="utf-8")
+    return folder
