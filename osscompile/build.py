@@ -12,11 +12,14 @@ from tvm.target import Target as TvmTarget
 from .errors import CompileError
 from .targets import Target
 
+ROOM_BYTES = 16 << 20  # for objects and library: about 2 MB
+
 
 def build_library(module: ir.IRModule, target: Target, output: Path) -> None:
     """Compile a module that went through all passes, and link it for the target's system.
 
-    The same module gives the same bytes.
+    The same module gives the same bytes. Raises CompileError if the linker fails, OSError if there
+    is no room.
     """
     executable = relax.build(module, TvmTarget(target.tvm), relax_pipeline=None)
 
@@ -24,8 +27,16 @@ def build_library(module: ir.IRModule, target: Target, output: Path) -> None:
         _link(Path(path), objects, target)
 
     link.output_format = output.suffix.removeprefix(".")  # type: ignore[attr-defined]
-    with tempfile.TemporaryDirectory() as workspace:
+    # beside the output: the next compile removes what a killed one leaves there
+    with tempfile.TemporaryDirectory(dir=output.parent) as workspace:
+        _check_room(Path(workspace))
         executable.export_library(str(output), fcompile=link, workspace_dir=workspace)
+
+
+def _check_room(folder: Path) -> None:
+    """Raise OSError here if the disk is full, or a quota reached: LLVM would end the process."""
+    with tempfile.TemporaryFile(dir=folder) as stream:
+        stream.write(bytes(ROOM_BYTES))
 
 
 def _link(output: Path, objects: Sequence[str], target: Target) -> None:
@@ -36,5 +47,7 @@ def _link(output: Path, objects: Sequence[str], target: Target) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise CompileError(
-            f"linking {output.name}: expected ziglang to succeed, it said:\n{result.stderr.strip()}"
+            f"linking {output.name}: expected ziglang to succeed, it ended with status "
+            f"{result.returncode} and said: {result.stderr.strip() or 'nothing'}; is the package "
+            "ziglang complete, and is there room on the disk?"
         )

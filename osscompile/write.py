@@ -1,7 +1,7 @@
 """Write an artifact: weights streamed through, then everything under its final name at once.
 
 The format is defined in `runtime/artifact.py`. Until the last rename the output lies beside its
-final name as NAME.partial; the next compile to the same name removes what an interrupted one left.
+final name, in NAME.partial; the next compile to the same name removes what an interrupted one left.
 """
 
 import contextlib
@@ -14,11 +14,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from .errors import CompileError
-from .runtime.artifact import ALIGNMENT, MANIFEST, PADDING, Tensor
+from .runtime.artifact import ALIGNMENT, MANIFEST, PADDING, TOKENIZER, WEIGHTS, Tensor
+
+LIBRARY_SUFFIXES = (".so", ".dylib")
+REPLACED = "replaced"  # in NAME.partial: the artifact that had the name before
 
 SAFETENSORS_NAMES = {
     "float32": "F32",
@@ -36,23 +40,31 @@ def staged_directory(output: Path, needed_bytes: int) -> Iterator[Path]:
     Raises CompileError if `output` exists and is not an artifact, another compile writes it, or
     the disk has less than `needed_bytes` free.
     """
+    output = Path(os.path.realpath(output))  # of a link, what it points to is replaced
     _check_replaceable(output)
     partial = output.with_name(output.name + ".partial")
+    new_folders = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with _only_writer(partial):
-            _check_free_space(output.parent, needed_bytes)
+            _clear(partial, output)
             try:
-                yield partial
-                _replace(partial, output)
+                # Named by the process: the linker of a killed one may still be writing.
+                staged = partial / str(os.getpid())
+                staged.mkdir(parents=True)
+                _check_free_space(output.parent, needed_bytes)
+                yield staged
+                _replace(staged, output)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                _clear(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(output.parent, needed_bytes) from error
-        raise CompileError(
-            f"{output}: expected a place to write, found: {error.strerror}; choose another -o"
-        ) from error
+        raise CompileError(f"{output}: cannot be written: {error}; choose another -o") from error
+    finally:
+        for folder in new_folders:
+            with contextlib.suppress(OSError):  # it stays if there is something in it
+                folder.rmdir()
 
 
 def write_weights(
@@ -77,7 +89,7 @@ def write_weights(
         for tensor in tensors:
             written = 0
             for chunk in chunks_of(tensor):
-                write(memoryview(chunk).cast("B"))
+                write(chunk.reshape(-1).view(np.uint8).data)
                 written += chunk.nbytes
                 progress(chunk.nbytes)
             assert written == tensor.num_bytes, (tensor, written)
@@ -116,32 +128,54 @@ def _header(tensors: tuple[Tensor, ...]) -> tuple[bytes, dict[str, int]]:
 
 
 def _check_replaceable(output: Path) -> None:
-    if output.exists() and not (output / MANIFEST).is_file():
-        if output.is_dir() and not any(output.iterdir()):
+    """What is replaced is deleted: nothing but an empty folder or an artifact, whole or not."""
+    if not output.exists():
+        return
+    found = "a file"
+    if output.is_dir():
+        names = sorted(path.name for path in output.iterdir())
+        strange = [name for name in names if not _is_ours(output / name)]
+        if not names or (MANIFEST in names and not strange):
             return
-        raise CompileError(
-            f"{output}: expected a new name or an artifact to replace, found something else; "
-            "choose another -o"
-        )
+        found = f"a folder with {(strange or names)[0]}"
+    raise CompileError(
+        f"{output}: expected a new name or an artifact to replace, found {found}; choose another -o"
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a compile may have written a file of this name."""
+    ours = path.name in (MANIFEST, TOKENIZER, WEIGHTS) or path.suffix in LIBRARY_SUFFIXES
+    return ours and not path.is_dir()
 
 
 @contextlib.contextmanager
 def _only_writer(partial: Path) -> Iterator[None]:
-    """Own `partial`, empty; the lock goes with the process, whatever ends it."""
+    """Own `partial`; the lock goes with the process, whatever ends it."""
     lock_path = partial.with_name(partial.name + ".lock")
-    with lock_path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CompileError(
-                f"{partial}: another compile is writing there; wait for it, or choose another -o"
-            ) from error
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            yield
-        finally:
-            lock_path.unlink(missing_ok=True)
+    while True:
+        with lock_path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CompileError(
+                    f"{partial}: expected no other writer, found another compile that is writing "
+                    "there; wait for it, or choose another -o"
+                ) from error
+            if not _is_open_at(lock, lock_path):
+                continue  # its owner removed it after we opened it: another may own a new one
+            try:
+                yield
+                return
+            finally:
+                lock_path.unlink(missing_ok=True)
+
+
+def _is_open_at(stream: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _check_free_space(folder: Path, needed_bytes: int) -> None:
@@ -157,15 +191,19 @@ def _disk_full(folder: Path, needed_bytes: int) -> CompileError:
     )
 
 
-def _replace(partial: Path, output: Path) -> None:
-    for file in sorted(partial.iterdir()):
+def _replace(staged: Path, output: Path) -> None:
+    for file in sorted(staged.iterdir()):
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
     if output.exists():
-        old = output.with_name(output.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old)
-    else:
-        partial.rename(output)
+        output.rename(staged.with_name(REPLACED))
+    staged.rename(output)
+
+
+def _clear(partial: Path, output: Path) -> None:
+    """Remove what a compile leaves, interrupted or not; one that was interrupted between the two
+    renames of `_replace` gives the name back to what had it before."""
+    replaced = partial / REPLACED
+    if replaced.exists() and not output.exists():
+        replaced.rename(output)
+    shutil.rmtree(partial, ignore_errors=True)

@@ -106,10 +106,16 @@ def open_artifact(
     for another machine.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    _check_machine(path, manifest.machine)
-    _check_files(path, manifest, verify, progress)
-    return Artifact(path, manifest, _map_weights(path / WEIGHTS, manifest.weights))
+    try:
+        manifest = read_manifest(path)
+        _check_machine(path, manifest.machine)
+        _check_files(path, manifest, verify, progress)
+        return Artifact(path, manifest, _map_weights(path / WEIGHTS, manifest.weights))
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: expected an artifact, found files that cannot be read: {error}; check their "
+            "permissions, or copy the artifact again"
+        ) from error
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -123,7 +129,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         version = fields["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(file, "a JSON object with a format_version", repr(error)) from error
     if version != FORMAT_VERSION:
         raise ArtifactError(
@@ -164,6 +170,8 @@ def hash_file(path: Path, progress: Callable[[int], object] | None = None) -> st
 def mark_verified(path: Path, sha256: str) -> None:
     """Remember that this copy of a large file has this hash, until the file changes."""
     stamp = _stamp(path, sha256)
+    if stamp is None or path.stat().st_size <= ALWAYS_HASHED_BYTES:
+        return
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()
@@ -201,14 +209,20 @@ def _check_files(
         found = file.stat().st_size
         if found != expected.num_bytes:
             raise _damaged(file, f"{expected.num_bytes} bytes", f"{found} bytes")
-        large = expected.num_bytes > ALWAYS_HASHED_BYTES
-        if large and not verify and _stamp(file, expected.sha256).exists():
+        if not verify and _was_verified(file, expected):
             continue
         sha256 = hash_file(file, progress)
         if sha256 != expected.sha256:
             raise _damaged(file, f"sha256 {expected.sha256}", sha256)
-        if large:
-            mark_verified(file, sha256)
+        mark_verified(file, sha256)
+
+
+def _was_verified(file: Path, expected: File) -> bool:
+    """Whether this copy is one that `mark_verified` remembers; a small file never is."""
+    stamp = _stamp(file, expected.sha256)
+    # os.path, because pathlib raises where the folder may not be read
+    large = expected.num_bytes > ALWAYS_HASHED_BYTES
+    return large and stamp is not None and os.path.exists(stamp)
 
 
 def _map_weights(file: Path, expected: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
@@ -233,12 +247,15 @@ def _check_alignment(file: Path, entries: dict[str, TensorEntry]) -> None:
             raise _damaged(file, f"{name} at a multiple of {ALIGNMENT}", f"offset {entry.offset}")
 
 
-def _stamp(file: Path, sha256: str) -> Path:
+def _stamp(file: Path, sha256: str) -> Path | None:
     """The file whose existence says that `file`, as it is now, was found to have this hash."""
     status = file.stat()
     facts = (str(file.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, sha256)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "osscompile" / "verified" / hashlib.sha256(repr(facts).encode()).hexdigest()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):  # a user without a home
+        return None
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return Path(cache) / "osscompile" / "verified" / name
 
 
 def _tensor(fields: dict[str, Any]) -> Tensor:

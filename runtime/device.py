@@ -75,7 +75,13 @@ def _load_runtime() -> ModuleType:
             f"expected {RUNTIME_LIBRARY} beside the runtime or in an installed apache-tvm, found "
             "neither; run `osscompile bundle`, or set OSSCOMPILE_TVM_RUNTIME to its path"
         )
-    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    try:
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise ArtifactError(
+            f"{library}: expected TVM's runtime for this machine, found: {error}; install the "
+            "apache-tvm that the artifact was compiled with, or run `osscompile bundle` again"
+        ) from error
     return ffi
 
 

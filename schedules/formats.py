@@ -4,6 +4,8 @@ Every kernel of every target reads weights through these expressions, so that wh
 means is said once. The numpy side, which writes the same words, is `importer/weights.py`.
 """
 
+from typing import TypeAlias
+
 from tvm import tirx
 from tvm.ir import Expr
 
@@ -17,7 +19,7 @@ FP4_OFFSET = (
 # 2 x |fp4| for the codes 0..7 is 0, 1, 2, 3, 4, 6, 8, 12: one hexadecimal digit each.
 _FP4_MAGNITUDES = 0xC8643210
 
-Index = int | Expr
+Index: TypeAlias = int | Expr
 
 
 def const(value: int | float, dtype: str) -> Expr:

@@ -8,7 +8,7 @@ under the fallback rule and for vectors of other widths.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ from osscompile.importer.weights import (
     weight_chunks,
 )
 from osscompile.kernels import attention, experts, matmul, rows
+from osscompile.passes.pack_weights import PACKED_ROWS, pack_weights
 from osscompile.schedules import formats
 from osscompile.schedules.cpu.rows import rows as fallback
 from osscompile.schedules.formats import Index
@@ -46,7 +47,7 @@ NO_INT8_DOT = dataclasses.replace(X86, int8_dot=None)
 NARROW = dataclasses.replace(X86, int8_dot=None, vector_bits=128)
 
 LIMIT = 7.0  # of SwiGLU, as in gpt-oss
-CLOSE = 5e-6  # largest error over the rms of what is expected: sums of 2880 roundings
+CLOSE = 2e-6  # relative rms: a sum of 2880 float32 products is off by less
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ class Case:
 
 
 def assert_close(actual: Array, expected: Array, case: Case | float = CLOSE) -> None:
-    """Every element, relative to the rms of all: NaN and untouched outputs fail too."""
+    """In the rms, and every element within 10 times that; NaN and untouched outputs fail too."""
     tolerance = case.tolerance if isinstance(case, Case) else case
     assert actual.shape == expected.shape
-    error = np.abs(actual - expected.astype(np.float64)).max()
-    assert error <= tolerance * np.sqrt(np.mean(expected**2)), error
+    error = np.abs(actual - expected.astype(np.float64))
+    rms = np.sqrt(np.mean(expected.astype(np.float64) ** 2))
+    assert np.sqrt(np.mean(error**2)) <= tolerance * rms, np.sqrt(np.mean(error**2)) / rms
+    assert error.max() <= 10 * tolerance * rms, error.max() / rms
 
 
 def numbers(seed: int, *shape: int, scale: float = 1.0) -> Array:
@@ -282,14 +285,10 @@ def test_append_kv_around_the_wrap_of_a_ring_of_32(form: Form, dtype: str, posit
         form.tiles, form.tile, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, capacity, dtype
     )
     run = build(kernel, X86)
-    new_keys, new_values = run(
-        keys, values, qkv, rope_of(CONTEXT), int32(position), in_place=2
-    )
+    new_keys, new_values = run(keys, values, qkv, rope_of(CONTEXT), int32(position), in_place=2)
     np.testing.assert_array_equal(new_values, expected_values)  # also that no other slot changed
     rounding = 2.0**-11 if dtype == "float16" else 3e-7
-    np.testing.assert_allclose(
-        new_keys.astype(np.float64), expected_keys, rtol=rounding, atol=5e-7
-    )
+    np.testing.assert_allclose(new_keys.astype(np.float64), expected_keys, rtol=rounding, atol=5e-7)
 
 
 # --- Attention --------------------------------------------------------------------------------
@@ -331,7 +330,9 @@ class Layer:
     def run(self, qkv: Array, position: int, form: Form = PREFILL) -> Array:
         """Append the tokens [count, width], then attend: -> [count, heads, head_dim]."""
         heads, kv_heads, head_dim = self.sizes
-        fill = -len(qkv) % form.tile  # a last tile may be part empty: what is there, must not matter
+        fill = (
+            -len(qkv) % form.tile
+        )  # a last tile may be part empty: what is there, must not matter
         padded = np.concatenate([qkv, np.full((fill, qkv.shape[1]), 1e4, np.float32)])
         tiled = padded.reshape(-1, form.tile, qkv.shape[1])
         cache = (self.capacity, self.dtype)
@@ -344,9 +345,7 @@ class Layer:
         )
         queries = tiled[..., : heads * head_dim].reshape(*tiled.shape[:2], heads, head_dim)
         queries = queries * np.float32(head_dim**-0.5)  # of a power of 4: exact
-        out = build(attend, X86)(
-            queries, self.keys, self.values, self.sinks, int32(position)
-        )
+        out = build(attend, X86)(queries, self.keys, self.values, self.sinks, int32(position))
         return out.reshape(len(padded), heads, head_dim)[: len(qkv)]
 
     def expected(self, qkv: Array) -> F64:
@@ -471,7 +470,7 @@ def test_attention_with_scores_far_apart() -> None:
     """Scores of hundreds: the running maximum jumps, and what was summed before vanishes."""
     layer = Layer(None)
     qkv = layer.tokens(17, 100) * np.float32(16)
-    assert_close(layer.run(qkv, 0), layer.expected(qkv), 2e-5)  # a score of 1e3 has that error
+    assert_close(layer.run(qkv, 0), layer.expected(qkv), 5e-5)  # e^score: a score of 1e3 is off by
 
 
 # --- Routing ----------------------------------------------------------------------------------
@@ -484,9 +483,7 @@ def check_route(form: Form, logits: Array, top_k: int) -> None:
         to_float64(logits).reshape(-1, logits.shape[-1]), top_k
     )
     np.testing.assert_array_equal(ids.reshape(-1, top_k), expected_ids)
-    np.testing.assert_allclose(
-        weights.reshape(-1, top_k), expected_weights, rtol=1e-6, atol=1e-37
-    )
+    np.testing.assert_allclose(weights.reshape(-1, top_k), expected_weights, rtol=1e-6, atol=1e-37)
 
 
 @every_form
@@ -531,9 +528,7 @@ CHOICES = {
 
 def choices(kind: str, form: Form, num_experts: int, top_k: int) -> Array:
     rng = np.random.default_rng(21)
-    tokens = [
-        CHOICES[kind](rng, num_experts, top_k) for _ in range(form.count * form.tile)
-    ]
+    tokens = [CHOICES[kind](rng, num_experts, top_k) for _ in range(form.count * form.tile)]
     return np.array(tokens, np.int32).reshape(form.count, form.tile, top_k)
 
 
@@ -640,9 +635,7 @@ def dense_bf16(
     return Case(kernel, (x, weight, *extra), expected)
 
 
-def dense_extra(
-    form: Form, num_rows: int, bias: bool, residual: bool
-) -> tuple[list[Array], F64]:
+def dense_extra(form: Form, num_rows: int, bias: bool, residual: bool) -> tuple[list[Array], F64]:
     extra = [numbers(29, num_rows)] if bias else []
     extra += [numbers(30, form.count, form.tile, num_rows)] if residual else []
     return extra, sum((to_float64(e) for e in extra), np.zeros(1))
@@ -694,10 +687,7 @@ def moe_mxfp4(
     tile_expert = tile_experts(form, num_experts)
     used = {e: reference.dequantize_mxfp4(blocks[e], scales[e]) for e in set(tile_expert.tolist())}
     expected = np.stack(
-        [
-            tile @ used[e].T + bias[e]
-            for tile, e in zip(values, tile_expert.tolist(), strict=True)
-        ]
+        [tile @ used[e].T + bias[e] for tile, e in zip(values, tile_expert.tolist(), strict=True)]
     )
     tiles = form.expert_tiles(len(tile_expert))
     kernel = matmul.moe_mxfp4(quantized, tiles, form.tile, num_experts, inputs, num_rows)
@@ -746,8 +736,7 @@ def test_dense_without_bias_or_residual(
     case(form, bias=bias, residual=residual).check()
 
 
-@pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
-@pytest.mark.parametrize("num_rows", [4, 12])
+@pytest.mark.parametrize(("form", "num_rows"), [(DECODE, 4), (PREFILL, 12)], ids=repr)
 @every_matmul
 def test_matmul_rows_that_do_not_fill_vectors(
     case: Callable[..., Case], form: Form, num_rows: int
@@ -755,9 +744,16 @@ def test_matmul_rows_that_do_not_fill_vectors(
     case(form, 64, num_rows).check()
 
 
-@every_matmul
-def test_matmul_of_one_block_and_one_vector(case: Callable[..., Case]) -> None:
-    case(PREFILL, 32, 8).check()
+@pytest.mark.parametrize("num_experts", [4, 5, 128])
+@every_form
+def test_router_of_any_number_of_experts(form: Form, num_experts: int) -> None:
+    dense_bf16(form, 64, num_experts, residual=False).check()
+
+
+@pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
+@pytest.mark.parametrize("case", [dense_q8, moe_mxfp4_q8], ids=lambda case: case.__name__)
+def test_matmul_of_one_block_and_one_vector(case: Callable[..., Case], form: Form) -> None:
+    case(form, 32, 8).check()
 
 
 @pytest.mark.parametrize("num_rows", [8 * 13, 8 * 25])
@@ -807,17 +803,14 @@ def test_mxfp4_products_at_their_extremes_do_not_overflow(code: int, sign: int) 
 def test_swiglu_clamps_beyond_7_and_survives_hugely_negative_gates(quantized: bool) -> None:
     """Biases push gate and up to +-1e4: every pair of signs, in every form of the vector."""
     bias = np.zeros((3, 2, 64), np.float32)
-    bias[:, 0] = np.resize([1e4, -1e4, 1e4, -1e4, 0, 20, -20, 7], 64)
+    bias[:, 0] = np.resize([1e4, -1e4, 1e4, -1e4, 0, 20, -4, 7], 64)
     bias[:, 1] = np.resize([1e4, 1e4, -1e4, -1e4, 0, -20, 20, -7], 64)
     case = moe_mxfp4_swiglu(PREFILL, quantized, bias=bias)
-    assert np.abs(case.expected[..., 1::8]).max() == 0 < np.abs(case.expected[..., 0::8]).min()
-    # next to 1e4 the sums keep 3 digits behind the point: judge only those far from the limits
+    expected = case.expected
+    assert np.ptp(expected[..., 0::8]) == np.ptp(expected[..., 2::8]) == 0  # both are clamped
     out = build(case.kernel, X86)(*case.inputs)
-    plain = [4, 7] if quantized else [4, 5, 6, 7]
-    for column in plain:
-        assert_close(out[..., column::8], case.expected[..., column::8], 1e-5)
-    for column in (0, 2):
-        np.testing.assert_allclose(out[..., column::8], case.expected[..., column::8], rtol=1e-6)
+    for column in (0, 2, 4, 5, 6, 7):
+        assert_close(out[..., column::8], expected[..., column::8], 1e-5)
     for column in (1, 3):
         assert np.abs(out[..., column::8]).max() < 1e-30
 
@@ -867,7 +860,7 @@ def test_moe_layer_of_all_its_kernels(form: Form, quantized: bool) -> None:
         LIMIT,
     )
     # the second product quantises the first's results: one step in 127 of each block's largest
-    assert_close(out - residual, expected.reshape(out.shape), 0.05 if quantized else CLOSE)
+    assert_close(out - residual, expected.reshape(out.shape), 0.02 if quantized else CLOSE)
 
 
 # --- Other schedules --------------------------------------------------------------------------
@@ -880,12 +873,17 @@ def test_matmul_under_the_fallback_rule(case: Callable[..., Case], form: Form) -
 
 
 @pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
-@pytest.mark.parametrize("target", [NO_INT8_DOT, NARROW], ids=["256_bits", "128_bits"])
+@pytest.mark.parametrize(
+    "case", [dense_q8, moe_mxfp4_swiglu_q8, moe_mxfp4_q8], ids=lambda case: case.__name__
+)
+def test_matmul_without_int8_products(case: Callable[..., Case], form: Form) -> None:
+    case(form).check(NO_INT8_DOT)
+
+
+@pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
 @every_matmul
-def test_matmul_without_int8_products(
-    case: Callable[..., Case], target: Target, form: Form
-) -> None:
-    case(form).check(target)
+def test_matmul_in_vectors_of_128_bits(case: Callable[..., Case], form: Form) -> None:
+    case(form, 64, 24).check(NARROW)
 
 
 def test_matmul_rows_that_fill_narrow_vectors_only() -> None:
@@ -937,7 +935,9 @@ def test_mxfp4_every_byte_in_every_place_and_every_scale() -> None:
 def test_mxfp4_scale_0_is_at_least_nearly_0() -> None:
     blocks = np.resize(np.arange(256, dtype=np.uint8), (16, 16))
     decoded = decode_mxfp4(mxfp4_words(blocks), np.zeros(16, np.uint8))
-    assert np.abs(decoded - reference.dequantize_mxfp4(blocks, np.zeros((16, 1), "u1"))).max() < 4e-38
+    assert (
+        np.abs(decoded - reference.dequantize_mxfp4(blocks, np.zeros((16, 1), "u1"))).max() < 4e-38
+    )
 
 
 @pytest.mark.parametrize(("axis", "lanes"), [(0, 4), (1, 8), (2, 8)])
@@ -1001,19 +1001,17 @@ def test_weights_are_the_same_in_however_many_pieces(
 ) -> None:
     source = SyntheticSource(TINY)
     graph = build_graph(TINY, profile, 64, 64)
-    axis_of = {3: 1, 2: 0, 5: 2, 4: 1}  # any axis of rows will do
+    layout = pack_weights(graph.module, X86).attrs[PACKED_ROWS]
+    packing = {
+        name: tuple(int(i) for i in axis_and_lanes) for name, axis_and_lanes in layout.items()
+    }
 
-    def whole(packed: bool) -> Iterator[Array]:
-        for p in graph.weights:
-            packable = packed and p.name.endswith((".words", ".scales")) and p.shape[0] % 8 == 0
-            axis = 0 if p.dtype == "float16" or p.shape[-1] == 8 else 1
-            packing = (axis_of.get(len(p.shape), 0) if axis else 0, 8) if packable else None
-            yield np.concatenate(list(weight_chunks(p, source, packing)))
+    def pieces() -> list[list[Array]]:
+        return [list(weight_chunks(p, source, packing.get(p.name))) for p in graph.weights]
 
-    expected = [list(whole(packed)) for packed in (False, True)]
+    whole = pieces()
+    assert {len(chunks) for chunks in whole} == {1}
     monkeypatch.setattr(importer_weights, "CHUNK_BYTES", 5000)
-    for packed, tensors in zip((False, True), expected, strict=True):
-        for parameter, actual, tensor in zip(
-            graph.weights, whole(packed), tensors, strict=True
-        ):
-            np.testing.assert_array_equal(actual, tensor, err_msg=parameter.name)
+    for parameter, chunks, (tensor,) in zip(graph.weights, pieces(), whole, strict=True):
+        assert len(chunks) > 1 or tensor.nbytes < 5000 * 32, parameter.name
+        np.testing.assert_array_equal(np.concatenate(chunks), tensor, err_msg=parameter.name)

@@ -25,6 +25,8 @@ def weight_chunks(
     """
     size = parameter.shape[0]
     row_bytes = max(1, int(np.prod(parameter.shape[1:])) * np.dtype(parameter.dtype).itemsize)
+    if parameter.name.endswith(".scales"):
+        row_bytes *= BLOCK  # each stands for a block of inputs, which is read to find it
     step = max(1, CHUNK_BYTES // row_bytes)
     if packing is not None and packing[0] == 0:
         step = max(packing[1], step // packing[1] * packing[1])
@@ -44,8 +46,7 @@ def pack_rows(tensor: np.ndarray, axis: int, lanes: int) -> np.ndarray:
 def _rows(parameter: Parameter, source: Source, start: int, stop: int) -> np.ndarray:
     name, _, part = parameter.name.rpartition(".")
     if parameter.name == "rope":
-        table = rope_table(source.config, np.arange(start, stop))
-        return table
+        return rope_table(source.config, np.arange(start, stop))
     if part == "words" and parameter.shape[-1] == BLOCK // FP4_PER_WORD:
         return mxfp4_words(source.read(f"{name}.blocks", start, stop))
     if part == "scales" and parameter.dtype == "uint8":
@@ -72,7 +73,8 @@ def mxfp4_words(blocks: np.ndarray) -> np.ndarray:
 def _spread(nibbles: np.ndarray) -> np.ndarray:
     """Four nibbles in 16 bits -> one in the low half of each of four bytes."""
     nibbles = (nibbles | nibbles << np.uint32(8)) & np.uint32(0x00FF00FF)
-    return (nibbles | nibbles << np.uint32(4)) & np.uint32(0x0F0F0F0F)
+    spread: np.ndarray = (nibbles | nibbles << np.uint32(4)) & np.uint32(0x0F0F0F0F)
+    return spread
 
 
 def quantize_q8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +97,7 @@ def q8_scales(weight: np.ndarray) -> np.ndarray:
     bits = weight.view(np.uint16).reshape(rows, inputs // BLOCK, BLOCK) & np.uint16(0x7FFF)
     largest = (bits.max(axis=-1).astype(np.uint32) << 16).view(np.float32)  # order of bits = order
     exact = largest / np.float32(127)
-    scales = exact.astype(np.float16)
+    scales: np.ndarray = exact.astype(np.float16)
     too_small = scales.astype(np.float32) < exact
     scales[too_small] = np.nextafter(scales[too_small], np.float16(np.inf))
     return scales

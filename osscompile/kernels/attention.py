@@ -11,8 +11,9 @@ keep their accumulators in registers when unrolled.
 
 from functools import cache
 
+from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc
+from tvm.tirx import Buffer, PrimFunc
 
 from ..schedules.formats import Index, const, extent
 from .rows import rotated
@@ -43,18 +44,18 @@ def append_kv(
     key_start, value_start = heads * head_dim, (heads + kv_heads) * head_dim
     key_tiles, n_tiles = capacity // KEYS_PER_TILE, extent(tiles)
 
-    def position_of(position, n):  # type: ignore[no-untyped-def]
+    def position_of(position: Buffer, n: Expr) -> Expr:
         return position[0].astype("int64") + n
 
-    def rotated_key(qkv, rope, position, n, h, d):  # type: ignore[no-untyped-def]
+    def rotated_key(qkv: Buffer, rope: Buffer, position: Buffer, n: Expr, h: Expr, d: Expr) -> Expr:
         start = key_start + h * head_dim
         row = (n // tile, n % tile)
         return rotated(qkv, rope, row, position_of(position, n), start, d, head_dim).astype(dtype)
 
-    def value(qkv, n, h, d):  # type: ignore[no-untyped-def]
+    def value(qkv: Buffer, n: Expr, h: Expr, d: Expr) -> Expr:
         return qkv[n // tile, n % tile, value_start + h * head_dim + d].astype(dtype)
 
-    def slot(position, n):  # type: ignore[no-untyped-def]
+    def slot(position: Buffer, n: Expr) -> Expr:
         return position_of(position, n) % capacity
 
     @T.prim_func(private=True, s_tir=True)
@@ -93,8 +94,9 @@ def attention(
 ) -> PrimFunc:
     """Causal attention of new tokens over the cache, which already holds them.
 
-    queries [tiles, tile, heads, head_dim] float32 (rotated, scaled), keys and values as in
-    `append_kv`, sinks [heads] float32, position [1] int32 -> [tiles, tile, heads * head_dim] float32.
+    queries [tiles, tile, heads, head_dim] float32 (rotated and scaled), keys and values as in
+    `append_kv`, sinks [heads] float32, position [1] int32: that of the first token
+    -> [tiles, tile, heads * head_dim] float32.
 
     Online softmax over tiles of 8 keys, the query heads of one KV head together. The sink is a
     logit without a value: it starts the running maximum, and its mass 1 starts the running sum.
@@ -102,45 +104,45 @@ def attention(
     group = heads // kv_heads
     key_tiles, n_tiles = capacity // KEYS_PER_TILE, extent(tiles)
 
-    def token(task):  # type: ignore[no-untyped-def]
+    def token(task: Expr) -> Expr:
         return task // kv_heads
 
-    def kv_head(task):  # type: ignore[no-untyped-def]
+    def kv_head(task: Expr) -> Expr:
         return task % kv_heads
 
-    def head(task, row):  # type: ignore[no-untyped-def]
+    def head(task: Expr, row: Expr) -> Expr:
         return kv_head(task) * group + row
 
-    def column(task, row, dim):  # type: ignore[no-untyped-def]
+    def column(task: Expr, row: Expr, dim: Expr) -> Expr:
         return head(task, row) * head_dim + dim
 
-    def last_key(position, task):  # type: ignore[no-untyped-def]
+    def last_key(position: Buffer, task: Expr) -> Expr:
         return position[0].astype("int64") + token(task)
 
-    def first_key(position, task):  # type: ignore[no-untyped-def]
+    def first_key(position: Buffer, task: Expr) -> Expr:
         if window is None:
             return T.int64(0)
         return T.max(last_key(position, task) - (window - 1), T.int64(0))
 
-    def first_tile(position, task):  # type: ignore[no-untyped-def]
+    def first_tile(position: Buffer, task: Expr) -> Expr:
         return first_key(position, task) // KEYS_PER_TILE
 
-    def tile_count(position, task):  # type: ignore[no-untyped-def]
+    def tile_count(position: Buffer, task: Expr) -> Expr:
         return last_key(position, task) // KEYS_PER_TILE + 1 - first_tile(position, task)
 
-    def slot_tile(position, task, step):  # type: ignore[no-untyped-def]
+    def slot_tile(position: Buffer, task: Expr, step: Expr) -> Expr:
         key_tile = first_tile(position, task) + step
         # a full layer never wraps: its slot is its position
         return key_tile if window is None else key_tile % key_tiles
 
-    def visible(position, task, step, lane):  # type: ignore[no-untyped-def]
+    def visible(position: Buffer, task: Expr, step: Expr, lane: Expr) -> Expr:
         key = (first_tile(position, task) + step) * KEYS_PER_TILE + lane
         return T.And(key <= last_key(position, task), key >= first_key(position, task))
 
-    def float32(x):  # type: ignore[no-untyped-def]
+    def float32(x: Expr) -> Expr:
         return x if dtype == "float32" else x.astype("float32")
 
-    def hide(is_visible, x, hidden):  # type: ignore[no-untyped-def]
+    def hide(is_visible: Expr, x: Expr, hidden: float) -> Expr:
         return T.Select(is_visible, x, const(hidden, "float32"))
 
     @T.prim_func(private=True, s_tir=True)

@@ -43,10 +43,10 @@ def moe_mxfp4_swiglu(
     scales [expert, 2, rows, blocks] uint8, bias [expert, 2, rows] float32, tile_expert [tiles]
     int32 -> [tiles, tile, rows] float32. Axis 1 of the weights: 0 gate, 1 up.
     """
-    x, activation = _activations(quantized, tiles, tile, inputs)
+    x = _activations(quantized, tiles, tile, inputs)
     words, scales, bias, expert = _expert_weights(tiles, (experts, 2, rows), inputs)
 
-    acc = _expert_sum(quantized, activation, words, scales, expert, (tiles, tile, 2, rows), inputs)
+    acc = _expert_sum(x, words, scales, expert, (tiles, tile, 2, rows), inputs)
 
     def swiglu(i: Expr, t: Expr, r: Expr) -> Expr:
         bound = const(limit, "float32")
@@ -73,9 +73,9 @@ def moe_mxfp4(
     activations, words [expert, rows, blocks, 4] uint32, scales [expert, rows, blocks] uint8,
     bias [expert, rows] float32, tile_expert [tiles] int32 -> [tiles, tile, rows] float32.
     """
-    x, activation = _activations(quantized, tiles, tile, inputs)
+    x = _activations(quantized, tiles, tile, inputs)
     words, scales, bias, expert = _expert_weights(tiles, (experts, rows), inputs)
-    acc = _expert_sum(quantized, activation, words, scales, expert, (tiles, tile, rows), inputs)
+    acc = _expert_sum(x, words, scales, expert, (tiles, tile, rows), inputs)
     out = te.compute(
         _shape(tiles, tile, rows),
         lambda i, t, r: acc[i, t, r] + bias[expert[i], r],
@@ -94,7 +94,7 @@ def dense_q8(
     (bias [rows] float32), (residual [tiles, tile, rows] float32) -> [tiles, tile, rows] float32.
     """
     blocks = inputs // BLOCK
-    (xq, xs, xsum), _ = _activations(True, tiles, tile, inputs)
+    xq, xs, xsum = _activations(True, tiles, tile, inputs)
     words = te.placeholder(_shape(rows, blocks, BLOCK // INT8_PER_WORD), "uint32", name="words")
     scales = te.placeholder(_shape(rows, blocks), "float16", name="scales")
     k = te.reduce_axis((extent(0), extent(BLOCK)), name="k")
@@ -129,7 +129,7 @@ def dense_bf16(
     x [tiles, tile, inputs] float32, weight [rows, inputs] uint16 (bfloat16 bits),
     (bias [rows] float32), (residual [tiles, tile, rows] float32) -> [tiles, tile, rows] float32.
     """
-    (x,), _ = _activations(False, tiles, tile, inputs)
+    (x,) = _activations(False, tiles, tile, inputs)
     weight = te.placeholder(_shape(rows, inputs), "uint16", name="weight")
     k = te.reduce_axis((extent(0), extent(inputs)), name="k")
     acc = te.compute(
@@ -141,19 +141,17 @@ def dense_bf16(
     return _prim_func("dense_bf16", False, [x, weight, *extra, out], 0)
 
 
-def _activations(
-    quantized: bool, tiles: Index, tile: int, inputs: int
-) -> tuple[list[te.Tensor], te.Tensor | tuple[te.Tensor, te.Tensor, te.Tensor]]:
+def _activations(quantized: bool, tiles: Index, tile: int, inputs: int) -> list[te.Tensor]:
     """float32 [tiles, tile, inputs], or, quantized by `rows.quantize_q8`, int8
     [tiles, tile, blocks, 32], scales float32 and sums int32 [tiles, tile, blocks]."""
     if not quantized:
         x = te.placeholder(_shape(tiles, tile, inputs), "float32", name="x")
-        return [x], x
+        return [x]
     blocks = inputs // BLOCK
     xq = te.placeholder(_shape(tiles, tile, blocks, BLOCK), "int8", name="xq")
     xs = te.placeholder(_shape(tiles, tile, blocks), "float32", name="xs")
     xsum = te.placeholder(_shape(tiles, tile, blocks), "int32", name="xsum")
-    return [xq, xs, xsum], (xq, xs, xsum)
+    return [xq, xs, xsum]
 
 
 def _expert_weights(
@@ -167,8 +165,7 @@ def _expert_weights(
 
 
 def _expert_sum(
-    quantized: bool,
-    activation: te.Tensor | tuple[te.Tensor, te.Tensor, te.Tensor],
+    activation: list[te.Tensor],
     words: te.Tensor,
     scales: te.Tensor,
     expert: te.Tensor,
@@ -184,7 +181,7 @@ def _expert_sum(
     def weight(i: Expr, r: tuple[Expr, ...], g: Expr, k: Expr) -> Expr:
         return fp4_offset_by_12(words[(expert[i], *r, g, k // FP4_PER_WORD)], k % FP4_PER_WORD)
 
-    if quantized:
+    if len(activation) == 3:
         xq, xs, xsum = activation
         dot = te.compute(
             _shape(tiles, blocks, tile, *rows),
@@ -197,7 +194,7 @@ def _expert_sum(
             scale = half_e8m0_to_float32(scales[(expert[i], *r, g)])
             return te.sum(unbiased.astype("float32") * scale * xs[i, t, g], axis=g)
     else:
-        x = activation
+        (x,) = activation
         # One block's sum first: its weights are small integers, scaled once.
         dot = te.compute(
             _shape(tiles, blocks, tile, *rows),
