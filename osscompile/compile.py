@@ -11,7 +11,14 @@ from . import __version__, targets
 from .build import build_library
 from .errors import CompileError
 from .importer.config import ModelConfig
-from .importer.graph import DEFAULT_CHUNK, PREFILL_TILE, PROFILES, Parameter, build_graph
+from .importer.graph import (
+    DEFAULT_CHUNK,
+    PREFILL_TILE,
+    PROFILES,
+    SCORE_CHUNK,
+    Parameter,
+    build_graph,
+)
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import weight_chunks
 from .passes import PIPELINE, run_passes
@@ -28,8 +35,9 @@ from .runtime.artifact import (
     mark_verified,
 )
 from .runtime.machine import Machine
-from .write import staged_directory, weights_file_bytes, write_weights
+from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 
+GATHERED = ("rope", "embed.")  # beginnings of the names of weights that are read row by row
 OTHER_FILES_BYTES = 64 << 20  # room for library, tokenizer and manifest
 
 
@@ -59,6 +67,7 @@ def compile(
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
     output = Path(output) if output is not None else Path(f"{resolved.name}-{machine.name}.osc")
+    check_replaceable(output)  # checked again below, but better told before the work
 
     _say(progress, f"building the graph: {config.num_layers} layers, {config.num_experts} experts")
     graph = build_graph(config, profile, context, prefill_chunk)
@@ -93,10 +102,12 @@ def compile(
             window=config.window,
             sliding=config.sliding,
             chunk=prefill_chunk,
+            score_chunk=min(prefill_chunk, SCORE_CHUNK),
             tile=PREFILL_TILE,
             workspace_bytes={f: int(n) for f, n in sorted(module.attrs[WORKSPACE].items())},
             caches=tuple(Tensor(c.name, c.shape, c.dtype) for c in graph.caches),
             weights=weights,
+            gathered=tuple(w.name for w in weights if w.name.startswith(GATHERED)),
             eos_token_ids=_eos_token_ids(resolved),
             files=_files(folder, weights_sha256),
         )

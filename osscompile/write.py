@@ -41,7 +41,7 @@ def staged_directory(output: Path, needed_bytes: int) -> Iterator[Path]:
     the disk has less than `needed_bytes` free.
     """
     output = Path(os.path.realpath(output))  # of a link, what it points to is replaced
-    _check_replaceable(output)
+    check_replaceable(output)
     partial = output.with_name(output.name + ".partial")
     new_folders = [folder for folder in output.parents if not folder.exists()]
     try:
@@ -102,6 +102,32 @@ def weights_file_bytes(tensors: tuple[Tensor, ...]) -> int:
     return len(header) + sum(t.num_bytes for t in tensors) + sum(padding.values())
 
 
+def check_replaceable(output: Path) -> None:
+    """Raise CompileError unless the name is free, or held by an empty folder or an artifact.
+
+    What is replaced is deleted, so the folder must hold nothing but what a compile may have
+    written; an artifact that is damaged can be replaced.
+    """
+    if not output.exists():
+        return
+    found = "a file"
+    if output.is_dir():
+        names = sorted(path.name for path in output.iterdir())
+        strange = [name for name in names if not _is_ours(output / name)]
+        if not names or (MANIFEST in names and not strange):
+            return
+        found = f"a folder with {(strange or names)[0]}"
+    raise CompileError(
+        f"{output}: expected a new name or an artifact to replace, found {found}; choose another -o"
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a compile may have written a file of this name."""
+    ours = path.name in (MANIFEST, TOKENIZER, WEIGHTS) or path.suffix in LIBRARY_SUFFIXES
+    return ours and not path.is_dir()
+
+
 def _header(tensors: tuple[Tensor, ...]) -> tuple[bytes, dict[str, int]]:
     """The safetensors header, padded with spaces, and the bytes to add after each tensor."""
     entries: dict[str, object] = {}
@@ -125,28 +151,6 @@ def _header(tensors: tuple[Tensor, ...]) -> tuple[bytes, dict[str, int]]:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text, padding
-
-
-def _check_replaceable(output: Path) -> None:
-    """What is replaced is deleted: nothing but an empty folder or an artifact, whole or not."""
-    if not output.exists():
-        return
-    found = "a file"
-    if output.is_dir():
-        names = sorted(path.name for path in output.iterdir())
-        strange = [name for name in names if not _is_ours(output / name)]
-        if not names or (MANIFEST in names and not strange):
-            return
-        found = f"a folder with {(strange or names)[0]}"
-    raise CompileError(
-        f"{output}: expected a new name or an artifact to replace, found {found}; choose another -o"
-    )
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a compile may have written a file of this name."""
-    ours = path.name in (MANIFEST, TOKENIZER, WEIGHTS) or path.suffix in LIBRARY_SUFFIXES
-    return ours and not path.is_dir()
 
 
 @contextlib.contextmanager

@@ -65,10 +65,12 @@ class Manifest:
     window: int  # of the sliding layers, in positions
     sliding: tuple[bool, ...]  # of each layer
     chunk: int  # tokens of one prefill, at most
+    score_chunk: int  # tokens of one scoring, at most
     tile: int  # a prefill is padded to a multiple of this
     workspace_bytes: dict[str, int]  # of each function's activations
     caches: tuple[Tensor, ...]  # keys and values of each layer: arguments before the weights
     weights: tuple[Tensor, ...]
+    gathered: tuple[str, ...]  # weights of which a run reads the rows of its tokens only
     eos_token_ids: tuple[int, ...]
     files: dict[str, File]
 
@@ -148,6 +150,7 @@ def read_manifest(path: Path) -> Manifest:
                 "caches": tuple(_tensor(t) for t in fields["caches"]),
                 "weights": tuple(_tensor(t) for t in fields["weights"]),
                 "sliding": tuple(fields["sliding"]),
+                "gathered": tuple(fields["gathered"]),
                 "eos_token_ids": tuple(fields["eos_token_ids"]),
                 "files": {name: File(**file) for name, file in fields["files"].items()},
             }

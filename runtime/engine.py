@@ -16,8 +16,10 @@ from .machine import available_memory_bytes
 from .sampler import Sample, Sampler, SamplingOptions, reserved_ids
 from .tokenizer import StreamDecoder, Tokenizer
 
-# Positions scored at once: their logits are kept together, 800 kB each for gpt-oss.
-SCORE_CHUNK = 64
+# Python, numpy, tokenizers and TVM's runtime, without a vocabulary.
+PROCESS_BYTES = 60 << 20
+# Reading a row of a mapped file brings so much of its surroundings into memory.
+FAULT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,21 @@ def load(
 
 def memory_bytes(manifest: Manifest, context: int) -> dict[str, int]:
     """Memory that a run uses when `context` positions are full, by what it is for."""
+    weights = 0
+    for weight in manifest.weights:
+        rows = context if weight.name in manifest.gathered else weight.shape[0]
+        weights += min(
+            weight.num_bytes, rows * max(weight.num_bytes // weight.shape[0], FAULT_BYTES)
+        )
     caches = 0
     for cache, sliding in zip(manifest.caches, np.repeat(manifest.sliding, 2), strict=True):
-        used = 1.0 if sliding else min(1.0, context / manifest.context)
-        caches += int(cache.num_bytes * used)
+        share = 1.0 if sliding else min(1.0, context / manifest.context)
+        caches += int(cache.num_bytes * share)
     return {
-        "weights": sum(weight.num_bytes for weight in manifest.weights),
+        "weights": weights,
         "KV cache": caches,
         "workspace": sum(manifest.workspace_bytes[f] for f in ("prefill", "decode")),
+        "process": PROCESS_BYTES,
     }
 
 
@@ -94,8 +103,8 @@ class Model:
         self._turn += 1
         self._cache.reuse(())
         rows = []
-        for start in range(0, len(ids), min(SCORE_CHUNK, self.manifest.chunk)):
-            part = ids[start : start + min(SCORE_CHUNK, self.manifest.chunk)]
+        for start in range(0, len(ids), self.manifest.score_chunk):
+            part = ids[start : start + self.manifest.score_chunk]
             padded = self._pad(part)
             logits = self._run("score", padded)
             self._cache.append(part)

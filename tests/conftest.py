@@ -1,12 +1,16 @@
 """Options and fixtures that several test files share."""
 
 import os
+import warnings
+from pathlib import Path
 
 # Before numpy: threads of OpenBLAS make the small matrix products of the reference 5 times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+from artifacts import TINY_OPTIONS  # noqa: E402
 
+import osscompile  # noqa: E402
 from osscompile import targets  # noqa: E402
 from osscompile.targets import Target  # noqa: E402
 
@@ -27,3 +31,27 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def x86() -> Target:
     return targets.load("x86")
+
+
+@pytest.fixture(scope="session")
+def this_machine() -> Target:
+    """The target that runs here; tests that run artifacts skip without one."""
+    try:
+        return targets.of_this_machine()
+    except targets.TargetError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(this_machine: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of seconds, without a tokenizer. Copy it before you change it."""
+    output = tmp_path_factory.mktemp("tiny") / "tiny.osc"
+    with warnings.catch_warnings(action="ignore"):  # it has no tokenizer, which is its purpose
+        return osscompile.compile("synthetic:tiny", this_machine.name, output, **TINY_OPTIONS)
+
+
+@pytest.fixture(scope="session")
+def nano_artifact(this_machine: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that ships, in the default profile. Copy it before you change it."""
+    output = tmp_path_factory.mktemp("nano") / "nano.osc"
+    return osscompile.compile("nano", this_machine.name, output, context=4096)

@@ -17,6 +17,7 @@ from .config import ModelConfig
 
 PREFILL_TILE = 8  # tokens that share one pass over the weights in prefill
 DEFAULT_CHUNK = 512  # tokens of one prefill call; longer prompts take several
+SCORE_CHUNK = 64  # of one score call: it keeps 800 kB of logits a token
 TILES = tirx.Var("tiles", "int64")  # number of tiles within a kernel
 EXPERT_TILES = tirx.Var("expert_tiles", "int64")  # the same after sorting by expert
 PROFILES = ("fast", "exact")
@@ -142,7 +143,8 @@ def _emit_function(
     variables = {
         p.name: relax.Var(p.name, TensorType(p.shape, p.dtype)) for part in tensors for p in part
     }
-    bound = {} if tile == 1 else {"tir_var_upper_bound": {"tiles": chunk // tile}}
+    limit = min(chunk, SCORE_CHUNK) if name == "score" else chunk
+    bound = {} if tile == 1 else {"tir_var_upper_bound": {"tiles": limit // tile}}
     parameters = [*arguments, *variables.values()]
     with builder.function(name, parameters, attrs=bound, pure=False):
         layers = _Layers(builder, config, profile, variables, arguments[1], tiles, tile)

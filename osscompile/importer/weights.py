@@ -13,7 +13,7 @@ from .checkpoint import Source
 from .config import ModelConfig
 from .graph import Parameter
 
-CHUNK_BYTES = 64 << 20  # of one piece in its final form: bounds the memory of a compile
+CHUNK_BYTES = 16 << 20  # of one piece in its final form: bounds the memory of a compile
 
 
 def weight_chunks(

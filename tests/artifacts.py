@@ -1,0 +1,68 @@
+"""Handle compiled artifacts in tests: damage them on purpose, run Python elsewhere."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from osscompile.runtime.artifact import MANIFEST, read_manifest
+
+# What `tiny_artifact` (conftest.py) is compiled with.
+TINY_OPTIONS = {"profile": "exact", "context": 256, "prefill_chunk": 64}
+
+
+def copy_artifact(artifact: Path, folder: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(artifact, folder / "copy.osc"))
+
+
+def flip_byte(file: Path, position: int) -> None:
+    """Change one byte; a negative position counts from the end."""
+    content = bytearray(file.read_bytes())
+    content[position] ^= 0xFF
+    file.write_bytes(content)
+
+
+def reseal(artifact: Path, change: Callable[[dict[str, Any]], object] | None = None) -> None:
+    """Make all sizes and hashes right again after `change` to the manifest or damage to files, so
+    that only checks of the contents are left to find it."""
+    fields = json.loads((artifact / MANIFEST).read_text())
+    for name in fields["files"]:
+        if (artifact / name).is_file():
+            content = (artifact / name).read_bytes()
+            fields["files"][name] = {
+                "num_bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+    if change is not None:
+        change(fields)
+    fields.pop("manifest_sha256", None)
+    text = json.dumps(fields, sort_keys=True)
+    fields["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (artifact / MANIFEST).write_text(json.dumps(fields, indent=1))
+
+
+def library_is_loaded(artifact: Path) -> bool:
+    """Whether this process has the artifact's library, which is code, in its memory."""
+    library = artifact.resolve() / read_manifest(artifact).library
+    return str(library) in Path("/proc/self/maps").read_text()
+
+
+def run_python(
+    code: str, *arguments: object, cwd: Path, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a new process of this Python; its output is in the message if it fails."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return result

@@ -1,0 +1,417 @@
+"""Artifacts that cannot be used, and requests that cannot be served: an error of ours that says
+what was expected, what was found and what to do, before any code of the artifact runs."""
+
+import _json
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from artifacts import copy_artifact, flip_byte, library_is_loaded, reseal
+
+import osscompile
+from osscompile.errors import CompileError
+from osscompile.runtime import artifact as artifact_module
+from osscompile.runtime.artifact import MANIFEST, TOKENIZER, WEIGHTS, mark_verified, read_manifest
+from osscompile.runtime.errors import ArtifactError, InputError
+from osscompile.runtime.safetensors import read_header
+
+FILES = [MANIFEST, "library", WEIGHTS, TOKENIZER]
+
+
+@pytest.fixture
+def copy(nano_artifact: Path, tmp_path: Path) -> Path:
+    return copy_artifact(nano_artifact, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def model(nano_artifact: Path) -> osscompile.Model:
+    return osscompile.load(nano_artifact)
+
+
+def file_of(artifact: Path, name: str) -> Path:
+    return artifact / (read_manifest(artifact).library if name == "library" else name)
+
+
+def refuse(artifact: Path, *words: str) -> None:
+    """Loading must fail with all these words in the message, and without loading the library."""
+    with pytest.raises(ArtifactError) as caught:
+        osscompile.load(artifact)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    if Path("/proc/self/maps").exists():
+        assert str(artifact.resolve()) not in Path("/proc/self/maps").read_text()
+
+
+# Damaged
+
+
+@pytest.mark.parametrize("position", ["first", "middle", "last"])
+@pytest.mark.parametrize("name", FILES)
+def test_flipped_byte(copy: Path, name: str, position: str) -> None:
+    file = file_of(copy, name)
+    size = file.stat().st_size
+    flip_byte(file, {"first": 0, "middle": size // 2, "last": size - 1}[position])
+    refuse(copy, str(file), "expected", "found", "copy it again, or compile the model again")
+
+
+def test_manifest_with_any_byte_flipped(copy: Path) -> None:
+    """Or read as the same, when the byte was white space."""
+    file = copy / MANIFEST
+    whole = file.read_bytes()
+    for position in range(0, len(whole), 7):
+        flip_byte(file, position)
+        refuse(copy, str(file))
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_file(copy: Path, name: str) -> None:
+    file = file_of(copy, name)
+    file.unlink()
+    refuse(copy, file.name, "expected", "found no")
+
+
+@pytest.mark.parametrize("left", [0, 1, 7, 4096, -1])
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_file(copy: Path, name: str, left: int) -> None:
+    file = file_of(copy, name)
+    file.write_bytes(file.read_bytes()[:left])
+    refuse(copy, str(file), "expected", "found")
+
+
+def test_file_with_one_byte_more(copy: Path) -> None:
+    with (copy / WEIGHTS).open("ab") as stream:
+        stream.write(b"\0")
+    size = read_manifest(copy).files[WEIGHTS].num_bytes
+    refuse(copy, f"expected {size} bytes", f"found {size + 1} bytes")
+
+
+def test_folder_in_place_of_a_file(copy: Path) -> None:
+    (copy / WEIGHTS).unlink()
+    (copy / WEIGHTS).mkdir()
+    refuse(copy, str(copy / WEIGHTS), "damaged or incomplete")
+
+
+def test_unreadable_file(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permissions do not stop root, who may run the tests: let opening the file fail."""
+    open_path = Path.open
+
+    def refuse_weights(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self.name == WEIGHTS:
+            raise PermissionError(13, "Permission denied", str(self))
+        return open_path(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse_weights)
+    refuse(copy, "Permission denied", WEIGHTS, "check their permissions")
+
+
+def test_large_weights_changed_after_they_were_verified(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact_module, "ALWAYS_HASHED_BYTES", 1 << 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    mark_verified(copy / WEIGHTS, read_manifest(copy).files[WEIGHTS].sha256)
+    flip_byte(copy / WEIGHTS, -100)
+    refuse(copy, WEIGHTS, "sha256")
+
+
+def test_not_an_artifact(tmp_path: Path, copy: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "nothing", copy / MANIFEST, copy / WEIGHTS):
+        refuse(path, str(path), "expected an artifact, found no manifest.json", "osscompile compile")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '"format_version"', "[" * 100_000])
+def test_manifest_is_no_json_object(copy: Path, text: str) -> None:
+    (copy / MANIFEST).write_text(text)
+    refuse(copy, MANIFEST, "format_version", "damaged")
+
+
+# Whole, but not for us
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+def test_other_format_version(copy: Path, version: object) -> None:
+    """Told apart from damage, whatever else that version has: its fields are not looked at."""
+    fields = {"format_version": version, "something": "new"}
+    (copy / MANIFEST).write_text(json.dumps(fields))
+    refuse(copy, f"expected format version 1, found {version!r}", "compile the model again")
+
+
+def test_cpu_feature_that_this_machine_lacks(copy: Path) -> None:
+    reseal(copy, lambda fields: fields["machine"]["cpu_features"].append("avx1024"))
+    refuse(copy, "this one lacks avx1024", "osscompile targets")
+
+
+def test_other_system(copy: Path) -> None:
+    reseal(copy, lambda fields: fields["machine"].update(system="Plan9"))
+    refuse(copy, "made for Plan9", f"this machine is {platform.system()}", "compile the model for")
+
+
+def test_other_architecture(copy: Path) -> None:
+    reseal(copy, lambda fields: fields["machine"].update(architecture="m68k"))
+    refuse(copy, "on m68k", platform.machine(), "compile the model for")
+
+
+def test_other_machine_is_told_before_damage(copy: Path) -> None:
+    reseal(copy, lambda fields: fields["machine"].update(architecture="m68k"))
+    flip_byte(copy / WEIGHTS, -1)
+    refuse(copy, "m68k")
+
+
+# Sealed with right hashes, but wrong inside
+
+
+def rewrite_header(artifact: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the header of the weights; sizes and hashes are right afterwards."""
+    file = artifact / WEIGHTS
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    reseal(artifact)
+
+
+def last_tensor(header: dict[str, Any]) -> dict[str, Any]:
+    return max(header.values(), key=lambda entry: entry["data_offsets"])
+
+
+def test_weights_with_an_offset_outside_the_file(copy: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        entry = last_tensor(header)
+        entry["data_offsets"] = [offset + (1 << 40) for offset in entry["data_offsets"]]
+
+    rewrite_header(copy, change)
+    refuse(copy, WEIGHTS, "ends at byte", "the file at")
+
+
+def test_weights_with_a_size_outside_the_file(copy: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        entry = last_tensor(header)
+        begin, end = entry["data_offsets"]
+        entry.update(dtype="U8", shape=[end - begin + 64], data_offsets=[begin, end + 64])
+
+    rewrite_header(copy, change)
+    refuse(copy, WEIGHTS, "ends at byte", "cut off")
+
+
+def test_weights_with_negative_offsets(copy: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        entry = last_tensor(header)
+        entry["data_offsets"] = [offset - (1 << 40) for offset in entry["data_offsets"]]
+
+    rewrite_header(copy, change)
+    refuse(copy, WEIGHTS, "expected [begin, end] as data_offsets")
+
+
+def test_weights_that_overlap(copy: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        first, second = sorted(header.values(), key=lambda entry: entry["data_offsets"])[:2]
+        second.update(first)
+
+    rewrite_header(copy, change)
+    refuse(copy, WEIGHTS, "overlaps")
+
+
+def test_weights_header_longer_than_the_file(copy: Path) -> None:
+    content = (copy / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little") + content[8:])
+    reseal(copy)
+    refuse(copy, WEIGHTS, f"the header claims {1 << 62} bytes")
+
+
+def test_weights_not_aligned(copy: Path) -> None:
+    """A kernel would crash on them."""
+    content = (copy / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end] + b" " * 4
+    (copy / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    reseal(copy)
+    refuse(copy, WEIGHTS, "at a multiple of 64")
+
+
+def test_weights_without_a_tensor(copy: Path) -> None:
+    name = read_manifest(copy).weights[3].name
+    rewrite_header(copy, lambda header: header.update({"renamed": header.pop(name)}))
+    refuse(copy, WEIGHTS, f"expected {name}", "found none")
+
+
+def test_weights_of_another_shape(copy: Path) -> None:
+    name = read_manifest(copy).weights[0].name
+    rewrite_header(copy, lambda header: header[name]["shape"].reverse())
+    refuse(copy, WEIGHTS, f"expected {name}")
+
+
+def test_weights_cut_off_and_sealed(copy: Path) -> None:
+    file = copy / WEIGHTS
+    last = max(entry.offset for entry in read_header(file).values())
+    file.write_bytes(file.read_bytes()[:last])
+    reseal(copy)
+    refuse(copy, WEIGHTS, "cut off")
+
+
+def test_library_that_is_no_library(copy: Path) -> None:
+    file_of(copy, "library").write_bytes(b"\x7fELF and nothing else")
+    reseal(copy)
+    refuse(copy, "expected a library that this machine can load", "compile the model again")
+
+
+def test_library_without_our_entry(copy: Path) -> None:
+    other = getattr(_json, "__file__", None)
+    if other is None:
+        pytest.skip("this Python has no extension module to take for a library")
+    shutil.copyfile(other, file_of(copy, "library"))
+    reseal(copy)
+    with pytest.raises(ArtifactError, match="expected a library that this machine can load"):
+        osscompile.load(copy)
+
+
+def test_tokenizer_without_the_special_tokens(copy: Path) -> None:
+    fields = json.loads((copy / TOKENIZER).read_text())
+    fields["added_tokens"] = []
+    (copy / TOKENIZER).write_text(json.dumps(fields))
+    reseal(copy)
+    refuse(copy, TOKENIZER, "expected the special tokens of gpt-oss")
+
+
+@pytest.mark.parametrize("field", ["machine", "library", "weights", "files", "context", "caches"])
+def test_manifest_without_a_field(copy: Path, field: str) -> None:
+    reseal(copy, lambda fields: fields.pop(field))
+    refuse(copy, MANIFEST, field, "damaged")
+
+
+def test_manifest_with_an_unknown_field(copy: Path) -> None:
+    reseal(copy, lambda fields: fields.update(surprise=1))
+    refuse(copy, MANIFEST, "surprise")
+
+
+@pytest.mark.parametrize("field", ["machine", "weights", "files", "caches", "sliding"])
+def test_manifest_with_a_number_where_more_is_due(copy: Path, field: str) -> None:
+    reseal(copy, lambda fields: fields.update({field: 7}))
+    refuse(copy, MANIFEST, "damaged")
+
+
+@pytest.mark.parametrize("name", ["../lib.so", "/tmp/lib.so", "..", ""])
+def test_manifest_that_leads_out_of_the_folder(copy: Path, name: str) -> None:
+    def change(fields: dict[str, Any]) -> None:
+        fields["files"][name] = fields["files"].pop(fields["library"])
+        fields["library"] = name
+
+    shutil.copyfile(file_of(copy, "library"), copy.parent / "lib.so")
+    reseal(copy, change)
+    refuse(copy, "damaged")
+
+
+def test_manifest_that_does_not_list_the_library(copy: Path) -> None:
+    reseal(copy, lambda fields: fields["files"].pop(fields["library"]))
+    refuse(copy, MANIFEST, "expected an entry for")
+
+
+def test_a_damaged_artifact_can_be_compiled_again(copy: Path) -> None:
+    """What the messages advise must work."""
+    from osscompile.write import staged_directory
+
+    for name in FILES[::-1]:
+        flip_byte(copy / MANIFEST if name == MANIFEST else file_of(copy, name), 0)
+    with staged_directory(copy, 0) as folder:
+        (folder / MANIFEST).write_text("new")
+    assert [path.name for path in copy.iterdir()] == [MANIFEST]
+
+
+# Requests to a whole one
+
+
+def test_prompt_longer_than_the_context(model: osscompile.Model) -> None:
+    ids = [1] * (model.context + 1)
+    for request in (model.logits, model.generate):  # told at the call, not at the first token
+        with pytest.raises(InputError, match=r"at most 4096 tokens, found 4097; .* larger context"):
+            request(ids)
+
+
+def test_prompt_longer_than_the_context_of_this_load(nano_artifact: Path) -> None:
+    model = osscompile.load(nano_artifact, context=8)
+    assert model.logits([1] * 8).shape == (8, model.vocab_size)
+    with pytest.raises(InputError, match=r"at most 8 tokens, found 9; .*compiled for 4096"):
+        model.logits([1] * 9)
+
+
+def test_conversation_longer_than_the_context(nano_artifact: Path) -> None:
+    model = osscompile.load(nano_artifact, context=32)
+    with pytest.raises(InputError, match="at most 32 tokens"):
+        model.chat([{"role": "user", "content": "17 + 25? " * 100}])
+
+
+def test_prompt_that_fills_the_context(nano_artifact: Path) -> None:
+    """The token after the last position can be said, it needs no position of its own."""
+    model = osscompile.load(nano_artifact, context=16)
+    assert len(list(model.generate([5] * 16))) == 1
+    assert len(list(model.generate([5] * 16, max_tokens=100))) == 1
+
+
+def test_empty_prompt(model: osscompile.Model) -> None:
+    for request in (model.logits, model.generate):
+        with pytest.raises(InputError, match="at least one token, found none"):
+            request([])
+
+
+@pytest.mark.parametrize("wrong", [-1, -(1 << 63), 1 << 31, 1 << 32, 1 << 70])
+def test_token_id_out_of_range(model: osscompile.Model, wrong: int) -> None:
+    for request in (model.logits, model.generate):
+        with pytest.raises(InputError, match=rf"expected 0 to {model.vocab_size - 1}, found {wrong}"):
+            request([1, wrong, 2])
+
+
+def test_first_token_id_beyond_the_vocabulary(model: osscompile.Model) -> None:
+    assert model.logits([model.vocab_size - 1]).shape == (1, model.vocab_size)
+    with pytest.raises(InputError, match=f"found {model.vocab_size}"):
+        model.logits([model.vocab_size])
+
+
+@pytest.mark.parametrize("context", [0, -1, 4097])
+def test_load_with_a_context_out_of_range(nano_artifact: Path, context: int) -> None:
+    with pytest.raises(InputError, match=f"expected 1 to 4096, found {context}; .*--context"):
+        osscompile.load(nano_artifact, context=context)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1])
+def test_max_tokens_out_of_range(model: osscompile.Model, max_tokens: int) -> None:
+    with pytest.raises(InputError, match=f"max_tokens: expected at least 1, found {max_tokens}"):
+        model.generate([1], max_tokens=max_tokens)
+
+
+def test_chat_without_a_tokenizer(tiny_artifact: Path) -> None:
+    model = osscompile.load(tiny_artifact)
+    for request in (lambda: model.encode("17"), lambda: model.chat([])):
+        with pytest.raises(InputError, match=r"expected an artifact with a tokenizer.*token ids"):
+            request()
+
+
+def test_the_model_works_on_after_bad_requests(model: osscompile.Model) -> None:
+    before = model.logits([3, 1, 4, 1, 5])
+    for ids in ([], [-1], [1] * 5000):
+        with pytest.raises(InputError):
+            model.generate(ids)
+    np.testing.assert_array_equal(model.logits([3, 1, 4, 1, 5]), before)
+
+
+def test_errors_are_one_family() -> None:
+    """One `except osscompile.OsscompileError` catches all that users can be blamed for."""
+    for error in (ArtifactError, InputError, CompileError):
+        assert issubclass(error, osscompile.OsscompileError)
+
+
+def test_a_whole_artifact_has_its_library_loaded(nano_artifact: Path) -> None:
+    """Else `refuse` could not tell."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs Linux's /proc")
+    model = osscompile.load(nano_artifact)
+    assert library_is_loaded(nano_artifact)
+    del model

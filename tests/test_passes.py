@@ -1,0 +1,415 @@
+"""The passes: the IR of a whole model as text, what `verify` catches, and the choice of schedules.
+
+That the compiled result is right is judged by `test_kernels.py` and by the tests of whole models;
+the golden text shows what a change did to the IR. `pytest --update-golden` writes it anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from kernel_runner import Array, build
+from tvm import ir, relax, te, tirx
+from tvm.relax import TensorType
+from tvm.tirx import PrimFunc
+from tvm_ffi import structural_equal, structural_walk
+
+from osscompile import targets
+from osscompile.importer.graph import TILES, build_graph
+from osscompile.importer.synthetic import TINY, gpt_oss_config
+from osscompile.kernels import attention, experts, matmul, rows
+from osscompile.passes import PIPELINE, run_passes
+from osscompile.passes.expand_exp import expand_exp
+from osscompile.passes.pack_weights import PACKED_ROWS, pack_weights
+from osscompile.passes.schedule_kernels import schedule_kernels
+from osscompile.passes.verify import verify
+from osscompile.schedules import records
+from osscompile.schedules.cpu import CPU_RULES
+from osscompile.schedules.cpu import rows as fallback
+from osscompile.schedules.records import constants, kernel_key
+from osscompile.schedules.rule import schedule
+from osscompile.targets import Target, TargetError
+
+X86 = targets.load("x86")
+GOLDEN = Path(__file__).parent / "golden" / "ir"
+PROFILES = ("fast", "exact")
+
+# Every kind of kernel, as small as it gets: a sliding and a full layer, a router whose 2 rows do
+# not fill a vector.
+SMALLEST = dataclasses.replace(
+    TINY,
+    vocab_size=16,
+    hidden_size=32,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    num_experts=2,
+    num_experts_per_token=1,
+    window=8,
+    sliding=(True, False),
+)
+
+
+def imported(profile: str) -> ir.IRModule:
+    return build_graph(SMALLEST, profile, context=32, chunk=16).module
+
+
+def kernels(module: ir.IRModule) -> dict[ir.GlobalVar, PrimFunc]:
+    return {name: f for name, f in module.functions_items() if isinstance(f, PrimFunc)}
+
+
+# --- Golden IR --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_golden_imported(profile: str, update_golden: bool) -> None:
+    module = imported(profile)
+    shown = _shown_kernels(module, profile)
+    dropped = [name for name in kernels(module) if name not in shown]
+    dropped.append(module.get_global_var("score"))  # prefill without its take_row
+    _compare(_without(module, dropped), f"{profile}_imported.txt", update_golden)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_golden_scheduled_for_x86(profile: str, update_golden: bool) -> None:
+    """The kernels only, and which weights were packed; the graph differs by their shapes."""
+    module = run_passes(imported(profile), X86, (pack_weights, schedule_kernels))
+    shown = _shown_kernels(module, profile)
+    dropped = [name for name in module.get_global_vars() if name not in shown]
+    _compare(_without(module, dropped), f"{profile}_scheduled_x86.txt", update_golden)
+
+
+def _shown_kernels(module: ir.IRModule, profile: str) -> set[ir.GlobalVar]:
+    """Of every operation one kernel for decode and one for prefill; in `exact` what differs from
+    `fast`."""
+    other = imported("fast") if profile == "exact" else ir.IRModule()
+    if PACKED_ROWS in (module.attrs or {}):
+        other = run_passes(other, X86, (pack_weights, schedule_kernels))
+    shown: dict[tuple[str, bool], ir.GlobalVar] = {}
+    for name, kernel in sorted(kernels(module).items(), key=lambda item: item[0].name_hint):
+        if not any(structural_equal(kernel, known) for known in kernels(other).values()):
+            symbolic = any(isinstance(e, tirx.Var) for p in kernel.params for e in p.shape)
+            shown.setdefault((str(kernel.attrs["op"]), symbolic), name)
+    return set(shown.values())
+
+
+def _without(module: ir.IRModule, dropped: list[ir.GlobalVar]) -> ir.IRModule:
+    functions = {name: f for name, f in module.functions_items() if name not in dropped}
+    return ir.IRModule(functions, attrs=module.attrs)
+
+
+def _compare(module: ir.IRModule, name: str, update: bool) -> None:
+    text = module.script(int_dtype="int64") + "\n"
+    path = GOLDEN / name
+    if update:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert path.exists(), f"{path}: not there; `pytest --update-golden` writes it"
+    golden = path.read_text(encoding="utf-8").splitlines()
+    lines = text.splitlines()
+    first = next((i for i, (a, b) in enumerate(zip(golden, lines, strict=False)) if a != b), None)
+    if first is None and len(golden) != len(lines):
+        first = min(len(golden), len(lines))
+    assert first is None, (
+        f"{path}:{first + 1}: the IR changed; if it should, run `pytest --update-golden` and read "
+        f"the diff\nexpected {golden[first : first + 1]}\nfound    {lines[first : first + 1]}"
+    )
+
+
+# --- The pipeline -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_pipeline_dumps_every_phase_and_leaves_calls_of_the_machine_only(
+    profile: str, tmp_path: Path
+) -> None:
+    module = run_passes(imported(profile), X86, PIPELINE, tmp_path)
+    phases = ["imported", *(rewrite.__name__ for rewrite in PIPELINE)]
+    files = [f"{i}_{phase}.py" for i, phase in enumerate(phases)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    left = [
+        str(call.op)
+        for name in ("prefill", "decode", "score")
+        for call in _calls(module[name])
+        if isinstance(call.op, ir.Op) and call.op.name.startswith("relax.call_tir")
+    ]
+    assert not left
+
+
+def test_pack_weights_packs_all_whose_rows_fill_vectors_and_no_others() -> None:
+    """The router of 2 experts does not, and the embedding is looked up by row."""
+    packed = pack_weights(imported("fast"), X86).attrs[PACKED_ROWS]
+    parts = {"qkv", "out", "gate_up", "down"}
+    names = {f"layers.{i}.{part}.{kind}" for i in (0, 1) for part in parts for kind in WEIGHT}
+    assert set(packed) == names | {"lm_head.words", "lm_head.scales"}
+
+
+def test_pack_weights_gives_parameters_the_shapes_of_their_layout() -> None:
+    graph = build_graph(SMALLEST, "fast", 32, 16)
+    module = pack_weights(graph.module, X86)
+    shapes = {p.name: p.shape for p in graph.weights}
+    for name in ("prefill", "decode", "score"):
+        for parameter in module[name].params:
+            if parameter.name in module.attrs[PACKED_ROWS]:
+                axis, lanes = (int(i) for i in module.attrs[PACKED_ROWS][parameter.name])
+                shape = list(shapes[parameter.name])
+                shape[axis] //= lanes
+                assert [int(e) for e in parameter.ty.shape] == [*shape, lanes], parameter.name
+
+
+WEIGHT = ("words", "scales")
+
+
+def _calls(node: Any) -> list[ir.Call]:
+    calls: list[ir.Call] = []
+    structural_walk(node, (ir.Call, calls.append))
+    return calls
+
+
+# --- What verify catches ----------------------------------------------------------------------
+
+
+def kernel_of(value: Callable[[te.Tensor, Any], Any], dtype: str = "float32") -> PrimFunc:
+    """out[i] = value(x, i) for 64 numbers."""
+    x = te.placeholder((64,), dtype, name="x")
+    out = te.compute((64,), lambda i: value(x, i), name="out")
+    return te.create_prim_func([x, out]).with_attr("op", "test").without_attr("global_symbol")
+
+
+def alone(kernel: PrimFunc) -> ir.IRModule:
+    return ir.IRModule({"kernel": kernel})
+
+
+def copy(x: te.Tensor, i: Any) -> Any:
+    return x[i]
+
+
+def test_verify_accepts_a_kernel_without_faults() -> None:
+    """Or else the tests below would pass for another reason."""
+    verify(alone(kernel_of(copy)), X86, ())
+    scheduled = schedule_kernels(alone(kernel_of(copy)), X86)
+    verify(scheduled, X86, ("pack_weights", "schedule_kernels"))
+
+
+def test_verify_catches_an_unscheduled_kernel() -> None:
+    with pytest.raises(AssertionError, match="kernel: not scheduled"):
+        verify(alone(kernel_of(copy)), X86, ("pack_weights", "schedule_kernels"))
+
+
+def test_verify_catches_a_kernel_that_no_schedule_can_recognise() -> None:
+    with pytest.raises(AssertionError, match="kernel: no `op`"):
+        verify(alone(kernel_of(copy).without_attr("op")), X86, ())
+
+
+def test_verify_catches_a_dtype_that_the_target_cannot_hold() -> None:
+    with pytest.raises(AssertionError, match="x is float64, which x86 cannot hold"):
+        verify(alone(kernel_of(copy, "float64")), X86, ())
+    without_bytes = dataclasses.replace(X86, dtypes=("float32", "int32"))
+    with pytest.raises(AssertionError, match="cannot hold"):
+        verify(imported("fast"), without_bytes, ())
+
+
+def test_verify_catches_an_unbound_symbol() -> None:
+    stray = tirx.Var("stray", "float32")
+    kernel = kernel_of(copy)
+    kernel = kernel.with_body(tirx.SeqStmt([kernel.body, tirx.Evaluate(stray + 1.0)]))
+    with pytest.raises(AssertionError, match="kernel: stray used"):
+        verify(alone(kernel), X86, ())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 1, 65), "float32"), ((1, 64), "float32"), ((1, 1, 64), "float16")]
+)
+def test_verify_catches_a_call_that_disagrees_with_its_kernel(
+    shape: tuple[int, ...], dtype: str
+) -> None:
+    def caller(shape: tuple[int, ...], dtype: str) -> ir.IRModule:
+        builder = relax.BlockBuilder()
+        x = relax.Var("x", TensorType(shape, dtype))
+        weight = relax.Var("weight", TensorType((64,), "float32"))
+        with builder.function("decode", [x, weight], pure=False):
+            kernel = builder.add_func(rows.rms_norm(1, 1, 64, 1e-5), "rms_norm")
+            out = TensorType((1, 1, 64), "float32")
+            builder.emit_func_output(builder.emit(relax.call_tir(kernel, [x, weight], out)))
+        return builder.get()
+
+    verify(caller((1, 1, 64), "float32"), X86, ())
+    with pytest.raises(ValueError, match="rms_norm"):
+        verify(caller(shape, dtype), X86, ())
+
+
+# --- The choice of schedules ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_last_rule_takes_every_kernel_made_of_blocks(profile: str) -> None:
+    assert CPU_RULES[-1] is fallback
+    module = pack_weights(imported(profile), X86)
+    for name, kernel in kernels(module).items():
+        if CPU_RULES[0](kernel, X86) is None:
+            assert fallback(kernel, X86) is not None, name
+
+
+def test_first_rule_takes_every_kernel_that_is_not_made_of_blocks() -> None:
+    cache = (4, 2, 16, 64, 64, "float32")
+    for kernel in (
+        attention.append_kv(TILES, 8, *cache),
+        attention.attention(TILES, 8, 4, 2, 16, 64, None, "float32"),
+        experts.route(1, 1, 8, 4),
+        experts.sort_by_expert(TILES, 8, 8, 4),
+    ):
+        assert CPU_RULES[0](kernel, X86) is not None
+    assert CPU_RULES[0](rows.rms_norm(1, 1, 64, 1e-5), X86) is None
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_no_matrix_product_of_gpt_oss_falls_back(profile: str) -> None:
+    config = dataclasses.replace(gpt_oss_config(2, 32), vocab_size=201088)
+    module = pack_weights(build_graph(config, profile, 4096, 512).module, X86)
+    products = [k for k in kernels(module).values() if _is_product(k)]
+    assert len(products) >= 10  # qkv, out, router, gate_up and down, each in two forms
+    for kernel in products:
+        assert schedule(kernel, X86).attrs["scheduled_by"] == "matmul", kernel.attrs["op"]
+
+
+def _is_product(kernel: PrimFunc) -> bool:
+    return str(kernel.attrs["op"]).startswith(("dense", "moe"))
+
+
+def test_schedule_of_an_unknown_family_names_those_that_there_are() -> None:
+    with pytest.raises(TargetError, match=r"family of cpu.*found 'abacus'"):
+        schedule(rows.rms_norm(1, 1, 64, 1e-5), dataclasses.replace(X86, family="abacus"))
+
+
+# --- Records of tuning ------------------------------------------------------------------------
+
+KERNEL = matmul.dense_bf16(1, 1, 32, 8 * 24, False, False)
+
+
+@pytest.fixture
+def write_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Takes the records of x86; the folder lies beside the module that reads them."""
+    (tmp_path / "records").mkdir()
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    records._records.cache_clear()
+
+    def write(found: dict[str, dict[str, int]]) -> None:
+        (tmp_path / "records" / "x86.json").write_text(json.dumps(found))
+
+    yield write
+    records._records.cache_clear()
+
+
+def _parallel_extents(function: PrimFunc) -> list[int]:
+    extents: list[int] = []
+
+    def collect(loop: tirx.For) -> None:
+        if loop.kind == tirx.ForKind.PARALLEL:
+            extents.append(int(loop.extent))
+
+    structural_walk(function.body, (tirx.For, collect))
+    return extents
+
+
+def test_constants_without_records_are_the_defaults(write_records: Any) -> None:
+    assert constants(KERNEL, X86, {"a": 1}) == {"a": 1}
+
+
+def test_constants_of_a_record_replace_defaults(write_records: Any) -> None:
+    write_records({kernel_key(KERNEL): {"a": 2}, "another kernel": {"b": 3}})
+    assert constants(KERNEL, X86, {"a": 1, "b": 1}) == {"a": 2, "b": 1}
+    other = dataclasses.replace(X86, name="other")
+    assert constants(KERNEL, other, {"a": 1}) == {"a": 1}
+
+
+def test_kernel_key_tells_operations_shapes_and_dtypes_apart() -> None:
+    keys = {
+        kernel_key(kernel)
+        for kernel in (
+            matmul.dense_bf16(1, 1, 32, 64, False, False),
+            matmul.dense_bf16(1, 1, 64, 32, False, False),
+            matmul.dense_bf16(TILES, 8, 32, 64, False, False),
+            matmul.dense_bf16(1, 1, 32, 64, True, False),
+            matmul.moe_mxfp4(True, 1, 1, 4, 32, 64),
+            matmul.moe_mxfp4(False, 1, 1, 4, 32, 64),
+        )
+    }
+    assert len(keys) == 6
+
+
+def test_record_changes_the_schedule_but_not_the_result(write_records: Any) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 1, 32)).astype(np.float32)
+    ones = np.full((8 * 24, 32), 0x3F80, np.uint16)  # 1.0
+
+    def run(target: Target) -> tuple[list[int], Array]:
+        built = build(KERNEL, target)
+        return _parallel_extents(built.function), built(x, ones)
+
+    default_extents, default = run(X86)
+    module = pack_weights(_calling(KERNEL), X86)
+    (packed,) = kernels(module).values()
+    write_records({kernel_key(packed): {"row_groups_per_task": 3}})
+    records._records.cache_clear()
+    recorded = dataclasses.replace(X86, description="not built before")
+    extents, result = run(recorded)
+    assert default_extents == [2] and extents == [8]  # 24 groups of 8 rows, 12 or 3 a task
+    np.testing.assert_allclose(result, np.full_like(result, x.astype(np.float64).sum()), rtol=1e-5)
+    np.testing.assert_array_equal(result, default)
+
+
+def _calling(kernel: PrimFunc) -> ir.IRModule:
+    builder = relax.BlockBuilder()
+    types = [TensorType([int(e) for e in p.shape], str(p.dtype)) for p in kernel.params]
+    arguments = [relax.Var(p.name, ty) for p, ty in zip(kernel.params, types[:-1], strict=False)]
+    with builder.function("decode", arguments, pure=False):
+        name = builder.add_func(kernel, str(kernel.attrs["op"]))
+        builder.emit_func_output(builder.emit(relax.call_tir(name, arguments, types[-1])))
+    return builder.get()
+
+
+# --- e^x --------------------------------------------------------------------------------------
+
+
+def run_exp(x: Array, target: Target) -> Array:
+    placeholder = te.placeholder(x.shape, "float32", name="x")
+    out = te.compute(x.shape, lambda i: tirx.exp(placeholder[i]), name="out")
+    function = te.create_prim_func([placeholder, out])
+    module = expand_exp(ir.IRModule({"main": function}), target)
+    result = tvm.runtime.tensor(np.full(x.shape, np.nan, np.float32))
+    tvm.compile(module, target=tvm.target.Target(target.tvm))(tvm.runtime.tensor(x), result)
+    return result.numpy()
+
+
+def test_expanded_exp_is_off_by_2_units_at_most() -> None:
+    halves = (np.arange(-126, 127) + 0.5) * np.log(2)  # where the power of two changes
+    near = (halves[:, None] * (1 + np.arange(-8, 9) * 2.0**-24)).reshape(-1)
+    x = np.concatenate([np.linspace(-87, 88, 400001), near, [0.0, -0.0, 1e-30, -1e-30]])
+    x = x.astype(np.float32)
+    expected = np.exp(x.astype(np.float64))
+    error = np.abs(run_exp(x, X86) / expected - 1)
+    assert error.max() < 2.5e-7
+
+
+def test_expanded_exp_of_hidden_scores_is_nearly_0() -> None:
+    x = np.array([-87.5, -100, -1e4, -1e30, -3.4e38, -np.inf], np.float32)
+    result = run_exp(x, X86)
+    assert (result > 0).all() and (result < 2e-38).all()
+
+
+def test_exp_stays_where_the_target_has_an_instruction() -> None:
+    kernel = kernel_of(lambda x, i: tirx.exp(x[i]))
+    with_exp = dataclasses.replace(X86, has_exp=True)
+    assert structural_equal(expand_exp(alone(kernel), with_exp)["kernel"], kernel)
+    expanded = expand_exp(alone(kernel), X86)["kernel"]
+    names = {call.op.name for call in _calls(expanded.body) if isinstance(call.op, ir.Op)}
+    assert "tirx.exp" not in names and "tirx.floor" in names
