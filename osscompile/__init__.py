@@ -4,7 +4,9 @@ Public names resolve on first use, because `import osscompile.runtime` runs this
 stay free of the compiler.
 """
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +32,17 @@ __all__ = [
 _here = Path(__file__).parent
 if not (_here / "runtime").is_dir():
     __path__.append(str(_here.parent))
+
+
+class _Package(ModuleType):
+    """Whoever imports the module compile.py binds its name here: `compile` stays the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "compile":
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

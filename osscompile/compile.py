@@ -107,6 +107,7 @@ def compile(
             workspace_bytes={f: int(n) for f, n in sorted(module.attrs[WORKSPACE].items())},
             caches=tuple(Tensor(c.name, c.shape, c.dtype) for c in graph.caches),
             weights=weights,
+            decode_bytes=_decode_bytes(config, weights),
             gathered=tuple(w.name for w in weights if w.name.startswith(GATHERED)),
             eos_token_ids=_eos_token_ids(resolved),
             files=_files(folder, weights_sha256),
@@ -144,6 +145,17 @@ def _packed(parameter: Parameter, packing: tuple[int, int] | None) -> Tensor:
         axis, lanes = packing
         shape = (*shape[:axis], shape[axis] // lanes, *shape[axis + 1 :], lanes)
     return Tensor(parameter.name, shape, parameter.dtype)
+
+
+def _decode_bytes(config: ModelConfig, weights: tuple[Tensor, ...]) -> int:
+    """Bytes of weights that one decode step reads: of the experts only those chosen."""
+    total = 0
+    for weight in weights:
+        if not weight.name.startswith(GATHERED):
+            chosen = config.num_experts_per_token / config.num_experts
+            share = chosen if ".gate_up." in weight.name or ".down." in weight.name else 1
+            total += round(weight.num_bytes * share)
+    return total
 
 
 def _copy_tokenizer(resolved: Resolved, folder: Path) -> None:

@@ -60,7 +60,7 @@ def staged_directory(output: Path, needed_bytes: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(output.parent, needed_bytes) from error
-        raise CompileError(f"{output}: cannot be written: {error}; choose another -o") from error
+        raise _not_writable(output, error) from error
     finally:
         for folder in new_folders:
             with contextlib.suppress(OSError):  # it stays if there is something in it
@@ -108,15 +108,18 @@ def check_replaceable(output: Path) -> None:
     What is replaced is deleted, so the folder must hold nothing but what a compile may have
     written; an artifact that is damaged can be replaced.
     """
-    if not output.exists():
-        return
-    found = "a file"
-    if output.is_dir():
-        names = sorted(path.name for path in output.iterdir())
-        strange = [name for name in names if not _is_ours(output / name)]
-        if not names or (MANIFEST in names and not strange):
+    try:
+        if not output.exists():
             return
-        found = f"a folder with {(strange or names)[0]}"
+        found = "a file"
+        if output.is_dir():
+            names = sorted(path.name for path in output.iterdir())
+            strange = [name for name in names if not _is_ours(output / name)]
+            if not names or (MANIFEST in names and not strange):
+                return
+            found = f"a folder with {(strange or names)[0]}"
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise _not_writable(output, error) from error
     raise CompileError(
         f"{output}: expected a new name or an artifact to replace, found {found}; choose another -o"
     )
@@ -185,6 +188,10 @@ def _is_open_at(stream: IO[str], path: Path) -> bool:
 def _check_free_space(folder: Path, needed_bytes: int) -> None:
     if shutil.disk_usage(folder).free < needed_bytes:
         raise _disk_full(folder, needed_bytes)
+
+
+def _not_writable(output: Path, error: OSError) -> CompileError:
+    return CompileError(f"{output}: cannot be written: {error}; choose another -o")
 
 
 def _disk_full(folder: Path, needed_bytes: int) -> CompileError:

@@ -70,6 +70,7 @@ class Manifest:
     workspace_bytes: dict[str, int]  # of each function's activations
     caches: tuple[Tensor, ...]  # keys and values of each layer: arguments before the weights
     weights: tuple[Tensor, ...]
+    decode_bytes: int  # of weights that one decode step reads
     gathered: tuple[str, ...]  # weights of which a run reads the rows of its tokens only
     eos_token_ids: tuple[int, ...]
     files: dict[str, File]

@@ -1,6 +1,7 @@
 """A loaded model: token ids to logits, to tokens, to the text of a chat."""
 
 import datetime
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def load(
             f"context: expected 1 to {limit}, found {context}; "
             "for more, compile the model again with a larger --context"
         )
+    if threads is not None and threads < 1:
+        raise InputError(f"threads: expected at least 1, found {threads}")
     return Model(artifact, context or limit, threads)
 
 
@@ -219,7 +222,12 @@ class Model:
         return padded.reshape(-1, tile)
 
     def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
-        ids = [int(i) for i in token_ids]
+        try:
+            ids = [operator.index(i) for i in token_ids]
+        except TypeError as error:
+            raise InputError(
+                f"prompt: expected token ids, which `encode` makes of text, found other: {error}"
+            ) from None
         if not ids:
             raise InputError("prompt: expected at least one token, found none")
         if len(ids) > self.context:

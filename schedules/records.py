@@ -1,7 +1,8 @@
 """Constants that tuning found, one JSON file a target; kernels without a record use defaults.
 
 A record's key is the kernel's operation and the shapes of its parameters, for example
-"dense_q8 int8[1,1,90,32] float32[1,1,90] ...": the same in every layer of a model.
+"dense_q8 int8[1,1,90,32] float32[1,1,90] ... uint32[640,90,8,8] ...": the same in every layer of a
+model. Shapes are those after weights were packed.
 """
 
 import json

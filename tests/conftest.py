@@ -7,12 +7,12 @@ from pathlib import Path
 # Before numpy: threads of OpenBLAS make the small matrix products of the reference 5 times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-from artifacts import TINY_OPTIONS  # noqa: E402
+import pytest
+from artifacts import TINY_OPTIONS
 
-import osscompile  # noqa: E402
-from osscompile import targets  # noqa: E402
-from osscompile.targets import Target  # noqa: E402
+import osscompile
+from osscompile import targets
+from osscompile.targets import Target
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,11 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
-
-
-@pytest.fixture(scope="session")
-def x86() -> Target:
-    return targets.load("x86")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from tvm_ffi import structural_map
 
 from osscompile.importer.weights import pack_rows
 from osscompile.passes.expand_exp import expand_exp
-from osscompile.passes.pack_weights import _pack_kernel, _packable
+from osscompile.passes.pack_weights import pack_kernel, packable
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target
 
@@ -42,8 +42,8 @@ class BuiltKernel:
         self, kernel: PrimFunc, target: Target, scheduled: bool, rule: Rule | None
     ) -> None:
         self.kernel, self.lanes = kernel, target.vector_lanes
-        self.packed = _packable(kernel, self.lanes)
-        function = _pack_kernel(kernel, self.packed, self.lanes)
+        self.packed = packable(kernel, self.lanes)
+        function = pack_kernel(kernel, self.packed, self.lanes)
         if rule is not None:
             sch = rule(function, target)
             assert sch is not None, f"{rule.__name__} declines {kernel.attrs['op']}"

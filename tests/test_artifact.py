@@ -41,7 +41,9 @@ def test_nothing_has_the_final_name_before_everything_is_written(tmp_path: Path)
     with staged_directory(output, 0) as folder:
         (folder / MANIFEST).write_text("{}")
         assert not output.exists()
-        assert folder.is_relative_to(tmp_path / "out.partial")  # one file system: a rename is enough
+        assert folder.is_relative_to(
+            tmp_path / "out.partial"
+        )  # one file system: a rename is enough
     assert listing(tmp_path) == ["out", f"out/{MANIFEST}"]
 
 
@@ -123,7 +125,7 @@ def test_output_is_the_empty_current_folder(
 def test_second_writer_of_one_output_is_refused(tmp_path: Path) -> None:
     with staged_directory(tmp_path / "out", 0) as folder:
         with (
-            pytest.raises(CompileError, match="another compile .* choose another -o"),
+            pytest.raises(CompileError, match=r"another compile .* choose another -o"),
             staged_directory(tmp_path / "out", 0),
         ):
             pass

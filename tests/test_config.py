@@ -155,7 +155,12 @@ NONSENSE = {
     "heads_not_divisible": ({"num_key_value_heads": 7}, "divisor of num_attention_heads = 64"),
     "hidden_not_in_blocks": ({"hidden_size": 2870}, "hidden_size: expected a multiple of 32"),
     "intermediate_not_in_blocks": ({"intermediate_size": 100}, "intermediate_size: .* of 32"),
-    "odd_head_dim": ({"head_dim": 63}, "head_dim: expected an even number"),
+    "head_dim_not_in_vectors": ({"head_dim": 60}, "head_dim: expected a multiple of 8"),
+    "queries_not_in_blocks": (
+        {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8},
+        "num_attention_heads x head_dim to be a multiple of 32",
+    ),
+    "yarn_ramp_of_no_width": (rope(beta_fast=1.0), "beta_fast > beta_slow"),
     "zero_layers": ({"num_hidden_layers": 0}, "num_hidden_layers"),
     "a_billion_layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     "size_is_text": ({"vocab_size": "201088"}, "vocab_size: expected a whole number"),

@@ -243,7 +243,7 @@ def test_verify_catches_a_call_that_disagrees_with_its_kernel(
         return builder.get()
 
     verify(caller((1, 1, 64), "float32"), X86, ())
-    with pytest.raises(ValueError, match="rms_norm"):
+    with pytest.raises(ValueError, match="Argument 0 type mismatch"):
         verify(caller(shape, dtype), X86, ())
 
 
@@ -273,8 +273,8 @@ def test_first_rule_takes_every_kernel_that_is_not_made_of_blocks() -> None:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_no_matrix_product_of_gpt_oss_falls_back(profile: str) -> None:
-    config = dataclasses.replace(gpt_oss_config(2, 32), vocab_size=201088)
-    module = pack_weights(build_graph(config, profile, 4096, 512).module, X86)
+    module = build_graph(gpt_oss_config(num_layers=1, num_experts=32), profile, 4096, 512).module
+    module = pack_weights(module, X86)
     products = [k for k in kernels(module).values() if _is_product(k)]
     assert len(products) >= 10  # qkv, out, router, gate_up and down, each in two forms
     for kernel in products:
@@ -286,7 +286,7 @@ def _is_product(kernel: PrimFunc) -> bool:
 
 
 def test_schedule_of_an_unknown_family_names_those_that_there_are() -> None:
-    with pytest.raises(TargetError, match=r"family of cpu.*found 'abacus'"):
+    with pytest.raises(TargetError, match="cpu, found 'abacus'"):
         schedule(rows.rms_norm(1, 1, 64, 1e-5), dataclasses.replace(X86, family="abacus"))
 
 
@@ -297,13 +297,14 @@ KERNEL = matmul.dense_bf16(1, 1, 32, 8 * 24, False, False)
 
 @pytest.fixture
 def write_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Takes the records of x86; the folder lies beside the module that reads them."""
+    """Takes a target and its records; the folder lies beside the module that reads them."""
     (tmp_path / "records").mkdir()
     monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
     records._records.cache_clear()
 
-    def write(found: dict[str, dict[str, int]]) -> None:
-        (tmp_path / "records" / "x86.json").write_text(json.dumps(found))
+    def write(target: Target, found: dict[str, dict[str, int]]) -> None:
+        (tmp_path / "records" / f"{target.name}.json").write_text(json.dumps(found))
+        records._records.cache_clear()
 
     yield write
     records._records.cache_clear()
@@ -325,7 +326,7 @@ def test_constants_without_records_are_the_defaults(write_records: Any) -> None:
 
 
 def test_constants_of_a_record_replace_defaults(write_records: Any) -> None:
-    write_records({kernel_key(KERNEL): {"a": 2}, "another kernel": {"b": 3}})
+    write_records(X86, {kernel_key(KERNEL): {"a": 2}, "another kernel": {"b": 3}})
     assert constants(KERNEL, X86, {"a": 1, "b": 1}) == {"a": 2, "b": 1}
     other = dataclasses.replace(X86, name="other")
     assert constants(KERNEL, other, {"a": 1}) == {"a": 1}
@@ -346,23 +347,23 @@ def test_kernel_key_tells_operations_shapes_and_dtypes_apart() -> None:
     assert len(keys) == 6
 
 
-def test_record_changes_the_schedule_but_not_the_result(write_records: Any) -> None:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((1, 1, 32)).astype(np.float32)
+def test_record_changes_the_schedule_but_not_the_result(
+    this_machine: Target, write_records: Any
+) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 1, 32)).astype(np.float32)
     ones = np.full((8 * 24, 32), 0x3F80, np.uint16)  # 1.0
 
     def run(target: Target) -> tuple[list[int], Array]:
         built = build(KERNEL, target)
         return _parallel_extents(built.function), built(x, ones)
 
-    default_extents, default = run(X86)
-    module = pack_weights(_calling(KERNEL), X86)
-    (packed,) = kernels(module).values()
-    write_records({kernel_key(packed): {"row_groups_per_task": 3}})
-    records._records.cache_clear()
-    recorded = dataclasses.replace(X86, description="not built before")
-    extents, result = run(recorded)
-    assert default_extents == [2] and extents == [8]  # 24 groups of 8 rows, 12 or 3 a task
+    default_extents, default = run(this_machine)
+    (packed,) = kernels(pack_weights(_calling(KERNEL), this_machine)).values()
+    write_records(this_machine, {kernel_key(packed): {"row_groups_per_task": 3}})
+    again = dataclasses.replace(this_machine, description="not built before")
+    extents, result = run(again)
+    groups = 8 * 24 // this_machine.vector_lanes
+    assert extents == [groups // 3] != default_extents
     np.testing.assert_allclose(result, np.full_like(result, x.astype(np.float64).sum()), rtol=1e-5)
     np.testing.assert_array_equal(result, default)
 
@@ -381,6 +382,7 @@ def _calling(kernel: PrimFunc) -> ir.IRModule:
 
 
 def run_exp(x: Array, target: Target) -> Array:
+    target = dataclasses.replace(target, has_exp=False)
     placeholder = te.placeholder(x.shape, "float32", name="x")
     out = te.compute(x.shape, lambda i: tirx.exp(placeholder[i]), name="out")
     function = te.create_prim_func([placeholder, out])
@@ -390,19 +392,19 @@ def run_exp(x: Array, target: Target) -> Array:
     return result.numpy()
 
 
-def test_expanded_exp_is_off_by_2_units_at_most() -> None:
+def test_expanded_exp_is_off_by_2_units_at_most(this_machine: Target) -> None:
     halves = (np.arange(-126, 127) + 0.5) * np.log(2)  # where the power of two changes
     near = (halves[:, None] * (1 + np.arange(-8, 9) * 2.0**-24)).reshape(-1)
     x = np.concatenate([np.linspace(-87, 88, 400001), near, [0.0, -0.0, 1e-30, -1e-30]])
     x = x.astype(np.float32)
     expected = np.exp(x.astype(np.float64))
-    error = np.abs(run_exp(x, X86) / expected - 1)
+    error = np.abs(run_exp(x, this_machine) / expected - 1)
     assert error.max() < 2.5e-7
 
 
-def test_expanded_exp_of_hidden_scores_is_nearly_0() -> None:
+def test_expanded_exp_of_hidden_scores_is_nearly_0(this_machine: Target) -> None:
     x = np.array([-87.5, -100, -1e4, -1e30, -3.4e38, -np.inf], np.float32)
-    result = run_exp(x, X86)
+    result = run_exp(x, this_machine)
     assert (result > 0).all() and (result < 2e-38).all()
 
 

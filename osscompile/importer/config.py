@@ -7,8 +7,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 
-SWIGLU_ALPHA = 1.702  # fixed in the reference implementation; no config names it
 MXFP4_BLOCK = 32  # consecutive inputs that share one scale
+HEAD_DIM_UNIT = 8  # attention mixes values in parts of so many dimensions
 
 # Far above any real model, low enough that a nonsense config cannot exhaust memory.
 MAX_LAYERS = 1024
@@ -234,8 +234,12 @@ def _check_sizes(fields: _Fields, config: ModelConfig) -> None:
     for key in ("hidden_size", "intermediate_size"):
         if fields.raw[key] % MXFP4_BLOCK:
             raise fields.error(key, f"a multiple of {MXFP4_BLOCK}, the MXFP4 block")
-    if config.head_dim % 2:
-        raise fields.error("head_dim", "an even number (rotary embedding turns pairs)")
+    if config.head_dim % HEAD_DIM_UNIT:
+        raise fields.error("head_dim", f"a multiple of {HEAD_DIM_UNIT}, as vectors hold them")
+    if config.q_size % MXFP4_BLOCK:
+        raise fields.error(
+            "head_dim", f"num_attention_heads x head_dim to be a multiple of {MXFP4_BLOCK}"
+        )
     if config.num_heads % config.num_kv_heads:
         raise fields.error(
             "num_key_value_heads", f"a divisor of num_attention_heads = {config.num_heads}"
@@ -248,4 +252,9 @@ def _check_sizes(fields: _Fields, config: ModelConfig) -> None:
         raise CheckpointError(
             f"{fields.source}: rope: expected theta > 1 and factor >= 1, found "
             f"theta {config.rope.theta} and factor {config.rope.factor}"
+        )
+    if config.rope.beta_fast <= config.rope.beta_slow:
+        raise CheckpointError(
+            f"{fields.source}: rope: expected beta_fast > beta_slow, found "
+            f"{config.rope.beta_fast} and {config.rope.beta_slow}"
         )

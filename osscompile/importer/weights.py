@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..errors import CheckpointError
 from ..schedules.formats import BLOCK, FP4_PER_WORD
 from .checkpoint import Source
 from .config import ModelConfig
@@ -51,10 +52,15 @@ def _rows(parameter: Parameter, source: Source, start: int, stop: int) -> np.nda
         return mxfp4_words(source.read(f"{name}.blocks", start, stop))
     if part == "scales" and parameter.dtype == "uint8":
         return source.read(f"{name}.scales", start, stop)
-    if part == "words":
-        return quantize_q8(source.read(f"{name}.weight", start, stop))[0]
-    if part == "scales":
-        return q8_scales(source.read(f"{name}.weight", start, stop))
+    if part in ("words", "scales"):
+        weight = source.read(f"{name}.weight", start, stop)
+        if not np.isfinite(q8_scales(weight)).all():
+            raise CheckpointError(
+                f"{name}.weight, rows {start} to {stop - 1}: expected finite weights that int8 "
+                "with float16 scales can hold, found one beyond 8.3 million, or NaN; compile with "
+                "the profile `exact`, or check where this checkpoint comes from"
+            )
+        return quantize_q8(weight)[0] if part == "words" else q8_scales(weight)
     values = source.read(parameter.name, start, stop)
     if parameter.dtype == "uint16":
         return values.view(np.uint16)

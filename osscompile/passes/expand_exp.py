@@ -24,13 +24,14 @@ def expand_exp(module: ir.IRModule, target: Target) -> ir.IRModule:
 
 
 def _expand(call: ir.Call) -> Expr:
-    if isinstance(call.op, ir.Op) and call.op.name == "tirx.exp":
+    is_exp = isinstance(call.op, ir.Op) and call.op.name == "tirx.exp"
+    if is_exp and str(call.ty) == "float32":
         return exp_float32(call.args[0])
     return call
 
 
 def exp_float32(x: Expr) -> Expr:
-    """e^x to 2 units in the last place for x <= 88; e^-87 below -87.
+    """e^x to 2 units in the last place for x <= 88; e^-87 below -87 and for NaN.
 
     x is split into n ln 2 + rest, |rest| <= 0.35: n becomes the bits of the exponent, e^rest a
     Taylor polynomial of degree 7. ln 2 is taken in two parts (Cody and Waite 1980), so that the

@@ -23,8 +23,8 @@ def pack_weights(module: ir.IRModule, target: Target) -> ir.IRModule:
     kernels: dict[ir.GlobalVar, tuple[ir.GlobalVar, dict[int, int]]] = {}
     for name, function in module.functions_items():
         if isinstance(function, PrimFunc):
-            axes = _packable(function, lanes)
-            packed = _pack_kernel(function, axes, lanes)
+            axes = packable(function, lanes)
+            packed = pack_kernel(function, axes, lanes)
             kernels[name] = (builder.add_func(packed, name.name_hint), axes)
     layout: dict[str, list[int]] = {}
     result = builder.get()
@@ -35,13 +35,15 @@ def pack_weights(module: ir.IRModule, target: Target) -> ir.IRModule:
     return result.with_attr(PACKED_ROWS, layout)
 
 
-def _packable(function: PrimFunc, lanes: int) -> dict[int, int]:
+def packable(function: PrimFunc, lanes: int) -> dict[int, int]:
+    """The weights of a kernel that can be packed: {parameter: axis of its rows}."""
     axes = {int(i): int(axis) for i, axis in function.attrs.get("packed_params", [])}
     rows = {int(function.params[i].shape[axis]) for i, axis in axes.items()}
     return axes if all(count % lanes == 0 for count in rows) else {}
 
 
-def _pack_kernel(function: PrimFunc, axes: dict[int, int], lanes: int) -> PrimFunc:
+def pack_kernel(function: PrimFunc, axes: dict[int, int], lanes: int) -> PrimFunc:
+    """The kernel, reading the weights of `axes` with `lanes` rows side by side."""
     if not axes:
         return function
     sch = s_tir.Schedule(function)

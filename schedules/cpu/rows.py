@@ -1,11 +1,16 @@
 """The fallback: every stage over the cores by its first loop, in vectors along its last."""
 
+import math
+
 from tvm import s_tir, tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 from tvm.tirx import PrimFunc
 
 from ...targets import Target
+
+# Waking the other cores takes about as long as one core needs for so many elements.
+MIN_PARALLEL_ELEMENTS = 1 << 16
 
 
 def rows(function: PrimFunc, target: Target) -> Schedule | None:
@@ -25,11 +30,13 @@ def _schedule_stage(sch: Schedule, block: SBlockRV, target: Target) -> None:
     if not spatial:
         return
     first, last = spatial[0], spatial[-1]
+    extents = [sch.get(loop).extent for loop in loops]
+    elements = math.prod(e.value for e in extents if isinstance(e, tirx.IntImm))
+    symbolic = any(not isinstance(e, tirx.IntImm) for e in extents)
     if len(spatial) > 1 and last == loops[-1]:
         extent = sch.get(last).extent
         if isinstance(extent, tirx.IntImm) and extent.value % target.vector_lanes == 0:
             *_, lane = sch.split(last, [None, target.vector_lanes])
             sch.vectorize(lane)
-    first_extent = sch.get(first).extent
-    if not isinstance(first_extent, tirx.IntImm) or first_extent.value > 1:
+    if symbolic or elements >= MIN_PARALLEL_ELEMENTS:
         sch.parallel(first)

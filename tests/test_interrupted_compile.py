@@ -1,0 +1,345 @@
+"""Compiles that cannot start, cannot finish, or are cut off: an error of ours, and nothing left."""
+
+import dataclasses
+import errno
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from artifacts import TINY_OPTIONS
+from checkpoints import write_checkpoint
+
+import osscompile
+from osscompile import CheckpointError, CompileError, TargetError, targets
+from osscompile.importer.synthetic import TINY
+from osscompile.runtime.artifact import MANIFEST, WEIGHTS, read_manifest
+from osscompile.targets import Target
+
+compile_module = importlib.import_module("osscompile.compile")
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer.json")
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty library instead of the kernels, which take most of the time of a compile."""
+    monkeypatch.setattr(
+        compile_module, "build_library", lambda module, target, output: output.touch()
+    )
+
+
+@pytest.fixture
+def target() -> str:
+    return targets.names()[0]
+
+
+def compile_tiny(output: Path, target: str, **options: Any) -> Path:
+    return osscompile.compile("synthetic:tiny", target, output, **TINY_OPTIONS | options)
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# Cannot start
+
+
+@pytest.mark.parametrize("context", [0, -1, 10**9])
+def test_context_out_of_range(tmp_path: Path, target: str, context: int) -> None:
+    with pytest.raises(
+        CompileError, match=rf"context: expected 1 to {TINY.max_context}.*{context}"
+    ):
+        compile_tiny(tmp_path / "out", target, context=context)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("chunk", [0, -8, 7, 12])
+def test_prefill_chunk_out_of_range(tmp_path: Path, target: str, chunk: int) -> None:
+    with pytest.raises(CompileError, match=f"prefill_chunk: expected .*found {chunk}"):
+        compile_tiny(tmp_path / "out", target, prefill_chunk=chunk)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("profile", ["", "exakt", "FAST", None])
+def test_unknown_profile(tmp_path: Path, target: str, profile: Any) -> None:
+    with pytest.raises(CompileError, match=rf"profile: expected one of .*fast.*found {profile!r}"):
+        compile_tiny(tmp_path / "out", target, profile=profile)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["", "z80", "../targets/x86", "x86.toml"])
+def test_unknown_target(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TargetError, match=rf"expected one of .*, found '{name}'") as caught:
+        compile_tiny(tmp_path / "out", name)
+    assert all(known in str(caught.value) for known in targets.names())
+    assert listing(tmp_path) == []
+
+
+def test_unknown_model(tmp_path: Path, target: str) -> None:
+    with pytest.raises(CheckpointError, match="no such model; expected"):
+        osscompile.compile(tmp_path / "nothing", target, tmp_path / "out")
+    assert listing(tmp_path) == []
+
+
+def test_output_is_a_file(tmp_path: Path, target: str) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(CompileError, match=r"artifact to replace, found a file; choose another -o"):
+        compile_tiny(tmp_path / "out", target)
+    assert (tmp_path / "out").read_text() == "mine"
+    assert listing(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("names", [["notes.txt"], [WEIGHTS], ["index.html", MANIFEST]])
+def test_output_is_a_folder_of_something_else(
+    tmp_path: Path, target: str, names: list[str]
+) -> None:
+    """A manifest.json alone makes no artifact: web pages have one too, and would be deleted."""
+    (tmp_path / "out").mkdir()
+    for name in names:
+        (tmp_path / "out" / name).write_text("mine")
+    before = listing(tmp_path)
+    with pytest.raises(CompileError, match=f"found a folder with {names[0]}; choose another -o"):
+        compile_tiny(tmp_path / "out", target)
+    assert listing(tmp_path) == before
+
+
+def test_output_has_a_folder_of_an_artifacts_file_name(tmp_path: Path, target: str) -> None:
+    (tmp_path / "out" / MANIFEST).mkdir(parents=True)
+    (tmp_path / "out" / MANIFEST / "mine").touch()
+    with pytest.raises(CompileError, match="choose another -o"):
+        compile_tiny(tmp_path / "out", target)
+    assert (tmp_path / "out" / MANIFEST / "mine").exists()
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_output_below_a_file(tmp_path: Path, target: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CompileError, match=r"cannot be written.*choose another -o"):
+        compile_tiny(tmp_path / "file" / "out", target)
+    assert listing(tmp_path) == ["file"]
+
+
+def test_output_name_too_long(tmp_path: Path, target: str) -> None:
+    with pytest.raises(CompileError, match=r"cannot be written.*too long.*choose another -o"):
+        compile_tiny(tmp_path / ("x" * 300), target)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_output_name_too_long_for_the_names_beside_it(tmp_path: Path, target: str) -> None:
+    with pytest.raises(CompileError, match=r"cannot be written.*too long.*choose another -o"):
+        compile_tiny(tmp_path / ("x" * 250), target)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_output_in_folders_that_do_not_exist(tmp_path: Path, target: str) -> None:
+    compile_tiny(tmp_path / "new" / "folders" / "out", target)
+    assert listing(tmp_path / "new") == ["folders", "folders/out"] + [
+        f"folders/out/{name}" for name in sorted(os.listdir(tmp_path / "new" / "folders" / "out"))
+    ]
+
+
+def test_shard_cut_off_before_the_compile(tmp_path: Path, target: str) -> None:
+    write_checkpoint(tmp_path / "model", TINY)
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    before = listing(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{shard.name}.*cut off.*download"):
+        osscompile.compile(tmp_path / "model", target, tmp_path / "new" / "out", **TINY_OPTIONS)
+    assert listing(tmp_path) == before
+
+
+def test_disk_with_too_little_room_from_the_start(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CompileError, match=r"needs 0.07 GB of disk, found 0.00 GB.*make room"):
+        compile_tiny(tmp_path / "new" / "out", target)
+    assert listing(tmp_path) == []
+
+
+# Cannot finish
+
+
+@pytest.mark.parametrize("problem", ["shard", "disk", "quota", "unreadable", "interrupt"])
+@pytest.mark.parametrize("before", ["nothing", "artifact"])
+def test_failure_in_the_middle_of_the_weights(
+    tmp_path: Path,
+    target: str,
+    monkeypatch: pytest.MonkeyPatch,
+    without_kernels: None,
+    before: str,
+    problem: str,
+) -> None:
+    """Nothing is left; an artifact that had the name still has it."""
+    write_checkpoint(tmp_path / "model", TINY)
+    output = tmp_path / "out"
+    if before == "artifact":
+        osscompile.compile(tmp_path / "model", target, output, **TINY_OPTIONS)
+    files = listing(tmp_path)
+    content = {name: (tmp_path / name).read_bytes() for name in files if name.startswith("out/")}
+
+    def fail() -> None:
+        assert (tmp_path / "out.partial").exists()
+        if problem == "shard":
+            for shard in (tmp_path / "model").glob("*.safetensors"):
+                os.truncate(shard, 1000)
+        elif problem == "interrupt":
+            raise KeyboardInterrupt
+        else:
+            number = {"disk": errno.ENOSPC, "quota": errno.EDQUOT, "unreadable": errno.EIO}[problem]
+            raise OSError(number, os.strerror(number))
+
+    in_the_middle(monkeypatch, fail)
+    error, words = {
+        "shard": (CheckpointError, "the file shrank while it was read: download it again"),
+        "disk": (CompileError, "make room, or choose another -o"),
+        "quota": (CompileError, "make room, or choose another -o"),
+        "unreadable": (CompileError, "cannot be written.*error"),
+        "interrupt": (KeyboardInterrupt, None),
+    }[problem]
+    with pytest.raises(error, match=words):
+        osscompile.compile(tmp_path / "model", target, output, **TINY_OPTIONS)
+    assert listing(tmp_path) == files
+    for name, expected in content.items():
+        assert (tmp_path / name).read_bytes() == expected, name
+
+
+def in_the_middle(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Act before the weights of the third layer are made."""
+    make_chunks = compile_module.weight_chunks
+
+    def chunks(parameter: Any, *arguments: Any) -> Iterator[Any]:
+        if parameter.name.startswith("layers.2."):
+            act()
+        yield from make_chunks(parameter, *arguments)
+
+    monkeypatch.setattr(compile_module, "weight_chunks", chunks)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a file system of so many bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(num_bytes: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "none", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"cannot mount a small file system here: {error}")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_disk_fills_up_while_weights_are_written(
+    small_disk: Callable[[int], Path], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = small_disk(128 << 20)
+
+    def fill() -> None:
+        with (disk / "other").open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(disk).free)
+
+    in_the_middle(monkeypatch, fill)
+    with pytest.raises(CompileError, match=r"found 0.00 GB free; make room, or choose another -o"):
+        compile_tiny(disk / "out", target)
+    assert listing(disk) == ["other"]
+
+
+def test_disk_fills_up_while_kernels_are_compiled(
+    small_disk: Callable[[int], Path], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLVM ends the process if it cannot write: it must not get that far."""
+    disk = small_disk(1 << 20)
+    monkeypatch.setattr("osscompile.write._check_free_space", lambda folder, needed: None)
+    with pytest.raises(CompileError, match="make room, or choose another -o"):
+        compile_tiny(disk / "out", target)
+    assert listing(disk) == []
+
+
+def test_linker_fails(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = targets.load
+    broken = {"link_triple": "z80-linux-gnu"}
+    monkeypatch.setattr(targets, "load", lambda name: dataclasses.replace(load(name), **broken))
+    with pytest.raises(CompileError, match=r"(?s)linking .*expected ziglang to succeed.*z80"):
+        compile_tiny(tmp_path / "out", target)
+    assert listing(tmp_path) == []
+
+
+# Cut off
+
+COMPILE_SLOWLY = f"""
+import importlib, sys, time
+module = importlib.import_module("osscompile.compile")
+make_chunks = module.weight_chunks
+
+def chunks(parameter, *arguments):
+    if parameter.name.startswith("layers.2."):
+        print("writing weights", flush=True)
+        time.sleep(600)
+    yield from make_chunks(parameter, *arguments)
+
+module.weight_chunks = chunks
+module.build_library = lambda module, target, output: output.touch()
+module.compile("synthetic:tiny", sys.argv[1], "out", **{TINY_OPTIONS})
+"""
+
+
+@pytest.fixture
+def slow_compile(tmp_path: Path, target: str) -> Iterator[subprocess.Popen[str]]:
+    """A compile to tmp_path/out in a process of its own, in the middle of the weights."""
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE_SLOWLY, target]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing weights\n"
+        yield process
+        process.kill()
+
+
+def test_kill_in_the_middle_and_compile_again(
+    tmp_path: Path, this_machine: Target, slow_compile: subprocess.Popen[str]
+) -> None:
+    assert "out" not in listing(tmp_path)
+    with pytest.raises(CompileError, match=r"another compile .*wait for it, or choose another -o"):
+        compile_tiny(tmp_path / "out", this_machine.name)
+    assert slow_compile.poll() is None  # the refused compile did it no harm
+    slow_compile.send_signal(signal.SIGKILL)
+    slow_compile.wait()
+    assert "out" not in listing(tmp_path)
+    assert "out.partial" in listing(tmp_path)  # nobody was left to remove it
+    compile_tiny(tmp_path / "out", this_machine.name)
+    assert [name for name in listing(tmp_path) if "/" not in name] == ["out"]
+    assert len(osscompile.load(tmp_path / "out").logits([1, 2])) == 2
+
+
+def test_ctrl_c_in_the_middle(tmp_path: Path, slow_compile: subprocess.Popen[str]) -> None:
+    slow_compile.send_signal(signal.SIGINT)
+    slow_compile.wait(timeout=60)
+    assert slow_compile.returncode != 0
+    assert listing(tmp_path) == []
+
+
+def test_a_whole_compile_leaves_only_the_artifact(
+    tmp_path: Path, target: str, without_kernels: None
+) -> None:
+    """Else the tests above could not tell."""
+    compile_tiny(tmp_path / "out", target)
+    assert [name for name in listing(tmp_path) if "/" not in name] == ["out"]
+    files = read_manifest(tmp_path / "out").files
+    assert sorted([*files, MANIFEST]) == sorted(os.listdir(tmp_path / "out"))

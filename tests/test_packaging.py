@@ -1,0 +1,287 @@
+"""What the checkout and the wheel hold, and who may import and name whom."""
+
+import ast
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from artifacts import run_python
+
+import osscompile
+from osscompile import targets
+from osscompile.targets import Target, TargetError
+from osscompile.write import LIBRARY_SUFFIXES
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("osscompile", "targets", "schedules", "runtime")
+ENTRIES = {*FOLDERS, "tests", "pyproject.toml", "README.md"}
+BESIDE = {".ci", ".gitignore", "LICENSE"}
+RUNTIME_NEEDS = {"numpy", "tokenizers", "tvm_ffi"}
+
+
+# The wheel
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads: it writes into its folder, and picks up what lies there."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site_packages(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the wheel is installed, alone."""
+    folder = tmp_path_factory.mktemp("installed")
+    build = ["wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder / "wheel"), str(source)]
+    has_backend = int(metadata.version("setuptools").split(".")[0]) >= 77
+    result = pip(*build, *(["--no-build-isolation"] if has_backend else []))
+    if not has_backend and "No matching distribution found for setuptools" in result.stderr:
+        pytest.skip("needs setuptools 77 or newer, installed or to be downloaded")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (folder / "wheel").iterdir()
+    installed = folder / "site-packages"
+    result = pip("install", "--quiet", "--no-deps", "--target", str(installed), str(wheel))
+    assert result.returncode == 0, result.stderr
+    return installed
+
+
+def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_one_name_at_the_top_level_of_site_packages(site_packages: Path) -> None:
+    version = metadata.version("osscompile")
+    assert {path.name for path in site_packages.iterdir()} == {
+        "osscompile",
+        f"osscompile-{version}.dist-info",
+        "bin",  # where pip puts scripts with --target
+    }
+    assert [path.name for path in (site_packages / "bin").iterdir()] == ["osscompile"]
+
+
+def test_wheel_holds_every_file(site_packages: Path, source: Path) -> None:
+    """A new sub-package or kind of data file must be named in pyproject.toml."""
+    package = site_packages / "osscompile"
+    expected = {
+        str(file.relative_to(source / "osscompile" if folder == "osscompile" else source))
+        for folder in FOLDERS
+        for file in (source / folder).rglob("*")
+        if file.is_file()
+    }
+    found = {str(file.relative_to(package)) for file in package.rglob("*") if file.is_file()}
+    assert {name for name in found if "__pycache__" not in name} == expected
+
+
+def test_wheel_compiles_and_runs_nano_from_another_folder(
+    site_packages: Path, this_machine: Target, tmp_path: Path
+) -> None:
+    code = """if True:
+        import importlib, sys, osscompile
+        for name in ("", ".runtime", ".targets", ".schedules", ".importer", ".passes"):
+            print(importlib.import_module("osscompile" + name).__file__)
+        artifact = osscompile.compile("nano", context=512)
+        model = osscompile.load(artifact)
+        question = {"role": "user", "content": "What is 17 + 25?"}
+        print("".join(p.text for p in model.chat([question]) if p.channel == "final"))
+        """
+    result = run_python(code, cwd=tmp_path, env={"PYTHONPATH": str(site_packages)})
+    *files, answer = result.stdout.splitlines()
+    assert all(Path(file).is_relative_to(site_packages / "osscompile") for file in files), files
+    assert answer == "17 + 25 = 42."
+    assert [path.name for path in tmp_path.iterdir()] == [f"nano-{this_machine.name}.osc"]
+
+
+def test_command_of_the_wheel(site_packages: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [str(site_packages / "bin" / "osscompile"), "targets"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site_packages)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert all(name in result.stdout for name in targets.names())
+
+
+def test_checkout_works_where_it_lies(source: Path) -> None:
+    """Without an installation: the folders beside osscompile/ belong to it."""
+    code = """if True:
+        import osscompile.compile, osscompile.schedules, osscompile.targets, osscompile.runtime
+        print(osscompile.runtime.__file__)
+        """
+    found = run_python(code, cwd=source, env={"PYTHONPATH": str(source)}).stdout.strip()
+    assert found == str(source / "runtime" / "__init__.py")
+
+
+def test_checkout_has_seven_entries() -> None:
+    result = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode != 0:
+        pytest.skip("needs a git checkout")
+    found = {name.split("/")[0] for name in result.stdout.splitlines()}
+    assert found - BESIDE == ENTRIES
+
+
+# Public names
+
+
+def test_every_public_name_resolves() -> None:
+    for name in osscompile.__all__:
+        assert getattr(osscompile, name).__name__ == name
+
+
+def test_compile_is_the_function_also_after_its_module_was_imported(tmp_path: Path) -> None:
+    """The module has the same name, and an import binds it to the package."""
+    code = """if True:
+        import osscompile
+        first = osscompile.compile
+        import osscompile.compile
+        from osscompile.compile import compile
+        assert osscompile.compile is first is compile and callable(first)
+        """
+    run_python(code, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["osscompile", "osscompile.runtime", "osscompile.targets"])
+def test_import_is_free_of_the_compiler(name: str, tmp_path: Path) -> None:
+    code = "import sys, importlib; importlib.import_module(sys.argv[1]); print(*sys.modules)"
+    modules = {m.split(".")[0] for m in run_python(code, name, cwd=tmp_path).stdout.split()}
+    assert not modules & {"tvm", "torch", "transformers", "huggingface_hub"}
+
+
+# Who imports whom
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Names of imported modules as written: with leading dots if relative."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+        elif isinstance(node, ast.Call) and "import_" in ast.unparse(node.func):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+
+
+@pytest.mark.parametrize("file", python_files("runtime"), ids=lambda path: path.name)
+def test_runtime_imports_neither_the_compiler_nor_tvm(file: Path) -> None:
+    """Itself, relatively, so that the folder works under any name; and what a bundle asks for."""
+    for name in imports(file):
+        if name.startswith("."):
+            assert not name.startswith(".."), f"{file}: {name} leads out of the folder"
+        else:
+            assert name.split(".")[0] in sys.stdlib_module_names | RUNTIME_NEEDS, f"{file}: {name}"
+
+
+@pytest.mark.parametrize("folder", ["targets", "schedules"])
+def test_facts_and_decisions_do_not_import_the_compiler(folder: str) -> None:
+    """They may import each other and the runtime, where errors and machines are defined."""
+    for file in python_files(folder):
+        depth = len(file.relative_to(ROOT).parts) - 1  # dots that reach the folder itself
+        for name in imports(file):
+            dots = len(name) - len(name.lstrip("."))
+            assert not name.startswith("osscompile"), f"{file}: {name}"
+            if dots > depth:
+                outside = name.lstrip(".").split(".")[0]
+                assert outside in ("targets", "schedules", "runtime"), f"{file}: {name}"
+
+
+# Who names whom
+
+
+@pytest.mark.parametrize(
+    "file",
+    python_files("osscompile", "schedules", "runtime"),
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_no_target_is_named_in_code(file: Path) -> None:
+    """Code branches on what a target has. Comments, docstrings and longer texts may name one."""
+    tree = ast.parse(file.read_text())
+    named = targets.names()
+    for node in ast.walk(tree):
+        for text in identifiers(node):
+            words = re.split(r"[\W_]+", text)
+            assert not set(words) & set(named), f"{file}:{node.lineno}: {text}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert node.value not in named, f"{file}:{node.lineno}: {node.value!r}"
+
+
+def identifiers(node: ast.AST) -> list[str]:
+    fields = ("id", "attr", "name", "arg", "module", "asname")
+    values = (getattr(node, field, None) for field in fields)
+    return [value for value in values if isinstance(value, str) and hasattr(node, "lineno")]
+
+
+# Facts about machines
+
+
+@pytest.mark.parametrize("name", targets.names())
+def test_target_has_what_it_needs(name: str) -> None:
+    target = targets.load(name)
+    assert target.description
+    assert target.vector_bits % 32 == 0
+    assert set(target.dtypes) >= {"float32", "int32"}
+    assert all(isinstance(feature, str) and feature for feature in target.cpu_features)
+    assert (ROOT / "schedules" / target.family).is_dir()
+    assert Path(target.library).name == target.library  # a file in the artifact
+    assert Path(target.library).suffix in LIBRARY_SUFFIXES  # else it could not be replaced
+    assert target.link_triple.count("-") == 2
+    tvm_target = importlib.import_module("tvm.target").Target(target.tvm)
+    assert str(tvm_target.kind.name) == target.tvm["kind"]
+
+
+def required_keys(name: str) -> list[str]:
+    facts = tomllib.loads((ROOT / "targets" / f"{name}.toml").read_text())
+    optional = {"capabilities.int8_dot"}
+    tables = [key for key, value in facts.items() if isinstance(value, dict) and key != "tvm"]
+    keys = [*facts, *(f"{table}.{key}" for table in tables for key in facts[table])]
+    return [key for key in keys if key not in optional]
+
+
+@pytest.mark.parametrize("key", required_keys(targets.names()[0]))
+def test_target_without_a_key(tmp_path: Path, key: str) -> None:
+    name = targets.names()[0]
+    lines, table = [], ""
+    for line in (ROOT / "targets" / f"{name}.toml").read_text().splitlines():
+        table = line.strip("[] ") if line.startswith("[") else table
+        full = f"{table}.{line.split(' =')[0]}" if table and "=" in line else line.split(" =")[0]
+        if full != key and table != key:
+            lines.append(line)
+    (tmp_path / "new.toml").write_text("\n".join(lines))
+    with pytest.raises(TargetError, match=rf"new.toml: expected .*{key.split('.')[-1]}"):
+        targets.load("new", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "family = ", "[machine"])
+def test_target_that_does_not_parse(tmp_path: Path, text: str) -> None:
+    (tmp_path / "new.toml").write_text(text)
+    with pytest.raises(TargetError, match=r"new.toml: expected the fields"):
+        targets.load("new", tmp_path)
+
+
+def test_a_new_file_is_a_new_target(tmp_path: Path) -> None:
+    shipped = ROOT / "targets" / f"{targets.names()[0]}.toml"
+    shutil.copyfile(shipped, tmp_path / "new.toml")
+    assert targets.names(tmp_path) == ["new"]
+    assert targets.load("new", tmp_path).name == "new"
