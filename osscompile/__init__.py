@@ -4,13 +4,11 @@ Public names resolve on first use, because `import osscompile.runtime` runs this
 stay free of the compiler.
 """
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compile import compile
+    from .compiler import compile
     from .errors import CheckpointError, CompileError
     from .runtime import ArtifactError, InputError, Model, OsscompileError, load
     from .targets import TargetError
@@ -34,20 +32,9 @@ if not (_here / "runtime").is_dir():
     __path__.append(str(_here.parent))
 
 
-class _Package(ModuleType):
-    """Whoever imports the module compile.py binds its name here: `compile` stays the function."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name != "compile":
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
 def __getattr__(name: str) -> Any:
     if name == "compile":
-        from .compile import compile
+        from .compiler import compile
 
         return compile
     if name in ("CheckpointError", "CompileError"):

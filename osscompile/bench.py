@@ -21,6 +21,8 @@ from .runtime.engine import Model, load
 
 BANDWIDTH_BYTES = 1 << 30  # read from memory, far beyond the caches
 REPEATS = 5
+PREFILL_LENGTHS = (16, 128, 512)
+DECODE_DEPTHS = (0, 2048)
 DECODE_STEPS = 16
 
 
@@ -63,8 +65,8 @@ class Report:
 
 def bench(
     artifact: str | Path,
-    prefill_lengths: Sequence[int] = (16, 128, 512),
-    decode_depths: Sequence[int] = (0, 2048),
+    prefill_lengths: Sequence[int] = PREFILL_LENGTHS,
+    decode_depths: Sequence[int] = DECODE_DEPTHS,
     progress: Callable[[str], object] = lambda stage: None,
 ) -> Report:
     """Measure prefill of some lengths and decode after some depths; `progress` hears the stage.
@@ -82,7 +84,7 @@ def bench(
     for length in prefill_lengths:
         if length <= model.context:
             progress(f"prefill {length}")
-            prefill[length] = _time(lambda length=length: _prefill(model, ids[:length]))
+            prefill[length] = _time_prefill(model, ids[:length])
     for depth in decode_depths:
         if depth + DECODE_STEPS + 2 <= model.context:
             progress(f"decode at {depth}")
@@ -128,9 +130,15 @@ def table(report: Report) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _prefill(model: Model, ids: list[int]) -> None:
-    model.forget()
-    model.prefill(ids)
+def _time_prefill(model: Model, ids: list[int]) -> Timing:
+    """A whole prompt, from an empty cache; the first time warms up."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        model.forget()
+        start = time.perf_counter()
+        model.prefill(ids)
+        seconds.append(time.perf_counter() - start)
+    return _timing(seconds[1:])
 
 
 def _time_decode(model: Model, ids: list[int], depth: int) -> Timing:
@@ -143,16 +151,10 @@ def _time_decode(model: Model, ids: list[int], depth: int) -> Timing:
         start = time.perf_counter()
         model.decode(token)
         seconds.append(time.perf_counter() - start)
-    return Timing(statistics.median(seconds[2:]), min(seconds[2:]), max(seconds[2:]))
+    return _timing(seconds[2:])
 
 
-def _time(run: Callable[[], object]) -> Timing:
-    run()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
+def _timing(seconds: list[float]) -> Timing:
     return Timing(statistics.median(seconds), min(seconds), max(seconds))
 
 

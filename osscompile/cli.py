@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("targets", help="list the machines that can be compiled for")
     command.set_defaults(command=_targets)
 
+    command = commands.add_parser("bench", help="measure an artifact on this machine")
+    command.add_argument("artifact", metavar="OUT")
+    command.add_argument("--json", metavar="FILE", help="also write the figures there")
+    command.set_defaults(command=_bench)
+
     command = commands.add_parser("bundle", help="copy the runtime alone into a directory")
     command.add_argument("directory", metavar="DIR")
     command.set_defaults(command=_bundle)
@@ -94,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compile(arguments: argparse.Namespace) -> None:
-    from .compile import compile  # TVM takes seconds to import: only where it is needed
+    from .compiler import compile  # TVM takes seconds to import: only where it is needed
 
     output = compile(
         arguments.model,
@@ -190,6 +195,27 @@ def _targets(arguments: argparse.Namespace) -> None:
     _table([("target", "machine"), *((t.name, t.description) for t in loaded)])
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .bench import DECODE_DEPTHS, PREFILL_LENGTHS, bench, table
+
+    stages = 1 + len(PREFILL_LENGTHS) + len(DECODE_DEPTHS)
+    with tqdm(total=stages, desc="bandwidth", leave=False) as bar:
+
+        def next_stage(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        report = bench(arguments.artifact, progress=next_stage)
+    print(f"{report.model}, profile {report.profile}, on {report.machine}, {report.cores} cores")
+    if report.load_before > 0.5:
+        print(f"warning: other processes were busy (load {report.load_before:.1f}): figures suffer")
+    _table([(what, f"{speed:>14}  {note}") for what, speed, note in table(report)])
+    if arguments.json:
+        Path(arguments.json).write_text(report.to_json(), encoding="utf-8")
+
+
 def _bundle(arguments: argparse.Namespace) -> None:
     from .bundle import bundle_runtime
 
@@ -198,7 +224,7 @@ def _bundle(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from .compile import compile
+    from .compiler import compile
 
     print("nano, a tiny gpt-oss that ships with osscompile, is compiled for this machine.")
     output = compile("nano", output=arguments.output, context=4096, progress=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .artifact import Artifact, Manifest, open_artifact
 from .device import Device
-from .errors import InputError, OsscompileError
+from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
 from .machine import available_memory_bytes
@@ -128,8 +128,8 @@ class Model:
         ids = self._check_tokens(token_ids)
         sampling = SamplingOptions(**options)  # type: ignore[arg-type]
         room = self.context - len(ids)
-        if max_tokens is not None and max_tokens < 1:
-            raise InputError(f"max_tokens: expected at least 1, found {max_tokens}")
+        if max_tokens is not None and not (isinstance(max_tokens, int) and max_tokens >= 1):
+            raise InputError(f"max_tokens: expected a whole number from 1, found {max_tokens!r}")
         # The token that is sampled last needs no position of its own.
         limit = room + 1 if max_tokens is None else min(max_tokens, room + 1)
         return self._generate(ids, limit, sampling)
@@ -156,6 +156,31 @@ class Model:
         tokens = self.generate(prompt, max_tokens=max_tokens, **options)
         return _pieces(tokens, ChannelParser(tokenizer))
 
+    def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.
+
+        Raises InputError for ids that the context cannot hold.
+        """
+        ids = self._check_tokens(token_ids)
+        self._turn += 1
+        return self._prefill(ids)
+
+    def decode(self, token_id: int) -> np.ndarray:
+        """Logits [vocab] float32 after one more token. Raises InputError at the context's end."""
+        (checked,) = self._check_tokens([token_id])
+        if len(self._cache.tokens) >= self.context:
+            raise InputError(
+                f"decode: expected room in the context of {self.context} positions, found none; "
+                "call `forget`, or load with a larger context"
+            )
+        self._turn += 1
+        return self._decode(checked)
+
+    def forget(self) -> None:
+        """Empty the KV cache; generations that are under way end."""
+        self._turn += 1
+        self._cache.clear()
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; what looks like a special token stays text."""
         return self._need_tokenizer("encode").encode(text)
@@ -170,7 +195,11 @@ class Model:
         turn = self._turn
         logits = self._prefill(ids)
         for count in range(1, limit + 1):
-            sample = sampler.sample(logits)
+            try:
+                sample = sampler.sample(logits)
+            except ArtifactError:  # not a number: what the cache holds would spoil the next answer
+                self.forget()
+                raise
             last = sample.token_id in stops or count == limit
             text = decoder.push(sample.token_id) if decoder is not None else ""
             if decoder is not None and last:

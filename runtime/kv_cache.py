@@ -12,6 +12,8 @@ import numpy as np
 
 from .artifact import Manifest
 
+KEYS_PER_TILE = 8  # keys are [heads, positions / 8, dim, 8], values [heads, positions, dim]
+
 
 @dataclass(frozen=True)
 class _Snapshot:
@@ -57,6 +59,14 @@ class KVCache:
         if self._snapshot is not None and shared < len(self._snapshot.tokens):
             self._snapshot = None  # what follows overwrites its positions in the full layers
         return shared
+
+    def clear(self) -> None:
+        """Forget everything, and set what was written to zero."""
+        tiles = -(-self._written // KEYS_PER_TILE)
+        for keys, values in zip(self.arrays[0::2], self.arrays[1::2], strict=True):
+            keys[:, :tiles] = 0
+            values[:, : self._written] = 0
+        self.tokens, self._written, self._snapshot = [], 0, None
 
     def save(self) -> None:
         """Remember the rings as they are: a later `reuse` can come back to this point."""

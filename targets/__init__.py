@@ -68,7 +68,7 @@ def load(name: str, folder: Path | None = None) -> Target:
             link_triple=link["triple"],
             library=link["library"],
         )
-    except (tomllib.TOMLDecodeError, KeyError) as error:
+    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise TargetError(
             f"{path}: expected the fields of targets/x86.toml, found a problem with {error}"
         ) from error

@@ -17,7 +17,7 @@ from reference import log_softmax
 
 import osscompile
 import osscompile.nano
-from osscompile.runtime import GeneratedToken, InputError, Model, Piece, load
+from osscompile.runtime import ArtifactError, GeneratedToken, InputError, Model, Piece, load
 from osscompile.runtime.harmony import render_chat
 from osscompile.runtime.sampler import reserved_ids
 from osscompile.runtime.tokenizer import Tokenizer
@@ -222,7 +222,8 @@ def test_stop_tokens_of_the_tokenizer(
         ([1, 2.5], {}, "'float' object cannot be"),
         (5, {}, "'int' object is not iterable"),
         ([1, "a"], {}, "'str' object cannot be"),
-        ([1], {"max_tokens": 0}, "max_tokens: expected at least 1, found 0"),
+        ([1], {"max_tokens": 0}, "max_tokens: expected a whole number from 1, found 0"),
+        ([1], {"max_tokens": 2.5}, "max_tokens: expected a whole number from 1, found 2.5"),
         ([1], {"temperature": -1.0}, "temperature: expected"),
         ([1], {"top_p": 0.0}, "top_p: expected"),
         ([1], {"stop_ids": [5]}, "stop_ids: expected a frozenset"),
@@ -595,3 +596,32 @@ def test_turns_of_a_chat_equal_those_of_a_fresh_model(
         assert pieces == answer(load(artifact), messages)
         text = "".join(piece.text for piece in pieces if piece.channel == "final")[:20]
         messages += [{"role": "assistant", "content": text}, user(f"And {turn}?")]
+
+
+def test_decode_goes_on_after_prefill(tiny_artifact: Path) -> None:
+    model = load(tiny_artifact)
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    expected = model.logits(ids)
+    model.forget()
+    steps = [model.prefill(ids[:3]), *(model.decode(token) for token in ids[3:])]
+    np.testing.assert_allclose(np.stack(steps), expected[2:], atol=1e-4)
+
+
+def test_decode_at_the_end_of_the_context(tiny_artifact: Path) -> None:
+    model = load(tiny_artifact, context=4)
+    model.prefill([1, 2, 3, 4])
+    with pytest.raises(InputError, match="context of 4"):
+        model.decode(5)
+    model.forget()
+    assert np.isfinite(model.decode(5)).all()
+
+
+def test_logits_that_are_not_numbers_do_not_spoil_the_next_answer(tiny_artifact: Path) -> None:
+    model = load(tiny_artifact)
+    fresh = [token.token_id for token in model.generate([1, 2, 3], max_tokens=4)]
+    model.prefill([1, 2, 3])
+    for array in model._cache.arrays:
+        array[:, 0] = np.nan
+    with pytest.raises(ArtifactError, match="finite"):
+        list(model.generate([1, 2, 3, 4], max_tokens=4))
+    assert [token.token_id for token in model.generate([1, 2, 3], max_tokens=4)] == fresh

@@ -12,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+import osscompile.nano
 from osscompile.runtime.errors import InputError
 from osscompile.runtime.harmony import (
     IDENTITY,
@@ -22,10 +26,6 @@ from osscompile.runtime.harmony import (
     stop_ids,
 )
 from osscompile.runtime.tokenizer import Tokenizer, byte_alphabet
-from tokenizers import Regex, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
-
-import osscompile.nano
 
 GOLDEN = Path(__file__).parent / "golden" / "harmony"
 NANO = Path(osscompile.nano.__file__).parent / "checkpoint" / "tokenizer.json"

@@ -22,7 +22,7 @@ from osscompile.importer.synthetic import TINY
 from osscompile.runtime.artifact import MANIFEST, WEIGHTS, read_manifest
 from osscompile.targets import Target
 
-compile_module = importlib.import_module("osscompile.compile")
+compile_module = importlib.import_module("osscompile.compiler")
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer.json")
 
 
@@ -284,7 +284,7 @@ def test_linker_fails(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPat
 
 COMPILE_SLOWLY = f"""
 import importlib, sys, time
-module = importlib.import_module("osscompile.compile")
+module = importlib.import_module("osscompile.compiler")
 make_chunks = module.weight_chunks
 
 def chunks(parameter, *arguments):

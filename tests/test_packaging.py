@@ -153,7 +153,7 @@ def test_compile_is_the_function_also_after_its_module_was_imported(tmp_path: Pa
         import osscompile
         first = osscompile.compile
         import osscompile.compile
-        from osscompile.compile import compile
+        from osscompile.compiler import compile
         assert osscompile.compile is first is compile and callable(first)
         """
     run_python(code, cwd=tmp_path)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import write_container
+
 from osscompile.runtime.errors import OsscompileError
 from osscompile.runtime.safetensors import FormatError, TensorEntry, map_tensors, read_header
 

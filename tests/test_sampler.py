@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from osscompile.runtime.errors import ArtifactError, InputError
 from osscompile.runtime.sampler import Sampler, SamplingOptions, reserved_ids
 

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from osscompile.runtime.errors import ArtifactError, InputError
-from osscompile.runtime.tokenizer import REQUIRED_SPECIALS, StreamDecoder, Tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from osscompile.runtime.errors import ArtifactError, InputError
+from osscompile.runtime.tokenizer import REQUIRED_SPECIALS, StreamDecoder, Tokenizer
 
 SPECIALS = ("<|startoftext|>", *REQUIRED_SPECIALS, "<|reserved_9|>")
 TEXTS = (
