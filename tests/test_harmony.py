@@ -1,19 +1,14 @@
-"""The chat format against golden renderings and, where it is installed, openai-harmony itself."""
+"""The chat format against golden renderings, and answers that are malformed or cut off."""
 
 from __future__ import annotations
 
-import base64
-import itertools
 import json
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Regex, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
+from harmony_texts import ANSWER, assistant, golden, marked, user
 
 import osscompile.nano
 from osscompile.runtime.errors import InputError
@@ -25,11 +20,9 @@ from osscompile.runtime.harmony import (
     render_chat,
     stop_ids,
 )
-from osscompile.runtime.tokenizer import Tokenizer, byte_alphabet
+from osscompile.runtime.tokenizer import Tokenizer
 
-GOLDEN = Path(__file__).parent / "golden" / "harmony"
 NANO = Path(osscompile.nano.__file__).parent / "checkpoint" / "tokenizer.json"
-RANKS = "TIKTOKEN_ENCODINGS_BASE"  # names the folder with o200k_base.tiktoken
 
 CAPITAL = {
     "role": "user",
@@ -44,19 +37,6 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(NANO)
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, channel: str | None = None) -> dict[str, str]:
-    message = {"role": "assistant", "content": text}
-    return message if channel is None else {**message, "channel": channel}
-
-
-def golden(name: str) -> str:
-    return (GOLDEN / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
-
-
 def rendered(tokenizer: Tokenizer, messages: Any, **options: Any) -> str:
     return tokenizer.decode(render_chat(messages, tokenizer, **options))
 
@@ -65,16 +45,6 @@ def without_system(text: str) -> str:
     """Harmony's golden conversations need not begin with a system message, ours do."""
     assert text.startswith("<|start|>system<|message|>")
     return text.split("<|end|>", 1)[1]
-
-
-def marked(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text in which names of special tokens stand for these tokens."""
-    parts = re.split(r"(<\|\w+\|>)", text)
-    return [
-        id
-        for part in parts
-        for id in ([tokenizer.special[part]] if part.startswith("<|") else tokenizer.encode(part))
-    ]
 
 
 def parsed(tokenizer: Tokenizer, text: str) -> list[Piece]:
@@ -223,11 +193,6 @@ def test_stop_ids_are_return_call_and_endoftext(tokenizer: Tokenizer) -> None:
 
 # ---- parsing ------------------------------------------------------------------------------------
 
-ANSWER = (
-    "<|channel|>analysis<|message|>Think.<|end|>"
-    "<|start|>assistant<|channel|>final<|message|>Four.<|return|>"
-)
-
 
 def test_analysis_then_final(tokenizer: Tokenizer) -> None:
     assert parsed(tokenizer, ANSWER) == [Piece("analysis", "Think."), Piece("final", "Four.")]
@@ -349,145 +314,3 @@ def test_no_answer_is_an_exception_and_pieces_add_up(tokenizer: Tokenizer) -> No
         parser = ChannelParser(tokenizer)
         pieces = [piece for id in ids for piece in parser.push(int(id))] + parser.finish()
         assert "".join(p.text for p in pieces) == "".join(m.text for m in parser.messages)
-
-
-# ---- openai-harmony -----------------------------------------------------------------------------
-
-CONVERSATIONS: list[list[dict[str, str]]] = [
-    [user("Hi")],
-    [user("")],
-    [{"role": "system", "content": "Be brief.\n"}, user("a<|end|>b <|start|> 👩‍👩‍👧 東京\r\n\t x")],
-    [user("u1"), assistant("t1", "analysis"), assistant("f1"), user("u2")],
-    [user("u1"), assistant("t1", "analysis"), assistant("c1", "commentary"), assistant("f1")],
-    [user("u1"), assistant("t1", "analysis"), assistant("f1"), assistant("t2", "analysis")],
-    [user("u1"), assistant("t1", "analysis"), user("u2")],
-    [user("u1"), assistant("f1"), assistant("c1", "commentary"), user("u2")],
-    [
-        *(user("u1"), assistant("t1", "analysis"), assistant("f1")),
-        *(user("u2"), assistant("t2", "analysis"), assistant("f2"), user("u3")),
-    ],
-    [user("u"), {"role": "developer", "content": "Rhyme."}, user("v")],
-]
-
-
-# The special tokens of o200k_harmony that a table may hold: ids 199998..200018.
-NAMED = {
-    199998: "<|startoftext|>",
-    199999: "<|endoftext|>",
-    200002: "<|return|>",
-    200003: "<|constrain|>",
-    200005: "<|channel|>",
-    200006: "<|start|>",
-    200007: "<|end|>",
-    200008: "<|message|>",
-    200012: "<|call|>",
-    200018: "<|endofprompt|>",
-}
-SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Any:
-    needed = "needs openai-harmony: install the extra `oracle`"
-    harmony = pytest.importorskip("openai_harmony", reason=needed)
-    if RANKS not in os.environ:
-        pytest.skip(f"needs o200k_base.tiktoken: name its folder in {RANKS}")
-    return harmony.load_harmony_encoding("HarmonyGptOss")
-
-
-@pytest.fixture(scope="module")
-def o200k(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """The real vocabulary: 200,019 ids, built from the ranks."""
-    ranks: dict[bytes, int] = {}
-    for line in (Path(os.environ[RANKS]) / "o200k_base.tiktoken").read_bytes().splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
-    letters = {byte: letter for letter, byte in byte_alphabet().items()}
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    merges = [tuple(map(spell, last_merge(token, ranks))) for token in ranks if len(token) > 1]
-    backend = Backend(models.BPE(vocabulary, merges, ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_letters])
-    names = [NAMED.get(id, f"<|reserved_{id}|>") for id in range(199998, 200019)]
-    backend.add_special_tokens(names)
-    path = tmp_path_factory.mktemp("o200k") / "tokenizer.json"
-    backend.save(str(path), pretty=False)
-    return Tokenizer(path)
-
-
-def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that BPE joins last to make this one."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        joined = [a + b for a, b in itertools.pairwise(parts)]
-        i = min(range(len(joined)), key=lambda i: ranks.get(joined[i], len(ranks)))
-        parts[i : i + 2] = [joined[i]]
-    return parts
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("messages", CONVERSATIONS, ids=lambda messages: str(len(messages)))
-def test_ids_equal_openai_harmony(
-    oracle: Any, o200k: Tokenizer, messages: list[dict[str, str]]
-) -> None:
-    import openai_harmony as harmony
-
-    system = harmony.SystemContent.new().with_conversation_start_date("2025-06-28")
-    system = system.with_reasoning_effort(harmony.ReasoningEffort.HIGH)
-    theirs = [harmony.Message.from_role_and_content(harmony.Role.SYSTEM, system)]
-    for message in messages:
-        if message["role"] in ("system", "developer"):
-            developer = harmony.DeveloperContent.new().with_instructions(message["content"])
-            theirs.append(harmony.Message.from_role_and_content(harmony.Role.DEVELOPER, developer))
-            continue
-        role = harmony.Role(message["role"])
-        turn = harmony.Message.from_role_and_content(role, message["content"])
-        if role == harmony.Role.ASSISTANT:
-            turn = turn.with_channel(message.get("channel", "final"))
-        theirs.append(turn)
-    expected = oracle.render_conversation_for_completion(
-        harmony.Conversation.from_messages(theirs), harmony.Role.ASSISTANT
-    )
-    found = render_chat(messages, o200k, reasoning="high", current_date="2025-06-28")
-    assert found == expected
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize(
-    "answer",
-    [
-        ANSWER,
-        "<|channel|>final<|message|>grüße 👩‍👩‍👧<|return|>",
-        "<|channel|>analysis<|message|>Call.<|end|><|start|>assistant<|channel|>commentary"
-        ' to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>',
-        ' to=functions.f<|channel|>commentary <|constrain|>json<|message|>{"a": 1}<|call|>',
-    ],
-)
-def test_messages_equal_openai_harmony(oracle: Any, o200k: Tokenizer, answer: str) -> None:
-    from openai_harmony import Role
-
-    ids = marked(o200k, answer)
-    theirs = oracle.parse_messages_from_completion_tokens(ids, Role.ASSISTANT)
-    expected = [Piece(m.channel, m.content[0].text, m.recipient) for m in theirs]
-    assert parse_answer(ids, o200k) == expected
-
-
-@pytest.mark.oracle
-def test_golden_ids_of_an_answer(o200k: Tokenizer) -> None:
-    ids = [int(id) for id in golden("simple_reasoning_response").split()]
-    thought = 'User asks: "What is 2 + 2?" Simple arithmetic. Provide answer.'
-    assert parse_answer(ids, o200k) == [
-        Piece("analysis", thought),
-        Piece("final", "2 + 2 = 4."),
-    ]

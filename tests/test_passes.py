@@ -1,7 +1,7 @@
-"""The passes: the IR of a whole model as text, what `verify` catches, and the choice of schedules.
+"""The passes: the pipeline, what `verify` catches, choice and records of schedules, e^x.
 
-That the compiled result is right is judged by `test_kernels.py` and by the tests of whole models;
-the golden text shows what a change did to the IR. `pytest --update-golden` writes it anew.
+That the compiled result is right is judged by `test_kernels_*.py` and by the tests of whole models;
+`test_golden_ir.py` shows what a change did to the IR.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import tvm
 from kernel_runner import Array, build
+from smallest_graph import PROFILES, SMALLEST, X86, imported, kernels
 from tvm import ir, relax, te, tirx
 from tvm.relax import TensorType
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_equal, structural_walk
 
-from osscompile import targets
 from osscompile.importer.graph import TILES, build_graph
-from osscompile.importer.synthetic import TINY, gpt_oss_config
+from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.kernels import attention, experts, matmul, rows
 from osscompile.passes import PIPELINE, run_passes
 from osscompile.passes.expand_exp import expand_exp
@@ -36,94 +36,6 @@ from osscompile.schedules.cpu import rows as fallback
 from osscompile.schedules.records import constants, kernel_key
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target, TargetError
-
-X86 = targets.load("x86")
-GOLDEN = Path(__file__).parent / "golden" / "ir"
-PROFILES = ("fast", "exact")
-
-# Every kind of kernel, as small as it gets: a sliding and a full layer, a router whose 2 rows do
-# not fill a vector.
-SMALLEST = dataclasses.replace(
-    TINY,
-    vocab_size=16,
-    hidden_size=32,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    num_experts=2,
-    num_experts_per_token=1,
-    window=8,
-    sliding=(True, False),
-)
-
-
-def imported(profile: str) -> ir.IRModule:
-    return build_graph(SMALLEST, profile, context=32, chunk=16).module
-
-
-def kernels(module: ir.IRModule) -> dict[ir.GlobalVar, PrimFunc]:
-    return {name: f for name, f in module.functions_items() if isinstance(f, PrimFunc)}
-
-
-# --- Golden IR --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-def test_golden_imported(profile: str, update_golden: bool) -> None:
-    module = imported(profile)
-    shown = _shown_kernels(module, profile)
-    dropped = [name for name in kernels(module) if name not in shown]
-    dropped.append(module.get_global_var("score"))  # prefill without its take_row
-    _compare(_without(module, dropped), f"{profile}_imported.txt", update_golden)
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-def test_golden_scheduled_for_x86(profile: str, update_golden: bool) -> None:
-    """The kernels only, and which weights were packed; the graph differs by their shapes."""
-    module = run_passes(imported(profile), X86, (pack_weights, schedule_kernels))
-    shown = _shown_kernels(module, profile)
-    dropped = [name for name in module.get_global_vars() if name not in shown]
-    _compare(_without(module, dropped), f"{profile}_scheduled_x86.txt", update_golden)
-
-
-def _shown_kernels(module: ir.IRModule, profile: str) -> set[ir.GlobalVar]:
-    """Of every operation one kernel for decode and one for prefill; in `exact` what differs from
-    `fast`."""
-    other = imported("fast") if profile == "exact" else ir.IRModule()
-    if PACKED_ROWS in (module.attrs or {}):
-        other = run_passes(other, X86, (pack_weights, schedule_kernels))
-    shown: dict[tuple[str, bool], ir.GlobalVar] = {}
-    for name, kernel in sorted(kernels(module).items(), key=lambda item: item[0].name_hint):
-        if not any(structural_equal(kernel, known) for known in kernels(other).values()):
-            symbolic = any(isinstance(e, tirx.Var) for p in kernel.params for e in p.shape)
-            shown.setdefault((str(kernel.attrs["op"]), symbolic), name)
-    return set(shown.values())
-
-
-def _without(module: ir.IRModule, dropped: list[ir.GlobalVar]) -> ir.IRModule:
-    functions = {name: f for name, f in module.functions_items() if name not in dropped}
-    return ir.IRModule(functions, attrs=module.attrs)
-
-
-def _compare(module: ir.IRModule, name: str, update: bool) -> None:
-    text = module.script(int_dtype="int64") + "\n"
-    path = GOLDEN / name
-    if update:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    assert path.exists(), f"{path}: not there; `pytest --update-golden` writes it"
-    golden = path.read_text(encoding="utf-8").splitlines()
-    lines = text.splitlines()
-    first = next((i for i, (a, b) in enumerate(zip(golden, lines, strict=False)) if a != b), None)
-    if first is None and len(golden) != len(lines):
-        first = min(len(golden), len(lines))
-    assert first is None, (
-        f"{path}:{first + 1}: the IR changed; if it should, run `pytest --update-golden` and read "
-        f"the diff\nexpected {golden[first : first + 1]}\nfound    {lines[first : first + 1]}"
-    )
-
 
 # --- The pipeline -----------------------------------------------------------------------------
 

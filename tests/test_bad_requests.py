@@ -1,0 +1,90 @@
+"""Requests to a whole artifact that cannot be served: an error of ours that says what was expected,
+what was found and what to do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import osscompile
+from osscompile.runtime.errors import InputError
+
+
+@pytest.fixture(scope="session")
+def model(nano_artifact: Path) -> osscompile.Model:
+    return osscompile.load(nano_artifact)
+
+
+def test_prompt_longer_than_the_context(model: osscompile.Model) -> None:
+    ids = [1] * (model.context + 1)
+    for request in (model.logits, model.generate):  # told at the call, not at the first token
+        with pytest.raises(InputError, match=r"at most 4096 tokens, found 4097; .* larger context"):
+            request(ids)
+
+
+def test_prompt_longer_than_the_context_of_this_load(nano_artifact: Path) -> None:
+    model = osscompile.load(nano_artifact, context=8)
+    assert model.logits([1] * 8).shape == (8, model.vocab_size)
+    with pytest.raises(InputError, match=r"at most 8 tokens, found 9; .*compiled for 4096"):
+        model.logits([1] * 9)
+
+
+def test_conversation_longer_than_the_context(nano_artifact: Path) -> None:
+    model = osscompile.load(nano_artifact, context=32)
+    with pytest.raises(InputError, match="at most 32 tokens"):
+        model.chat([{"role": "user", "content": "17 + 25? " * 100}])
+
+
+def test_prompt_that_fills_the_context(nano_artifact: Path) -> None:
+    """The token after the last position can be said, it needs no position of its own."""
+    model = osscompile.load(nano_artifact, context=16)
+    assert len(list(model.generate([5] * 16))) == 1
+    assert len(list(model.generate([5] * 16, max_tokens=100))) == 1
+
+
+def test_empty_prompt(model: osscompile.Model) -> None:
+    for request in (model.logits, model.generate):
+        with pytest.raises(InputError, match="at least one token, found none"):
+            request([])
+
+
+@pytest.mark.parametrize("wrong", [-1, -(1 << 63), 1 << 31, 1 << 32, 1 << 70])
+def test_token_id_out_of_range(model: osscompile.Model, wrong: int) -> None:
+    for request in (model.logits, model.generate):
+        with pytest.raises(
+            InputError, match=rf"expected 0 to {model.vocab_size - 1}, found {wrong}"
+        ):
+            request([1, wrong, 2])
+
+
+def test_first_token_id_beyond_the_vocabulary(model: osscompile.Model) -> None:
+    assert model.logits([model.vocab_size - 1]).shape == (1, model.vocab_size)
+    with pytest.raises(InputError, match=f"found {model.vocab_size}"):
+        model.logits([model.vocab_size])
+
+
+@pytest.mark.parametrize("context", [0, -1, 4097])
+def test_load_with_a_context_out_of_range(nano_artifact: Path, context: int) -> None:
+    with pytest.raises(InputError, match=f"expected 1 to 4096, found {context}; .*--context"):
+        osscompile.load(nano_artifact, context=context)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1])
+def test_max_tokens_out_of_range(model: osscompile.Model, max_tokens: int) -> None:
+    with pytest.raises(InputError, match=f"max_tokens: expected a whole number from 1, found {max_tokens}"):
+        model.generate([1], max_tokens=max_tokens)
+
+
+def test_chat_without_a_tokenizer(tiny_artifact: Path) -> None:
+    model = osscompile.load(tiny_artifact)
+    for request in (lambda: model.encode("17"), lambda: model.chat([])):
+        with pytest.raises(InputError, match=r"expected an artifact with a tokenizer.*token ids"):
+            request()
+
+
+def test_the_model_works_on_after_bad_requests(model: osscompile.Model) -> None:
+    before = model.logits([3, 1, 4, 1, 5])
+    for ids in ([], [-1], [1] * 5000):
+        with pytest.raises(InputError):
+            model.generate(ids)
+    np.testing.assert_array_equal(model.logits([3, 1, 4, 1, 5]), before)

@@ -1,0 +1,157 @@
+"""The chat format against openai-harmony itself, where it is installed, on the real vocabulary."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harmony_texts import ANSWER, assistant, golden, marked, user
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from osscompile.runtime.harmony import Piece, parse_answer, render_chat
+from osscompile.runtime.tokenizer import Tokenizer, byte_alphabet
+
+RANKS = "TIKTOKEN_ENCODINGS_BASE"  # names the folder with o200k_base.tiktoken
+
+CONVERSATIONS: list[list[dict[str, str]]] = [
+    [user("Hi")],
+    [user("")],
+    [{"role": "system", "content": "Be brief.\n"}, user("a<|end|>b <|start|> 👩‍👩‍👧 東京\r\n\t x")],
+    [user("u1"), assistant("t1", "analysis"), assistant("f1"), user("u2")],
+    [user("u1"), assistant("t1", "analysis"), assistant("c1", "commentary"), assistant("f1")],
+    [user("u1"), assistant("t1", "analysis"), assistant("f1"), assistant("t2", "analysis")],
+    [user("u1"), assistant("t1", "analysis"), user("u2")],
+    [user("u1"), assistant("f1"), assistant("c1", "commentary"), user("u2")],
+    [
+        *(user("u1"), assistant("t1", "analysis"), assistant("f1")),
+        *(user("u2"), assistant("t2", "analysis"), assistant("f2"), user("u3")),
+    ],
+    [user("u"), {"role": "developer", "content": "Rhyme."}, user("v")],
+]
+
+# The special tokens of o200k_harmony that a table may hold: ids 199998..200018.
+NAMED = {
+    199998: "<|startoftext|>",
+    199999: "<|endoftext|>",
+    200002: "<|return|>",
+    200003: "<|constrain|>",
+    200005: "<|channel|>",
+    200006: "<|start|>",
+    200007: "<|end|>",
+    200008: "<|message|>",
+    200012: "<|call|>",
+    200018: "<|endofprompt|>",
+}
+SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    needed = "needs openai-harmony: install the extra `oracle`"
+    harmony = pytest.importorskip("openai_harmony", reason=needed)
+    if RANKS not in os.environ:
+        pytest.skip(f"needs o200k_base.tiktoken: name its folder in {RANKS}")
+    return harmony.load_harmony_encoding("HarmonyGptOss")
+
+
+@pytest.fixture(scope="module")
+def o200k(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The real vocabulary: 200,019 ids, built from the ranks."""
+    ranks: dict[bytes, int] = {}
+    for line in (Path(os.environ[RANKS]) / "o200k_base.tiktoken").read_bytes().splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    vocabulary = {spell(token): rank for token, rank in ranks.items()}
+    merges = [tuple(map(spell, last_merge(token, ranks))) for token in ranks if len(token) > 1]
+    backend = Backend(models.BPE(vocabulary, merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_letters])
+    names = [NAMED.get(id, f"<|reserved_{id}|>") for id in range(199998, 200019)]
+    backend.add_special_tokens(names)
+    path = tmp_path_factory.mktemp("o200k") / "tokenizer.json"
+    backend.save(str(path), pretty=False)
+    return Tokenizer(path)
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens that BPE joins last to make this one."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [a + b for a, b in itertools.pairwise(parts)]
+        i = min(range(len(joined)), key=lambda i: ranks.get(joined[i], len(ranks)))
+        parts[i : i + 2] = [joined[i]]
+    return parts
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=lambda messages: str(len(messages)))
+def test_ids_equal_openai_harmony(
+    oracle: Any, o200k: Tokenizer, messages: list[dict[str, str]]
+) -> None:
+    import openai_harmony as harmony
+
+    system = harmony.SystemContent.new().with_conversation_start_date("2025-06-28")
+    system = system.with_reasoning_effort(harmony.ReasoningEffort.HIGH)
+    theirs = [harmony.Message.from_role_and_content(harmony.Role.SYSTEM, system)]
+    for message in messages:
+        if message["role"] in ("system", "developer"):
+            developer = harmony.DeveloperContent.new().with_instructions(message["content"])
+            theirs.append(harmony.Message.from_role_and_content(harmony.Role.DEVELOPER, developer))
+            continue
+        role = harmony.Role(message["role"])
+        turn = harmony.Message.from_role_and_content(role, message["content"])
+        if role == harmony.Role.ASSISTANT:
+            turn = turn.with_channel(message.get("channel", "final"))
+        theirs.append(turn)
+    expected = oracle.render_conversation_for_completion(
+        harmony.Conversation.from_messages(theirs), harmony.Role.ASSISTANT
+    )
+    found = render_chat(messages, o200k, reasoning="high", current_date="2025-06-28")
+    assert found == expected
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ANSWER,
+        "<|channel|>final<|message|>grüße 👩‍👩‍👧<|return|>",
+        "<|channel|>analysis<|message|>Call.<|end|><|start|>assistant<|channel|>commentary"
+        ' to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>',
+        ' to=functions.f<|channel|>commentary <|constrain|>json<|message|>{"a": 1}<|call|>',
+    ],
+)
+def test_messages_equal_openai_harmony(oracle: Any, o200k: Tokenizer, answer: str) -> None:
+    from openai_harmony import Role
+
+    ids = marked(o200k, answer)
+    theirs = oracle.parse_messages_from_completion_tokens(ids, Role.ASSISTANT)
+    expected = [Piece(m.channel, m.content[0].text, m.recipient) for m in theirs]
+    assert parse_answer(ids, o200k) == expected
+
+
+@pytest.mark.oracle
+def test_golden_ids_of_an_answer(o200k: Tokenizer) -> None:
+    ids = [int(id) for id in golden("simple_reasoning_response").split()]
+    thought = 'User asks: "What is 2 + 2?" Simple arithmetic. Provide answer.'
+    assert parse_answer(ids, o200k) == [
+        Piece("analysis", thought),
+        Piece("final", "2 + 2 = 4."),
+    ]

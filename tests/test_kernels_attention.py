@@ -1,0 +1,251 @@
+"""RoPE, the cache and attention against the float64 reference: windows, rings, chunks, sinks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from kernel_cases import (
+    CONCENTRATION,
+    CONTEXT,
+    DECODE,
+    HEAD_DIM,
+    HEADS,
+    HERE,
+    INV_FREQ,
+    KV_HEADS,
+    PREFILL,
+    Form,
+    assert_close,
+    every_form,
+    int32,
+    new_qkv,
+    numbers,
+    rope_of,
+    rotate_queries,
+    split_qkv,
+)
+from kernel_runner import Array, build
+from reference import F64, to_float64
+
+from osscompile.kernels import attention
+
+both_dtypes = pytest.mark.parametrize("dtype", ["float16", "float32"])
+
+# --- RoPE and the cache -----------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("position", [0, 11, 4095, 4096, CONTEXT - 24])
+def test_rotate_queries_up_to_the_last_position(form: Form, position: int) -> None:
+    rotate_queries(form, position).check()
+
+
+@every_form
+@both_dtypes
+@pytest.mark.parametrize("position", [0, 3, 31, 32, 47, 4095])
+def test_append_kv_around_the_wrap_of_a_ring_of_32(form: Form, dtype: str, position: int) -> None:
+    capacity = 32
+    qkv = new_qkv(10, form)
+    _, k, v = split_qkv(qkv, HEADS, KV_HEADS, HEAD_DIM)
+    at = position + np.arange(len(k))
+    rotated = reference.apply_rope(k, at, INV_FREQ, CONCENTRATION)
+    keys = np.full((KV_HEADS, capacity // 8, HEAD_DIM, 8), 77.0, dtype)
+    values = np.full((KV_HEADS, capacity, HEAD_DIM), 77.0, dtype)
+    expected_keys, expected_values = keys.astype(np.float64), values.copy()
+    for token, slot in enumerate(at % capacity):
+        expected_keys[:, slot // 8, :, slot % 8] = rotated[token]
+        expected_values[:, slot] = v[token].astype(dtype)
+    kernel = attention.append_kv(
+        form.tiles, form.tile, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, capacity, dtype
+    )
+    run = build(kernel, HERE)
+    new_keys, new_values = run(keys, values, qkv, rope_of(CONTEXT), int32(position), in_place=2)
+    np.testing.assert_array_equal(new_values, expected_values)  # also that no other slot changed
+    rounding = 2.0**-11 if dtype == "float16" else 3e-7
+    np.testing.assert_allclose(new_keys.astype(np.float64), expected_keys, rtol=rounding, atol=5e-7)
+
+
+# --- Attention --------------------------------------------------------------------------------
+
+
+class Layer:
+    """An attention layer's cache and its kernels, fed with chunks of queries, keys and values.
+
+    Keys come unrotated (the RoPE table says angle 0), and representable in the cache's type, so
+    that the reference sees the same numbers.
+    """
+
+    def __init__(
+        self,
+        window: int | None,
+        dtype: str = "float32",
+        *,
+        heads: int = 4,
+        kv_heads: int = 2,
+        head_dim: int = 16,
+        capacity: int = 264,
+    ) -> None:
+        self.window, self.dtype = window, dtype
+        self.sizes = (heads, kv_heads, head_dim)
+        self.capacity, self.context = capacity, 8192
+        shape = (kv_heads, capacity, head_dim)
+        self.keys = np.zeros((kv_heads, capacity // 8, head_dim, 8), dtype)
+        self.values = np.zeros(shape, dtype)
+        self.rope = np.zeros((self.context, head_dim // 2, 2), np.float32)
+        self.rope[..., 0] = 1
+        self.sinks = np.linspace(-2, 3, heads).astype(np.float32)
+
+    def tokens(self, seed: int, count: int) -> Array:
+        """qkv [count, width] whose scores spread over several units."""
+        heads, kv_heads, head_dim = self.sizes
+        values = numbers(seed, count, (heads + 2 * kv_heads) * head_dim, scale=1.5)
+        return values.astype(self.dtype).astype(np.float32)
+
+    def run(self, qkv: Array, position: int, form: Form = PREFILL) -> Array:
+        """Append the tokens [count, width], then attend: -> [count, heads, head_dim]."""
+        heads, _, head_dim = self.sizes
+        fill = -len(qkv) % form.tile  # what a last, part empty tile holds must not matter
+        padded = np.concatenate([qkv, np.full((fill, qkv.shape[1]), 1e4, np.float32)])
+        tiled = padded.reshape(-1, form.tile, qkv.shape[1])
+        cache = (self.capacity, self.dtype)
+        append = attention.append_kv(form.tiles, form.tile, *self.sizes, self.context, *cache)
+        self.keys, self.values = build(append, HERE)(
+            self.keys, self.values, tiled, self.rope, int32(position), in_place=2
+        )
+        attend = attention.attention(
+            form.tiles, form.tile, *self.sizes, self.capacity, self.window, self.dtype
+        )
+        queries = tiled[..., : heads * head_dim].reshape(*tiled.shape[:2], heads, head_dim)
+        queries = queries * np.float32(head_dim**-0.5)  # of a power of 4: exact
+        out = build(attend, HERE)(queries, self.keys, self.values, self.sinks, int32(position))
+        return out.reshape(len(padded), heads, head_dim)[: len(qkv)]
+
+    def expected(self, qkv: Array) -> F64:
+        """For all tokens from position 0 on."""
+        q, k, v = split_qkv(qkv, *self.sizes)
+        return reference.attention(q, k, v, to_float64(self.sinks), self.window)
+
+
+every_window = pytest.mark.parametrize("window", [None, 128], ids=["full", "sliding"])
+
+
+@every_window
+@both_dtypes
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 127, 128, 129, 130, 200])
+def test_attention_around_a_window_of_128(window: int | None, dtype: str, count: int) -> None:
+    layer = Layer(window, dtype)
+    qkv = layer.tokens(count, count)
+    assert_close(layer.run(qkv, 0), layer.expected(qkv))
+
+
+@every_window
+@pytest.mark.parametrize("count", [1, 2, 126, 127, 128, 129, 136, 137])
+def test_attention_of_one_more_token(window: int | None, count: int) -> None:
+    layer = Layer(window)
+    qkv = layer.tokens(count, count)
+    if count > 1:
+        layer.run(qkv[:-1], 0)
+    assert_close(layer.run(qkv[-1:], count - 1, DECODE), layer.expected(qkv)[-1:])
+
+
+@pytest.mark.parametrize("window", [1, 7, 8, 9, 16])
+def test_attention_of_windows_that_are_no_whole_tiles(window: int) -> None:
+    layer = Layer(window, capacity=48)
+    qkv = layer.tokens(window, 32)
+    assert_close(layer.run(qkv, 0), layer.expected(qkv))
+
+
+@pytest.mark.parametrize(
+    ("form", "heads", "kv_heads"),
+    [
+        *((PREFILL, *heads) for heads in ((2, 2), (4, 2), (6, 2), (8, 1), (12, 1))),
+        *((DECODE, *heads) for heads in ((2, 2), (12, 1))),
+    ],
+    ids=repr,
+)
+def test_attention_with_1_2_3_8_and_12_query_heads_a_key(
+    form: Form, heads: int, kv_heads: int
+) -> None:
+    layer = Layer(16, heads=heads, kv_heads=kv_heads, capacity=48)
+    qkv = layer.tokens(heads, 21)
+    split = 20 if form is DECODE else 13
+    layer.run(qkv[:split], 0)
+    assert_close(layer.run(qkv[split:], split, form), layer.expected(qkv)[split:])
+
+
+def test_attention_with_the_heads_of_gpt_oss() -> None:
+    layer = Layer(128, "float16", heads=64, kv_heads=8, head_dim=64, capacity=192)
+    qkv = layer.tokens(64, 136)
+    whole = layer.expected(qkv)
+    assert_close(layer.run(qkv[:64], 0), whole[:64])
+    assert_close(layer.run(qkv[64:128], 64), whole[64:128])
+    assert_close(layer.run(qkv[128:135], 128), whole[128:135])
+    assert_close(layer.run(qkv[135:], 135, DECODE), whole[135:])
+
+
+@every_window
+@both_dtypes
+def test_attention_in_uneven_chunks_and_around_a_ring(window: int | None, dtype: str) -> None:
+    """Padded tiles write huge tokens, which the next chunk replaces; a ring of 192 wraps twice."""
+    layer = Layer(window, dtype, capacity=192 if window else 512)
+    qkv = layer.tokens(12, 450)
+    expected = layer.expected(qkv)
+    start = 0
+    for size in (64, 63, 1, 2, 61, 64, 5, 64, 9, 64, 53):
+        out = layer.run(qkv[start : start + size], start)
+        assert_close(out, expected[start : start + size])
+        start += size
+    assert start == len(qkv)
+
+
+@every_window
+def test_attention_past_position_4096(window: int | None) -> None:
+    layer = Layer(window, "float16", heads=2, kv_heads=1, capacity=192 if window else 4352)
+    qkv = layer.tokens(13, 4200)
+    q, k, v = split_qkv(qkv, *layer.sizes)
+    for start in range(0, 4160, 64):
+        out = layer.run(qkv[start : start + 64], start)
+    last = reference.attention(q[4096:4160], k[:4160], v[:4160], layer.sinks, window)
+    assert_close(out, last)
+    out = layer.run(qkv[4160:4200], 4160)
+    assert_close(out, reference.attention(q[4160:], k, v, layer.sinks, window))
+
+
+@pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
+def test_attention_does_not_see_keys_outside_the_window_or_after_it(form: Form) -> None:
+    """Whatever lies in the slots of other positions, as long as it is a number."""
+    window, position, count = 16, 37, 1 if form is DECODE else 8
+    layer = Layer(window, "float16", capacity=64)
+    qkv = layer.tokens(14, position + count)
+    for start in range(0, position, 16):
+        layer.run(qkv[start : min(start + 16, position)], start)
+    visible = np.arange(position - window + 1, position + count) % layer.capacity
+    hidden = np.setdiff1d(np.arange(layer.capacity), visible)
+    layer.values[:, hidden] = 6e4
+    layer.keys[:, hidden // 8, :, hidden % 8] = 3e4
+    out = layer.run(qkv[position:], position, form)
+    assert_close(out, layer.expected(qkv)[position:])
+
+
+@pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
+def test_attention_with_a_huge_sink_gives_nothing(form: Form) -> None:
+    layer = Layer(None)
+    layer.sinks[1] = 1e4
+    out = layer.run(layer.tokens(15, 1), 0, form)
+    assert np.abs(out[:, 1]).max() < 1e-30 and np.abs(out[:, 0]).min() > 0
+
+
+@pytest.mark.parametrize("sink", [-1e4, -100.0, 0.0, 50.0])
+def test_attention_sinks_take_their_share(sink: float) -> None:
+    layer = Layer(16, capacity=48)
+    layer.sinks[:] = sink
+    qkv = layer.tokens(16, 24)
+    assert_close(layer.run(qkv, 0), layer.expected(qkv))
+
+
+def test_attention_with_scores_far_apart() -> None:
+    """Scores of hundreds: the running maximum jumps, and what was summed before vanishes."""
+    layer = Layer(None)
+    qkv = layer.tokens(17, 100) * np.float32(16)
+    assert_close(layer.run(qkv, 0), layer.expected(qkv), 5e-5)  # e^score: a score of 1e3 is off by

@@ -1,0 +1,76 @@
+"""Kernels under other schedules than the best of this machine: by the fallback rule, without int8
+products, in narrower vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+from kernel_cases import (
+    DECODE,
+    HERE,
+    PREFILL,
+    ROW_CASES,
+    Case,
+    Form,
+    check_quantize,
+    combine_experts,
+    dense_bf16,
+    dense_q8,
+    every_matmul,
+    moe_mxfp4_q8,
+    moe_mxfp4_swiglu_q8,
+    numbers,
+    rotate_queries,
+)
+
+from osscompile.schedules.cpu.rows import rows as fallback
+
+NO_INT8_DOT = dataclasses.replace(HERE, int8_dot=None)
+NARROW = dataclasses.replace(HERE, int8_dot=None, vector_bits=128)
+
+
+@every_matmul
+def test_matmul_under_the_fallback_rule(case: Callable[..., Case]) -> None:
+    case(PREFILL).check(rule=fallback)
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [
+        (dense_q8, DECODE),
+        (dense_q8, PREFILL),
+        (moe_mxfp4_swiglu_q8, DECODE),
+        (moe_mxfp4_q8, PREFILL),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or value.name,
+)
+def test_matmul_without_int8_products(case: Callable[..., Case], form: Form) -> None:
+    case(form).check(NO_INT8_DOT)
+
+
+@every_matmul
+def test_matmul_in_vectors_of_128_bits(case: Callable[..., Case]) -> None:
+    case(DECODE, 64, 24).check(NARROW)
+
+
+@pytest.mark.parametrize("case", [dense_q8, dense_bf16, moe_mxfp4_q8], ids=lambda c: c.__name__)
+def test_matmul_of_tiles_in_vectors_of_128_bits(case: Callable[..., Case]) -> None:
+    case(PREFILL, 64, 24).check(NARROW)
+
+
+def test_matmul_rows_that_fill_narrow_vectors_only() -> None:
+    dense_bf16(PREFILL, 64, 4).check(NARROW)
+    dense_q8(DECODE, 64, 12).check(NARROW)
+
+
+@pytest.mark.parametrize(
+    "case", [*ROW_CASES, rotate_queries, combine_experts], ids=lambda case: case.__name__
+)
+def test_row_kernel_in_vectors_of_128_bits(case: Callable[[Form], Case]) -> None:
+    case(PREFILL).check(NARROW)
+
+
+def test_quantize_q8_in_vectors_of_128_bits() -> None:
+    check_quantize(PREFILL, numbers(43, 3, 8, 96), NARROW)
