@@ -9,6 +9,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -29,12 +30,10 @@ BATCHES_PER_BUCKET = 32  # drawn together and sorted by length, to pad little
 TASK_WEIGHTS = {"arithmetic": 36, "tools": 22, "json": 14, "recall": 24, "chat": 4}
 EFFORT_WEIGHTS = (40, 33, 27)
 
-WARMUP_STEPS = 50
-STABLE_STEPS = 6000
-DECAY_STEPS = 2000
-QUANTISE_FROM = 2000
-LEARNING_RATE = 2e-3
-LAST_LEARNING_RATE = 2e-5
+QUANTISE_FROM = 2000  # before it the experts learn in float32, which is faster
+# (step, learning rate), straight lines between: warm up, stay, go down.
+LEARNING_RATES = ((-1, 0.0), (49, 2e-3), (6000, 2e-3), (6400, 1.604e-3), (7250, 2e-5))
+NUM_STEPS = LEARNING_RATES[-1][0]
 WEIGHT_DECAY = 0.05  # of matrices; 0.01 elsewhere
 BALANCE_WEIGHT = 0.005
 MAX_GRADIENT_NORM = 1.0
@@ -76,11 +75,11 @@ def train(out: Path, last_step: int) -> None:
 
 
 def learning_rate(step: int) -> float:
-    """Warm up, stay, then go down linearly."""
-    if step < WARMUP_STEPS:
-        return LEARNING_RATE * (step + 1) / WARMUP_STEPS
-    done = max(0, step - STABLE_STEPS) / DECAY_STEPS
-    return LEARNING_RATE + (LAST_LEARNING_RATE - LEARNING_RATE) * min(1.0, done)
+    """The learning rate of a step, by interpolation in LEARNING_RATES."""
+    for (start, first), (end, last) in pairwise(LEARNING_RATES):
+        if step <= end:
+            return first + (last - first) * (step - start) / (end - start)
+    return LEARNING_RATES[-1][1]
 
 
 def tokenize(dialogue: Dialogue, tokenizer: Tokenizer) -> Row:
@@ -223,7 +222,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the training state")
-    parser.add_argument("--last-step", type=int, default=STABLE_STEPS + DECAY_STEPS)
+    parser.add_argument("--last-step", type=int, default=NUM_STEPS)
     arguments = parser.parse_args()
     train(arguments.out, arguments.last_step)
 
