@@ -9,6 +9,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 from artifacts import TINY_OPTIONS
+from talker import compile_talker
 
 import osscompile
 from osscompile import targets
@@ -50,3 +51,8 @@ def nano_artifact(this_machine: Target, tmp_path_factory: pytest.TempPathFactory
     """The model that ships, in the default profile. Copy it before you change it."""
     output = tmp_path_factory.mktemp("nano") / "nano.osc"
     return osscompile.compile("nano", this_machine.name, output, context=4096)
+
+
+@pytest.fixture(scope="session")
+def talker(this_machine: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_talker(this_machine.name, tmp_path_factory.mktemp("talker"))

@@ -71,7 +71,7 @@ def test_load_with_a_context_out_of_range(nano_artifact: Path, context: int) -> 
 
 @pytest.mark.parametrize("max_tokens", [0, -1])
 def test_max_tokens_out_of_range(model: osscompile.Model, max_tokens: int) -> None:
-    with pytest.raises(InputError, match=f"max_tokens: expected a whole number from 1, found {max_tokens}"):
+    with pytest.raises(InputError, match=f"whole number from 1, found {max_tokens}"):
         model.generate([1], max_tokens=max_tokens)
 
 
