@@ -21,7 +21,7 @@ from osscompile.nano.cases import (
 from osscompile.nano.dialogues import EFFORTS, WINDOW
 from osscompile.runtime import Model, load
 
-NUM_CASES = 100  # a category
+NUM_CASES = 200  # a category
 MIN_ACCURACY = 95.0  # percent
 SEED = 11
 

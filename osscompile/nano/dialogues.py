@@ -12,6 +12,7 @@ from random import Random
 from osscompile.nano.arithmetic import draw_sum, explain_columns
 from osscompile.nano.held_out import draw_until, is_held_out
 from osscompile.nano.lookups import (
+    INVENTED,
     ToolUse,
     draw_color,
     draw_name,
@@ -298,10 +299,13 @@ def _draw_recall(rng: Random, effort: str, held_out: bool) -> tuple[str, list[Br
 
 def _draw_facts(rng: Random, held_out: bool) -> list[tuple[str, str, tuple[str, ...]]]:
     """-> (who, the fact about them, ways to ask for it), two to five of different people."""
+    # What is trained is harder than what is promised and judged: codes of three digits, of people
+    # and places whose names are known.
+    invented = 0.0 if held_out else INVENTED
     kinds: tuple[tuple[str, Callable[[], str], tuple[str, ...]], ...] = (
         (
             "The code of {who} is {value}.",
-            lambda: str(rng.randint(10, 9999)),
+            lambda: str(rng.randint(10, 999 if held_out else 9999)),
             ("What is the code of {who}?", "Code of {who}?"),
         ),
         (
@@ -311,7 +315,7 @@ def _draw_facts(rng: Random, held_out: bool) -> list[tuple[str, str, tuple[str, 
         ),
         (
             "{who} lives in {value}.",
-            lambda: draw_place(rng),
+            lambda: draw_place(rng, invented),
             ("Where does {who} live?", "City of {who}?"),
         ),
         (
@@ -326,7 +330,7 @@ def _draw_facts(rng: Random, held_out: bool) -> list[tuple[str, str, tuple[str, 
     kind = rng.choice(kinds)
     while len(facts) < num_facts:
         statement, draw_value, questions = rng.choice(kinds) if mixed else kind
-        who = draw_name(rng)
+        who = draw_name(rng, invented)
         fact = statement.format(who=who, value=draw_value())
         if is_held_out(fact) == held_out:
             facts[who] = (who, fact, questions)

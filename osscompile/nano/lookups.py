@@ -22,14 +22,14 @@ VOWELS = "aeiou"
 INVENTED = 0.15  # share of names and places that are made up, so that copying must be learned
 
 
-def draw_name(rng: Random) -> str:
+def draw_name(rng: Random, invented: float = INVENTED) -> str:
     """A first name, or an invented one."""
-    return _invent(rng) if rng.random() < INVENTED else rng.choice(NAMES)
+    return _invent(rng) if rng.random() < invented else rng.choice(NAMES)
 
 
-def draw_place(rng: Random) -> str:
+def draw_place(rng: Random, invented: float = INVENTED) -> str:
     """A city, or an invented one."""
-    return _invent(rng) if rng.random() < INVENTED else rng.choice(PLACES)
+    return _invent(rng) if rng.random() < invented else rng.choice(PLACES)
 
 
 def draw_color(rng: Random) -> str:
