@@ -16,15 +16,23 @@ import numpy as np
 from .errors import ArtifactError
 
 CPU = 1  # DLPack's device type
+FAST_CORES = 1  # TVM's thread pool: prefer the cores with the highest frequency
 POOLED = 2  # the virtual machine's allocator that keeps what it freed
 RUNTIME_LIBRARY = {"Darwin": "libtvm_runtime.dylib"}.get(os.uname().sysname, "libtvm_runtime.so")
 
 
 class Device:
-    """A loaded library. Tensors in and out are numpy arrays that share memory with the device."""
+    """A loaded library. Tensors in and out are numpy arrays that share memory with the device.
 
-    def __init__(self, library: Path) -> None:
+    `threads`: CPU threads of every function of the process, as the last device was made with.
+    """
+
+    def __init__(self, library: Path, threads: int) -> None:
+        # TVM would take half of the cores it sees. It reads this once, when its threads start;
+        # later calls choose among those.
+        os.environ.setdefault("TVM_NUM_THREADS", str(max(threads, os.cpu_count() or 1)))
         self._ffi = _load_runtime()
+        self._ffi.get_global_func("runtime.config_threadpool")(FAST_CORES, threads)
         try:
             # a path without a folder would be searched for elsewhere
             module = self._ffi.load_module(str(library.resolve()))
@@ -50,10 +58,6 @@ class Device:
         tensors = [self.tensor(_aligned(array)) for array in inputs]
         result: np.ndarray = np.from_dlpack(self._functions[function](*tensors, *bound))
         return result
-
-    def set_threads(self, count: int) -> None:
-        """Use so many threads for every function of the process."""
-        self._ffi.get_global_func("runtime.config_threadpool")(0, count)
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from .device import Device
 from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
-from .machine import available_memory_bytes
+from .machine import available_memory_bytes, physical_cores
 from .sampler import Sample, Sampler, SamplingOptions, reserved_ids
 from .tokenizer import StreamDecoder, Tokenizer
 
@@ -88,9 +88,7 @@ class Model:
         self._check_memory()
         path = artifact.tokenizer
         self.tokenizer = Tokenizer(path) if path is not None else None
-        self._device = Device(artifact.library)
-        if threads is not None:
-            self._device.set_threads(threads)
+        self._device = Device(artifact.library, threads or physical_cores())
         self._cache = KVCache(self.manifest)
         self._turn = 0  # counts the calls that used the cache
         self._bound = [self._device.tensor(a) for a in (*self._cache.arrays, *artifact.weights)]

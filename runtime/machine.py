@@ -1,5 +1,6 @@
 """What the machine is: operating system, architecture, and the features of its CPU."""
 
+import os
 import platform
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,21 @@ class Machine:
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Machine":
         return Machine(fields["system"], fields["architecture"], tuple(fields["cpu_features"]))
+
+
+def physical_cores() -> int:
+    """Cores that this process may use; the threads of one core count once, where that is known."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if allowed is None:
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text(encoding="ascii"))
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
 
 
 def available_memory_bytes() -> int | None:

@@ -1,6 +1,6 @@
 """Train nano from scratch: `python -m osscompile.nano.train --out DIR`; run again to resume.
 
-The run of 8,400 steps read 22 million tokens, about 90 minutes on two busy cores. It was stopped
+The run of 8,400 steps read 22 million tokens, about 100 minutes on two busy cores. It was stopped
 at step 6400 and resumed with a faster decay, and the later mixtures were added when step 7000 still
 erred in calls and step 7900 in recall; the constants below describe what the run did in the end.
 
