@@ -119,7 +119,7 @@ def test_command_of_the_wheel(site_packages: Path, tmp_path: Path) -> None:
 def test_checkout_works_where_it_lies(source: Path) -> None:
     """Without an installation: the folders beside osscompile/ belong to it."""
     code = """if True:
-        import osscompile.compile, osscompile.schedules, osscompile.targets, osscompile.runtime
+        import osscompile.compiler, osscompile.schedules, osscompile.targets, osscompile.runtime
         print(osscompile.runtime.__file__)
         """
     found = run_python(code, cwd=source, env={"PYTHONPATH": str(source)}).stdout.strip()
@@ -148,11 +148,11 @@ def test_every_public_name_resolves() -> None:
 
 
 def test_compile_is_the_function_also_after_its_module_was_imported(tmp_path: Path) -> None:
-    """The module has the same name, and an import binds it to the package."""
+    """A module named like the function would take its place in the package when imported."""
     code = """if True:
         import osscompile
         first = osscompile.compile
-        import osscompile.compile
+        import osscompile.compiler
         from osscompile.compiler import compile
         assert osscompile.compile is first is compile and callable(first)
         """
