@@ -14,9 +14,10 @@ from kernel_cases import HERE, YARN, numbers
 from kernel_runner import Array
 from tvm import te
 
+from osscompile.errors import CheckpointError
 from osscompile.importer import weights as importer_weights
 from osscompile.importer.config import ModelConfig
-from osscompile.importer.graph import build_graph
+from osscompile.importer.graph import build_graph, weight_parameters
 from osscompile.importer.synthetic import TINY, SyntheticSource
 from osscompile.importer.weights import (
     mxfp4_words,
@@ -140,3 +141,19 @@ def test_weights_are_the_same_in_however_many_pieces(
     for parameter, chunks, (tensor,) in zip(graph.weights, pieces(), whole, strict=True):
         assert len(chunks) > 1 or tensor.nbytes < 5000 * 32, parameter.name
         np.testing.assert_array_equal(np.concatenate(chunks), tensor, err_msg=parameter.name)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e7])
+@pytest.mark.parametrize("part", ["words", "scales"])
+def test_weights_that_int8_cannot_hold_are_refused(value: float, part: str) -> None:
+    class Broken(SyntheticSource):
+        def read(self, name: str, start: int, stop: int) -> np.ndarray:
+            rows = super().read(name, start, stop).copy()
+            rows[0, 5] = value
+            return rows
+
+    source = Broken(TINY)
+    parameters = weight_parameters(source.config, "fast", 64)
+    parameter = next(p for p in parameters if p.name == f"lm_head.{part}")
+    with pytest.raises(CheckpointError, match=r"lm_head.weight, rows 0 to .*finite"):
+        list(weight_chunks(parameter, source, None))

@@ -54,13 +54,15 @@ def _rows(parameter: Parameter, source: Source, start: int, stop: int) -> np.nda
         return source.read(f"{name}.scales", start, stop)
     if part in ("words", "scales"):
         weight = source.read(f"{name}.weight", start, stop)
-        if not np.isfinite(q8_scales(weight)).all():
+        with np.errstate(over="ignore", invalid="ignore"):  # such scales are refused below
+            words, scales = quantize_q8(weight) if part == "words" else (None, q8_scales(weight))
+        if not np.isfinite(scales).all():
             raise CheckpointError(
                 f"{name}.weight, rows {start} to {stop - 1}: expected finite weights that int8 "
                 "with float16 scales can hold, found one beyond 8.3 million, or NaN; compile with "
                 "the profile `exact`, or check where this checkpoint comes from"
             )
-        return quantize_q8(weight)[0] if part == "words" else q8_scales(weight)
+        return scales if words is None else words
     values = source.read(parameter.name, start, stop)
     if parameter.dtype == "uint16":
         return values.view(np.uint16)
