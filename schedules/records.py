@@ -6,18 +6,31 @@ model. Shapes are those after weights were packed.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 from tvm import tirx
 from tvm.tirx import PrimFunc
 
 from ..targets import Target
 
+# How a schedule asks for a constant: its name, what may be tried, and what is safe untuned. Tuning
+# answers with what it wants to measure, a compile with what tuning found.
+Choose: TypeAlias = Callable[[str, Sequence[int], int], int]
 
-def constants(function: PrimFunc, target: Target, defaults: dict[str, int]) -> dict[str, int]:
-    """`defaults`, overridden by the record of this kernel on this target, if there is one."""
-    return defaults | _records(target.name).get(kernel_key(function), {})
+
+def recorded(function: PrimFunc, target: Target) -> Choose:
+    """Answers from the record of this kernel on this target, else with the default."""
+    record = _records(target.name).get(kernel_key(function), {})
+
+    def choose(name: str, candidates: Sequence[int], default: int) -> int:
+        assert default in candidates, (name, default, candidates)
+        value = record.get(name, default)
+        return value if value in candidates else default  # of an older schedule: out of date
+
+    return choose
 
 
 def kernel_key(function: PrimFunc) -> str:

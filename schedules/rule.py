@@ -4,19 +4,24 @@ from tvm.tirx import PrimFunc
 
 from ..targets import Target, TargetError
 from .cpu import CPU_RULES
+from .records import Choose, recorded
 
 RULES = {"cpu": CPU_RULES}
 
 
-def schedule(function: PrimFunc, target: Target) -> PrimFunc:
-    """The kernel, scheduled for `target`, and marked so (`scheduled_by`: the rule's name)."""
+def schedule(function: PrimFunc, target: Target, choose: Choose | None = None) -> PrimFunc:
+    """The kernel, scheduled for `target`, and marked so (`scheduled_by`: the rule's name).
+
+    `choose`: answers what the rule leaves open; default: the committed records.
+    """
     if target.family not in RULES:
         raise TargetError(
             f"target {target.name}: expected one of the families {', '.join(RULES)}, "
             f"found {target.family!r}"
         )
+    choose = recorded(function, target) if choose is None else choose
     for rule in RULES[target.family]:
-        sch = rule(function, target)
+        sch = rule(function, target, choose)
         if sch is not None:
             scheduled = sch.mod["main"].with_attr("scheduled_by", rule.__name__)
             return scheduled.without_attr("global_symbol")

@@ -16,11 +16,12 @@ from tvm_ffi import structural_map
 from osscompile.importer.weights import pack_rows
 from osscompile.passes.expand_exp import expand_exp
 from osscompile.passes.pack_weights import pack_kernel, packable
+from osscompile.schedules.records import Choose, recorded
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target
 
 Array = NDArray[Any]
-Rule = Callable[[PrimFunc, Target], "tvm.s_tir.Schedule | None"]
+Rule = Callable[[PrimFunc, Target, Choose], "tvm.s_tir.Schedule | None"]
 
 _BUILT: dict[tuple[PrimFunc, str, bool, Rule | None], BuiltKernel] = {}
 
@@ -45,7 +46,7 @@ class BuiltKernel:
         self.packed = packable(kernel, self.lanes)
         function = pack_kernel(kernel, self.packed, self.lanes)
         if rule is not None:
-            sch = rule(function, target)
+            sch = rule(function, target, recorded(function, target))
             assert sch is not None, f"{rule.__name__} declines {kernel.attrs['op']}"
             function = sch.mod["main"]
         elif scheduled:

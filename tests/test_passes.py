@@ -33,7 +33,7 @@ from osscompile.passes.verify import verify
 from osscompile.schedules import records
 from osscompile.schedules.cpu import CPU_RULES
 from osscompile.schedules.cpu import rows as fallback
-from osscompile.schedules.records import constants, kernel_key
+from osscompile.schedules.records import kernel_key, recorded
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target, TargetError
 
@@ -233,15 +233,21 @@ def _parallel_extents(function: PrimFunc) -> list[int]:
     return extents
 
 
-def test_constants_without_records_are_the_defaults(write_records: Any) -> None:
-    assert constants(KERNEL, X86, {"a": 1}) == {"a": 1}
+def test_kernel_without_a_record_gets_the_default(write_records: Any) -> None:
+    assert recorded(KERNEL, X86)("unroll", (1, 2), 1) == 1
 
 
-def test_constants_of_a_record_replace_defaults(write_records: Any) -> None:
-    write_records(X86, {kernel_key(KERNEL): {"a": 2}, "another kernel": {"b": 3}})
-    assert constants(KERNEL, X86, {"a": 1, "b": 1}) == {"a": 2, "b": 1}
-    other = dataclasses.replace(X86, name="other")
-    assert constants(KERNEL, other, {"a": 1}) == {"a": 1}
+def test_record_answers_for_its_kernel_and_target_alone(write_records: Any) -> None:
+    write_records(X86, {kernel_key(KERNEL): {"unroll": 2}, "another kernel": {"depth": 2}})
+    choose = recorded(KERNEL, X86)
+    assert choose("unroll", (1, 2), 1) == 2
+    assert choose("depth", (1, 2), 1) == 1
+    assert recorded(KERNEL, dataclasses.replace(X86, name="other"))("unroll", (1, 2), 1) == 1
+
+
+def test_record_that_is_no_candidate_any_more_is_ignored(write_records: Any) -> None:
+    write_records(X86, {kernel_key(KERNEL): {"unroll": 3}})
+    assert recorded(KERNEL, X86)("unroll", (1, 2), 1) == 1
 
 
 def test_kernel_key_tells_operations_shapes_and_dtypes_apart() -> None:
@@ -271,11 +277,11 @@ def test_record_changes_the_schedule_but_not_the_result(
 
     default_extents, default = run(this_machine)
     (packed,) = kernels(pack_weights(_calling(KERNEL), this_machine)).values()
-    write_records(this_machine, {kernel_key(packed): {"row_groups_per_task": 3}})
+    write_records(this_machine, {kernel_key(packed): {"row_groups_per_task": 4}})
     again = dataclasses.replace(this_machine, description="not built before")
     extents, result = run(again)
     groups = 8 * 24 // this_machine.vector_lanes
-    assert extents == [groups // 3] != default_extents
+    assert extents == [groups // 4] != default_extents
     np.testing.assert_allclose(result, np.full_like(result, x.astype(np.float64).sum()), rtol=1e-5)
     np.testing.assert_array_equal(result, default)
 

@@ -9,11 +9,12 @@ from tvm.tirx import For, ForKind, PrimFunc
 from tvm_ffi import structural_map
 
 from ...targets import Target
+from ..records import Choose
 
 MAX_UNROLLED_ROWS = 8  # the accumulators of one unrolled `row` loop fill half the registers
 
 
-def loops(function: PrimFunc, target: Target) -> s_tir.Schedule | None:
+def loops(function: PrimFunc, target: Target, choose: Choose) -> s_tir.Schedule | None:
     """Parallelise `task`, vectorise `lane`, unroll `row`; declines kernels made of blocks."""
     if not isinstance(function.body, tirx.For | tirx.SeqStmt):
         return None

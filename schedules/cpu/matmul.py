@@ -10,7 +10,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import PrimFunc
 
 from ...targets import Target
-from ..records import constants
+from ..records import Choose
 from . import maddubs
 
 OPS = (
@@ -24,10 +24,10 @@ OPS = (
 
 # Row groups (of vector_lanes rows) that one parallel task computes, at most: fewer leave the cores
 # waiting for each other, more outgrow the second-level cache when tiles of tokens follow.
-DEFAULTS = {"row_groups_per_task": 12}
+ROW_GROUPS_PER_TASK = (2, 4, 6, 8, 12, 16, 24, 32)
 
 
-def matmul(function: PrimFunc, target: Target) -> Schedule | None:
+def matmul(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
     """Schedule one of `OPS`; declines others, and rows that do not fill vectors."""
     if str(function.attrs["op"]) not in OPS:
         return None
@@ -37,7 +37,7 @@ def matmul(function: PrimFunc, target: Target) -> Schedule | None:
     rows = _extent(sch, sch.get_loops(out)[-1])
     if rows is None or rows % target.vector_lanes:
         return None
-    limit = constants(function, target, DEFAULTS)["row_groups_per_task"]
+    limit = choose("row_groups_per_task", ROW_GROUPS_PER_TASK, 12)
 
     tiles, token, row = sch.get_loops(out)
     groups = rows // target.vector_lanes

@@ -8,12 +8,13 @@ from tvm.s_tir.schedule import SBlockRV
 from tvm.tirx import PrimFunc
 
 from ...targets import Target
+from ..records import Choose
 
 # Waking the other cores takes about as long as one core needs for so many elements.
 MIN_PARALLEL_ELEMENTS = 1 << 16
 
 
-def rows(function: PrimFunc, target: Target) -> Schedule | None:
+def rows(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
     """Schedule any kernel made of blocks, correctly if not quickly."""
     sch = s_tir.Schedule(function)
     for block in sch.get_child_blocks(sch.get_sblock("root")):
