@@ -167,8 +167,8 @@ def test_last_rule_takes_every_kernel_made_of_blocks(profile: str) -> None:
     assert CPU_RULES[-1] is fallback
     module = pack_weights(imported(profile), X86)
     for name, kernel in kernels(module).items():
-        if CPU_RULES[0](kernel, X86) is None:
-            assert fallback(kernel, X86) is not None, name
+        if CPU_RULES[0](kernel, X86, recorded(kernel, X86)) is None:
+            assert fallback(kernel, X86, recorded(kernel, X86)) is not None, name
 
 
 def test_first_rule_takes_every_kernel_that_is_not_made_of_blocks() -> None:
@@ -179,8 +179,9 @@ def test_first_rule_takes_every_kernel_that_is_not_made_of_blocks() -> None:
         experts.route(1, 1, 8, 4),
         experts.sort_by_expert(TILES, 8, 8, 4),
     ):
-        assert CPU_RULES[0](kernel, X86) is not None
-    assert CPU_RULES[0](rows.rms_norm(1, 1, 64, 1e-5), X86) is None
+        assert CPU_RULES[0](kernel, X86, recorded(kernel, X86)) is not None
+    kernel = rows.rms_norm(1, 1, 64, 1e-5)
+    assert CPU_RULES[0](kernel, X86, recorded(kernel, X86)) is None
 
 
 @pytest.mark.parametrize("profile", PROFILES)
