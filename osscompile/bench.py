@@ -1,190 +1,240 @@
-"""Measure a compiled model on this machine, beside what the machine's memory allows.
+"""Measure compiled models on this machine, beside what the machine itself can do.
 
-Speeds are medians of repeated runs after a warm-up, with their spread. The roofline is measured in
-the same run: reading the weights that one token needs takes bytes / bandwidth, and no decode that
-reads each of them once can be faster.
+Speeds are medians of repeated runs, with their spread. The limits are measured in the same run: a
+decode step reads its weights, keys and values once, and can be no faster than the memory
+(`Report.roofline`); a prefill can do no more multiply-adds than the int8 peak.
 """
 
 import json
-import os
-import platform
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from .bench_machine import (
+    OtherProcesses,
+    cpu_name,
+    memory_bytes,
+    process_bytes,
+    read_bandwidth,
+    source_commit,
+    versions,
+)
+from .bench_report import FIRST_PROMPT, Report, Timing
+from .runtime.artifact import Manifest, open_artifact
+from .runtime.device import Device
 from .runtime.engine import Model, load
+from .runtime.kv_cache import KEYS_PER_TILE
+from .runtime.machine import physical_cores
 
-BANDWIDTH_BYTES = 1 << 30  # read from memory, far beyond the caches
-REPEATS = 5
-BUDGET_SECONDS = 60  # of one prefill length; two repeats are made whatever they take
-PREFILL_LENGTHS = (16, 128, 512)
-DECODE_DEPTHS = (0, 2048)
-DECODE_STEPS = 16
+PREFILL_LENGTHS = (16, 128, 512, 2048, 4096)
+DECODE_DEPTHS = (0, 2048, 16384)
+REPEATS = 5  # of a prefill, after a warm-up
+BUDGET_SECONDS = 60  # of one prefill length: none begins later, but for the least number of runs
+SHORT = 512  # tokens: so long a prefill is run at least 3 times, a longer one once
+DECODE_STEPS = 32
+WARMUP_STEPS = 2
+STREAMS = 64  # at most, to see DECODE_STEPS streamed steps: a stop id may end each early
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one thing, over repeats."""
-
-    median: float
-    fastest: float
-    slowest: float
+Progress = Callable[[str], object]
 
 
-@dataclass(frozen=True)
-class Report:
-    """What one run measured, and on what. Speeds are tokens a second; keys are token counts."""
-
-    model: str
-    profile: str
-    target: str
-    compiler: str
-    manifest_sha256: str
-    machine: str
-    cores: int
-    load_before: float  # other processes: the 1-minute load average when the run began
-    bandwidth: float  # bytes a second, reading on all cores
-    bytes_per_token: int  # read from memory by one decode step without context
-    load_seconds: float
-    resident_bytes: int
-    prefill: dict[int, Timing]
-    decode: dict[int, Timing]
-
-    @property
-    def roofline(self) -> float:
-        """Decode at depth 0 at the memory's speed, tokens a second."""
-        return self.bandwidth / self.bytes_per_token
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+def bench_each(
+    artifacts: Sequence[str | Path],
+    prefill_lengths: Sequence[int] = PREFILL_LENGTHS,
+    decode_depths: Sequence[int] = DECODE_DEPTHS,
+    progress: Progress | None = None,
+) -> Iterator[Report]:
+    """`bench` of one artifact after the other, each in a process of its own: the load is the first
+    and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError,
+    for any of them before the first is measured."""
+    for path in artifacts:
+        open_artifact(path)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for path in artifacts:
+            yield pool.submit(bench, path, prefill_lengths, decode_depths, progress).result()
 
 
 def bench(
     artifact: str | Path,
     prefill_lengths: Sequence[int] = PREFILL_LENGTHS,
     decode_depths: Sequence[int] = DECODE_DEPTHS,
-    progress: Callable[[str], object] = lambda stage: None,
+    progress: Progress | None = None,
 ) -> Report:
-    """Measure prefill of some lengths and decode after some depths; `progress` hears the stage.
+    """Measure load, prefill of some lengths, decode after some depths, and the machine itself.
 
-    Lengths that do not fit the artifact's context are left out. Raises ArtifactError.
+    Lengths and depths that do not fit the artifact's context are left out. `progress` hears what
+    is measured next. Raises ArtifactError.
     """
-    busy = os.getloadavg()[0]
-    progress("bandwidth")
-    bandwidth = _read_bandwidth()
+    say = progress or (lambda stage: None)
+    date, others = datetime.now(UTC).isoformat(timespec="seconds"), OtherProcesses()
+    say("load")
+    manifest = open_artifact(artifact).manifest  # hashes a new copy, which no later load does
+    ids = _random_ids(manifest)
     start = time.perf_counter()
     model = load(artifact)
     load_seconds = time.perf_counter() - start
-    ids = np.random.default_rng(0).integers(0, model.vocab_size, model.context).tolist()
+    next(model.generate(ids[:FIRST_PROMPT], max_tokens=1))
+    first_token_seconds = time.perf_counter() - start
+
     prefill, decode = {}, {}
     for length in prefill_lengths:
         if length <= model.context:
-            progress(f"prefill {length}")
+            say(f"prefill {length}")
             prefill[length] = _time_prefill(model, ids[:length])
     for depth in decode_depths:
-        if depth + DECODE_STEPS + 2 <= model.context:
-            progress(f"decode at {depth}")
+        if depth + WARMUP_STEPS + DECODE_STEPS <= model.context:
+            say(f"decode at {depth}")
             decode[depth] = _time_decode(model, ids, depth)
-    manifest = model.manifest
+    say("streaming")
+    outside_share = _outside_share(model, ids)
+    resident, peak = process_bytes("VmRSS"), process_bytes("VmHWM")
+
+    variant = model.variant
+    del model  # its memory, and the memory of what follows, are not each other's
+    say("read bandwidth")
+    bandwidth = read_bandwidth()
+    say("int8 peak")
+    from .bench_int8 import int8_peak, token_macs  # imports the compiler: after memory was read
+
+    full_kv_bytes, sliding_kv_bytes = kv_bytes(manifest)
     return Report(
         model=manifest.model,
         profile=manifest.profile,
         target=manifest.target,
-        compiler=manifest.compiler,
+        variant=variant,
         manifest_sha256=json.loads(manifest.to_json())["manifest_sha256"],
-        machine=_machine(),
-        cores=os.cpu_count() or 1,
-        load_before=busy,
+        cpu=cpu_name(),
+        cores=physical_cores(),
+        memory_bytes=memory_bytes(),
+        versions=versions(),
+        commit=source_commit(),
+        date=date,
         bandwidth=bandwidth,
-        bytes_per_token=manifest.decode_bytes,
+        int8_peak=int8_peak(),
+        weight_bytes=manifest.decode_bytes,
+        token_macs=token_macs(manifest),
+        full_kv_bytes=full_kv_bytes,
+        sliding_kv_bytes=sliding_kv_bytes,
+        window=manifest.window,
         load_seconds=load_seconds,
-        resident_bytes=_resident_bytes(),
+        first_token_seconds=first_token_seconds,
+        resident_bytes=resident,
+        peak_bytes=peak,
+        outside_share=outside_share,
         prefill=prefill,
         decode=decode,
+        other_processes=others.share(),
     )
 
 
-def table(report: Report) -> list[tuple[str, str, str]]:
-    """Rows of (what, speed, note) for people."""
-    gigabytes = report.bytes_per_token / 1e9
-    rows = [
-        ("read bandwidth", f"{report.bandwidth / 1e9:.1f} GB/s", f"{report.cores} threads"),
-        (
-            "decode at memory speed",
-            f"{report.roofline:.2f} tok/s",
-            f"{gigabytes:.2f} GB a token",
-        ),
-        ("load", f"{report.load_seconds:.2f} s", ""),
-        ("resident memory", f"{report.resident_bytes / 1e9:.2f} GB", ""),
-    ]
-    for length, timing in report.prefill.items():
-        rows.append((f"prefill {length}", f"{length / timing.median:.2f} tok/s", _spread(timing)))
-    for depth, timing in report.decode.items():
-        share = 1 / timing.median / report.roofline
-        note = f"{share:.0%} of memory speed; {_spread(timing)}"
-        rows.append((f"decode at {depth}", f"{1 / timing.median:.2f} tok/s", note))
-    return rows
+def kv_bytes(manifest: Manifest) -> tuple[int, int]:
+    """Keys and values of one position: in all full layers, and in all sliding layers."""
+    total = {False: 0, True: 0}
+    pairs = zip(manifest.caches[0::2], manifest.caches[1::2], manifest.sliding, strict=True)
+    for keys, values, sliding in pairs:
+        capacity = values.shape[1]
+        total[sliding] += (keys.num_bytes + values.num_bytes) // capacity
+    return total[False], total[True]
 
 
 def _time_prefill(model: Model, ids: list[int]) -> Timing:
-    """A whole prompt, from an empty cache; the first time warms up."""
+    """A whole prompt, from an empty cache. The first of several runs warms up; where a single one
+    took the budget, the shorter lengths before it did."""
+    least = 3 if len(ids) <= SHORT else 1
     seconds: list[float] = []
-    while len(seconds) <= REPEATS and (len(seconds) <= 2 or sum(seconds) < BUDGET_SECONDS):
+    others = OtherProcesses()
+    while len(seconds) < least or (len(seconds) <= REPEATS and sum(seconds) < BUDGET_SECONDS):
         model.forget()
         start = time.perf_counter()
         model.prefill(ids)
         seconds.append(time.perf_counter() - start)
-    return _timing(seconds[1:])
+    return _timing(seconds[1:] or seconds, others)
 
 
 def _time_decode(model: Model, ids: list[int], depth: int) -> Timing:
-    """Single steps after `depth` tokens; the first two warm up."""
-    model.forget()
-    if depth:
-        model.prefill(ids[:depth])
+    """Single steps after `depth` tokens, without sampling."""
+    _fill_cache(model, ids[:depth])
     seconds = []
-    for token in ids[depth : depth + DECODE_STEPS + 2]:
+    others = OtherProcesses()
+    for token in ids[depth : depth + WARMUP_STEPS + DECODE_STEPS]:
         start = time.perf_counter()
         model.decode(token)
         seconds.append(time.perf_counter() - start)
-    return _timing(seconds[2:])
+    return _timing(seconds[WARMUP_STEPS:], others)
 
 
-def _timing(seconds: list[float]) -> Timing:
-    return Timing(statistics.median(seconds), min(seconds), max(seconds))
+def _fill_cache(model: Model, ids: list[int]) -> None:
+    """As if `ids` went before, with random keys and values: a step takes as long whatever they
+    are, and to compute those of 16,384 tokens takes minutes."""
+    model.forget()
+    cache, rng = model._cache, np.random.default_rng(0)
+    cache.begin(len(ids))
+    for keys, values in zip(cache.arrays[0::2], cache.arrays[1::2], strict=True):
+        for part in (keys[:, : -(-len(ids) // KEYS_PER_TILE)], values[:, : len(ids)]):
+            part[...] = rng.standard_normal(part.shape, np.float32)
+    cache.append(ids)
 
 
-def _read_bandwidth() -> float:
-    """Bytes a second that all cores together read from memory: the best of some runs."""
-    cores = os.cpu_count() or 1
-    parts = np.ones((cores, BANDWIDTH_BYTES // cores // 8), np.uint64)
-    best = float("inf")
-    with ThreadPoolExecutor(cores) as pool:
-        for _ in range(REPEATS):
+def _outside_share(model: Model, ids: list[int]) -> float | None:
+    """Share of a step of `generate` that passes outside the compiled function, where Python samples
+    and makes text. None if the context, or a stop id each time, leaves no second token."""
+    model.forget()
+    shares: list[float] = []
+    with _inside(model._device) as inside:
+        for token in ids[:STREAMS]:
+            stream = model.generate([token], max_tokens=1 + DECODE_STEPS - len(shares))
+            next(stream)
             start = time.perf_counter()
-            list(pool.map(np.add.reduce, parts))
-            best = min(best, time.perf_counter() - start)
-    return parts.nbytes / best
+            for _ in stream:
+                now = time.perf_counter()
+                shares.append(1 - inside[-1] / (now - start))
+                start = now
+            if len(shares) >= DECODE_STEPS:
+                break
+    return statistics.median(shares) if shares else None
 
 
-def _spread(timing: Timing) -> str:
-    return f"{timing.fastest * 1e3:.0f} to {timing.slowest * 1e3:.0f} ms"
+@contextmanager
+def _inside(device: Device) -> Iterator[list[float]]:
+    """Seconds of every call of a compiled function, in a list that grows."""
+    seconds: list[float] = []
+    run = device.run
+
+    def timed(*arguments: Any) -> np.ndarray:
+        start = time.perf_counter()
+        result = run(*arguments)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    vars(device)["run"] = timed  # hides the method
+    try:
+        yield seconds
+    finally:
+        del vars(device)["run"]
 
 
-def _machine() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+def _random_ids(manifest: Manifest) -> list[int]:
+    """As many tokens as the context has positions."""
+    ids: list[int] = (
+        np.random.default_rng(0).integers(manifest.vocab_size, size=manifest.context).tolist()
+    )
+    return ids
 
 
-def _resident_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) << 10
-    return 0
+def _timing(seconds: list[float], others: OtherProcesses) -> Timing:
+    return Timing(
+        median=statistics.median(seconds),
+        fastest=min(seconds),
+        slowest=max(seconds),
+        runs=len(seconds),
+        other_processes=others.share(),
+    )

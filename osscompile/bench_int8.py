@@ -1,0 +1,144 @@
+"""Int8 arithmetic: what the machine can do, and what a token asks of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import tvm
+from tvm import ir
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer
+
+from . import targets
+from .bench_machine import best_seconds
+from .runtime.artifact import Manifest, Tensor
+from .runtime.machine import physical_cores
+from .schedules.formats import FP4_PER_WORD, INT8_PER_WORD
+
+LANES = 8  # int32 sums of a 32-byte vector, which is what our kernels use
+VECTOR_MACS = 4 * LANES
+STEPS = 1 << 22  # of every chain in one run: some 30 ms
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """One step of a sum that waits only for itself: (weights, sum) -> the next sum.
+
+    `chains`: of such sums, enough to hide how long a step takes, few enough for 16 registers.
+    `vectors`: of 32 bytes that a step multiplies.
+    """
+
+    chains: int
+    vectors: int
+    step: Callable[[Buffer, Expr], Expr]
+
+
+def int8_peak() -> float | None:
+    """Multiply-adds of bytes a second that all cores together can do, with nothing to load.
+
+    The instructions are those that our MXFP4 kernels multiply with: `dpbusd`, or with `maddubs` per
+    256 multiply-adds 8 products of 32 bytes whose pairs are summed in int16, 6 sums of those, 2
+    widened to int32 and 2 added up. The look-ups and scales that a kernel needs beside them are not
+    in it. None for a machine that has another instruction, or none.
+    """
+    try:
+        target = targets.of_this_machine()
+    except targets.TargetError:
+        return None
+    loop = LOOPS.get(target.int8_dot or "")
+    if loop is None:
+        return None
+    function = tvm.compile(_module(loop), target=tvm.target.Target(target.tvm))["main"]
+    weights = np.arange(loop.vectors * VECTOR_MACS, dtype=np.uint8).reshape(loop.vectors, -1) % 25
+    parts = [
+        (tvm.runtime.tensor(weights), tvm.runtime.tensor(np.empty(loop.chains * LANES, np.int32)))
+        for _ in range(physical_cores())
+    ]
+    seconds = best_seconds(lambda part: function(*part), parts)
+    return len(parts) * STEPS * loop.chains * loop.vectors * VECTOR_MACS / seconds
+
+
+def token_macs(manifest: Manifest) -> int:
+    """Multiply-adds of one token with the weights that it uses, those of its experts among them.
+
+    Without lm_head, which a prefill needs for its last token only, and without attention.
+    """
+    total = Fraction(0)
+    for weight in manifest.weights:
+        if weight.name in manifest.gathered or weight.name.startswith("lm_head."):
+            continue
+        size = int(np.prod(weight.shape, dtype=np.int64))
+        if weight.name.endswith(".words"):
+            size *= FP4_PER_WORD if _of_experts(weight) else INT8_PER_WORD
+        elif weight.dtype != "uint16":  # bfloat16; all other vectors are no factors of a product
+            continue
+        total += size * (_share_of_experts(manifest) if _of_experts(weight) else 1)
+    return int(total)
+
+
+def _share_of_experts(manifest: Manifest) -> Fraction:
+    """Of its experts that a token uses. The manifest implies it: by the bytes of a decode step."""
+    experts = [weight for weight in manifest.weights if _of_experts(weight)]
+    others = sum(
+        weight.num_bytes
+        for weight in manifest.weights
+        if weight.name not in manifest.gathered and not _of_experts(weight)
+    )
+    read = (manifest.decode_bytes - others) / sum(weight.num_bytes for weight in experts)
+    num_experts = experts[0].shape[0]
+    return Fraction(round(read * num_experts), num_experts)
+
+
+def _of_experts(weight: Tensor) -> bool:
+    return ".gate_up." in weight.name or ".down." in weight.name
+
+
+def _module(loop: _Loop) -> ir.IRModule:
+    """weights [vectors, 32] uint8 -> sums [chains * 8] int32."""
+    chains = loop.chains
+
+    @T.prim_func(s_tir=True)
+    def main(
+        weights: T.Buffer((loop.vectors, VECTOR_MACS), "uint8"),
+        out: T.Buffer((chains * LANES,), "int32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})  # else the weights would be loaded again each time
+        sums = T.alloc_buffer((chains * LANES,), "int32", scope="local")
+        for chain in T.unroll(chains):
+            sums[chain * LANES : chain * LANES + LANES] = T.broadcast(chain, LANES)
+        for _ in range(STEPS):
+            for chain in T.unroll(chains):
+                sums[chain * LANES : chain * LANES + LANES] = loop.step(
+                    weights, sums.vload([chain * LANES], "int32x8")
+                )
+        for chain in T.unroll(chains):
+            out[chain * LANES : chain * LANES + LANES] = sums.vload([chain * LANES], "int32x8")
+
+    return ir.IRModule({"main": main})
+
+
+def _maddubs(weights: Buffer, total: Expr) -> Expr:
+    """The sum is its own activations, so that no product can leave the loop. Four products of at
+    most 2 x 24 x 127 fit in int16."""
+    x = T.reinterpret(total, dtype="int8x32")
+    products = [
+        _call("avx2.pmadd.ub.sw", "int16x16", weights.vload([i, 0], "uint8x32"), x)
+        for i in range(4)
+    ]
+    pairs = products[0] + products[1] + products[2] + products[3]
+    return total + _call("avx2.pmadd.wd", "int32x8", pairs, T.broadcast(T.int16(1), 2 * LANES))
+
+
+def _dpbusd(weights: Buffer, total: Expr) -> Expr:
+    w = weights.vload([0, 0], "uint8x32")
+    return _call("avx512.vpdpbusd.256", "int32x8", total, w, T.reinterpret(w, dtype="int8x32"))
+
+
+def _call(instruction: str, dtype: str, *args: Expr) -> Expr:
+    intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.x86.{instruction}")
+    return T.call_llvm_pure_intrin(intrinsic, *args, dtype=dtype)
+
+
+LOOPS = {"maddubs": _Loop(8, 4, _maddubs), "dpbusd": _Loop(12, 1, _dpbusd)}

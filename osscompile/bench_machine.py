@@ -1,0 +1,122 @@
+"""The machine and the software that a measurement ran on, and what else the machine did."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import __version__
+from .runtime.machine import physical_cores
+
+BANDWIDTH_BYTES = 1 << 30  # read from memory, far beyond the caches
+LEAST_CPU_SECONDS = 1  # the system counts in ticks of 10 ms
+REPEATS = 5  # the best of them counts: a limit is what was possible
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that all cores together read from memory."""
+    cores = physical_cores()
+    parts = [np.empty(BANDWIDTH_BYTES // cores // 8, np.uint64) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:  # where a page lies is up to who writes it first
+        list(pool.map(lambda part: part.fill(1), parts))
+    return cores * parts[0].nbytes / best_seconds(np.add.reduce, parts)
+
+
+def best_seconds(work: Callable[[Any], object], parts: Sequence[Any]) -> float:
+    """Of `work` on all parts at once, a thread each; it must let go of Python's lock."""
+    best = float("inf")
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            list(pool.map(work, parts))
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+class OtherProcesses:
+    """What the machine did beside this process, from when this object was made."""
+
+    def __init__(self) -> None:
+        self._start = _cpu_seconds()
+
+    def share(self) -> float | None:
+        """Of the time of all CPUs; what other virtual machines took counts too. None where the
+        system does not tell, and before that time is long enough for the ticks it counts in."""
+        now = _cpu_seconds()
+        if self._start is None or now is None:
+            return None
+        own, busy, total = (after - before for before, after in zip(self._start, now, strict=True))
+        return max(0.0, busy - own) / total if total >= LEAST_CPU_SECONDS else None
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """CPU time of this process and its ended children, of all processes, and idle time included.
+
+    proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal; guests are within user.
+    """
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+    except OSError:
+        return None
+    ticks = [int(n) for n in first.split()[1:9]]
+    total = sum(ticks)
+    per_second = os.sysconf("SC_CLK_TCK")
+    return sum(os.times()[:4]), (total - ticks[3] - ticks[4]) / per_second, total / per_second
+
+
+def cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    for line in text.splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def process_bytes(field: str) -> int | None:
+    """Memory of this process, "VmRSS" now or "VmHWM" at most (proc_pid_status(5)); None where the
+    system does not tell."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    values = dict(line.partition(":")[::2] for line in text.splitlines())
+    return int(values[field].split()[0]) << 10 if field in values else None
+
+
+def versions() -> dict[str, str]:
+    return {
+        "osscompile": __version__,
+        "tvm": metadata.version("apache-tvm"),
+        "tvm_ffi": metadata.version("apache-tvm-ffi"),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout that this code runs from, "-dirty" if it was changed since; None
+    without one, or without git. An installed copy may lie in a checkout of something else."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here)]
+    try:
+        tracked = [*command, "ls-files", "--error-unmatch", "__init__.py"]
+        subprocess.run(tracked, check=True, capture_output=True)
+        describe = [*command, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        result = subprocess.run(describe, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

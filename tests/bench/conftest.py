@@ -1,0 +1,7 @@
+"""Threads as in a run: TVM reads their number once, when they start, and would take half."""
+
+import os
+
+from osscompile.runtime.machine import physical_cores
+
+os.environ.setdefault("TVM_NUM_THREADS", str(physical_cores()))

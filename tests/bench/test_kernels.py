@@ -1,0 +1,231 @@
+"""How fast each kernel of the profile `fast` is at the shapes of gpt-oss-20b, with fewer experts.
+All but take_row, which copies one row.
+
+Not part of the ordinary tests: `pytest tests/bench`, one kernel with `-k moe`. `extra_info` holds
+the rate: GMAC/s of the matrix products and attention in prefill; of all others GB/s, everything
+that a kernel takes and gives counted once. What lies in memory in a run comes from memory here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import tvm
+from kernel_cases import DECODE, HERE, Form
+from kernel_runner import Array, BuiltKernel, _value, build
+from pytest_benchmark.fixture import BenchmarkFixture
+from tvm.tirx import PrimFunc
+
+from osscompile.importer.graph import TILES
+from osscompile.importer.synthetic import gpt_oss_config
+from osscompile.importer.weights import pack_rows
+from osscompile.kernels import attention, experts, matmul, rows
+
+CONFIG = gpt_oss_config(num_layers=1, num_experts=4)
+HIDDEN, INNER, TOP_K = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_experts_per_token
+HEADS = (CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim)
+PREFILL = Form("prefill", TILES, 8, 16)  # 128 tokens
+CONTEXT = 2048  # tokens in the cache, the new ones included
+LM_HEAD_ROWS = 32768  # of 201,088
+SWEPT_BYTES = 128 << 20  # copies of the arguments take turns, so that no cache holds them
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, `macs` of one call, and the int32 arguments that are addresses, by name; all other
+    arguments are random or, if int32, 0."""
+
+    kernel: PrimFunc
+    macs: int = 0
+    addresses: dict[str, Array] = field(default_factory=dict)
+
+
+def tokens(form: Form) -> int:
+    return form.count * form.tile
+
+
+def expert_tiles(form: Form) -> int:
+    return int(experts.num_expert_tiles(form.count, form.tile, CONFIG.num_experts, TOP_K))
+
+
+def embed(form: Form) -> Case:
+    ids = np.arange(tokens(form), dtype=np.int32).reshape(form.count, form.tile)
+    kernel = rows.embed_q8(form.tiles, form.tile, tokens(form), HIDDEN)
+    return Case(kernel, addresses={"ids": ids})
+
+
+def rms_norm(form: Form) -> Case:
+    return Case(rows.rms_norm(form.tiles, form.tile, HIDDEN, 1e-5))
+
+
+def quantize(form: Form) -> Case:
+    return Case(rows.quantize_q8(form.tiles, form.tile, HIDDEN))
+
+
+def dense(form: Form, inputs: int, num_rows: int, bias: bool, residual: bool) -> Case:
+    kernel = matmul.dense_q8(form.tiles, form.tile, inputs, num_rows, bias, residual)
+    return Case(kernel, macs=tokens(form) * inputs * num_rows)
+
+
+def qkv(form: Form) -> Case:
+    return dense(form, HIDDEN, CONFIG.qkv_size, bias=True, residual=False)
+
+
+def attention_out(form: Form) -> Case:
+    return dense(form, CONFIG.q_size, HIDDEN, bias=True, residual=True)
+
+
+def lm_head(form: Form) -> Case:
+    return dense(form, HIDDEN, LM_HEAD_ROWS, bias=False, residual=False)
+
+
+def rotate_queries(form: Form) -> Case:
+    return Case(rows.rotate_queries(form.tiles, form.tile, *HEADS, tokens(form)))
+
+
+def append_kv(form: Form) -> Case:
+    capacity = max(tokens(form), attention.KEYS_PER_TILE)
+    shape = (*HEADS, tokens(form), capacity, "float16")
+    return Case(attention.append_kv(form.tiles, form.tile, *shape))
+
+
+def attend(form: Form, capacity: int, window: int | None) -> Case:
+    kernel = attention.attention(form.tiles, form.tile, *HEADS, capacity, window, "float16")
+    first = CONTEXT - tokens(form)
+    seen = sum(min(at + 1, window or CONTEXT) for at in range(first, CONTEXT))
+    position = np.array([first], np.int32)
+    return Case(kernel, 2 * CONFIG.q_size * seen, {"position": position})
+
+
+def attention_full(form: Form) -> Case:
+    return attend(form, CONTEXT, None)
+
+
+def attention_sliding(form: Form) -> Case:
+    return attend(form, CONFIG.window + tokens(form) // 8 * 8, CONFIG.window)
+
+
+def router(form: Form) -> Case:
+    kernel = matmul.dense_bf16(form.tiles, form.tile, HIDDEN, 32, True, False)
+    return Case(kernel, macs=tokens(form) * HIDDEN * 32)
+
+
+def route(form: Form) -> Case:
+    return Case(experts.route(form.tiles, form.tile, 32, TOP_K))
+
+
+def sort_by_expert(form: Form) -> Case:
+    ids = np.random.default_rng(0).integers(32, size=(form.count, form.tile, TOP_K), dtype=np.int32)
+    return Case(experts.sort_by_expert(form.tiles, form.tile, 32, TOP_K), addresses={"ids": ids})
+
+
+def gather_rows(form: Form) -> Case:
+    count = expert_tiles(form)
+    token = np.resize(np.arange(tokens(form), dtype=np.int32), (count, form.tile))
+    kernel = rows.gather_rows(form.tiles, form.tile, HIDDEN, form.expert_tiles(count))
+    return Case(kernel, addresses={"tile_token": token})
+
+
+def moe_up(form: Form) -> Case:
+    tiles, addresses = moe_tiles(form)
+    sizes = (CONFIG.num_experts, HIDDEN, INNER, CONFIG.swiglu_limit)
+    kernel = matmul.moe_mxfp4_swiglu(True, form.expert_tiles(tiles), form.tile, *sizes)
+    return Case(kernel, tiles * form.tile * HIDDEN * INNER * 2, addresses)
+
+
+def moe_down(form: Form) -> Case:
+    tiles, addresses = moe_tiles(form)
+    sizes = (CONFIG.num_experts, INNER, HIDDEN)
+    kernel = matmul.moe_mxfp4(True, form.expert_tiles(tiles), form.tile, *sizes)
+    return Case(kernel, tiles * form.tile * HIDDEN * INNER, addresses)
+
+
+def moe_tiles(form: Form) -> tuple[int, dict[str, Array]]:
+    """Every expert has as many tiles, side by side as `sort_by_expert` leaves them."""
+    each = 1 if form is DECODE else expert_tiles(form) // CONFIG.num_experts
+    tile_expert = np.repeat(np.arange(CONFIG.num_experts, dtype=np.int32), each)
+    return len(tile_expert), {"tile_expert": tile_expert}
+
+
+def combine_experts(form: Form) -> Case:
+    count = expert_tiles(form)
+    slots = np.arange(tokens(form) * TOP_K, dtype=np.int32).reshape(form.count, form.tile, TOP_K)
+    sizes = (HIDDEN, form.expert_tiles(count), TOP_K)
+    kernel = experts.combine_experts(form.tiles, form.tile, *sizes)
+    return Case(kernel, addresses={"slots": slots})
+
+
+CASES = [
+    embed,
+    rms_norm,
+    quantize,
+    qkv,
+    rotate_queries,
+    append_kv,
+    attention_full,
+    attention_sliding,
+    attention_out,
+    router,
+    route,
+    sort_by_expert,
+    gather_rows,
+    moe_up,
+    moe_down,
+    combine_experts,
+    lm_head,
+]
+
+
+@pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
+@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
+def test_speed(make: Callable[[Form], Case], form: Form, benchmark: BenchmarkFixture) -> None:
+    case = make(form)
+    kernel = build(case.kernel, HERE)
+    arguments = bound(kernel, case, form)
+    num_bytes = sum(a.nbytes for a in arguments)
+    copies = 1 if benchmark.disabled else min(16, -(-SWEPT_BYTES // num_bytes))
+    turns = itertools.cycle([[tvm.runtime.tensor(a) for a in arguments] for _ in range(copies)])
+    benchmark(lambda: kernel._main(*next(turns)))
+    if not benchmark.disabled:
+        compute = case.macs and form is not DECODE
+        rate = (case.macs if compute else num_bytes) / benchmark.stats["median"] / 1e9
+        benchmark.extra_info["GMAC/s" if compute else "GB/s"] = round(rate, 2)
+
+
+def bound(kernel: BuiltKernel, case: Case, form: Form) -> list[Array]:
+    """All arguments in the target's layout."""
+    symbols = {"tiles": form.count, "expert_tiles": expert_tiles(form)}
+    if "tile_expert" in case.addresses:
+        symbols["expert_tiles"] = len(case.addresses["tile_expert"])
+    assert case.addresses.keys() <= {parameter.name for parameter in case.kernel.params}
+    arrays = []
+    for i, parameter in enumerate(case.kernel.params):
+        shape = tuple(_value(extent, symbols) for extent in parameter.shape)
+        array = case.addresses.get(parameter.name)
+        if array is None:
+            array = random_array(shape, str(parameter.dtype))
+        assert array.shape == shape, (parameter.name, array.shape, shape)
+        if i in kernel.packed:
+            array = pack_rows(array, kernel.packed[i], kernel.lanes)
+        arrays.append(np.ascontiguousarray(array))
+    return arrays
+
+
+def random_array(shape: tuple[int, ...], dtype: str) -> Array:
+    """Numbers near 1, and scales of MXFP4 near 2**0: nothing that a CPU treats as special."""
+    rng = np.random.default_rng(0)
+    if dtype == "int32":
+        return np.zeros(shape, np.int32)
+    if dtype in ("float32", "float16"):
+        return rng.uniform(0.5, 1.0, shape).astype(dtype)
+    if dtype == "uint16":  # bfloat16
+        bits = rng.uniform(0.5, 1.0, shape).astype(np.float32).view(np.uint32)
+        return (bits >> 16).astype(np.uint16)
+    if dtype == "uint8":
+        return rng.integers(125, 130, shape, dtype=np.uint8)
+    kind = np.iinfo(dtype)
+    return rng.integers(kind.min, kind.max, shape, dtype=dtype)
