@@ -11,3 +11,7 @@ class ArtifactError(OsscompileError):
 
 class InputError(OsscompileError, ValueError):
     """A request to a loaded model cannot be served: its prompt, options or messages are wrong."""
+
+
+class TuningError(OsscompileError):
+    """A folder of candidates cannot be measured or used: damaged, or made for another machine."""

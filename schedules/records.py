@@ -23,7 +23,7 @@ Choose: TypeAlias = Callable[[str, Sequence[int], int], int]
 
 def recorded(function: PrimFunc, target: Target) -> Choose:
     """Answers from the record of this kernel on this target, else with the default."""
-    record = _records(target.name).get(kernel_key(function), {})
+    record = _records(records_file(target)).get(kernel_key(function), {})
 
     def choose(name: str, candidates: Sequence[int], default: int) -> int:
         assert default in candidates, (name, default, candidates)
@@ -42,9 +42,13 @@ def kernel_key(function: PrimFunc) -> str:
     return " ".join([str(function.attrs["op"]), *parameters])
 
 
+def records_file(target: Target) -> Path:
+    """Where a compile looks for the records of a target; without one it takes the defaults."""
+    return Path(__file__).parent / "records" / f"{target.name}.json"
+
+
 @cache
-def _records(target_name: str) -> dict[str, dict[str, int]]:
-    path = Path(__file__).parent / "records" / f"{target_name}.json"
+def _records(path: Path) -> dict[str, dict[str, int]]:
     if not path.exists():
         return {}
     records: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,103 @@
+"""What a kernel is called with when it is measured: random, the same wherever it is made."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .device import aligned_copy, aligned_empty
+from .trials import Argument, Plan
+
+COLD_BYTES = 256 << 20  # read between two calls that read the same weights: beyond all caches
+MAX_COPIED_BYTES = 1200 << 20  # of all copies of the arguments, unless one alone is larger
+MAX_TURNS = 1024
+RANDOM_ELEMENTS = (1 << 20) - 3  # then they repeat; odd, so that rows differ
+
+Arrays = list[np.ndarray]
+
+
+def timed_inputs(plan: Plan) -> list[Arrays]:
+    """Arguments of consecutive calls, whose weights are not in a cache when their turn comes.
+
+    A model reads other weights between two calls of the same kernel: so do these, in copies and,
+    where a kernel picks experts, with other experts. What a kernel writes, all calls share.
+    """
+    turns, share = count_turns(plan.arguments)
+    copies = [[make_array(a, a.shape) for a in plan.arguments]]
+    for _ in range(1, math.ceil(turns * share)):
+        pairs = zip(plan.arguments, copies[0], strict=True)
+        copies.append([array if a.written else aligned_copy(array) for a, array in pairs])
+    calls = []
+    for turn in range(turns):
+        arrays = list(copies[int(turn * share)])
+        for i, argument in enumerate(plan.arguments):
+            if argument.fill == "experts":
+                arrays[i] = _experts(argument, argument.shape, turn)
+        calls.append(arrays)
+    return calls
+
+
+def count_turns(arguments: Sequence[Argument]) -> tuple[int, float]:
+    """Calls until the first weights are read again, and the share of one copy that a call reads:
+    1, or its experts of all experts."""
+    num_bytes = max(1, sum(a.num_bytes(a.shape) for a in arguments if not a.written))
+    shares = [math.prod(a.shape) / a.high for a in arguments if a.fill == "experts"]
+    share = min([1.0, *shares])
+    wanted = math.ceil(COLD_BYTES / (num_bytes * share))
+    copies = max(1, MAX_COPIED_BYTES // num_bytes)
+    return min(wanted, int(copies / share), MAX_TURNS), share
+
+
+def checked_inputs(plan: Plan, timed: Sequence[np.ndarray]) -> Arrays:
+    """Arguments of the comparison; weights, which have the same shape, are those of `timed`."""
+    arrays = []
+    for argument, array in zip(plan.arguments, timed, strict=True):
+        if argument.fill == "experts":
+            array = _experts(argument, argument.check_shape, 0, repeated=True)
+        elif argument.written or argument.check_shape != argument.shape:
+            array = make_array(argument, argument.check_shape)
+        arrays.append(array)
+    return arrays
+
+
+def make_array(argument: Argument, shape: tuple[int, ...]) -> np.ndarray:
+    """An aligned array with what the argument holds; outputs hold what no kernel may leave."""
+    array = aligned_empty(shape, np.dtype(argument.dtype))
+    if argument.fill == "output":
+        array.fill(np.nan if array.dtype.kind == "f" else np.iinfo(array.dtype).min)
+        return array
+    if argument.fill == "experts":
+        return _experts(argument, shape, 0)
+    seed = list(argument.name.encode())
+    flat, random = array.reshape(-1), _random(argument, min(array.size, RANDOM_ELEMENTS), seed)
+    for start in range(0, flat.size, random.size):
+        flat[start : start + random.size] = random[: flat.size - start]
+    return array
+
+
+def _random(argument: Argument, count: int, seed: list[int]) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    dtype = np.dtype(argument.dtype)
+    if argument.fill == "bits":
+        return rng.integers(0, 256, (count, dtype.itemsize), dtype=np.uint8).view(dtype)[:, 0]
+    if argument.fill == "integers":
+        return rng.integers(argument.low, argument.high, count).astype(dtype)
+    normal = rng.standard_normal(count, dtype=np.float32)
+    if argument.fill == "bfloat16":
+        return (normal.view(np.uint32) >> np.uint32(16)).astype(dtype)
+    if argument.fill == "small":
+        normal *= np.float32(2**-12)
+    return normal.astype(dtype)
+
+
+def _experts(
+    argument: Argument, shape: tuple[int, ...], turn: int, repeated: bool = False
+) -> np.ndarray:
+    """Experts of the tiles in order, as many different ones as fit, or each `repeated` for some
+    neighbours; the next ones every turn."""
+    count = math.prod(shape)
+    different = min(argument.high, max(1, count // 2) if repeated else count)
+    array = aligned_empty(shape, np.dtype(argument.dtype))
+    experts = (turn * different + np.arange(count) * different // count) % argument.high
+    array[...] = np.sort(experts).reshape(shape)
+    return array
