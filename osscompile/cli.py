@@ -11,6 +11,7 @@ from . import __version__, targets
 from .runtime.artifact import ALWAYS_HASHED_BYTES, Manifest, read_manifest
 from .runtime.engine import Model, load, memory_bytes
 from .runtime.errors import OsscompileError
+from .runtime.trials import kernel_folders
 
 DEMO_QUESTION = "What is 17 + 25?"
 
@@ -49,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         "synthetic:gpt-oss-20b, synthetic:gpt-oss-120b, synthetic:tiny",
     )
     command.add_argument("--target", help="see `osscompile targets` (default: this machine's)")
+    command.add_argument(
+        "--variants", metavar="A,B", help="of the target's CPUs, to compile for (default: all)"
+    )
     command.add_argument("-o", "--output", metavar="OUT", help="default: MODEL-TARGET.osc")
     command.add_argument(
         "--profile",
@@ -83,10 +87,46 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("targets", help="list the machines that can be compiled for")
     command.set_defaults(command=_targets)
 
-    command = commands.add_parser("bench", help="measure an artifact on this machine")
-    command.add_argument("artifact", metavar="OUT")
-    command.add_argument("--json", metavar="FILE", help="also write the figures there")
+    command = commands.add_parser("bench", help="measure artifacts on this machine, or compare")
+    command.add_argument("artifacts", nargs="*", metavar="OUT", help="measured one by one")
+    command.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="FILE",
+        help="instead of measuring, put reports of --json side by side",
+    )
+    command.add_argument(
+        "--prefill", type=_counts, metavar="N,N", help="tokens (default: 16 to 4096)"
+    )
+    command.add_argument(
+        "--decode", type=_counts, metavar="N,N", help="after tokens (default: 0 to 16384)"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them")
     command.set_defaults(command=_bench)
+
+    command = commands.add_parser("tune", help="measure what schedules leave open, for compiles")
+    command.add_argument("--target", help="default: this machine's")
+    command.add_argument("--variant", metavar="NAME", help="default: the best that runs here")
+    command.add_argument(
+        "--model", action="append", metavar="MODEL", help="default: gpt-oss-20b and gpt-oss-120b"
+    )
+    command.add_argument("--profile", default="fast", help="fast (default) or exact")
+    command.add_argument(
+        "--trials", type=int, default=64, metavar="N", help="of each kernel, at most (default: 64)"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    command.add_argument(
+        "--work", type=Path, metavar="DIR", help="default: .osscompile-tuning/TARGET-VARIANT"
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="of records (default: where compiles look)"
+    )
+    step = command.add_mutually_exclusive_group()  # for a machine without the compiler
+    step.add_argument("--emit", type=Path, metavar="DIR", help="only build the candidates")
+    step.add_argument("--measure", type=Path, metavar="DIR", help="only measure those built")
+    step.add_argument("--ingest", type=Path, metavar="DIR", help="only read what was measured")
+    command.set_defaults(command=_tune)
 
     command = commands.add_parser("bundle", help="copy the runtime alone into a directory")
     command.add_argument("directory", metavar="DIR")
@@ -105,6 +145,7 @@ def _compile(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.target,
         arguments.output,
+        variants=arguments.variants.split(",") if arguments.variants is not None else None,
         profile=arguments.profile,
         context=arguments.context,
         dump=arguments.dump,
@@ -170,16 +211,22 @@ def _inspect(arguments: argparse.Namespace) -> None:
     context = arguments.context or manifest.context
     if not 1 <= context <= manifest.context:
         raise OsscompileError(f"context: expected 1 to {manifest.context}, found {context}")
-    machine = manifest.machine
-    features = ", ".join(machine.cpu_features)
+    here = manifest.variant_here()
     _table(
         [
             ("model", f"{manifest.model}, profile {manifest.profile}"),
             ("made by", f"osscompile {manifest.compiler}"),
-            ("target", f"{manifest.target}: {machine.system} {machine.architecture}, {features}"),
+            ("target", f"{manifest.target}: {manifest.system} {manifest.architecture}"),
             ("layers", f"{len(manifest.sliding)}, {sum(manifest.sliding)} of them sliding"),
             ("context", f"{manifest.context} positions, prefill in {manifest.chunk}"),
             ("vocabulary", f"{manifest.vocab_size} ids"),
+        ]
+    )
+    print("\nvariants, best first" + (": none runs here" if here is None else ""))
+    _table(
+        [
+            (f"  {v.name}", ", ".join(v.cpu_features) + " (runs here)" * (v == here))
+            for v in manifest.variants
         ]
     )
     print(f"\nmemory at {context} positions")
@@ -191,29 +238,89 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _targets(arguments: argparse.Namespace) -> None:
-    loaded = [targets.load(name) for name in targets.names()]
-    _table([("target", "machine"), *((t.name, t.description) for t in loaded)])
+    rows = [("target", "machine: variants, best first")]
+    for name in targets.names():
+        variants = targets.load_variants(name)
+        names = ", ".join(v.variant for v in variants)
+        rows.append((name, f"{variants[0].description}: {names}"))
+    _table(rows)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    from . import bench
+    from .bench_plot import check_plotting, plot
+    from .bench_report import (
+        BenchError,
+        check_writable,
+        comparison,
+        read_reports,
+        table,
+        write_reports,
+    )
 
-    from .bench import DECODE_DEPTHS, PREFILL_LENGTHS, bench, table
-
-    stages = 1 + len(PREFILL_LENGTHS) + len(DECODE_DEPTHS)
-    with tqdm(total=stages, desc="bandwidth", leave=False) as bar:
-
-        def next_stage(name: str) -> None:
-            bar.set_description(name)
-            bar.update()
-
-        report = bench(arguments.artifact, progress=next_stage)
-    print(f"{report.model}, profile {report.profile}, on {report.machine}, {report.cores} cores")
-    if report.load_before > 0.5:
-        print(f"warning: other processes were busy (load {report.load_before:.1f}): figures suffer")
-    _table([(what, f"{speed:>14}  {note}") for what, speed, note in table(report)])
+    if bool(arguments.artifacts) == bool(arguments.compare):
+        found = "both" if arguments.compare else "neither"
+        raise BenchError(f"bench: expected artifacts or --compare with files, found {found}")
+    if arguments.plot:
+        check_plotting()
+    for file in filter(None, (arguments.json, arguments.plot)):
+        check_writable(file)  # now, not after minutes of measuring
+    reports = []
+    if arguments.compare:
+        reports = [report for file in arguments.compare for report in read_reports(Path(file))]
+        print(comparison(reports))
+    else:
+        lengths = arguments.prefill or bench.PREFILL_LENGTHS
+        depths = arguments.decode or bench.DECODE_DEPTHS
+        for report in bench.bench_each(arguments.artifacts, lengths, depths, _say_stage):
+            _say_stage("")
+            print(table(report), end="\n\n", flush=True)
+            reports.append(report)
     if arguments.json:
-        Path(arguments.json).write_text(report.to_json(), encoding="utf-8")
+        write_reports(arguments.json, reports)
+    if arguments.plot:
+        plot(arguments.plot, reports)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """For example "16,128"."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected numbers like 16,128, found {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _say_stage(stage: str) -> None:
+    """On one line of a terminal, each in the place of the one before."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{stage}", end="", file=sys.stderr, flush=True)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    from .schedules.records import records_file
+    from .tuning import records, tune
+
+    if arguments.measure:
+        tune.measure(arguments.measure, arguments.threads)
+        print(f"measured; copy {arguments.measure} to where `osscompile tune --ingest` runs")
+        return
+    target = tune.choose_target(arguments.target, arguments.variant)
+    what = (target, arguments.model or tune.MODELS, arguments.profile, arguments.trials)
+    if arguments.emit:
+        count = tune.emit(arguments.emit, *what)
+        print(f"wrote {count} kernels; measure them: osscompile tune --measure {arguments.emit}")
+        return
+    output = arguments.output or records_file(target)
+    records.check_records(output)  # now, not after hours of measuring
+    if arguments.ingest:
+        findings = records.read_findings(kernel_folders(arguments.ingest), target)
+    else:
+        work = arguments.work or Path(".osscompile-tuning", f"{target.name}-{target.variant}")
+        print(f"trials are kept in {work}: once interrupted, run the same command to go on")
+        findings = tune.tune(work, *what, arguments.threads)
+    print(tune.table(findings))
+    records.write_records(output, findings)
+    print(f"wrote {sum(bool(f.constants) for f in findings)} records to {output}")
 
 
 def _bundle(arguments: argparse.Namespace) -> None:
@@ -227,7 +334,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     from .compiler import compile
 
     print("nano, a tiny gpt-oss that ships with osscompile, is compiled for this machine.")
-    output = compile("nano", output=arguments.output, context=4096, progress=True)
+    here = targets.of_this_machine()
+    output = compile(
+        "nano", here.name, arguments.output, variants=[here.variant], context=4096, progress=True
+    )
     model = load(output)
     print(f"\n> {DEMO_QUESTION}")
     options = _parser().parse_args(["run", str(output), DEMO_QUESTION])

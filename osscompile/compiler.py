@@ -1,11 +1,15 @@
 """The whole story on one page: from a model to an artifact for one machine."""
 
+import os
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
+from tvm import ir
 
 from . import __version__, targets
 from .build import build_library
@@ -21,7 +25,7 @@ from .importer.graph import (
 )
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import weight_chunks
-from .passes import PIPELINE, run_passes
+from .passes import SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
 from .runtime.artifact import (
@@ -31,10 +35,11 @@ from .runtime.artifact import (
     File,
     Manifest,
     Tensor,
+    Variant,
     hash_file,
     mark_verified,
 )
-from .runtime.machine import Machine
+from .targets import Target, TargetError
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 
 GATHERED = ("rope", "embed.")  # beginnings of the names of weights that are read row by row
@@ -46,6 +51,7 @@ def compile(
     target: str | None = None,
     output: str | Path | None = None,
     *,
+    variants: Sequence[str] | None = None,
     profile: str = "fast",
     context: int | None = None,
     dump: str | Path | None = None,
@@ -56,13 +62,16 @@ def compile(
 
     `model`: a directory in the Hugging Face layout, a Hugging Face id, "nano", or
     "synthetic:gpt-oss-20b" (also gpt-oss-120b, tiny). `target`: one of `targets.names()` (default:
-    the one for this machine). `output`: default NAME-TARGET.osc here.
+    the one for this machine). `output`: default NAME-TARGET.osc here. `variants`: of the target's
+    CPUs, by name, those to compile for (default: all).
     `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 weights, float32
     activations). `context`: most positions (default: the model's). `dump`: a folder for the IR
     after each phase. `prefill_chunk`: tokens of one prefill, a multiple of 8; a smaller one takes
     less workspace. Raises CheckpointError, TargetError or CompileError; nothing is left behind.
     """
-    machine = targets.load(target) if target is not None else targets.of_this_machine()
+    target = target if target is not None else targets.of_this_machine().name
+    machines = _choose_variants(target, variants)
+    machine = machines[0]  # what they differ in is not looked at before their kernels are scheduled
     resolved = resolve_model(model)
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
@@ -71,15 +80,17 @@ def compile(
 
     _say(progress, f"building the graph: {config.num_layers} layers, {config.num_experts} experts")
     graph = build_graph(config, profile, context, prefill_chunk)
-    module = run_passes(graph.module, machine, PIPELINE, Path(dump) if dump else None)
+    dump = Path(dump) if dump is not None else None
+    module = run_passes(graph.module, machine, SHARED_PASSES, dump)
 
     packing = {name: (int(v[0]), int(v[1])) for name, v in module.attrs[PACKED_ROWS].items()}
     parameters = {p.name: p for p in graph.weights}
     weights = tuple(_packed(p, packing.get(p.name)) for p in graph.weights)
     size = weights_file_bytes(weights)
     with staged_directory(output, size + OTHER_FILES_BYTES) as folder:
-        _say(progress, f"compiling its kernels for {machine.description}")
-        build_library(module, machine, folder / machine.library)
+        names = ", ".join(m.variant for m in machines)
+        _say(progress, f"compiling its kernels for {machine.description}: {names}")
+        workspace_bytes = _build_libraries(module, machines, folder, dump)
         with tqdm(
             total=size, unit="B", unit_scale=True, desc="repacking weights", disable=not progress
         ) as bar:
@@ -95,8 +106,9 @@ def compile(
             compiler=__version__,
             profile=profile,
             target=machine.name,
-            machine=Machine(machine.system, machine.architecture, machine.cpu_features),
-            library=machine.library,
+            system=machine.system,
+            architecture=machine.architecture,
+            variants=tuple(Variant(m.variant, m.cpu_features, m.library) for m in machines),
             vocab_size=config.vocab_size,
             context=context,
             window=config.window,
@@ -104,7 +116,7 @@ def compile(
             chunk=prefill_chunk,
             score_chunk=min(prefill_chunk, SCORE_CHUNK),
             tile=PREFILL_TILE,
-            workspace_bytes={f: int(n) for f, n in sorted(module.attrs[WORKSPACE].items())},
+            workspace_bytes=workspace_bytes,
             caches=tuple(Tensor(c.name, c.shape, c.dtype) for c in graph.caches),
             weights=weights,
             decode_bytes=_decode_bytes(config, weights),
@@ -120,6 +132,36 @@ def compile(
 def _say(progress: bool, text: str) -> None:
     if progress:
         print(text, file=sys.stderr)
+
+
+def _choose_variants(target: str, names: Sequence[str] | None) -> tuple[Target, ...]:
+    """Those of that name, or all, in the order of the target's file."""
+    variants = targets.load_variants(target)
+    known = [v.variant for v in variants]
+    unknown = [name for name in names or () if name not in known]
+    if unknown or (names is not None and not names):
+        raise TargetError(
+            f"variants of {target}: expected some of {', '.join(known)}, "
+            f"found {', '.join(unknown) or 'none'}"
+        )
+    return tuple(v for v in variants if names is None or v.variant in names)
+
+
+def _build_libraries(
+    module: ir.IRModule, machines: tuple[Target, ...], folder: Path, dump: Path | None
+) -> dict[str, int]:
+    """Schedule and compile the packed module for each of them; returns the workspace of each
+    function in bytes, which is the same for all."""
+    lowered = []
+    for machine in machines:
+        phases = dump / machine.variant if dump is not None else None
+        lowered.append(run_passes(module, machine, VARIANT_PASSES, phases, after=SHARED_PASSES))
+    libraries = [folder / machine.library for machine in machines]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # LLVM works without Python's lock
+        list(pool.map(build_library, lowered, machines, libraries))
+    first, *others = ({f: int(n) for f, n in sorted(m.attrs[WORKSPACE].items())} for m in lowered)
+    assert all(other == first for other in others), (first, others)
+    return first
 
 
 def _check_options(config: ModelConfig, profile: str, context: int | None, chunk: int) -> int:

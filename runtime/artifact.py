@@ -1,7 +1,7 @@
-"""The artifact: a directory with a manifest, a compiled library, weights and a tokenizer.
+"""The artifact: a directory with a manifest, compiled libraries, weights and a tokenizer.
 
 This file defines the format (`osscompile/write.py` writes it) and checks everything that can be
-checked before the library, which is code, is loaded.
+checked before a library, which is code, is loaded.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ArtifactError
+from .errors import ArtifactError, InputError
 from .machine import Machine
 from .safetensors import FormatError, TensorEntry, map_tensors, read_header
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -51,6 +51,19 @@ class File:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A library for CPUs that have certain features."""
+
+    name: str
+    cpu_features: tuple[str, ...]  # names as in /proc/cpuinfo
+    library: str  # file name
+
+    def missing_features(self) -> list[str]:
+        """What this machine's CPU lacks to run it."""
+        return [f for f in self.cpu_features if f not in Machine.here().cpu_features]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an artifact is, for which machine, and what its functions take."""
 
@@ -58,8 +71,9 @@ class Manifest:
     compiler: str  # version of osscompile
     profile: str
     target: str
-    machine: Machine  # what it needs
-    library: str  # file name
+    system: str  # platform.system() and platform.machine() where it runs
+    architecture: str
+    variants: tuple[Variant, ...]  # best first; all read the same weights
     vocab_size: int
     context: int  # positions
     window: int  # of the sliding layers, in positions
@@ -75,6 +89,13 @@ class Manifest:
     eos_token_ids: tuple[int, ...]
     files: dict[str, File]
 
+    def variant_here(self) -> Variant | None:
+        """The best variant that this machine can run."""
+        here = Machine.here()
+        if (self.system, self.architecture) != (here.system, here.architecture):
+            return None
+        return next((v for v in self.variants if not v.missing_features()), None)
+
     def to_json(self) -> str:
         """Text of manifest.json; its last field is a hash of all others."""
         fields = {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -88,11 +109,12 @@ class Artifact:
 
     path: Path
     manifest: Manifest
+    variant: Variant  # whose library is to be loaded
     weights: tuple[np.ndarray, ...]
 
     @property
     def library(self) -> Path:
-        return self.path / self.manifest.library
+        return self.path / self.variant.library
 
     @property
     def tokenizer(self) -> Path | None:
@@ -100,20 +122,24 @@ class Artifact:
 
 
 def open_artifact(
-    path: str | Path, verify: bool = False, progress: Callable[[int], object] | None = None
+    path: str | Path,
+    verify: bool = False,
+    progress: Callable[[int], object] | None = None,
+    variant: str | None = None,
 ) -> Artifact:
     """Check an artifact and map its weights.
 
     `verify`: hash every file even if this copy was verified before; `progress` is told the bytes
-    hashed. Raises ArtifactError if it is damaged, incomplete, of another format version, or made
-    for another machine.
+    hashed. `variant`: default: the best for this machine. Raises ArtifactError if the artifact is
+    damaged, incomplete, of another format version, or made for another machine; InputError if it
+    has no variant of that name.
     """
     path = Path(path)
     try:
         manifest = read_manifest(path)
-        _check_machine(path, manifest.machine)
+        chosen = _choose_variant(path, manifest, variant)
         _check_files(path, manifest, verify, progress)
-        return Artifact(path, manifest, _map_weights(path / WEIGHTS, manifest.weights))
+        return Artifact(path, manifest, chosen, _map_weights(path / WEIGHTS, manifest.weights))
     except OSError as error:
         raise ArtifactError(
             f"{path}: expected an artifact, found files that cannot be read: {error}; check their "
@@ -147,7 +173,7 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest(
             **fields
             | {
-                "machine": Machine.from_json(fields["machine"]),
+                "variants": tuple(_variant(v) for v in fields["variants"]),
                 "caches": tuple(_tensor(t) for t in fields["caches"]),
                 "weights": tuple(_tensor(t) for t in fields["weights"]),
                 "sliding": tuple(fields["sliding"]),
@@ -183,25 +209,39 @@ def mark_verified(path: Path, sha256: str) -> None:
         return  # no place to remember it: the next load hashes again
 
 
-def _check_machine(path: Path, needed: Machine) -> None:
+def _choose_variant(path: Path, manifest: Manifest, name: str | None) -> Variant:
     here = Machine.here()
-    if (needed.system, needed.architecture) != (here.system, here.architecture):
+    if (manifest.system, manifest.architecture) != (here.system, here.architecture):
         raise ArtifactError(
-            f"{path}: made for {needed.system} on {needed.architecture}, this machine is "
+            f"{path}: made for {manifest.system} on {manifest.architecture}, this machine is "
             f"{here.system} on {here.architecture}; compile the model for this machine's target"
         )
-    missing = [f for f in needed.cpu_features if f not in here.cpu_features]
-    if missing:
-        raise ArtifactError(
-            f"{path}: needs a CPU with {', '.join(needed.cpu_features)}, this one lacks "
-            f"{', '.join(missing)}; compile the model for another target (`osscompile targets`)"
+    if not manifest.variants:
+        raise _damaged(path / MANIFEST, "at least one variant", "none")
+    candidates = [v for v in manifest.variants if name in (None, v.name)]
+    if not candidates:
+        raise InputError(
+            f"variant: expected one of {', '.join(v.name for v in manifest.variants)}, found "
+            f"{name!r}; compile the model again for others"
         )
+    for variant in candidates:
+        if not variant.missing_features():
+            return variant
+    needs = "\n".join(
+        f"{v.name} needs {', '.join(v.cpu_features)}; this one lacks "
+        f"{', '.join(v.missing_features())}"
+        for v in candidates
+    )
+    raise ArtifactError(
+        f"{path}: expected a CPU that one of its variants fits, found another; compile the model "
+        f"for more variants or another target (`osscompile targets`)\n{needs}"
+    )
 
 
 def _check_files(
     path: Path, manifest: Manifest, verify: bool, progress: Callable[[int], object] | None
 ) -> None:
-    for name in (manifest.library, WEIGHTS):
+    for name in (*(v.library for v in manifest.variants), WEIGHTS):
         if name not in manifest.files:
             raise _damaged(path / MANIFEST, f"an entry for {name}", "none")
     for name, expected in manifest.files.items():
@@ -264,6 +304,10 @@ def _stamp(file: Path, sha256: str) -> Path | None:
 
 def _tensor(fields: dict[str, Any]) -> Tensor:
     return Tensor(fields["name"], tuple(fields["shape"]), fields["dtype"])
+
+
+def _variant(fields: dict[str, Any]) -> Variant:
+    return Variant(fields["name"], tuple(fields["cpu_features"]), fields["library"])
 
 
 def _hash_fields(fields: dict[str, Any]) -> str:

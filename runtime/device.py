@@ -3,6 +3,7 @@
 import ctypes
 import importlib
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -28,43 +29,57 @@ class Device:
     """
 
     def __init__(self, library: Path, threads: int) -> None:
-        # TVM would take half of the cores it sees. It reads this once, when its threads start;
-        # later calls choose among those.
-        os.environ.setdefault("TVM_NUM_THREADS", str(max(threads, os.cpu_count() or 1)))
-        self._ffi = _load_runtime()
-        self._ffi.get_global_func("runtime.config_threadpool")(FAST_CORES, threads)
-        try:
-            # a path without a folder would be searched for elsewhere
-            module = self._ffi.load_module(str(library.resolve()))
-            self._machine = module["vm_load_executable"]()
-        except Exception as error:  # the loader raises whatever the library makes it raise
-            raise ArtifactError(
-                f"{library}: expected a library that this machine can load, found: {error}; "
-                "compile the model again for this machine"
-            ) from error
+        self._machine = load_function(library, "vm_load_executable", threads)()
         # one device and the host, which is the same here: (type, id, allocator) each
         self._machine["vm_initialization"](CPU, 0, POOLED, CPU, 0, POOLED)
         self._functions: dict[str, Any] = {}
 
     def tensor(self, array: np.ndarray) -> Any:
         """A device tensor over the memory of a C-contiguous, 64-byte aligned array."""
-        assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
-        return self._ffi.from_dlpack(array)
+        return tensor(array)
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
         """Call a function with small inputs, which are copied, and tensors bound before."""
         if function not in self._functions:
             self._functions[function] = self._machine[function]
-        tensors = [self.tensor(_aligned(array)) for array in inputs]
+        tensors = [tensor(aligned_copy(array)) for array in inputs]
         result: np.ndarray = np.from_dlpack(self._functions[function](*tensors, *bound))
         return result
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """A copy whose memory begins at a multiple of 64 bytes."""
-    memory = np.empty(array.nbytes + 64, np.uint8)
+def load_function(library: Path, name: str, threads: int) -> Any:
+    """A function of a compiled library; `threads`: CPU threads of every function of the process."""
+    # TVM would take half of the cores it sees. It reads this once, when its threads start; later
+    # calls choose among those.
+    os.environ.setdefault("TVM_NUM_THREADS", str(max(threads, os.cpu_count() or 1)))
+    ffi = _load_runtime()
+    ffi.get_global_func("runtime.config_threadpool")(FAST_CORES, threads)
+    try:
+        # a path without a folder would be searched for elsewhere
+        return ffi.load_module(str(library.resolve())).get_function(name, query_imports=True)
+    except Exception as error:  # the loader raises whatever the library makes it raise
+        raise ArtifactError(
+            f"{library}: expected a library that this machine can load, found: {error}; "
+            "compile the model again for this machine"
+        ) from error
+
+
+def tensor(array: np.ndarray) -> Any:
+    """A device tensor over the memory of a C-contiguous, 64-byte aligned array."""
+    assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
+    return _load_runtime().from_dlpack(array)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised, in memory that begins at a multiple of 64 bytes."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+    copy = aligned_empty(array.shape, array.dtype)
     copy[...] = array
     return copy
 

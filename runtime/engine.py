@@ -36,17 +36,19 @@ def load(
     *,
     context: int | None = None,
     threads: int | None = None,
+    variant: str | None = None,
     verify: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> "Model":
     """Load a compiled artifact; only load those that you trust, their library is code.
 
     `context`: at most so many positions, to use less memory than the artifact was compiled for.
-    `threads`: CPU threads (default: all cores). `verify`: hash the weights even if this copy was
-    verified before; `progress` is told the bytes hashed. Raises ArtifactError for an artifact that
-    cannot be used here, InputError for options out of range.
+    `threads`: CPU threads (default: all cores). `variant`: which of its libraries to run (default:
+    the best for this CPU). `verify`: hash the weights even if this copy was verified before;
+    `progress` is told the bytes hashed. Raises ArtifactError for an artifact that cannot be used
+    here, InputError for options out of range.
     """
-    artifact = open_artifact(path, verify, progress)
+    artifact = open_artifact(path, verify, progress, variant)
     limit = artifact.manifest.context
     if context is not None and not 1 <= context <= limit:
         raise InputError(
@@ -83,6 +85,7 @@ class Model:
 
     def __init__(self, artifact: Artifact, context: int, threads: int | None) -> None:
         self.manifest = artifact.manifest
+        self.variant = artifact.variant.name
         self.context = context
         self.vocab_size = self.manifest.vocab_size
         self._check_memory()

@@ -5,12 +5,11 @@ import platform
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, or what an artifact needs of one. Features are named as in /proc/cpuinfo."""
+    """A machine; features are named as in /proc/cpuinfo."""
 
     system: str
     architecture: str
@@ -20,10 +19,6 @@ class Machine:
     @cache
     def here() -> "Machine":
         return Machine(platform.system(), platform.machine(), _cpu_features())
-
-    @staticmethod
-    def from_json(fields: dict[str, Any]) -> "Machine":
-        return Machine(fields["system"], fields["architecture"], tuple(fields["cpu_features"]))
 
 
 def physical_cores() -> int:

@@ -1,5 +1,6 @@
-"""What is known about each machine: one TOML file a target, read into a frozen `Target`."""
+"""What is known about each machine: one TOML file a target, read into frozen `Target`s."""
 
+import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ class TargetError(OsscompileError):
 
 @dataclass(frozen=True)
 class Target:
-    """Facts about one machine. Code branches on these, never on the name."""
+    """Facts about one machine. Code branches on these, never on a name."""
 
     name: str
+    variant: str  # of the machine's instructions; the name again where there is but one
     description: str
     family: str  # which schedules apply: "cpu"
     tvm: dict[str, Any]  # the TVM target
@@ -42,8 +44,12 @@ def names(folder: Path | None = None) -> list[str]:
     return sorted(path.stem for path in (folder or _shipped()).glob("*.toml"))
 
 
-def load(name: str, folder: Path | None = None) -> Target:
-    """The target of that name; TargetError if there is none or its file is incomplete."""
+def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
+    """The variants of the target of that name, best first; TargetError if there is no such target
+    or its file is incomplete.
+
+    They differ in instructions only: the same packed weights serve all of them.
+    """
     path = (folder or _shipped()) / f"{name}.toml"
     if name not in names(folder):
         raise TargetError(
@@ -53,8 +59,9 @@ def load(name: str, folder: Path | None = None) -> Target:
     try:
         facts = tomllib.loads(path.read_text(encoding="utf-8"))
         machine, capabilities, link = facts["machine"], facts["capabilities"], facts["link"]
-        return Target(
+        target = Target(
             name=name,
+            variant=name,
             description=facts["description"],
             family=facts["family"],
             tvm=facts["tvm"],
@@ -68,6 +75,7 @@ def load(name: str, folder: Path | None = None) -> Target:
             link_triple=link["triple"],
             library=link["library"],
         )
+        return tuple(_variant(target, v) for v in facts.get("variants", ())) or (target,)
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise TargetError(
             f"{path}: expected the fields of targets/x86.toml, found a problem with {error}"
@@ -76,11 +84,12 @@ def load(name: str, folder: Path | None = None) -> Target:
 
 def of_this_machine() -> Target:
     """The target whose system, architecture and CPU features this machine has, with the widest
-    vectors; TargetError if there is none."""
+    vectors, and of its variants the best that runs here; TargetError if there is none."""
     here = Machine.here()
     fitting = [
         target
-        for target in map(load, names())
+        for name in names()
+        for target in load_variants(name)
         if (target.system, target.architecture) == (here.system, here.architecture)
         and set(target.cpu_features) <= set(here.cpu_features)
     ]
@@ -89,7 +98,19 @@ def of_this_machine() -> Target:
             f"target: none fits this machine ({here.system} on {here.architecture}); choose one "
             f"of {', '.join(names())} to compile for another machine"
         )
-    return max(fitting, key=lambda target: target.vector_bits)
+    return max(fitting, key=lambda target: target.vector_bits)  # of equals the first
+
+
+def _variant(target: Target, facts: dict[str, Any]) -> Target:
+    library = Path(target.library)
+    return dataclasses.replace(
+        target,
+        variant=facts["name"],
+        tvm=target.tvm | facts.get("tvm", {}),
+        cpu_features=(*target.cpu_features, *facts.get("cpu_features", ())),
+        int8_dot=facts.get("int8_dot", target.int8_dot),
+        library=f"{library.stem}-{facts['name']}{library.suffix}",
+    )
 
 
 def _shipped() -> Path:

@@ -50,7 +50,9 @@ def tiny_artifact(this_machine: Target, tmp_path_factory: pytest.TempPathFactory
 def nano_artifact(this_machine: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model that ships, in the default profile. Copy it before you change it."""
     output = tmp_path_factory.mktemp("nano") / "nano.osc"
-    return osscompile.compile("nano", this_machine.name, output, context=4096)
+    return osscompile.compile(
+        "nano", this_machine.name, output, variants=[this_machine.variant], context=4096
+    )
 
 
 @pytest.fixture(scope="session")

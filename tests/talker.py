@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from artifacts import VARIANTS_HERE
 from numpy.typing import NDArray
 from random_model import random_model, write_checkpoint
 
@@ -32,8 +33,15 @@ def compile_talker(target: str, folder: Path) -> Path:
     head[reserved] = (8 * head[reserved].astype(np.float32)).astype(head.dtype)
     checkpoint = write_checkpoint(folder / "checkpoint", config, tensors)
     shutil.copy(TOKENIZER, checkpoint)
-    options = {"profile": "exact", "context": CONTEXT, "prefill_chunk": CHUNK}
-    return osscompile.compile(checkpoint, target, folder / "talker.osc", **options)
+    return osscompile.compile(
+        checkpoint,
+        target,
+        folder / "talker.osc",
+        variants=VARIANTS_HERE,
+        profile="exact",
+        context=CONTEXT,
+        prefill_chunk=CHUNK,
+    )
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:

@@ -28,7 +28,26 @@ def copy(nano_artifact: Path, tmp_path: Path) -> Path:
 
 
 def file_of(artifact: Path, name: str) -> Path:
-    return artifact / (read_manifest(artifact).library if name == "library" else name)
+    """`library`: the one that would be loaded."""
+    if name != "library":
+        return artifact / name
+    variant = read_manifest(artifact).variant_here()
+    assert variant is not None
+    return artifact / variant.library
+
+
+def add_variant(artifact: Path) -> Path:
+    """Add a variant, the last, that no CPU can run; returns its library."""
+    library = file_of(artifact, "library")
+    other = shutil.copyfile(library, artifact / f"other{library.suffix}")
+
+    def change(fields: dict[str, Any]) -> None:
+        variant = {"name": "other", "cpu_features": ["avx1024"], "library": other.name}
+        fields["variants"].append(variant)
+        fields["files"][other.name] = fields["files"][library.name]
+
+    reseal(artifact, change)
+    return other
 
 
 def refuse(artifact: Path, *words: str) -> None:
@@ -130,31 +149,50 @@ def test_manifest_is_no_json_object(copy: Path, text: str) -> None:
 # Whole, but not for us
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
 def test_other_format_version(copy: Path, version: object) -> None:
     """Told apart from damage, whatever else that version has: its fields are not looked at."""
     fields = {"format_version": version, "something": "new"}
     (copy / MANIFEST).write_text(json.dumps(fields))
-    refuse(copy, f"expected format version 1, found {version!r}", "compile the model again")
+    refuse(copy, f"expected format version 2, found {version!r}", "compile the model again")
 
 
-def test_cpu_feature_that_this_machine_lacks(copy: Path) -> None:
-    reseal(copy, lambda fields: fields["machine"]["cpu_features"].append("avx1024"))
-    refuse(copy, "this one lacks avx1024", "osscompile targets")
+def test_cpu_features_that_this_machine_lacks(copy: Path) -> None:
+    """Those of every variant are told; one that needs less would have been taken."""
+    add_variant(copy)
+
+    def change(fields: dict[str, Any]) -> None:
+        for variant in fields["variants"]:
+            variant["cpu_features"] = ["popcnt", f"more for {variant['name']}"]
+
+    reseal(copy, change)
+    needs = [
+        f"{v.name} needs popcnt, more for {v.name}; this one lacks more for {v.name}"
+        for v in read_manifest(copy).variants
+    ]
+    refuse(copy, *needs, "compile the model for", "osscompile targets")
+
+
+def test_missing_library_of_a_variant_for_other_machines(copy: Path) -> None:
+    """The artifact is not whole: it would fail there."""
+    other = add_variant(copy)
+    assert other != file_of(copy, "library")
+    other.unlink()
+    refuse(copy, other.name, "expected a file", "damaged or incomplete")
 
 
 def test_other_system(copy: Path) -> None:
-    reseal(copy, lambda fields: fields["machine"].update(system="Plan9"))
+    reseal(copy, lambda fields: fields.update(system="Plan9"))
     refuse(copy, "made for Plan9", f"this machine is {platform.system()}", "compile the model for")
 
 
 def test_other_architecture(copy: Path) -> None:
-    reseal(copy, lambda fields: fields["machine"].update(architecture="m68k"))
+    reseal(copy, lambda fields: fields.update(architecture="m68k"))
     refuse(copy, "on m68k", platform.machine(), "compile the model for")
 
 
 def test_other_machine_is_told_before_damage(copy: Path) -> None:
-    reseal(copy, lambda fields: fields["machine"].update(architecture="m68k"))
+    reseal(copy, lambda fields: fields.update(architecture="m68k"))
     flip_byte(copy / WEIGHTS, -1)
     refuse(copy, "m68k")
 
@@ -277,7 +315,7 @@ def test_tokenizer_without_the_special_tokens(copy: Path) -> None:
     refuse(copy, TOKENIZER, "expected the special tokens of gpt-oss")
 
 
-@pytest.mark.parametrize("field", ["machine", "library", "weights", "files", "context", "caches"])
+@pytest.mark.parametrize("field", ["system", "variants", "weights", "files", "context", "caches"])
 def test_manifest_without_a_field(copy: Path, field: str) -> None:
     reseal(copy, lambda fields: fields.pop(field))
     refuse(copy, MANIFEST, field, "damaged")
@@ -288,7 +326,7 @@ def test_manifest_with_an_unknown_field(copy: Path) -> None:
     refuse(copy, MANIFEST, "surprise")
 
 
-@pytest.mark.parametrize("field", ["machine", "weights", "files", "caches", "sliding"])
+@pytest.mark.parametrize("field", ["variants", "weights", "files", "caches", "sliding"])
 def test_manifest_with_a_number_where_more_is_due(copy: Path, field: str) -> None:
     reseal(copy, lambda fields: fields.update({field: 7}))
     refuse(copy, MANIFEST, "damaged")
@@ -297,17 +335,31 @@ def test_manifest_with_a_number_where_more_is_due(copy: Path, field: str) -> Non
 @pytest.mark.parametrize("name", ["../lib.so", "/tmp/lib.so", "..", ""])
 def test_manifest_that_leads_out_of_the_folder(copy: Path, name: str) -> None:
     def change(fields: dict[str, Any]) -> None:
-        fields["files"][name] = fields["files"].pop(fields["library"])
-        fields["library"] = name
+        (variant,) = fields["variants"]
+        fields["files"][name] = fields["files"].pop(variant["library"])
+        variant["library"] = name
 
     shutil.copyfile(file_of(copy, "library"), copy.parent / "lib.so")
     reseal(copy, change)
     refuse(copy, "damaged")
 
 
-def test_manifest_that_does_not_list_the_library(copy: Path) -> None:
-    reseal(copy, lambda fields: fields["files"].pop(fields["library"]))
+@pytest.mark.parametrize("number", [0, 1], ids=["that would run", "of another variant"])
+def test_manifest_that_does_not_list_a_library(copy: Path, number: int) -> None:
+    add_variant(copy)
+    reseal(copy, lambda fields: fields["files"].pop(fields["variants"][number]["library"]))
     refuse(copy, MANIFEST, "expected an entry for")
+
+
+def test_manifest_without_variants(copy: Path) -> None:
+    reseal(copy, lambda fields: fields.update(variants=[]))
+    refuse(copy, MANIFEST, "expected at least one variant", "damaged")
+
+
+@pytest.mark.parametrize("field", ["name", "cpu_features", "library"])
+def test_manifest_with_half_a_variant(copy: Path, field: str) -> None:
+    reseal(copy, lambda fields: fields["variants"][-1].pop(field))
+    refuse(copy, MANIFEST, field, "damaged")
 
 
 def test_a_damaged_artifact_can_be_compiled_again(copy: Path) -> None:

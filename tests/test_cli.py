@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from osscompile import cli
+from osscompile.targets import Target
 
 
 def test_demo_compiles_nano_and_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +43,7 @@ def test_inspect_says_what_machine_and_memory(
     small = capsys.readouterr().out
     assert cli.main(["inspect", str(nano_artifact)]) == 0
     large = capsys.readouterr().out
-    for word in ("nano", "profile fast", "x86_64", "avx2", "weights", "KV cache", "total"):
+    for word in ("nano", "profile fast", "x86_64", "sse4_2", "weights", "KV cache", "total"):
         assert word in small
     assert _total(small) < _total(large)
 
@@ -54,12 +55,18 @@ def test_inspect_works_for_an_artifact_of_another_machine(
     assert cli.main(["inspect", str(nano_artifact)]) == 0
 
 
-def test_dump_writes_the_ir_after_each_phase(tmp_path: Path) -> None:
+def test_dump_writes_the_ir_after_each_phase(this_machine: Target, tmp_path: Path) -> None:
+    """Phases of the instructions of one variant are in a folder of its name."""
     arguments = ["compile", "nano", "-o", str(tmp_path / "out"), "--context", "256"]
-    assert cli.main([*arguments, "--dump", str(tmp_path / "ir")]) == 0
-    names = sorted(path.name for path in (tmp_path / "ir").iterdir())
-    assert names[0] == "0_imported.py" and names[-1] == f"{len(names) - 1}_lower_graph.py"
-    assert "moe_mxfp4_swiglu_q8" in (tmp_path / "ir" / names[0]).read_text()
+    arguments += ["--target", this_machine.name, "--variants", this_machine.variant]
+    folder = tmp_path / "ir"
+    assert cli.main([*arguments, "--dump", str(folder)]) == 0
+    shared = sorted(path.name for path in folder.iterdir() if path.is_file())
+    own = sorted(path.name for path in (folder / this_machine.variant).iterdir())
+    numbers = [int(name.split("_")[0]) for name in (*shared, *own)]
+    assert numbers == list(range(len(numbers)))
+    assert shared[0] == "0_imported.py" and own[-1].endswith("_lower_graph.py")
+    assert "moe_mxfp4_swiglu_q8" in (folder / shared[0]).read_text()
 
 
 def test_an_error_is_one_message_without_a_traceback(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from smallest_graph import PROFILES, X86, imported, kernels
+from smallest_graph import AVX2, PROFILES, imported, kernels
 from tvm import ir, tirx
 from tvm_ffi import structural_equal
 
@@ -31,7 +31,7 @@ def test_golden_imported(profile: str, update_golden: bool) -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_golden_scheduled_for_x86(profile: str, update_golden: bool) -> None:
     """The kernels only, and which weights were packed; the graph differs by their shapes."""
-    module = run_passes(imported(profile), X86, (pack_weights, schedule_kernels))
+    module = run_passes(imported(profile), AVX2, (pack_weights, schedule_kernels))
     shown = _shown_kernels(module, profile)
     dropped = [name for name in module.get_global_vars() if name not in shown]
     _compare(_without(module, dropped), f"{profile}_scheduled_x86.txt", update_golden)
@@ -42,7 +42,7 @@ def _shown_kernels(module: ir.IRModule, profile: str) -> set[ir.GlobalVar]:
     `fast`."""
     other = imported("fast") if profile == "exact" else ir.IRModule()
     if PACKED_ROWS in (module.attrs or {}):
-        other = run_passes(other, X86, (pack_weights, schedule_kernels))
+        other = run_passes(other, AVX2, (pack_weights, schedule_kernels))
     shown: dict[tuple[str, bool], ir.GlobalVar] = {}
     for name, kernel in sorted(kernels(module).items(), key=lambda item: item[0].name_hint):
         if not any(structural_equal(kernel, known) for known in kernels(other).values()):

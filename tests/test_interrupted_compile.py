@@ -272,9 +272,10 @@ def test_disk_fills_up_while_kernels_are_compiled(
 
 
 def test_linker_fails(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = targets.load
-    broken = {"link_triple": "z80-linux-gnu"}
-    monkeypatch.setattr(targets, "load", lambda name: dataclasses.replace(load(name), **broken))
+    broken = [
+        dataclasses.replace(t, link_triple="z80-linux-gnu") for t in targets.load_variants(target)
+    ]
+    monkeypatch.setattr(targets, "load_variants", lambda name: broken)
     with pytest.raises(CompileError, match=r"(?s)linking .*expected ziglang to succeed.*z80"):
         compile_tiny(tmp_path / "out", target)
     assert listing(tmp_path) == []

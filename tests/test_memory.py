@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from artifacts import VARIANTS_HERE
 from random_model import random_model, write_checkpoint
 
 import osscompile
@@ -40,7 +41,10 @@ def large_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers=4, hidden=512, intermediate=1024, heads=16, kv_heads=8, experts=16, vocab=20_000
     )
     write_checkpoint(folder / "model", config, tensors)
-    return osscompile.compile(folder / "model", output=folder / "out", context=CONTEXT)
+    output = folder / "out"
+    return osscompile.compile(
+        folder / "model", output=output, variants=VARIANTS_HERE, context=CONTEXT
+    )
 
 
 @pytest.mark.parametrize("context", [1024, CONTEXT])

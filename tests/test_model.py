@@ -87,6 +87,7 @@ def build(
                 checkpoint,
                 this_machine.name,
                 folder / "model.osc",
+                variants=[this_machine.variant],
                 profile=profile,
                 context=context,
                 prefill_chunk=chunk,

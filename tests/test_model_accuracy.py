@@ -46,7 +46,11 @@ def test_fast_is_close_to_float64_on_synthetic_weights(
 ) -> None:
     with pytest.warns(UserWarning, match="no tokenizer.json"):
         path = osscompile.compile(
-            "synthetic:tiny", this_machine.name, tmp_path / "tiny.osc", context=256
+            "synthetic:tiny",
+            this_machine.name,
+            tmp_path / "tiny.osc",
+            variants=[this_machine.variant],
+            context=256,
         )
     judge = reference.Model(config_json(TINY), hf_tensors(SyntheticSource(TINY)))
     ids = np.random.default_rng(7).integers(0, TINY.vocab_size, 200).tolist()
@@ -81,7 +85,12 @@ def nano_answer(model: Model, question: str, reasoning: str) -> tuple[list[int],
 def test_nano_exact_says_what_the_reference_says(this_machine: Target, tmp_path: Path) -> None:
     """Greedily; a token may differ only where float32 cannot tell the best two apart."""
     path = osscompile.compile(
-        "nano", this_machine.name, tmp_path / "nano.osc", profile="exact", context=512
+        "nano",
+        this_machine.name,
+        tmp_path / "nano.osc",
+        variants=[this_machine.variant],
+        profile="exact",
+        context=512,
     )
     model, judge = load(path), reference.Model(*read_checkpoint(NANO))
     for question, reasoning in NANO_QUESTIONS:

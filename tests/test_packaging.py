@@ -1,6 +1,7 @@
 """What the checkout and the wheel hold, and who may import and name whom."""
 
 import ast
+import dataclasses
 import importlib
 import re
 import shutil
@@ -92,12 +93,13 @@ def test_wheel_compiles_and_runs_nano_from_another_folder(
         import importlib, sys, osscompile
         for name in ("", ".runtime", ".targets", ".schedules", ".importer", ".passes"):
             print(importlib.import_module("osscompile" + name).__file__)
-        artifact = osscompile.compile("nano", context=512)
+        artifact = osscompile.compile("nano", variants=sys.argv[1:], context=512)
         model = osscompile.load(artifact)
         question = {"role": "user", "content": "What is 17 + 25?"}
         print("".join(p.text for p in model.chat([question]) if p.channel == "final"))
         """
-    result = run_python(code, cwd=tmp_path, env={"PYTHONPATH": str(site_packages)})
+    python_path = {"PYTHONPATH": str(site_packages)}
+    result = run_python(code, this_machine.variant, cwd=tmp_path, env=python_path)
     *files, answer = result.stdout.splitlines()
     assert all(Path(file).is_relative_to(site_packages / "osscompile") for file in files), files
     assert answer == "17 + 25 = 42."
@@ -238,22 +240,25 @@ def identifiers(node: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("name", targets.names())
 def test_target_has_what_it_needs(name: str) -> None:
-    target = targets.load(name)
-    assert target.description
-    assert target.vector_bits % 32 == 0
-    assert set(target.dtypes) >= {"float32", "int32"}
-    assert all(isinstance(feature, str) and feature for feature in target.cpu_features)
-    assert (ROOT / "schedules" / target.family).is_dir()
-    assert Path(target.library).name == target.library  # a file in the artifact
-    assert Path(target.library).suffix in LIBRARY_SUFFIXES  # else it could not be replaced
-    assert target.link_triple.count("-") == 2
-    tvm_target = importlib.import_module("tvm.target").Target(target.tvm)
-    assert str(tvm_target.kind.name) == target.tvm["kind"]
+    variants = targets.load_variants(name)
+    for target in variants:
+        assert target.description
+        assert target.vector_bits % 32 == 0
+        assert set(target.dtypes) >= {"float32", "int32"}
+        assert all(isinstance(feature, str) and feature for feature in target.cpu_features)
+        assert (ROOT / "schedules" / target.family).is_dir()
+        assert Path(target.library).name == target.library  # a file in the artifact
+        assert Path(target.library).suffix in LIBRARY_SUFFIXES  # else it could not be replaced
+        assert target.link_triple.count("-") == 2
+        tvm_target = importlib.import_module("tvm.target").Target(target.tvm)
+        assert str(tvm_target.kind.name) == target.tvm["kind"]
+    assert len({target.variant for target in variants}) == len(variants)
+    assert len({target.library for target in variants}) == len(variants)
 
 
 def required_keys(name: str) -> list[str]:
     facts = tomllib.loads((ROOT / "targets" / f"{name}.toml").read_text())
-    optional = {"capabilities.int8_dot"}
+    optional = {"capabilities.int8_dot", "variants"}
     tables = [key for key, value in facts.items() if isinstance(value, dict) and key != "tvm"]
     keys = [*facts, *(f"{table}.{key}" for table in tables for key in facts[table])]
     return [key for key in keys if key not in optional]
@@ -270,18 +275,39 @@ def test_target_without_a_key(tmp_path: Path, key: str) -> None:
             lines.append(line)
     (tmp_path / "new.toml").write_text("\n".join(lines))
     with pytest.raises(TargetError, match=rf"new.toml: expected .*{key.split('.')[-1]}"):
-        targets.load("new", tmp_path)
+        targets.load_variants("new", tmp_path)
+
+
+@pytest.mark.parametrize("variants", ["variants = 7\n", "[[variants]]\nint8_dot = 'x'\n"])
+def test_variants_that_are_none(tmp_path: Path, variants: str) -> None:
+    before, *tables = base_facts(targets.names()[0]).partition("\n[")
+    (tmp_path / "new.toml").write_text("\n".join([before, variants]) + "".join(tables))
+    with pytest.raises(TargetError, match=r"new.toml: expected the fields"):
+        targets.load_variants("new", tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "family = ", "[machine"])
 def test_target_that_does_not_parse(tmp_path: Path, text: str) -> None:
     (tmp_path / "new.toml").write_text(text)
     with pytest.raises(TargetError, match=r"new.toml: expected the fields"):
-        targets.load("new", tmp_path)
+        targets.load_variants("new", tmp_path)
 
 
 def test_a_new_file_is_a_new_target(tmp_path: Path) -> None:
-    shipped = ROOT / "targets" / f"{targets.names()[0]}.toml"
-    shutil.copyfile(shipped, tmp_path / "new.toml")
+    shipped = targets.names()[0]
+    shutil.copyfile(ROOT / "targets" / f"{shipped}.toml", tmp_path / "new.toml")
     assert targets.names(tmp_path) == ["new"]
-    assert targets.load("new", tmp_path).name == "new"
+    assert [
+        dataclasses.replace(t, name=shipped) for t in targets.load_variants("new", tmp_path)
+    ] == [*targets.load_variants(shipped)]
+
+
+def test_target_without_variants_is_its_only_one(tmp_path: Path) -> None:
+    (tmp_path / "new.toml").write_text(base_facts(targets.names()[0]))
+    (target,) = targets.load_variants("new", tmp_path)
+    assert (target.name, target.variant, target.library) == ("new", "new", "lib.so")
+
+
+def base_facts(name: str) -> str:
+    """A target's file without its variants."""
+    return (ROOT / "targets" / f"{name}.toml").read_text().partition("[[variants]]")[0]

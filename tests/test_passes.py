@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tvm
 from kernel_runner import Array, build
-from smallest_graph import PROFILES, SMALLEST, X86, imported, kernels
+from smallest_graph import AVX2, PROFILES, SMALLEST, imported, kernels
 from tvm import ir, relax, te, tirx
 from tvm.relax import TensorType
 from tvm.tirx import PrimFunc
@@ -25,7 +25,7 @@ from tvm_ffi import structural_equal, structural_walk
 from osscompile.importer.graph import TILES, build_graph
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.kernels import attention, experts, matmul, rows
-from osscompile.passes import PIPELINE, run_passes
+from osscompile.passes import SHARED_PASSES, VARIANT_PASSES, run_passes
 from osscompile.passes.expand_exp import expand_exp
 from osscompile.passes.pack_weights import PACKED_ROWS, pack_weights
 from osscompile.passes.schedule_kernels import schedule_kernels
@@ -44,8 +44,9 @@ from osscompile.targets import Target, TargetError
 def test_pipeline_dumps_every_phase_and_leaves_calls_of_the_machine_only(
     profile: str, tmp_path: Path
 ) -> None:
-    module = run_passes(imported(profile), X86, PIPELINE, tmp_path)
-    phases = ["imported", *(rewrite.__name__ for rewrite in PIPELINE)]
+    packed = run_passes(imported(profile), AVX2, SHARED_PASSES, tmp_path)
+    module = run_passes(packed, AVX2, VARIANT_PASSES, tmp_path, after=SHARED_PASSES)
+    phases = ["imported", *(p.__name__ for p in (*SHARED_PASSES, *VARIANT_PASSES))]
     files = [f"{i}_{phase}.py" for i, phase in enumerate(phases)]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     left = [
@@ -59,7 +60,7 @@ def test_pipeline_dumps_every_phase_and_leaves_calls_of_the_machine_only(
 
 def test_pack_weights_packs_all_whose_rows_fill_vectors_and_no_others() -> None:
     """The router of 2 experts does not, and the embedding is looked up by row."""
-    packed = pack_weights(imported("fast"), X86).attrs[PACKED_ROWS]
+    packed = pack_weights(imported("fast"), AVX2).attrs[PACKED_ROWS]
     parts = {"qkv", "out", "gate_up", "down"}
     names = {f"layers.{i}.{part}.{kind}" for i in (0, 1) for part in parts for kind in WEIGHT}
     assert set(packed) == names | {"lm_head.words", "lm_head.scales"}
@@ -67,7 +68,7 @@ def test_pack_weights_packs_all_whose_rows_fill_vectors_and_no_others() -> None:
 
 def test_pack_weights_gives_parameters_the_shapes_of_their_layout() -> None:
     graph = build_graph(SMALLEST, "fast", 32, 16)
-    module = pack_weights(graph.module, X86)
+    module = pack_weights(graph.module, AVX2)
     shapes = {p.name: p.shape for p in graph.weights}
     for name in ("prefill", "decode", "score"):
         for parameter in module[name].params:
@@ -107,25 +108,25 @@ def copy(x: te.Tensor, i: Any) -> Any:
 
 def test_verify_accepts_a_kernel_without_faults() -> None:
     """Or else the tests below would pass for another reason."""
-    verify(alone(kernel_of(copy)), X86, ())
-    scheduled = schedule_kernels(alone(kernel_of(copy)), X86)
-    verify(scheduled, X86, ("pack_weights", "schedule_kernels"))
+    verify(alone(kernel_of(copy)), AVX2, ())
+    scheduled = schedule_kernels(alone(kernel_of(copy)), AVX2)
+    verify(scheduled, AVX2, ("pack_weights", "schedule_kernels"))
 
 
 def test_verify_catches_an_unscheduled_kernel() -> None:
     with pytest.raises(AssertionError, match="kernel: not scheduled"):
-        verify(alone(kernel_of(copy)), X86, ("pack_weights", "schedule_kernels"))
+        verify(alone(kernel_of(copy)), AVX2, ("pack_weights", "schedule_kernels"))
 
 
 def test_verify_catches_a_kernel_that_no_schedule_can_recognise() -> None:
     with pytest.raises(AssertionError, match="kernel: no `op`"):
-        verify(alone(kernel_of(copy).without_attr("op")), X86, ())
+        verify(alone(kernel_of(copy).without_attr("op")), AVX2, ())
 
 
 def test_verify_catches_a_dtype_that_the_target_cannot_hold() -> None:
     with pytest.raises(AssertionError, match="x is float64, which x86 cannot hold"):
-        verify(alone(kernel_of(copy, "float64")), X86, ())
-    without_bytes = dataclasses.replace(X86, dtypes=("float32", "int32"))
+        verify(alone(kernel_of(copy, "float64")), AVX2, ())
+    without_bytes = dataclasses.replace(AVX2, dtypes=("float32", "int32"))
     with pytest.raises(AssertionError, match="cannot hold"):
         verify(imported("fast"), without_bytes, ())
 
@@ -135,7 +136,7 @@ def test_verify_catches_an_unbound_symbol() -> None:
     kernel = kernel_of(copy)
     kernel = kernel.with_body(tirx.SeqStmt([kernel.body, tirx.Evaluate(stray + 1.0)]))
     with pytest.raises(AssertionError, match="kernel: stray used"):
-        verify(alone(kernel), X86, ())
+        verify(alone(kernel), AVX2, ())
 
 
 @pytest.mark.parametrize(
@@ -154,9 +155,9 @@ def test_verify_catches_a_call_that_disagrees_with_its_kernel(
             builder.emit_func_output(builder.emit(relax.call_tir(kernel, [x, weight], out)))
         return builder.get()
 
-    verify(caller((1, 1, 64), "float32"), X86, ())
+    verify(caller((1, 1, 64), "float32"), AVX2, ())
     with pytest.raises(ValueError, match="Argument 0 type mismatch"):
-        verify(caller(shape, dtype), X86, ())
+        verify(caller(shape, dtype), AVX2, ())
 
 
 # --- The choice of schedules ------------------------------------------------------------------
@@ -165,10 +166,10 @@ def test_verify_catches_a_call_that_disagrees_with_its_kernel(
 @pytest.mark.parametrize("profile", PROFILES)
 def test_last_rule_takes_every_kernel_made_of_blocks(profile: str) -> None:
     assert CPU_RULES[-1] is fallback
-    module = pack_weights(imported(profile), X86)
+    module = pack_weights(imported(profile), AVX2)
     for name, kernel in kernels(module).items():
-        if CPU_RULES[0](kernel, X86, recorded(kernel, X86)) is None:
-            assert fallback(kernel, X86, recorded(kernel, X86)) is not None, name
+        if CPU_RULES[0](kernel, AVX2, recorded(kernel, AVX2)) is None:
+            assert fallback(kernel, AVX2, recorded(kernel, AVX2)) is not None, name
 
 
 def test_first_rule_takes_every_kernel_that_is_not_made_of_blocks() -> None:
@@ -179,19 +180,19 @@ def test_first_rule_takes_every_kernel_that_is_not_made_of_blocks() -> None:
         experts.route(1, 1, 8, 4),
         experts.sort_by_expert(TILES, 8, 8, 4),
     ):
-        assert CPU_RULES[0](kernel, X86, recorded(kernel, X86)) is not None
+        assert CPU_RULES[0](kernel, AVX2, recorded(kernel, AVX2)) is not None
     kernel = rows.rms_norm(1, 1, 64, 1e-5)
-    assert CPU_RULES[0](kernel, X86, recorded(kernel, X86)) is None
+    assert CPU_RULES[0](kernel, AVX2, recorded(kernel, AVX2)) is None
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_no_matrix_product_of_gpt_oss_falls_back(profile: str) -> None:
     module = build_graph(gpt_oss_config(num_layers=1, num_experts=32), profile, 4096, 512).module
-    module = pack_weights(module, X86)
+    module = pack_weights(module, AVX2)
     products = [k for k in kernels(module).values() if _is_product(k)]
     assert len(products) >= 10  # qkv, out, router, gate_up and down, each in two forms
     for kernel in products:
-        assert schedule(kernel, X86).attrs["scheduled_by"] == "matmul", kernel.attrs["op"]
+        assert schedule(kernel, AVX2).attrs["scheduled_by"] == "matmul", kernel.attrs["op"]
 
 
 def _is_product(kernel: PrimFunc) -> bool:
@@ -200,7 +201,7 @@ def _is_product(kernel: PrimFunc) -> bool:
 
 def test_schedule_of_an_unknown_family_names_those_that_there_are() -> None:
     with pytest.raises(TargetError, match="cpu, found 'abacus'"):
-        schedule(rows.rms_norm(1, 1, 64, 1e-5), dataclasses.replace(X86, family="abacus"))
+        schedule(rows.rms_norm(1, 1, 64, 1e-5), dataclasses.replace(AVX2, family="abacus"))
 
 
 # --- Records of tuning ------------------------------------------------------------------------
@@ -235,20 +236,20 @@ def _parallel_extents(function: PrimFunc) -> list[int]:
 
 
 def test_kernel_without_a_record_gets_the_default(write_records: Any) -> None:
-    assert recorded(KERNEL, X86)("unroll", (1, 2), 1) == 1
+    assert recorded(KERNEL, AVX2)("unroll", (1, 2), 1) == 1
 
 
 def test_record_answers_for_its_kernel_and_target_alone(write_records: Any) -> None:
-    write_records(X86, {kernel_key(KERNEL): {"unroll": 2}, "another kernel": {"depth": 2}})
-    choose = recorded(KERNEL, X86)
+    write_records(AVX2, {kernel_key(KERNEL): {"unroll": 2}, "another kernel": {"depth": 2}})
+    choose = recorded(KERNEL, AVX2)
     assert choose("unroll", (1, 2), 1) == 2
     assert choose("depth", (1, 2), 1) == 1
-    assert recorded(KERNEL, dataclasses.replace(X86, name="other"))("unroll", (1, 2), 1) == 1
+    assert recorded(KERNEL, dataclasses.replace(AVX2, name="other"))("unroll", (1, 2), 1) == 1
 
 
 def test_record_that_is_no_candidate_any_more_is_ignored(write_records: Any) -> None:
-    write_records(X86, {kernel_key(KERNEL): {"unroll": 3}})
-    assert recorded(KERNEL, X86)("unroll", (1, 2), 1) == 1
+    write_records(AVX2, {kernel_key(KERNEL): {"unroll": 3}})
+    assert recorded(KERNEL, AVX2)("unroll", (1, 2), 1) == 1
 
 
 def test_kernel_key_tells_operations_shapes_and_dtypes_apart() -> None:
@@ -329,8 +330,8 @@ def test_expanded_exp_of_hidden_scores_is_nearly_0(this_machine: Target) -> None
 
 def test_exp_stays_where_the_target_has_an_instruction() -> None:
     kernel = kernel_of(lambda x, i: tirx.exp(x[i]))
-    with_exp = dataclasses.replace(X86, has_exp=True)
+    with_exp = dataclasses.replace(AVX2, has_exp=True)
     assert structural_equal(expand_exp(alone(kernel), with_exp)["kernel"], kernel)
-    expanded = expand_exp(alone(kernel), X86)["kernel"]
+    expanded = expand_exp(alone(kernel), AVX2)["kernel"]
     names = {call.op.name for call in _calls(expanded.body) if isinstance(call.op, ir.Op)}
     assert "tirx.exp" not in names and "tirx.floor" in names

@@ -15,8 +15,11 @@ from .verify import verify
 
 Pass = Callable[[ir.IRModule, Target], ir.IRModule]
 
-PIPELINE: tuple[Pass, ...] = (
-    pack_weights,  # first: schedules are written for the target's layout
+# Once for all variants of a target, which read the same weights; first, because schedules are
+# written for the target's layout.
+SHARED_PASSES: tuple[Pass, ...] = (pack_weights,)
+# For each variant.
+VARIANT_PASSES: tuple[Pass, ...] = (
     schedule_kernels,
     expand_exp,  # after scheduling: the primitives see a call, not twenty operations
     plan_memory,  # after all kernels are final: it fixes who owns which storage
@@ -27,18 +30,23 @@ PIPELINE: tuple[Pass, ...] = (
 def run_passes(
     module: ir.IRModule,
     target: Target,
-    passes: tuple[Pass, ...] = PIPELINE,
+    passes: tuple[Pass, ...],
     dump: Path | None = None,
+    after: tuple[Pass, ...] = (),
 ) -> ir.IRModule:
-    """Run `passes` in order, checking the IR between them; `dump` gets one file a phase."""
-    done: tuple[str, ...] = ()
-    verify(module, target, done)
-    _dump(module, dump, 0, "imported")
-    for number, rewrite in enumerate(passes, start=1):
+    """Run `passes` in order, checking the IR between them; `dump` gets one file a phase.
+
+    `after`: the passes that the module went through before.
+    """
+    done = tuple(rewrite.__name__ for rewrite in after)
+    if not done:
+        verify(module, target, done)
+        _dump(module, dump, 0, "imported")
+    for rewrite in passes:
         module = rewrite(module, target)
         done = (*done, rewrite.__name__)
         verify(module, target, done)
-        _dump(module, dump, number, rewrite.__name__)
+        _dump(module, dump, len(done), rewrite.__name__)
     return module
 
 
