@@ -24,7 +24,7 @@ from .importer.graph import (
     build_graph,
 )
 from .importer.resolve import Resolved, resolve_model
-from .importer.weights import weight_chunks
+from .importer.weights import weight_pieces
 from .passes import SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
@@ -97,7 +97,7 @@ def compile(
             weights_sha256 = write_weights(
                 folder / WEIGHTS,
                 weights,
-                lambda t: weight_chunks(parameters[t.name], resolved.source, packing.get(t.name)),
+                lambda t: weight_pieces(parameters[t.name], resolved.source, packing.get(t.name)),
                 bar.update,
             )
         _copy_tokenizer(resolved, folder)

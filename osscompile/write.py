@@ -12,7 +12,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +24,9 @@ from .errors import CompileError
 from .runtime.artifact import ALIGNMENT, MANIFEST, PADDING, TOKENIZER, WEIGHTS, Tensor
 
 LIBRARY_SUFFIXES = (".so", ".dylib")
+# Threads that make weights; one more hashes and writes them and keeps up with no more than these.
+# Each has up to 40 MB in hand: an expert as it is read, in another order, and packed.
+NUM_MAKERS = min(8, os.cpu_count() or 1)
 REPLACED = "replaced"  # in NAME.partial: the artifact that had the name before
 
 SAFETENSORS_NAMES = {
@@ -70,16 +75,18 @@ def staged_directory(output: Path, needed_bytes: int) -> Iterator[Path]:
 def write_weights(
     path: Path,
     tensors: tuple[Tensor, ...],
-    chunks_of: Callable[[Tensor], Iterator[np.ndarray]],
+    pieces_of: Callable[[Tensor], Iterable[Callable[[], np.ndarray]]],
     progress: Callable[[int], object],
 ) -> str:
     """Write tensors one after the other, each at a multiple of 64 bytes -> the file's sha256.
 
-    `chunks_of` yields a tensor's memory in order; `progress` is told the bytes written.
+    `pieces_of` gives the functions that make a tensor's memory, piece by piece in order; they are
+    called on several threads. `progress` is told the bytes written.
     """
     header, padding = _header(tensors)
     digest = hashlib.sha256()
-    with path.open("wb") as stream:
+    with path.open("wb") as stream, ThreadPoolExecutor(NUM_MAKERS) as pool:
+        pieces = _make_in_order(pool, (make for t in tensors for make in pieces_of(t)))
 
         def write(block: bytes | memoryview) -> None:
             stream.write(block)
@@ -87,12 +94,13 @@ def write_weights(
 
         write(header)
         for tensor in tensors:
-            written = 0
-            for chunk in chunks_of(tensor):
-                write(chunk.reshape(-1).view(np.uint8).data)
-                written += chunk.nbytes
-                progress(chunk.nbytes)
-            assert written == tensor.num_bytes, (tensor, written)
+            missing = tensor.num_bytes
+            while missing > 0:
+                piece = next(pieces)
+                write(piece.reshape(-1).view(np.uint8).data)
+                missing -= piece.nbytes
+                progress(piece.nbytes)
+            assert missing == 0, (tensor, missing)
             write(bytes(padding[tensor.name]))
     return digest.hexdigest()
 
@@ -129,6 +137,19 @@ def _is_ours(path: Path) -> bool:
     """Whether a compile may have written a file of this name."""
     ours = path.name in (MANIFEST, TOKENIZER, WEIGHTS) or path.suffix in LIBRARY_SUFFIXES
     return ours and not path.is_dir()
+
+
+def _make_in_order(
+    pool: Executor, makers: Iterable[Callable[[], np.ndarray]]
+) -> Iterator[np.ndarray]:
+    """What the functions return, in their order. Few are called ahead, to bound the memory."""
+    ahead: deque[Future[np.ndarray]] = deque()
+    for make in makers:
+        if len(ahead) > 2 * NUM_MAKERS:
+            yield ahead.popleft().result()
+        ahead.append(pool.submit(make))
+    while ahead:
+        yield ahead.popleft().result()
 
 
 def _header(tensors: tuple[Tensor, ...]) -> tuple[bytes, dict[str, int]]:

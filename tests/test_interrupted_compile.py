@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,21 +210,27 @@ def test_failure_in_the_middle_of_the_weights(
     }[problem]
     with pytest.raises(error, match=words):
         osscompile.compile(tmp_path / "model", target, output, **TINY_OPTIONS)
+    assert not any("PoolExecutor" in thread.name for thread in threading.enumerate())
     assert listing(tmp_path) == files
     for name, expected in content.items():
         assert (tmp_path / name).read_bytes() == expected, name
 
 
 def in_the_middle(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
-    """Act before the weights of the third layer are made."""
-    make_chunks = compile_module.weight_chunks
+    """Act before the first weights of the third layer are made, on the thread that makes them."""
+    pieces_of = compile_module.weight_pieces
 
-    def chunks(parameter: Any, *arguments: Any) -> Iterator[Any]:
-        if parameter.name.startswith("layers.2."):
-            act()
-        yield from make_chunks(parameter, *arguments)
+    def pieces(parameter: Any, *arguments: Any) -> Iterable[Callable[[], Any]]:
+        makers = pieces_of(parameter, *arguments)
+        if parameter.name != "layers.2.attn_norm.weight":
+            return makers
+        return [partial(act_and_make, make) for make in makers]
 
-    monkeypatch.setattr(compile_module, "weight_chunks", chunks)
+    def act_and_make(make: Callable[[], Any]) -> Any:
+        act()
+        return make()
+
+    monkeypatch.setattr(compile_module, "weight_pieces", pieces)
 
 
 @pytest.fixture
@@ -285,16 +293,22 @@ def test_linker_fails(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPat
 
 COMPILE_SLOWLY = f"""
 import importlib, sys, time
+import numpy as np
 module = importlib.import_module("osscompile.compiler")
-make_chunks = module.weight_chunks
+pieces_of = module.weight_pieces
 
-def chunks(parameter, *arguments):
+def pieces(parameter, *arguments):
     if parameter.name.startswith("layers.2."):
         print("writing weights", flush=True)
-        time.sleep(600)
-    yield from make_chunks(parameter, *arguments)
+        while True:
+            yield make_nothing
+    yield from pieces_of(parameter, *arguments)
 
-module.weight_chunks = chunks
+def make_nothing():
+    time.sleep(0.01)
+    return np.empty(0, np.uint8)
+
+module.weight_pieces = pieces
 module.build_library = lambda module, target, output: output.touch()
 module.compile("synthetic:tiny", sys.argv[1], "out", **{TINY_OPTIONS})
 """

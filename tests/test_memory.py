@@ -13,7 +13,7 @@ from random_model import random_model, write_checkpoint
 import osscompile
 from osscompile.importer.graph import weight_parameters
 from osscompile.importer.synthetic import synthetic_source
-from osscompile.importer.weights import weight_chunks
+from osscompile.importer.weights import weight_pieces
 from osscompile.runtime.artifact import read_manifest
 from osscompile.runtime.engine import memory_bytes
 
@@ -66,7 +66,7 @@ def test_weights_of_20b_are_made_in_pieces(name: str) -> None:
     parameter = next(p for p in parameters if p.name == name)
     packing = (2, 8) if "gate_up" in name else None
     tracemalloc.start()
-    total = sum(chunk.nbytes for chunk in weight_chunks(parameter, source, packing))
+    total = sum(make().nbytes for make in weight_pieces(parameter, source, packing))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total == np.prod(parameter.shape) * np.dtype(parameter.dtype).itemsize

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -25,10 +29,13 @@ from osscompile.importer.weights import (
     q8_scales,
     quantize_q8,
     rope_table,
-    weight_chunks,
+    weight_pieces,
 )
 from osscompile.passes.pack_weights import PACKED_ROWS, pack_weights
+from osscompile.runtime.artifact import Tensor, hash_file
+from osscompile.runtime.safetensors import map_tensors
 from osscompile.schedules import formats
+from osscompile.write import NUM_MAKERS, write_weights
 
 
 def decode_mxfp4(words: Array, scales: Array) -> Array:
@@ -133,14 +140,44 @@ def test_weights_are_the_same_in_however_many_pieces(
     }
 
     def pieces() -> list[list[Array]]:
-        return [list(weight_chunks(p, source, packing.get(p.name))) for p in graph.weights]
+        return [
+            [make() for make in weight_pieces(p, source, packing.get(p.name))]
+            for p in graph.weights
+        ]
 
     whole = pieces()
-    assert {len(chunks) for chunks in whole} == {1}
-    monkeypatch.setattr(importer_weights, "CHUNK_BYTES", 5000)
-    for parameter, chunks, (tensor,) in zip(graph.weights, pieces(), whole, strict=True):
-        assert len(chunks) > 1 or tensor.nbytes < 5000 * 32, parameter.name
-        np.testing.assert_array_equal(np.concatenate(chunks), tensor, err_msg=parameter.name)
+    assert {len(made) for made in whole} == {1}
+    monkeypatch.setattr(importer_weights, "PIECE_BYTES", 5000)
+    for parameter, made, (tensor,) in zip(graph.weights, pieces(), whole, strict=True):
+        assert len(made) > 1 or tensor.nbytes < 5000 * 32, parameter.name
+        np.testing.assert_array_equal(np.concatenate(made), tensor, err_msg=parameter.name)
+
+
+def test_pieces_are_written_in_order_and_made_few_ahead(tmp_path: Path) -> None:
+    sizes = {"a": 300, "b": 0, "c": 7}
+    made: list[int] = []
+    written: list[int] = []
+
+    def make(name: str, index: int) -> Array:
+        made.append(index)
+        time.sleep(random.random() / 1000)
+        return np.array([index % 251], np.uint8)
+
+    def progress(count: int) -> None:
+        written.append(count)
+        assert len(made) - len(written) <= 2 * NUM_MAKERS
+
+    tensors = tuple(Tensor(name, (size,), "uint8") for name, size in sizes.items())
+    sha256 = write_weights(
+        tmp_path / "weights",
+        tensors,
+        lambda t: [partial(make, t.name, index) for index in range(t.num_bytes)],
+        progress,
+    )
+    assert sha256 == hash_file(tmp_path / "weights")
+    found = map_tensors(tmp_path / "weights")
+    for name, size in sizes.items():
+        np.testing.assert_array_equal(found[name], np.arange(size) % 251, err_msg=name)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e7])
@@ -156,4 +193,5 @@ def test_weights_that_int8_cannot_hold_are_refused(value: float, part: str) -> N
     parameters = weight_parameters(source.config, "fast", 64)
     parameter = next(p for p in parameters if p.name == f"lm_head.{part}")
     with pytest.raises(CheckpointError, match=r"lm_head.weight, rows 0 to .*finite"):
-        list(weight_chunks(parameter, source, None))
+        for make in weight_pieces(parameter, source, None):
+            make()

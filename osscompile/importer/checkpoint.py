@@ -45,7 +45,10 @@ _LAYER_NAMES = {
 
 
 class Source(Protocol):
-    """The weights of one model under their canonical names (see `canonical_shapes`)."""
+    """The weights of one model under their canonical names (see `canonical_shapes`).
+
+    Several threads read at once.
+    """
 
     @property
     def config(self) -> ModelConfig:

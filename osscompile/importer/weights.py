@@ -1,10 +1,11 @@
-"""Make the graph's weights from a checkpoint, some rows at a time.
+"""Make the graph's weights from a checkpoint, in pieces that any thread can make.
 
 Dense layers stay bfloat16 (exact) or become int8 (fast); MXFP4 stays as it is, bit for bit, in
 another order; vectors become float32. `schedules/formats.py` reads what is written here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -14,13 +15,16 @@ from .checkpoint import Source
 from .config import ModelConfig
 from .graph import Parameter
 
-CHUNK_BYTES = 16 << 20  # of one piece in its final form: bounds the memory of a compile
+# Of a piece in its final form, and of a pass over one that cannot be as small (an expert has 8 MB):
+# it stays in the cache, and threads work for longer than they wait for Python's lock.
+PIECE_BYTES = 1 << 20
 
 
-def weight_chunks(
+def weight_pieces(
     parameter: Parameter, source: Source, packing: tuple[int, int] | None
-) -> Iterator[np.ndarray]:
-    """The tensor in its final layout, cut along its leading axis; the pieces follow in order.
+) -> list[Callable[[], np.ndarray]]:
+    """The tensor in its final layout, cut along its leading axis: for each piece, in order, a
+    function that makes it. They may be called on any thread.
 
     `packing`: (axis of the rows, lanes) if rows lie side by side (`passes/pack_weights.py`).
     """
@@ -28,13 +32,13 @@ def weight_chunks(
     row_bytes = max(1, int(np.prod(parameter.shape[1:])) * np.dtype(parameter.dtype).itemsize)
     if parameter.name.endswith(".scales"):
         row_bytes *= BLOCK  # each stands for a block of inputs, which is read to find it
-    step = max(1, CHUNK_BYTES // row_bytes)
+    step = max(1, PIECE_BYTES // row_bytes)
     if packing is not None and packing[0] == 0:
         step = max(packing[1], step // packing[1] * packing[1])
-    for start in range(0, size, step):
-        rows = _rows(parameter, source, start, min(start + step, size))
-        assert rows.shape[1:] == parameter.shape[1:] and rows.dtype == parameter.dtype, parameter
-        yield np.ascontiguousarray(rows if packing is None else pack_rows(rows, *packing))
+    return [
+        partial(_make_piece, parameter, source, packing, start, min(start + step, size))
+        for start in range(0, size, step)
+    ]
 
 
 def pack_rows(tensor: np.ndarray, axis: int, lanes: int) -> np.ndarray:
@@ -42,6 +46,14 @@ def pack_rows(tensor: np.ndarray, axis: int, lanes: int) -> np.ndarray:
     shape = tensor.shape
     split = tensor.reshape(*shape[:axis], shape[axis] // lanes, lanes, *shape[axis + 1 :])
     return np.moveaxis(split, axis + 1, -1)
+
+
+def _make_piece(
+    parameter: Parameter, source: Source, packing: tuple[int, int] | None, start: int, stop: int
+) -> np.ndarray:
+    rows = _rows(parameter, source, start, stop)
+    assert rows.shape[1:] == parameter.shape[1:] and rows.dtype == parameter.dtype, parameter
+    return np.ascontiguousarray(rows if packing is None else pack_rows(rows, *packing))
 
 
 def _rows(parameter: Parameter, source: Source, start: int, stop: int) -> np.ndarray:
@@ -72,17 +84,21 @@ def _rows(parameter: Parameter, source: Source, start: int, stop: int) -> np.nda
 def mxfp4_words(blocks: np.ndarray) -> np.ndarray:
     """[.., 16] uint8, two neighbouring inputs a byte, low nibble first -> [.., 4] uint32: inputs p
     and p + 4 of eight share byte p, the lower one in its low nibble."""
-    words = np.ascontiguousarray(blocks).view("<u4")
-    low = _spread(words & np.uint32(0xFFFF))
-    low |= _spread(words >> np.uint32(16)) << np.uint32(4)
-    return low
+    words = np.array(blocks, order="C").view("<u4")
+    for part in np.array_split(words.reshape(-1), 1 + words.nbytes // PIECE_BYTES):
+        # Inputs 0 1 2 3 4 5 6 7 of a word become 0 1 4 5 2 3 6 7, then 0 4 1 5 2 6 3 7.
+        _swap_bits(part, 8, 0x0000FF00)
+        _swap_bits(part, 4, 0x00F000F0)
+    return words
 
 
-def _spread(nibbles: np.ndarray) -> np.ndarray:
-    """Four nibbles in 16 bits -> one in the low half of each of four bytes."""
-    nibbles = (nibbles | nibbles << np.uint32(8)) & np.uint32(0x00FF00FF)
-    spread: np.ndarray = (nibbles | nibbles << np.uint32(4)) & np.uint32(0x0F0F0F0F)
-    return spread
+def _swap_bits(words: np.ndarray, distance: int, mask: int) -> None:
+    """Exchange the bits of the mask with those `distance` above, in place."""
+    differing = words >> np.uint32(distance)
+    differing ^= words
+    differing &= np.uint32(mask)
+    differing *= np.uint32(1 << distance | 1)  # a copy of them at either place
+    words ^= differing
 
 
 def quantize_q8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -92,8 +108,8 @@ def quantize_q8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     blocks = weight.astype(np.float32).reshape(*scales.shape, BLOCK)
     divisor = np.where(scales > 0, scales, 1).astype(np.float32)
     blocks /= divisor[..., None]
-    np.rint(blocks, out=blocks)
-    return blocks.clip(-127, 127).astype(np.int8).view("<u4"), scales
+    np.rint(blocks, out=blocks)  # within -127..127, as scales were rounded up
+    return blocks.astype(np.int8).view("<u4"), scales
 
 
 def q8_scales(weight: np.ndarray) -> np.ndarray:
@@ -102,13 +118,13 @@ def q8_scales(weight: np.ndarray) -> np.ndarray:
     Rounded up, so that the largest value is not clipped.
     """
     rows, inputs = weight.shape
-    bits = weight.view(np.uint16).reshape(rows, inputs // BLOCK, BLOCK) & np.uint16(0x7FFF)
-    largest = (bits.max(axis=-1).astype(np.uint32) << 16).view(np.float32)  # order of bits = order
-    exact = largest / np.float32(127)
+    largest = weight.view(np.uint16).reshape(-1) & np.uint16(0x7FFF)  # order of bits = order
+    while largest.size > rows * (inputs // BLOCK):  # faster than max() over a short axis
+        largest = np.maximum(largest[0::2], largest[1::2])
+    exact = (largest.astype(np.uint32) << 16).view(np.float32) / np.float32(127)
     scales: np.ndarray = exact.astype(np.float16)
-    too_small = scales.astype(np.float32) < exact
-    scales[too_small] = np.nextafter(scales[too_small], np.float16(np.inf))
-    return scales
+    scales.view(np.uint16)[...] += scales.astype(np.float32) < exact  # to the next float16
+    return scales.reshape(rows, inputs // BLOCK)
 
 
 def rope_table(config: ModelConfig, positions: np.ndarray) -> np.ndarray:
