@@ -17,7 +17,6 @@ from .errors import CompileError
 from .importer.config import ModelConfig
 from .importer.graph import (
     DEFAULT_CHUNK,
-    PREFILL_TILE,
     PROFILES,
     SCORE_CHUNK,
     Parameter,
@@ -66,8 +65,8 @@ def compile(
     CPUs, by name, those to compile for (default: all).
     `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 weights, float32
     activations). `context`: most positions (default: the model's). `dump`: a folder for the IR
-    after each phase. `prefill_chunk`: tokens of one prefill, a multiple of 8; a smaller one takes
-    less workspace. Raises CheckpointError, TargetError or CompileError; nothing is left behind.
+    after each phase. `prefill_chunk`: tokens of one prefill; a smaller one takes less workspace.
+    Raises CheckpointError, TargetError or CompileError; nothing is left behind.
     """
     target = target if target is not None else targets.of_this_machine().name
     machines = _choose_variants(target, variants)
@@ -115,7 +114,6 @@ def compile(
             sliding=config.sliding,
             chunk=prefill_chunk,
             score_chunk=min(prefill_chunk, SCORE_CHUNK),
-            tile=PREFILL_TILE,
             workspace_bytes=workspace_bytes,
             caches=tuple(Tensor(c.name, c.shape, c.dtype) for c in graph.caches),
             weights=weights,
@@ -173,10 +171,8 @@ def _check_options(config: ModelConfig, profile: str, context: int | None, chunk
         raise CompileError(
             f"context: expected 1 to {config.max_context} (the model's limit), found {context}"
         )
-    if chunk < PREFILL_TILE or chunk % PREFILL_TILE:
-        raise CompileError(
-            f"prefill_chunk: expected a positive multiple of {PREFILL_TILE}, found {chunk}"
-        )
+    if chunk < 1:
+        raise CompileError(f"prefill_chunk: expected a positive number of tokens, found {chunk}")
     return context
 
 

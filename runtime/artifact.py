@@ -80,7 +80,6 @@ class Manifest:
     sliding: tuple[bool, ...]  # of each layer
     chunk: int  # tokens of one prefill, at most
     score_chunk: int  # tokens of one scoring, at most
-    tile: int  # a prefill is padded to a multiple of this
     workspace_bytes: dict[str, int]  # of each function's activations
     caches: tuple[Tensor, ...]  # keys and values of each layer: arguments before the weights
     weights: tuple[Tensor, ...]

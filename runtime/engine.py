@@ -109,10 +109,8 @@ class Model:
         rows = []
         for start in range(0, len(ids), self.manifest.score_chunk):
             part = ids[start : start + self.manifest.score_chunk]
-            padded = self._pad(part)
-            logits = self._run("score", padded)
+            rows.append(self._run("score", part).copy())
             self._cache.append(part)
-            rows.append(logits.reshape(padded.size, -1)[: len(part)].copy())
         return np.concatenate(rows)
 
     def generate(
@@ -225,31 +223,21 @@ class Model:
             if len(part) == 1:
                 logits = self._decode(part[0])
                 continue
-            padded = self._pad(part)
             index = np.array([len(part) - 1], np.int32)
-            logits = self._run("prefill", padded, index)
+            logits = self._run("prefill", part, index)
             self._cache.append(part)
         self._cache.save()
         return logits.reshape(-1)
 
     def _decode(self, token_id: int) -> np.ndarray:
         """Append one token -> logits [vocab]."""
-        ids = np.array([[token_id]], np.int32)
-        logits = self._run("decode", ids)
+        logits = self._run("decode", [token_id])
         self._cache.append([token_id])
         return logits.reshape(-1)
 
-    def _run(self, function: str, ids: np.ndarray, *more: np.ndarray) -> np.ndarray:
-        position = np.array([self._cache.begin(ids.size)], np.int32)
-        return self._device.run(function, [ids, position, *more], self._bound)
-
-    def _pad(self, ids: Sequence[int]) -> np.ndarray:
-        """ids [n] -> int32 [tiles, tile]; the last id is repeated. What the repetitions write into
-        the cache is hidden from every later token until it is overwritten."""
-        tile = self.manifest.tile
-        padded = np.full(-(-len(ids) // tile) * tile, ids[-1], np.int32)
-        padded[: len(ids)] = ids
-        return padded.reshape(-1, tile)
+    def _run(self, function: str, ids: Sequence[int], *more: np.ndarray) -> np.ndarray:
+        position = np.array([self._cache.begin(len(ids))], np.int32)
+        return self._device.run(function, [np.array(ids, np.int32), position, *more], self._bound)
 
     def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
         try:

@@ -93,7 +93,7 @@ def _random(argument: Argument, count: int, seed: list[int]) -> np.ndarray:
 def _experts(
     argument: Argument, shape: tuple[int, ...], turn: int, repeated: bool = False
 ) -> np.ndarray:
-    """Experts of the tiles in order, as many different ones as fit, or each `repeated` for some
+    """Experts of the rows in order, as many different ones as fit, or each `repeated` for some
     neighbours; the next ones every turn."""
     count = math.prod(shape)
     different = min(argument.high, max(1, count // 2) if repeated else count)

@@ -38,7 +38,7 @@ class KVCache:
         self._snapshot: _Snapshot | None = None
 
     def begin(self, count: int) -> int:
-        """Where `count` positions, padding included, are about to be written: after the tokens.
+        """Where `count` positions are about to be written: after the tokens.
 
         What they overwrite counts as lost from now on, even if no `append` follows.
         """

@@ -4,6 +4,7 @@ Every kernel of every target reads weights through these expressions, so that wh
 means is said once. The numpy side, which writes the same words, is `importer/weights.py`.
 """
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 from tvm import tirx
@@ -15,6 +16,10 @@ INT8_PER_WORD = 4
 FP4_OFFSET = (
     12  # added to 2 x fp4 so that the sum is unsigned: unsigned x signed dot products need it
 )
+
+# float32 activations of exact products: whole numbers of three digits and a scale a block
+DIGITS = 3
+DIGIT = 128  # a digit is -64..63, so that sums of eight products with fp4 fit in int16
 
 # 2 x |fp4| for the codes 0..7 is 0, 1, 2, 3, 4, 6, 8, 12: one hexadecimal digit each.
 _FP4_MAGNITUDES = 0xC8643210
@@ -60,3 +65,11 @@ def half_e8m0_to_float32(exponent: Expr) -> Expr:
     """uint8 e8m0 scale -> float32 of 0.5 x 2^(exponent - 127); the half undoes the 2 of 2 x fp4."""
     scale = tirx.reinterpret("float32", exponent.astype("uint32") << const(23, "uint32"))
     return scale * const(0.5, "float32")
+
+
+def sum_of_digits(digit_of: Callable[[int], Expr]) -> Expr:
+    """The whole number, int32, of `DIGITS` int8 digits, the highest first."""
+    total = digit_of(0).astype("int32")
+    for digit in range(1, DIGITS):
+        total = total * const(DIGIT, "int32") + digit_of(digit).astype("int32")
+    return total

@@ -1,7 +1,7 @@
-"""Constants that tuning found, one JSON file a target; kernels without a record use defaults.
+"""Constants that tuning found, one JSON file a variant; kernels without a record use defaults.
 
 A record's key is the kernel's operation and the shapes of its parameters, for example
-"dense_q8 int8[1,1,90,32] float32[1,1,90] ... uint32[640,90,8,8] ...": the same in every layer of a
+"dense_q8 int8[1,90,32] float32[1,90] ... uint32[640,90,8,8] ...": the same in every layer of a
 model. Shapes are those after weights were packed.
 """
 
@@ -43,8 +43,9 @@ def kernel_key(function: PrimFunc) -> str:
 
 
 def records_file(target: Target) -> Path:
-    """Where a compile looks for the records of a target; without one it takes the defaults."""
-    return Path(__file__).parent / "records" / f"{target.name}.json"
+    """Where a compile looks for the records of a variant; without one it takes the defaults."""
+    name = target.name if target.variant == target.name else f"{target.name}-{target.variant}"
+    return Path(__file__).parent / "records" / f"{name}.json"
 
 
 @cache

@@ -1,7 +1,7 @@
 """Kernels, arguments and what they must give, which tests of kernels share.
 
-A `Case` is one of each, made for a `Form`: for one token (decode: one static tile of 1) or for
-tiles of 8 tokens (prefill: a symbolic number of them). Where no target runs on this machine,
+A `Case` is one of each, made for a `Form`: for one token (decode) or for a symbolic number of them
+(prefill). Where no target runs on this machine,
 importing this module skips the tests of the importing one.
 """
 
@@ -18,10 +18,10 @@ from reference import F64, to_float64
 from tvm.tirx import PrimFunc
 
 from osscompile import targets
-from osscompile.importer.graph import EXPERT_TILES, TILES
+from osscompile.importer.graph import EXPERT_ROWS, TOKENS
 from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import experts, matmul, rows
-from osscompile.schedules.formats import Index
+from osscompile.schedules.formats import FP4_OFFSET, Index
 from osscompile.targets import Target
 
 try:
@@ -35,23 +35,22 @@ CLOSE = 2e-6  # relative rms: a sum of 2880 float32 products is off by less
 
 @dataclass(frozen=True)
 class Form:
-    """How many tokens a kernel sees: `count` tiles; `tiles` is what the kernel is built for."""
+    """How many tokens a kernel sees: `count`; `tokens` is what the kernel is built for."""
 
     name: str
-    tiles: Index
-    tile: int
+    tokens: Index
     count: int
 
-    def expert_tiles(self, count: int) -> Index:
-        return count if isinstance(self.tiles, int) else EXPERT_TILES
+    def expert_rows(self, count: int) -> Index:
+        return count if isinstance(self.tokens, int) else EXPERT_ROWS
 
     def __repr__(self) -> str:
         return self.name
 
 
-DECODE = Form("decode", 1, 1, 1)
-PREFILL = Form("prefill", TILES, 8, 3)
-FORMS = [DECODE, Form("one_tile", TILES, 8, 1), PREFILL]
+DECODE = Form("decode", 1, 1)
+PREFILL = Form("prefill", TOKENS, 21)
+FORMS = [DECODE, Form("prefill_of_one", TOKENS, 1), PREFILL]
 every_form = pytest.mark.parametrize("form", FORMS, ids=repr)
 
 
@@ -114,13 +113,15 @@ def mxfp4_weights(seed: int, inputs: int, *shape: int) -> tuple[Array, Array]:
     return blocks, scales.astype(np.uint8)
 
 
-def activations(x: Array, quantized: bool) -> tuple[tuple[Array, ...], F64]:
+def activations(x: Array, kind: str) -> tuple[tuple[Array, ...], F64]:
     """Arguments of a kernel, and the numbers that they stand for."""
-    if not quantized:
-        return (x,), to_float64(x)
+    if kind == "digits":
+        digits, scales, offsets = build(rows.quantize_digits(TOKENS, x.shape[-1]), HERE)(x)
+        return (digits, scales, offsets), to_float64(x)
     codes, scales = reference.quantize_q8(x)
-    sums = codes.reshape(*scales.shape, 32).sum(axis=-1, dtype=np.int32)
-    return (codes.reshape(*scales.shape, 32), scales, sums), reference.dequantize_q8(codes, scales)
+    blocks = codes.reshape(*scales.shape, 32)
+    offsets = FP4_OFFSET * blocks.sum(axis=-1, dtype=np.int32)
+    return (blocks, scales, offsets), reference.dequantize_q8(codes, scales)
 
 
 # --- One token's row by itself ----------------------------------------------------------------
@@ -129,8 +130,8 @@ def activations(x: Array, quantized: bool) -> tuple[tuple[Array, ...], F64]:
 def embed_bf16(form: Form) -> Case:
     vocab, hidden = 40, 64
     weight = bf16_bits(1, vocab, hidden)
-    ids = np.resize(int32(vocab - 1, 0, 7, 7, 21), (form.count, form.tile))
-    kernel = rows.embed_bf16(form.tiles, form.tile, vocab, hidden)
+    ids = np.resize(int32(vocab - 1, 0, 7, 7, 21), form.count)
+    kernel = rows.embed_bf16(form.tokens, vocab, hidden)
     return Case(kernel, (ids, weight), to_float64(weight[ids]), tolerance=0)
 
 
@@ -138,45 +139,36 @@ def embed_q8(form: Form) -> Case:
     vocab, hidden = 40, 64
     codes, scales = q8_weights(2, vocab, hidden)
     scales[7, 0] = 2.0**-24  # the smallest float16
-    ids = np.resize(int32(vocab - 1, 0, 7, 7, 21), (form.count, form.tile))
-    kernel = rows.embed_q8(form.tiles, form.tile, vocab, hidden)
+    ids = np.resize(int32(vocab - 1, 0, 7, 7, 21), form.count)
+    kernel = rows.embed_q8(form.tokens, vocab, hidden)
     expected = dequantized(codes, scales)[ids]
     return Case(kernel, (ids, codes.view("<u4"), scales), expected, tolerance=0)
 
 
 def rms_norm(form: Form, hidden: int = 96) -> Case:
-    x, weight = numbers(3, form.count, form.tile, hidden), numbers(4, hidden)
+    x, weight = numbers(3, form.count, hidden), numbers(4, hidden)
     expected = reference.rms_norm(to_float64(x), to_float64(weight), 1e-5)
-    kernel = rows.rms_norm(form.tiles, form.tile, hidden, 1e-5)
+    kernel = rows.rms_norm(form.tokens, hidden, 1e-5)
     return Case(kernel, (x, weight), expected)
 
 
 def take_row(form: Form) -> Case:
-    x = numbers(5, form.count, form.tile, 64)
-    last = form.count * form.tile - 1
-    kernel = rows.take_row(form.tiles, form.tile, 64)
-    return Case(kernel, (x, int32(last)), x.reshape(1, -1, 64)[:, last:], tolerance=0)
+    x = numbers(5, form.count, 64)
+    last = form.count - 1
+    return Case(rows.take_row(form.tokens, 64), (x, int32(last)), x[last:], tolerance=0)
 
 
-def gather_rows(form: Form) -> Case:
-    x = numbers(6, form.count, form.tile, 64)
-    tokens = np.resize(np.arange(form.count * form.tile, dtype=np.int32)[::-1], (5, form.tile))
-    kernel = rows.gather_rows(form.tiles, form.tile, 64, form.expert_tiles(5))
-    return Case(kernel, (x, tokens), x.reshape(-1, 64)[tokens], tolerance=0)
-
-
-ROW_CASES = [embed_bf16, embed_q8, rms_norm, take_row, gather_rows]
+ROW_CASES = [embed_bf16, embed_q8, rms_norm, take_row]
 
 
 def check_quantize(form: Form, x: Array, target: Target = HERE, rule: Rule | None = None) -> None:
     """Bit for bit: the format of the profile `fast` is defined, not approximated."""
-    codes, scales = reference.quantize_q8(x)
-    codes = codes.reshape(*scales.shape, 32)
-    kernel = rows.quantize_q8(form.tiles, form.tile, x.shape[-1])
-    actual_codes, actual_scales, actual_sums = build(kernel, target, rule=rule)(x)
+    (codes, scales, offsets), _ = activations(x, "q8")
+    kernel = rows.quantize_q8(form.tokens, x.shape[-1])
+    actual_codes, actual_scales, actual_offsets = build(kernel, target, rule=rule)(x)
     np.testing.assert_array_equal(actual_scales, scales)
     np.testing.assert_array_equal(actual_codes, codes)
-    np.testing.assert_array_equal(actual_sums, codes.astype(np.int32).sum(axis=-1))
+    np.testing.assert_array_equal(actual_offsets, offsets)
 
 
 # --- RoPE -------------------------------------------------------------------------------------
@@ -200,14 +192,14 @@ def rope_of(context: int) -> Array:
 
 
 def split_qkv(qkv: Array, heads: int, kv_heads: int, head_dim: int) -> tuple[F64, F64, F64]:
-    """[tiles, tile, width] -> q, k, v [tokens, heads, head_dim]."""
+    """[tokens, width] -> q, k, v [tokens, heads, head_dim]."""
     all_heads = qkv.reshape(-1, heads + 2 * kv_heads, head_dim)
     q, k, v = np.split(all_heads, [heads, heads + kv_heads], axis=1)
     return to_float64(q), to_float64(k), to_float64(v)
 
 
 def new_qkv(seed: int, form: Form) -> Array:
-    return numbers(seed, form.count, form.tile, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    return numbers(seed, form.count, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
 
 
 def rotate_queries(form: Form, position: int = 11) -> Case:
@@ -215,9 +207,8 @@ def rotate_queries(form: Form, position: int = 11) -> Case:
     q, _, _ = split_qkv(qkv, HEADS, KV_HEADS, HEAD_DIM)
     at = position + np.arange(len(q))
     expected = reference.apply_rope(q, at, INV_FREQ, CONCENTRATION) / np.sqrt(HEAD_DIM)
-    kernel = rows.rotate_queries(form.tiles, form.tile, HEADS, KV_HEADS, HEAD_DIM, CONTEXT)
-    shape = (form.count, form.tile, HEADS, HEAD_DIM)
-    return Case(kernel, (qkv, rope_of(CONTEXT), int32(position)), expected.reshape(shape))
+    kernel = rows.rotate_queries(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT)
+    return Case(kernel, (qkv, rope_of(CONTEXT), int32(position)), expected)
 
 
 # --- The sum over experts ---------------------------------------------------------------------
@@ -225,18 +216,15 @@ def rotate_queries(form: Form, position: int = 11) -> Case:
 
 def combine_experts(form: Form, top_k: int = 4) -> Case:
     """The y of a row names its slot, so that a wrong row shows."""
-    expert_tiles = 4 if form is DECODE else form.count * top_k + 7
-    y = numbers(22, expert_tiles, form.tile, 64)
+    expert_rows = form.count * top_k
+    y = numbers(22, expert_rows, 64)
     rng = np.random.default_rng(23)
-    shape = (form.count, form.tile, top_k)
-    slots = rng.permutation(expert_tiles * form.tile)[: np.prod(shape)].reshape(shape)
-    weights = rng.dirichlet(np.ones(top_k), shape[:2]).astype(np.float32)
-    residual = numbers(24, form.count, form.tile, 64)
-    chosen = to_float64(y).reshape(-1, 64)[slots]
-    expected = to_float64(residual) + np.sum(chosen * to_float64(weights)[..., None], axis=2)
-    kernel = experts.combine_experts(
-        form.tiles, form.tile, 64, form.expert_tiles(expert_tiles), top_k
-    )
+    slots = rng.permutation(expert_rows).reshape(form.count, top_k)
+    weights = rng.dirichlet(np.ones(top_k), form.count).astype(np.float32)
+    residual = numbers(24, form.count, 64)
+    chosen = to_float64(y)[slots]
+    expected = to_float64(residual) + np.sum(chosen * to_float64(weights)[..., None], axis=1)
+    kernel = experts.combine_experts(form.tokens, 64, form.expert_rows(expert_rows), top_k)
     return Case(kernel, (y, slots.astype(np.int32), weights, residual), expected)
 
 
@@ -246,106 +234,104 @@ def combine_experts(form: Form, top_k: int = 4) -> Case:
 def dense_q8(
     form: Form, inputs: int = 96, num_rows: int = 64, bias: bool = True, residual: bool = True
 ) -> Case:
-    x, values = activations(numbers(25, form.count, form.tile, inputs), True)
+    x, values = activations(numbers(25, form.count, inputs), "q8")
     codes, scales = q8_weights(26, num_rows, inputs)
     extra, added = dense_extra(form, num_rows, bias, residual)
     expected = values @ dequantized(codes, scales).T + added
-    kernel = matmul.dense_q8(form.tiles, form.tile, inputs, num_rows, bias, residual)
+    kernel = matmul.dense_q8(form.tokens, inputs, num_rows, bias, residual)
     return Case(kernel, (*x, codes.view("<u4"), scales, *extra), expected)
 
 
 def dense_bf16(
     form: Form, inputs: int = 96, num_rows: int = 64, bias: bool = True, residual: bool = True
 ) -> Case:
-    x = numbers(27, form.count, form.tile, inputs)
+    x = numbers(27, form.count, inputs)
     weight = bf16_bits(28, num_rows, inputs, scale=inputs**-0.5)
     extra, added = dense_extra(form, num_rows, bias, residual)
     expected = to_float64(x) @ to_float64(weight).T + added
-    kernel = matmul.dense_bf16(form.tiles, form.tile, inputs, num_rows, bias, residual)
+    kernel = matmul.dense_bf16(form.tokens, inputs, num_rows, bias, residual)
     return Case(kernel, (x, weight, *extra), expected)
 
 
 def dense_extra(form: Form, num_rows: int, bias: bool, residual: bool) -> tuple[list[Array], F64]:
     extra = [numbers(29, num_rows)] if bias else []
-    extra += [numbers(30, form.count, form.tile, num_rows)] if residual else []
+    extra += [numbers(30, form.count, num_rows)] if residual else []
     return extra, sum((to_float64(e) for e in extra), np.zeros(1))
 
 
-def tile_experts(form: Form, num_experts: int) -> Array:
-    """One an expert tile: more than one in decode too; not sorted, some experts absent."""
-    count = 4 if form is DECODE else form.count
-    return np.resize(int32(num_experts - 1, 0, 2, 2), count) % num_experts
+def row_experts(form: Form, num_experts: int) -> Array:
+    """One a row: more than one in decode too; equal ones together, but not sorted; some absent."""
+    if form is DECODE:
+        return int32(num_experts - 1, 0, 2, 2) % num_experts
+    return np.repeat(int32(num_experts - 1, 0, 2) % num_experts, form.count)[: 2 * form.count + 1]
 
 
-def moe_activations(form: Form, inputs: int, quantized: bool) -> tuple[tuple[Array, ...], F64]:
-    count = 4 if form is DECODE else form.count
-    return activations(numbers(31, count, form.tile, inputs), quantized)
+def moe_activations(form: Form, inputs: int, kind: str) -> tuple[tuple[Array, ...], F64]:
+    return activations(numbers(31, len(row_experts(form, 8)), inputs), kind)
 
 
 def moe_mxfp4_swiglu(
     form: Form,
-    quantized: bool,
+    kind: str,
     inputs: int = 64,
     num_rows: int = 96,
     num_experts: int = 8,
     bias: Array | None = None,
 ) -> Case:
-    x, values = moe_activations(form, inputs, quantized)
+    x, values = moe_activations(form, inputs, kind)
     blocks, scales = mxfp4_weights(32, inputs, num_experts, 2, num_rows)
     bias = numbers(33, num_experts, 2, num_rows) if bias is None else bias
-    tile_expert = tile_experts(form, num_experts)
-    used = {e: reference.dequantize_mxfp4(blocks[e], scales[e]) for e in set(tile_expert.tolist())}
+    row_expert = row_experts(form, num_experts)
+    used = {e: reference.dequantize_mxfp4(blocks[e], scales[e]) for e in set(row_expert.tolist())}
     expected = np.stack(
         [
-            reference.swiglu(*(tile @ used[e][i].T + bias[e, i] for i in (0, 1)), LIMIT)
-            for tile, e in zip(values, tile_expert.tolist(), strict=True)
+            reference.swiglu(*(row @ used[e][i].T + bias[e, i] for i in (0, 1)), LIMIT)
+            for row, e in zip(values, row_expert.tolist(), strict=True)
         ]
     )
-    tiles = form.expert_tiles(len(tile_expert))
-    kernel = matmul.moe_mxfp4_swiglu(
-        quantized, tiles, form.tile, num_experts, inputs, num_rows, LIMIT
-    )
-    return Case(kernel, (*x, mxfp4_words(blocks), scales, bias, tile_expert), expected)
+    tokens = form.expert_rows(len(row_expert))
+    kernel = matmul.moe_mxfp4_swiglu(kind, tokens, num_experts, inputs, num_rows, LIMIT)
+    return Case(kernel, (*x, mxfp4_words(blocks), scales, bias, row_expert), expected)
 
 
 def moe_mxfp4(
-    form: Form, quantized: bool, inputs: int = 96, num_rows: int = 64, num_experts: int = 8
+    form: Form, kind: str, inputs: int = 96, num_rows: int = 64, num_experts: int = 8
 ) -> Case:
-    x, values = moe_activations(form, inputs, quantized)
+    x, values = moe_activations(form, inputs, kind)
     blocks, scales = mxfp4_weights(34, inputs, num_experts, num_rows)
     bias = numbers(35, num_experts, num_rows)
-    tile_expert = tile_experts(form, num_experts)
-    used = {e: reference.dequantize_mxfp4(blocks[e], scales[e]) for e in set(tile_expert.tolist())}
+    row_expert = row_experts(form, num_experts)
+    used = {e: reference.dequantize_mxfp4(blocks[e], scales[e]) for e in set(row_expert.tolist())}
     expected = np.stack(
-        [tile @ used[e].T + bias[e] for tile, e in zip(values, tile_expert.tolist(), strict=True)]
+        [row @ used[e].T + bias[e] for row, e in zip(values, row_expert.tolist(), strict=True)]
     )
-    tiles = form.expert_tiles(len(tile_expert))
-    kernel = matmul.moe_mxfp4(quantized, tiles, form.tile, num_experts, inputs, num_rows)
-    return Case(kernel, (*x, mxfp4_words(blocks), scales, bias, tile_expert), expected)
+    tokens = form.expert_rows(len(row_expert))
+    kernel = matmul.moe_mxfp4(kind, tokens, num_experts, inputs, num_rows)
+    return Case(kernel, (*x, mxfp4_words(blocks), scales, bias, row_expert), expected)
 
 
 def moe_mxfp4_swiglu_q8(form: Form, *sizes: int) -> Case:
-    return moe_mxfp4_swiglu(form, True, *sizes)
+    return moe_mxfp4_swiglu(form, "q8", *sizes)
 
 
-def moe_mxfp4_swiglu_f32(form: Form, *sizes: int) -> Case:
-    return moe_mxfp4_swiglu(form, False, *sizes)
+def moe_mxfp4_swiglu_digits(form: Form, *sizes: int) -> Case:
+    return moe_mxfp4_swiglu(form, "digits", *sizes)
 
 
 def moe_mxfp4_q8(form: Form, *sizes: int) -> Case:
-    return moe_mxfp4(form, True, *sizes)
+    return moe_mxfp4(form, "q8", *sizes)
 
 
-def moe_mxfp4_f32(form: Form, *sizes: int) -> Case:
-    return moe_mxfp4(form, False, *sizes)
+def moe_mxfp4_digits(form: Form, *sizes: int) -> Case:
+    return moe_mxfp4(form, "digits", *sizes)
 
 
 MATMULS = [
     dense_q8,
     dense_bf16,
     moe_mxfp4_swiglu_q8,
-    moe_mxfp4_swiglu_f32,
+    moe_mxfp4_swiglu_digits,
     moe_mxfp4_q8,
-    moe_mxfp4_f32,
+    moe_mxfp4_digits,
 ]
 every_matmul = pytest.mark.parametrize("case", MATMULS, ids=lambda case: case.__name__)

@@ -54,7 +54,7 @@ class BuiltKernel:
         self.function = function
         module = ir.IRModule({"main": function.with_attr("global_symbol", "main")})
         module = expand_exp(module, target)
-        self._main = tvm.compile(module, target=tvm.target.Target(target.tvm))["main"]
+        self.main = tvm.compile(module, target=tvm.target.Target(target.tvm))["main"]
 
     def __call__(self, *inputs: Array, in_place: int = 0) -> Any:
         """Arrays for the first parameters -> the remaining ones, which the kernel must fill.
@@ -73,15 +73,15 @@ class BuiltKernel:
             for extent, size in zip(parameter.shape, array.shape, strict=True):
                 if isinstance(extent, tirx.Var):
                     symbols[extent.name] = size
-                assert _value(extent, symbols) == size, (name, parameter.shape, array.shape)
+                assert value_of(extent, symbols) == size, (name, parameter.shape, array.shape)
             if i in self.packed:
                 array = pack_rows(array, self.packed[i], self.lanes)
             # a copy, because TVM aligns its own buffers to 64 bytes
             arguments.append(tvm.runtime.tensor(np.ascontiguousarray(array)))
         for parameter in self.kernel.params[len(inputs) :]:
-            shape = tuple(_value(extent, symbols) for extent in parameter.shape)
+            shape = tuple(value_of(extent, symbols) for extent in parameter.shape)
             arguments.append(tvm.runtime.tensor(_poison(shape, str(parameter.dtype))))
-        self._main(*arguments)
+        self.main(*arguments)
         results = [*arguments[:in_place], *arguments[len(inputs) :]]
         arrays = tuple(result.numpy() for result in results)
         return arrays[0] if len(arrays) == 1 else arrays
@@ -93,7 +93,7 @@ def _poison(shape: tuple[int, ...], dtype: str) -> Array:
     return np.full(shape, np.nan if kind.kind == "f" else np.iinfo(kind).min, kind)
 
 
-def _value(extent: Any, symbols: dict[str, int]) -> int:
+def value_of(extent: Any, symbols: dict[str, int]) -> int:
     """An extent, which may be an expression of the symbols bound so far."""
     known = structural_map(extent, (tirx.Var, lambda v: tirx.const(symbols[v.name], "int64")))
     return int(Analyzer().simplify(known))

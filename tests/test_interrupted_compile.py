@@ -61,7 +61,7 @@ def test_context_out_of_range(tmp_path: Path, target: str, context: int) -> None
     assert listing(tmp_path) == []
 
 
-@pytest.mark.parametrize("chunk", [0, -8, 7, 12])
+@pytest.mark.parametrize("chunk", [0, -8])
 def test_prefill_chunk_out_of_range(tmp_path: Path, target: str, chunk: int) -> None:
     with pytest.raises(CompileError, match=f"prefill_chunk: expected .*found {chunk}"):
         compile_tiny(tmp_path / "out", target, prefill_chunk=chunk)

@@ -56,9 +56,7 @@ def test_append_kv_around_the_wrap_of_a_ring_of_32(form: Form, dtype: str, posit
     for token, slot in enumerate(at % capacity):
         expected_keys[:, slot // 8, :, slot % 8] = rotated[token]
         expected_values[:, slot] = v[token].astype(dtype)
-    kernel = attention.append_kv(
-        form.tiles, form.tile, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, capacity, dtype
-    )
+    kernel = attention.append_kv(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, capacity, dtype)
     run = build(kernel, HERE)
     new_keys, new_values = run(keys, values, qkv, rope_of(CONTEXT), int32(position), in_place=2)
     np.testing.assert_array_equal(new_values, expected_values)  # also that no other slot changed
@@ -105,21 +103,18 @@ class Layer:
     def run(self, qkv: Array, position: int, form: Form = PREFILL) -> Array:
         """Append the tokens [count, width], then attend: -> [count, heads, head_dim]."""
         heads, _, head_dim = self.sizes
-        fill = -len(qkv) % form.tile  # what a last, part empty tile holds must not matter
-        padded = np.concatenate([qkv, np.full((fill, qkv.shape[1]), 1e4, np.float32)])
-        tiled = padded.reshape(-1, form.tile, qkv.shape[1])
         cache = (self.capacity, self.dtype)
-        append = attention.append_kv(form.tiles, form.tile, *self.sizes, self.context, *cache)
+        append = attention.append_kv(form.tokens, *self.sizes, self.context, *cache)
         self.keys, self.values = build(append, HERE)(
-            self.keys, self.values, tiled, self.rope, int32(position), in_place=2
+            self.keys, self.values, qkv, self.rope, int32(position), in_place=2
         )
         attend = attention.attention(
-            form.tiles, form.tile, *self.sizes, self.capacity, self.window, self.dtype
+            form.tokens, *self.sizes, self.capacity, self.window, self.dtype
         )
-        queries = tiled[..., : heads * head_dim].reshape(*tiled.shape[:2], heads, head_dim)
+        queries = qkv[:, : heads * head_dim].reshape(len(qkv), heads, head_dim)
         queries = queries * np.float32(head_dim**-0.5)  # of a power of 4: exact
         out = build(attend, HERE)(queries, self.keys, self.values, self.sinks, int32(position))
-        return out.reshape(len(padded), heads, head_dim)[: len(qkv)]
+        return out.reshape(len(qkv), heads, head_dim)
 
     def expected(self, qkv: Array) -> F64:
         """For all tokens from position 0 on."""
@@ -187,7 +182,7 @@ def test_attention_with_the_heads_of_gpt_oss() -> None:
 @every_window
 @both_dtypes
 def test_attention_in_uneven_chunks_and_around_a_ring(window: int | None, dtype: str) -> None:
-    """Padded tiles write huge tokens, which the next chunk replaces; a ring of 192 wraps twice."""
+    """A ring of 192 wraps twice."""
     layer = Layer(window, dtype, capacity=192 if window else 512)
     qkv = layer.tokens(12, 450)
     expected = layer.expected(qkv)

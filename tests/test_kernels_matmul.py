@@ -27,8 +27,10 @@ from kernel_cases import (
 )
 from kernel_runner import build
 
+from osscompile.importer.graph import EXPERT_ROWS
 from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import matmul
+from osscompile.schedules.formats import Index
 
 
 @every_form
@@ -86,42 +88,45 @@ def test_expert_of_2880_for_one_token(case: Callable[..., Case]) -> None:
 
 
 @pytest.mark.parametrize("case", [dense_q8, moe_mxfp4_swiglu_q8], ids=lambda case: case.__name__)
-def test_matmul_of_2880_in_tiles(case: Callable[..., Case]) -> None:
+def test_matmul_of_2880_for_many_tokens(case: Callable[..., Case]) -> None:
     case(PREFILL, 2880, 192).check()
 
 
 @pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
 def test_int8_products_at_their_extremes_do_not_overflow(form: Form) -> None:
-    """127 x 127 and -127 x 127 in every place: pairs of them just fit in 16 bits."""
-    shape = (form.count, form.tile, 64)
-    x, values = activations(np.resize(np.float32([1, 1, -1]), shape), True)
+    """127 x 127 and -127 x 127 in every place."""
+    shape = (form.count, 64)
+    x, values = activations(np.resize(np.float32([1, 1, -1]), shape), "q8")
     signs = np.resize(np.int8([[1], [-1], [1]]), (8, 64)) * np.resize(np.int8([1, 1, -1]), 64)
     codes = (signs * np.int8(127)).reshape(8, 2, 32)
     scales = np.full((8, 2), 2.0**-7, np.float16)
-    kernel = matmul.dense_q8(form.tiles, form.tile, 64, 8, False, False)
+    kernel = matmul.dense_q8(form.tokens, 64, 8, False, False)
     Case(kernel, (*x, codes.view("<u4"), scales), values @ dequantized(codes, scales).T).check()
 
 
 @pytest.mark.parametrize("code", [0x77, 0xFF, 0x7F, 0x00, 0x88])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_mxfp4_products_at_their_extremes_do_not_overflow(code: int, sign: int) -> None:
+@pytest.mark.parametrize("tokens", [4, EXPERT_ROWS], ids=["decode", "prefill"])
+def test_mxfp4_products_at_their_extremes_do_not_overflow(
+    tokens: Index, code: int, sign: int
+) -> None:
     """Every input +-127 and every weight +-6 (or +-0, with the offset 12 alone)."""
-    x, values = activations(np.full((4, 1, 64), sign, np.float32), True)
+    x, values = activations(np.full((4, 64), sign, np.float32), "q8")
     blocks = np.full((1, 8, 2, 16), code, np.uint8)
     scales, bias = np.full((1, 8, 2), 127, np.uint8), np.full((1, 8), 0.5, np.float32)
     weight = reference.dequantize_mxfp4(blocks[0], scales[0])
-    kernel = matmul.moe_mxfp4(True, 4, 1, 1, 64, 8)
+    kernel = matmul.moe_mxfp4("q8", tokens, 1, 64, 8)
     inputs = (*x, mxfp4_words(blocks), scales, bias, int32(0, 0, 0, 0))
     Case(kernel, inputs, values @ weight.T + 0.5).check()
 
 
-@pytest.mark.parametrize("quantized", [True, False], ids=["q8", "f32"])
-def test_swiglu_clamps_beyond_7_and_survives_hugely_negative_gates(quantized: bool) -> None:
+@pytest.mark.parametrize("kind", ["q8", "digits"])
+def test_swiglu_clamps_beyond_7_and_survives_hugely_negative_gates(kind: str) -> None:
     """Biases push gate and up to +-1e4: every pair of signs, in every form of the vector."""
     bias = np.zeros((8, 2, 96), np.float32)
     bias[:, 0] = np.resize([1e4, -1e4, 1e4, -1e4, 0, 20, -4, 7], 96)
     bias[:, 1] = np.resize([1e4, 1e4, -1e4, -1e4, 0, -20, 20, -7], 96)
-    case = moe_mxfp4_swiglu(PREFILL, quantized, bias=bias)
+    case = moe_mxfp4_swiglu(PREFILL, kind, bias=bias)
     expected = case.expected
     assert np.ptp(expected[..., 0::8]) == np.ptp(expected[..., 2::8]) == 0  # both are clamped
     out = build(case.kernel, HERE)(*case.inputs)

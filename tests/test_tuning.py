@@ -52,32 +52,32 @@ KNOB = "way"
 
 def crashing(function: PrimFunc) -> PrimFunc:
     hidden = function.params[1].shape[0]
-    tiles = function.params[0].shape[0]
+    tokens = function.params[0].shape[0]
 
     @T.prim_func(private=True, s_tir=True)
     def crash(
-        x: T.Buffer((tiles, T.int64(8), hidden), "float32"),
+        x: T.Buffer((tokens, hidden), "float32"),
         weight: T.Buffer((hidden,), "float32"),
-        out: T.Buffer((tiles, T.int64(8), hidden), "float32"),
+        out: T.Buffer((tokens, hidden), "float32"),
     ) -> None:
-        for i in range(tiles):
-            out[i, 0, 0] = x[i, 0, T.int64(1 << 40)]
+        for i in range(tokens):
+            out[i, 0] = x[i, T.int64(1 << 40)]
 
     return crash
 
 
 def hanging(function: PrimFunc) -> PrimFunc:
     hidden = function.params[1].shape[0]
-    tiles = function.params[0].shape[0]
+    tokens = function.params[0].shape[0]
 
     @T.prim_func(private=True, s_tir=True)
     def hang(
-        x: T.Buffer((tiles, T.int64(8), hidden), "float32"),
+        x: T.Buffer((tokens, hidden), "float32"),
         weight: T.Buffer((hidden,), "float32"),
-        out: T.Buffer((tiles, T.int64(8), hidden), "float32"),
+        out: T.Buffer((tokens, hidden), "float32"),
     ) -> None:
         for i in range(T.int64(1 << 50)):
-            out[0, 0, 0] = out[0, 0, 0] * x[0, 0, 0] + weight[i % 8]
+            out[0, 0] = out[0, 0] * x[0, 0] + weight[i % 8]
 
     return hang
 
@@ -102,8 +102,8 @@ def treacherous(ways: tuple[int, ...], default: int = SLOW) -> Callable[..., Sch
         if way == SLOW:
             return Schedule(repeated(function))
         if way == WRONG:
-            tiles = function.params[0].shape[0]
-            return Schedule(kernels.rms_norm(tiles, 8, hidden, 0.5))  # another epsilon
+            tokens = function.params[0].shape[0]
+            return Schedule(kernels.rms_norm(tokens, hidden, 0.5))  # another epsilon
         if way == CRASHES:
             return Schedule(crashing(function).with_attr("op", "rms_norm"))
         if way == HANGS:
@@ -143,7 +143,7 @@ def emitted(this_machine: Target, tmp_path: Path, offer: Callable[..., None]) ->
 
 
 def emit_tiny(directory: Path, target: Target, trials: int = 8) -> Path:
-    tune.emit(directory, target, ["synthetic:tiny"], "fast", trials)
+    tune.emit(directory, target, ["synthetic:tiny"], "exact", trials)
     (folder,) = (file.parent for file in directory.glob("*/plan.json"))
     return folder
 
@@ -172,18 +172,19 @@ def test_records_of_tuning_are_what_the_next_compile_takes(
     monkeypatch.setattr(schedule_records, "__file__", str(tmp_path / "records.py"))
     schedule_records._records.cache_clear()
     options = ["--target", this_machine.name, "--model", "synthetic:tiny", "--trials", "4"]
+    options += ["--profile", "exact"]
     assert cli.main(["tune", *options, "--work", str(tmp_path / "work")]) == 0
     out = capsys.readouterr().out
     assert f"{KNOB}={FAST}" in out and "wrote 1 records" in out
 
-    graph = build_graph(TINY, "fast", TINY.max_context, 512)
+    graph = build_graph(TINY, "exact", TINY.max_context, 512)
     module = pack_weights(graph.module, this_machine)
-    found = json.loads((tmp_path / "records" / f"{this_machine.name}.json").read_text())
+    found = json.loads(schedule_records.records_file(this_machine).read_text())
     (key,) = found
     (name,) = (n for n, f in module.functions_items() if is_kernel(f, key))
     tuned = schedule_kernels(module, this_machine)[name]
     schedule_records._records.cache_clear()
-    (tmp_path / "records" / f"{this_machine.name}.json").unlink()
+    schedule_records.records_file(this_machine).unlink()
     untuned = schedule_kernels(module, this_machine)[name]
     assert "again" in untuned.script() and "again" not in tuned.script()
 
@@ -214,14 +215,14 @@ def test_weights_are_cold_but_take_no_more_memory_than_there_is(this_machine: Ta
 
 
 def test_experts_of_following_calls_differ() -> None:
-    argument = expert_argument(num_experts=8, tiles=4)
+    argument = expert_argument(num_experts=8, rows=4)
     calls = [inputs._experts(argument, (4,), turn).tolist() for turn in range(3)]
     assert calls == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
     assert inputs._experts(argument, (4,), 0, repeated=True).tolist() == [0, 0, 1, 1]
 
 
-def expert_argument(num_experts: int, tiles: int) -> Any:
-    return inputs.Argument("tile_expert", "int32", (tiles,), (3,), "experts", 0, num_experts)
+def expert_argument(num_experts: int, rows: int) -> Any:
+    return inputs.Argument("row_expert", "int32", (rows,), (3,), "experts", 0, num_experts)
 
 
 # --- The space ---------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def test_large_space_is_sampled_the_same_every_time(
         return Schedule(function.with_attr("numbers", numbers))
 
     monkeypatch.setattr(schedule_rule, "RULES", {"cpu": (rule,)})
-    function = kernels.rms_norm(1, 1, 64, 1e-5)
+    function = kernels.rms_norm(1, 64, 1e-5)
     points = space.choose_points(function, this_machine, 20)
     assert len({p.program for p in points}) == len(points) == 21
     assert set(points[0].constants.values()) == {0}  # the default comes first
@@ -264,7 +265,7 @@ def test_constants_that_give_the_same_program_are_one_point(
         return Schedule(function.with_attr("half", choose("n", range(8), 0) // 2))
 
     monkeypatch.setattr(schedule_rule, "RULES", {"cpu": (rule,)})
-    points = space.choose_points(kernels.rms_norm(1, 1, 64, 1e-5), this_machine, 20)
+    points = space.choose_points(kernels.rms_norm(1, 64, 1e-5), this_machine, 20)
     assert len(points) == 4
 
 
@@ -361,7 +362,7 @@ def test_interrupted_tuning_goes_on_without_repeating_trials(
         return {library: Trial(1.0, 1.0, 1.0, 0.0) for library in libraries}, []
 
     monkeypatch.setattr(measure, "_measure_batch", batch)
-    what = (this_machine, ["synthetic:tiny"], "fast", 8)
+    what = (this_machine, ["synthetic:tiny"], "exact", 8)
     with pytest.raises(KeyboardInterrupt):
         tune.tune(tmp_path, *what)
     assert tune.tune(tmp_path, *what)
@@ -467,10 +468,10 @@ def change(file: Path, *path: Any, value: Any) -> None:
         (("candidates", 0, "library"), "../plan.json"),
         (("candidates", 0, "constants"), {KNOB: "1"}),
         (("arguments", 0, "dtype"), "float64"),
-        (("arguments", 0, "shape"), [64, 8]),
-        (("arguments", 0, "shape"), [64, 8, 0]),
-        (("arguments", 0, "shape"), [64, 8, 1 << 30]),
-        (("arguments", 0, "shape"), [64.0, 8, 64]),
+        (("arguments", 0, "shape"), [512]),
+        (("arguments", 0, "shape"), [512, 0]),
+        (("arguments", 0, "shape"), [512, 1 << 30]),
+        (("arguments", 0, "shape"), [512.0, 64]),
         (("arguments", 0, "fill"), "chaos"),
         (("arguments", 0, "high"), 1 << 40),
         (("arguments", 0), "x"),

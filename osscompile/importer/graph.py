@@ -1,8 +1,8 @@
 """The model as one Relax module: `prefill`, `decode` and `score`, without a target.
 
 Every function takes (ids, position, [index,] caches.., weights..) and returns logits; the caches
-are updated in place. Activations are float32 [tiles, tile, ...]: decode has one tile of one token,
-the others a symbolic number of tiles of `PREFILL_TILE` tokens.
+are updated in place. Activations are float32 [tokens, ...]: one token in decode, a symbolic number
+in the others.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,13 @@ from tvm.relax import BlockBuilder, TensorType
 from tvm.tirx import PrimFunc
 
 from ..kernels import attention, experts, matmul, rows
-from ..schedules.formats import BLOCK, FP4_PER_WORD, INT8_PER_WORD, Index
+from ..schedules.formats import BLOCK, DIGITS, FP4_PER_WORD, INT8_PER_WORD, Index
 from .config import ModelConfig
 
-PREFILL_TILE = 8  # tokens that share one pass over the weights in prefill
 DEFAULT_CHUNK = 512  # tokens of one prefill call; longer prompts take several
 SCORE_CHUNK = 64  # of one score call: it keeps 800 kB of logits a token
-TILES = tirx.Var("tiles", "int64")  # number of tiles within a kernel
-EXPERT_TILES = tirx.Var("expert_tiles", "int64")  # the same after sorting by expert
+TOKENS = tirx.Var("tokens", "int64")  # number of tokens within a kernel
+EXPERT_ROWS = tirx.Var("expert_rows", "int64")  # of rows of the experts' kernels: top_k a token
 PROFILES = ("fast", "exact")
 
 
@@ -46,24 +45,24 @@ def build_graph(config: ModelConfig, profile: str, context: int, chunk: int) -> 
 
     `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 and float32).
     """
-    assert profile in PROFILES and chunk % PREFILL_TILE == 0
+    assert profile in PROFILES
     caches = cache_parameters(config, profile, context, chunk)
     weights = weight_parameters(config, profile, context)
     builder = BlockBuilder()
     for name in ("prefill", "decode", "score"):
-        # each function needs a symbol of its own; kernels share TILES and are built once
-        shape = (1, 1) if name == "decode" else (tirx.Var("tiles", "int64"), PREFILL_TILE)
-        _emit_function(builder, name, config, profile, (caches, weights), shape, chunk)
+        # each function needs a symbol of its own; kernels share TOKENS and are built once
+        tokens = 1 if name == "decode" else tirx.Var("tokens", "int64")
+        _emit_function(builder, name, config, profile, (caches, weights), tokens, chunk)
     return Graph(builder.get(), caches, weights)
 
 
 def cache_parameters(
     config: ModelConfig, profile: str, context: int, chunk: int
 ) -> tuple[Parameter, ...]:
-    """Keys and values of every layer; a prefill's last tile may reach past its last token."""
+    """Keys and values of every layer."""
     dtype = "float16" if profile == "fast" else "float32"
     group = attention.KEYS_PER_TILE
-    full = (context + PREFILL_TILE + group - 1) // group * group
+    full = (context + group - 1) // group * group
     ring = (config.window + chunk + group - 1) // group * group
     heads, dim = config.num_kv_heads, config.head_dim
     parameters = []
@@ -104,7 +103,7 @@ def weight_parameters(config: ModelConfig, profile: str, context: int) -> tuple[
             vector(f"{name}.bias", num_experts, *rows),
         ]
 
-    parameters = [vector("rope", context + PREFILL_TILE, config.head_dim // 2, 2)]
+    parameters = [vector("rope", context, config.head_dim // 2, 2)]
     parameters += dense("embed", config.vocab_size, hidden)
     for i in range(config.num_layers):
         layer = f"layers.{i}"
@@ -130,12 +129,11 @@ def _emit_function(
     config: ModelConfig,
     profile: str,
     tensors: tuple[tuple[Parameter, ...], tuple[Parameter, ...]],
-    shape: tuple[Index, int],
+    tokens: Index,
     chunk: int,
 ) -> None:
-    tiles, tile = shape
     arguments = [
-        relax.Var("ids", TensorType((tiles, tile), "int32")),
+        relax.Var("ids", TensorType((tokens,), "int32")),
         relax.Var("position", TensorType((1,), "int32")),
     ]
     if name == "prefill":
@@ -144,10 +142,10 @@ def _emit_function(
         p.name: relax.Var(p.name, TensorType(p.shape, p.dtype)) for part in tensors for p in part
     }
     limit = min(chunk, SCORE_CHUNK) if name == "score" else chunk
-    bound = {} if tile == 1 else {"tir_var_upper_bound": {"tiles": limit // tile}}
+    bound = {} if name == "decode" else {"tir_var_upper_bound": {"tokens": limit}}
     parameters = [*arguments, *variables.values()]
     with builder.function(name, parameters, attrs=bound, pure=False):
-        layers = _Layers(builder, config, profile, variables, arguments[1], tiles, tile)
+        layers = _Layers(builder, config, profile, variables, arguments[1], tokens)
         x = layers.embed(arguments[0])
         for i in range(config.num_layers):
             x = layers.attention(i, x)
@@ -158,7 +156,7 @@ def _emit_function(
 
 
 class _Layers:
-    """Emits the parts of one function. `tiles` and `tile` are the shape of its activations."""
+    """Emits the parts of one function, for `tokens` tokens."""
 
     def __init__(
         self,
@@ -167,40 +165,39 @@ class _Layers:
         profile: str,
         variables: dict[str, relax.Var],
         position: relax.Var,
-        tiles: Index,
-        tile: int,
+        tokens: Index,
     ) -> None:
         self.builder, self.config, self.variables = builder, config, variables
         self.quantized = profile == "fast"
-        self.position, self.tiles, self.tile = position, tiles, tile
+        self.expert_activation = "q8" if self.quantized else "digits"
+        self.position, self.tokens = position, tokens
 
     @property
-    def kernel_shape(self) -> tuple[Index, int]:
-        return (self.tiles if isinstance(self.tiles, int) else TILES, self.tile)
+    def kernel_tokens(self) -> Index:
+        return self.tokens if isinstance(self.tokens, int) else TOKENS
 
     def embed(self, ids: relax.Var) -> relax.Var:
-        size = (*self.kernel_shape, self.config.vocab_size, self.config.hidden_size)
-        kernel = rows.embed_q8(*size) if self.quantized else rows.embed_bf16(*size)
-        return self._call(kernel, [ids, *self._dense_weights("embed")], [self._hidden()])
+        kernel = rows.embed_q8 if self.quantized else rows.embed_bf16
+        size = (self.kernel_tokens, self.config.vocab_size, self.config.hidden_size)
+        return self._call(kernel(*size), [ids, *self._dense_weights("embed")], [self._hidden()])
 
     def attention(self, i: int, x: relax.Var) -> relax.Var:
         """x + attention(norm(x)) of layer i, whose caches are extended."""
-        config, layer, shape = self.config, f"layers.{i}", (self.tiles, self.tile)
+        config, layer, tokens = self.config, f"layers.{i}", self.kernel_tokens
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         keys, values = self.variables[f"{layer}.keys"], self.variables[f"{layer}.values"]
         rope = self.variables["rope"]
         context = int(rope.ty.shape[0])
         capacity, dtype = int(values.ty.shape[1]), str(values.ty.dtype)
 
-        normed = self._norm(f"{layer}.attn_norm", x)
-        qkv = self._dense(f"{layer}.qkv", self._activation(normed, config.hidden_size))
+        _, activation = self._norm(f"{layer}.attn_norm", x)
+        qkv = self._dense(f"{layer}.qkv", activation)
         queries = self._call(
-            rows.rotate_queries(*self.kernel_shape, heads, kv_heads, dim, context),
+            rows.rotate_queries(tokens, heads, kv_heads, dim, context),
             [qkv, rope, self.position],
-            [TensorType((*shape, heads, dim), "float32")],
+            [TensorType((self.tokens, heads, dim), "float32")],
         )
-        cache = (heads, kv_heads, dim, context, capacity, dtype)
-        append = attention.append_kv(*self.kernel_shape, *cache)
+        append = attention.append_kv(tokens, heads, kv_heads, dim, context, capacity, dtype)
         caches = self.builder.emit(
             relax.op.call_tir_inplace(
                 self.builder.add_func(append, "append_kv"),
@@ -212,106 +209,113 @@ class _Layers:
         keys, values = (self.builder.emit(relax.TupleGetItem(caches, j)) for j in (0, 1))
         window = config.window if config.sliding[i] else None
         mixed = self._call(
-            attention.attention(*self.kernel_shape, heads, kv_heads, dim, capacity, window, dtype),
+            attention.attention(tokens, heads, kv_heads, dim, capacity, window, dtype),
             [queries, keys, values, self.variables[f"{layer}.sinks"], self.position],
-            [TensorType((*shape, config.q_size), "float32")],
+            [TensorType((self.tokens, config.q_size), "float32")],
         )
-        return self._dense(f"{layer}.out", self._activation(mixed, config.q_size), residual=x)
+        activation = [mixed]
+        if self.quantized:
+            activation = self._quantize(mixed, tokens, config.q_size)
+        return self._dense(f"{layer}.out", activation, residual=x)
 
     def experts(self, i: int, x: relax.Var) -> relax.Var:
         """x + the experts of norm(x) in layer i."""
-        config, layer, tile = self.config, f"layers.{i}", self.tile
-        hidden, inner, top_k = (
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_experts_per_token,
-        )
-        sizes = (config.num_experts, top_k)
-        choices = TensorType((self.tiles, tile, top_k), "int32")
+        config, layer, tokens = self.config, f"layers.{i}", self.kernel_tokens
+        hidden, inner = config.hidden_size, config.intermediate_size
+        num_experts, top_k = config.num_experts, config.num_experts_per_token
+        choices = (self.tokens, top_k)
+        num_rows = self.tokens * top_k
+        # Within the experts' kernels the number of rows is a symbol of its own.
+        symbol = num_rows if isinstance(num_rows, int) else EXPERT_ROWS
 
-        normed = self._norm(f"{layer}.mlp_norm", x)
+        normed, activation = self._norm(f"{layer}.mlp_norm", x)
         router = [self.variables[f"{layer}.router.{part}"] for part in ("weight", "bias")]
         logits = self._call(
-            matmul.dense_bf16(*self.kernel_shape, hidden, config.num_experts, True, False),
+            matmul.dense_bf16(tokens, hidden, num_experts, True, False),
             [normed, *router],
-            [TensorType((self.tiles, tile, config.num_experts), "float32")],
+            [TensorType((self.tokens, num_experts), "float32")],
         )
         ids, weights = self._call_many(
-            experts.route(*self.kernel_shape, *sizes),
+            experts.route(tokens, num_experts, top_k),
             [logits],
-            [choices, TensorType(choices.shape, "float32")],
+            [TensorType(choices, "int32"), TensorType(choices, "float32")],
         )
-        num_tiles = experts.num_expert_tiles(self.tiles, tile, *sizes)
-        tile_expert, tile_token, slots, _ = self._call_many(
-            experts.sort_by_expert(*self.kernel_shape, *sizes),
+        row_expert, row_token, slots, _ = self._call_many(
+            experts.sort_by_expert(tokens, num_experts, top_k),
             [ids],
             [
-                TensorType((num_tiles,), "int32"),
-                TensorType((num_tiles, tile), "int32"),
-                choices,
-                TensorType((2, config.num_experts), "int32"),
+                TensorType((num_rows,), "int32"),
+                TensorType((num_rows,), "int32"),
+                TensorType(choices, "int32"),
+                TensorType((num_experts,), "int32"),
             ],
         )
-        # Within the expert kernels the number of tiles is a symbol of its own.
-        symbol = num_tiles if isinstance(num_tiles, int) else EXPERT_TILES
-        gathered = self._call(
-            rows.gather_rows(*self.kernel_shape, hidden, symbol),
-            [normed, tile_token],
-            [TensorType((num_tiles, tile, hidden), "float32")],
+        if not self.quantized:
+            activation = self._quantize(normed, tokens, hidden)
+        gathered = self._call_many(
+            rows.gather_rows(self.expert_activation, tokens, hidden, symbol),
+            [*activation, row_token],
+            self._quantized_types(num_rows, hidden),
         )
+        limit = config.swiglu_limit
         act = self._expert(
             matmul.moe_mxfp4_swiglu(
-                self.quantized, symbol, tile, config.num_experts, hidden, inner, config.swiglu_limit
+                self.expert_activation, symbol, num_experts, hidden, inner, limit
             ),
             f"{layer}.gate_up",
-            self._activation(gathered, hidden, symbol),
-            tile_expert,
-            TensorType((num_tiles, tile, inner), "float32"),
+            gathered,
+            row_expert,
+            TensorType((num_rows, inner), "float32"),
         )
         y = self._expert(
-            matmul.moe_mxfp4(self.quantized, symbol, tile, config.num_experts, inner, hidden),
+            matmul.moe_mxfp4(self.expert_activation, symbol, num_experts, inner, hidden),
             f"{layer}.down",
-            self._activation(act, inner, symbol),
-            tile_expert,
-            TensorType((num_tiles, tile, hidden), "float32"),
+            self._quantize(act, symbol, inner),
+            row_expert,
+            TensorType((num_rows, hidden), "float32"),
         )
         return self._call(
-            experts.combine_experts(*self.kernel_shape, hidden, symbol, top_k),
+            experts.combine_experts(tokens, hidden, symbol, top_k),
             [y, slots, weights, x],
             [self._hidden()],
         )
 
     def take_row(self, x: relax.Var, index: relax.Var) -> relax.Var:
-        """The row of one token; what follows sees a single tile of it."""
-        kernel = rows.take_row(*self.kernel_shape, self.config.hidden_size)
-        self.tiles, self.tile = 1, 1
+        """The row of one token; what follows sees it alone."""
+        kernel = rows.take_row(self.kernel_tokens, self.config.hidden_size)
+        self.tokens = 1
         return self._call(kernel, [x, index], [self._hidden()])
 
     def head(self, x: relax.Var) -> relax.Var:
-        normed = self._norm("norm", x)
-        return self._dense("lm_head", self._activation(normed, self.config.hidden_size))
+        _, activation = self._norm("norm", x)
+        return self._dense("lm_head", activation)
 
-    def _norm(self, name: str, x: relax.Var) -> relax.Var:
-        size = self.config.hidden_size
-        kernel = rows.rms_norm(*self.kernel_shape, size, self.config.norm_eps)
-        return self._call(kernel, [x, self.variables[f"{name}.weight"]], [self._hidden()])
+    def _norm(self, name: str, x: relax.Var) -> tuple[relax.Var, list[relax.Var]]:
+        """The normed x as float32, and as the profile's dense layers take it: float32, or int8 with
+        scales and offsets."""
+        size, weight = self.config.hidden_size, self.variables[f"{name}.weight"]
+        shape = (self.kernel_tokens, size, self.config.norm_eps)
+        if self.quantized:
+            types = [self._hidden(), *self._quantized_types(self.tokens, size)]
+            normed, *activation = self._call_many(rows.rms_norm_q8(*shape), [x, weight], types)
+            return normed, activation
+        normed = self._call(rows.rms_norm(*shape), [x, weight], [self._hidden()])
+        return normed, [normed]
 
-    def _activation(
-        self, x: relax.Var, inputs: int, symbol: Index | None = None
-    ) -> list[relax.Var]:
-        """x as the profile's matrix products take it: float32, or int8 with scales and sums."""
-        if not self.quantized:
-            return [x]
-        shape = (x.ty.shape[0], x.ty.shape[1], inputs // BLOCK)
-        kernel = rows.quantize_q8(
-            self.kernel_shape[0] if symbol is None else symbol, self.tile, inputs
-        )
-        types = [
-            TensorType((*shape, BLOCK), "int8"),
+    def _quantize(self, x: relax.Var, kernel_rows: Index, inputs: int) -> list[relax.Var]:
+        """x [rows, inputs] as the profile's products with experts take it."""
+        quantize = rows.quantize_q8 if self.quantized else rows.quantize_digits
+        types = self._quantized_types(x.ty.shape[0], inputs)
+        return self._call_many(quantize(kernel_rows, inputs), [x], types)
+
+    def _quantized_types(self, num_rows: Index, inputs: int) -> list[TensorType]:
+        shape = (num_rows, inputs // BLOCK)
+        digits = () if self.quantized else (DIGITS,)
+        return [
+            TensorType((*shape, *digits, BLOCK), "int8"),
             TensorType(shape, "float32"),
             TensorType(shape, "int32"),
         ]
-        return self._call_many(kernel, [x], types)
 
     def _dense(
         self, name: str, activation: list[relax.Var], residual: relax.Var | None = None
@@ -320,14 +324,14 @@ class _Layers:
         num_rows = int(weights[0].ty.shape[0])
         bias = self.variables.get(f"{name}.bias")
         kernel = (matmul.dense_q8 if self.quantized else matmul.dense_bf16)(
-            *self.kernel_shape,
+            self.kernel_tokens,
             _inputs(activation),
             num_rows,
             bias is not None,
             residual is not None,
         )
         extra = [tensor for tensor in (bias, residual) if tensor is not None]
-        out = TensorType((self.tiles, self.tile, num_rows), "float32")
+        out = TensorType((self.tokens, num_rows), "float32")
         return self._call(kernel, [*activation, *weights, *extra], [out])
 
     def _expert(
@@ -335,18 +339,18 @@ class _Layers:
         kernel: PrimFunc,
         name: str,
         activation: list[relax.Var],
-        tile_expert: relax.Var,
+        row_expert: relax.Var,
         out: TensorType,
     ) -> relax.Var:
         weights = [self.variables[f"{name}.{part}"] for part in ("words", "scales", "bias")]
-        return self._call(kernel, [*activation, *weights, tile_expert], [out])
+        return self._call(kernel, [*activation, *weights, row_expert], [out])
 
     def _dense_weights(self, name: str) -> list[relax.Var]:
         parts = ("words", "scales") if self.quantized else ("weight",)
         return [self.variables[f"{name}.{part}"] for part in parts]
 
     def _hidden(self) -> TensorType:
-        return TensorType((self.tiles, self.tile, self.config.hidden_size), "float32")
+        return TensorType((self.tokens, self.config.hidden_size), "float32")
 
     def _call(
         self, kernel: PrimFunc, args: list[relax.Var], outputs: list[TensorType]
@@ -363,6 +367,6 @@ class _Layers:
 
 
 def _inputs(activation: list[relax.Var]) -> int:
-    """Inputs of a matrix product: [.., inputs] float32, or [.., blocks, 32] int8."""
-    shape = [int(e) for e in list(activation[0].ty.shape)[2:]]
+    """Inputs of a matrix product: [rows, inputs] float32, or [rows, blocks, 32] int8."""
+    shape = [int(e) for e in list(activation[0].ty.shape)[1:]]
     return shape[0] if len(shape) == 1 else shape[0] * shape[1]

@@ -15,13 +15,14 @@ from ..importer.config import ModelConfig
 from ..importer.graph import DEFAULT_CHUNK, build_graph
 from ..passes.pack_weights import pack_weights
 from ..runtime.trials import Argument
+from ..schedules.formats import DIGIT
 from ..schedules.records import kernel_key
 from ..schedules.rule import schedule
 from ..targets import Target
 
 NOT_TUNED = ("score",)  # functions whose speed nobody waits for
 POSITION = 1024  # of the first new token: attention has that many keys before it
-CHECKED_TILES = 3  # of a kernel with a symbolic number of them, when its result is compared
+CHECKED_ROWS = 21  # of a kernel with a symbolic number of them, when its result is compared
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _arguments(
     function: PrimFunc, shapes: list[tuple[int, ...]], written: set[int], position: int
 ) -> tuple[Argument, ...]:
     checked = {
-        extent.name: CHECKED_TILES
+        extent.name: CHECKED_ROWS
         for parameter in function.params
         for extent in parameter.shape
         if isinstance(extent, tirx.Var)
@@ -134,15 +135,17 @@ def _fill(
     """What an argument holds: (one of `FILLS`, low, high). Results must be neither lost beside
     others nor clamped, and indices must exist."""
     if dtype == "int32":
-        if name == "tile_expert":
+        if name == "row_expert":
             return "experts", 0, sizes["words"][0]
         if name == "position":
             return "integers", position, position + 1
-        assert name == "xsum", f"{name}: say here which int32 values it may hold"
-        return "integers", -500, 501
+        assert name == "xoffset", f"{name}: say here which int32 values it may hold"
+        return "integers", -6000, 6001
     if dtype == "uint8":
         return "integers", 116, 122  # e8m0: 2^-11 to 2^-6
     if dtype == "int8":
+        if len(sizes[name]) == 4:  # digits
+            return "integers", 1 - DIGIT // 2, DIGIT // 2
         return "integers", -127, 128  # -128 never occurs: our int8 is symmetric
     if dtype in ("uint32", "uint16"):
         return ("bits" if dtype == "uint32" else "bfloat16"), 0, 0

@@ -1,11 +1,13 @@
 """Schedules for CPUs; they differ between CPUs by tensor intrinsic and vector width only."""
 
 from .loops import loops
-from .matmul import matmul
+from .matvec import matvec
+from .panel import panel
 from .rows import rows
 
 CPU_RULES = (
     loops,  # kernels without blocks: no other rule can read them
-    matmul,
+    panel,  # any number of rows of activations; `matvec` takes a few
+    matvec,
     rows,  # takes everything that is left
 )

@@ -1,158 +1,116 @@
-"""One block of 8 rows x 32 inputs by `maddubs`, the unsigned x signed byte product of AVX2.
+"""Byte products by `maddubs` of AVX2: unsigned x signed bytes, neighbours added in int16.
 
-Each 32-bit lane of a vector is one row; its word holds consecutive inputs of that row, so that a
-broadcast of 4 activations meets the same inputs in all rows.
+Each 32-bit lane of a vector is one row of weights and holds 4 consecutive inputs of it. The sums of
+a block (`*_sums`) read packed words; those of a panel (`*_dot`) unpacked vectors (`*_vector`).
 """
 
-from functools import cache
+from collections.abc import Callable
 
 from tvm.ir import Expr
-from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from ..formats import BLOCK, FP4_PER_WORD, INT8_PER_WORD, fp4_offset_by_12, int8_of_word
+from ..formats import BLOCK, DIGIT, DIGITS, FP4_PER_WORD, INT8_PER_WORD
+from .avx2 import FP4_DOUBLED, FP4_UNSIGNED, LANES, broadcast_signed, call, fp4_vectors, lookup
 
-LANES = 8
-# How far ahead of the products weights are fetched: the hardware's own prefetch stops at pages.
-PREFETCH_WORDS = 1024 // 4
-
-# 2 x fp4 + 12 for the 16 codes, as four little-endian words
-_FP4_TABLE = (0x0F0E0D0C, 0x18141210, 0x090A0B0C, 0x00040608)
+Q8_VECTORS = 2 * BLOCK // 4  # of a block of int8 weights in a panel: low digits, then high ones
 
 
-@cache
-def mxfp4_block(prefetch: bool) -> str:
-    """Register and name the intrinsic: int32 sums of (2 x fp4 + 12) x int8, for 8 rows."""
-    words = BLOCK // FP4_PER_WORD
+def mxfp4_sums(weights: Buffer, x: Buffer) -> Expr:
+    """int32x8 sums of (2 x fp4 + 12) x int8: words [4, 8], x [32].
 
-    # `expert` is described because the block reads it to find its weights; the sums need it not.
-    @T.prim_func(private=True, s_tir=True)
-    def description(
-        weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
-        expert: T.Buffer((1,), "int32", offset_factor=1),
-        x: T.Buffer((BLOCK,), "int8", offset_factor=1),
-        sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(sums[0:LANES], weights[0:words, 0:LANES], expert[0], x[0:BLOCK])
-            T.writes(sums[0:LANES])
-            for r, k in T.grid(LANES, BLOCK):
-                with T.sblock("product"):
-                    vr, vk = T.axis.remap("SR", [r, k])
-                    T.reads(sums[vr], weights[vk // FP4_PER_WORD, vr], expert[0], x[vk])
-                    T.writes(sums[vr])
-                    sums[vr] = sums[vr] + fp4_offset_by_12(
-                        weights[vk // FP4_PER_WORD, vr], vk % FP4_PER_WORD
-                    ) * T.Cast("int32", x[vk])
-
-    @T.prim_func(private=True, s_tir=True)
-    def implementation(
-        weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
-        expert: T.Buffer((1,), "int32", offset_factor=1),
-        x: T.Buffer((BLOCK,), "int8", offset_factor=1),
-        sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(sums[0:LANES], weights[0:words, 0:LANES], expert[0], x[0:BLOCK])
-            T.writes(sums[0:LANES])
-            for line in T.unroll(2 if prefetch else 0):
-                T.evaluate(_prefetch(weights, line * 16))
-            sums[0:LANES] = sums.vload([0], "int32x8") + _mxfp4_sums(weights, x)
-
-    return _register(f"mxfp4_block_maddubs{'_prefetch' * prefetch}", description, implementation)
+    Four products of at most 24 x 127 x 2 fit in int16 before they are widened.
+    """
+    pairs = [_products(w, broadcast_signed(x, 4 * v)) for v, w in enumerate(_unsigned(weights))]
+    return _widen(_total(pairs[:4])) + _widen(_total(pairs[4:]))
 
 
-@cache
-def q8_block(prefetch: bool) -> str:
-    """Register and name the intrinsic: int32 sums of int8 x int8, for 8 rows."""
-    words = BLOCK // INT8_PER_WORD
+def mxfp4_digits_sums(weights: Buffer, x: Buffer) -> Expr:
+    """int32x8 sums of (2 x fp4 + 12) x digits: words [4, 8], x [digits, 32].
 
-    @T.prim_func(private=True, s_tir=True)
-    def description(
-        weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
-        x: T.Buffer((BLOCK,), "int8", offset_factor=1),
-        sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(sums[0:LANES], weights[0:words, 0:LANES], x[0:BLOCK])
-            T.writes(sums[0:LANES])
-            for r, k in T.grid(LANES, BLOCK):
-                with T.sblock("product"):
-                    vr, vk = T.axis.remap("SR", [r, k])
-                    sums[vr] = sums[vr] + int8_of_word(
-                        weights[vk // INT8_PER_WORD, vr], vk % INT8_PER_WORD
-                    ) * T.Cast("int32", x[vk])
-
-    @T.prim_func(private=True, s_tir=True)
-    def implementation(
-        weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
-        x: T.Buffer((BLOCK,), "int8", offset_factor=1),
-        sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(sums[0:LANES], weights[0:words, 0:LANES], x[0:BLOCK])
-            T.writes(sums[0:LANES])
-            for line in T.unroll(4 if prefetch else 0):
-                T.evaluate(_prefetch(weights, line * 16))
-            sums[0:LANES] = sums.vload([0], "int32x8") + _q8_sums(weights, x)
-
-    return _register(f"q8_block_maddubs{'_prefetch' * prefetch}", description, implementation)
+    Eight products of at most 24 x 64 x 2 fit in int16.
+    """
+    sums = None
+    for digit in range(DIGITS):
+        pairs = [
+            _products(w, broadcast_signed(x, digit, 4 * v))
+            for v, w in enumerate(_unsigned(weights))
+        ]
+        scaled = _widen(_total(pairs), DIGIT ** (DIGITS - 1 - digit))
+        sums = scaled if sums is None else sums + scaled
+    return sums
 
 
-def _mxfp4_sums(weights: Buffer, x: Buffer) -> Expr:
-    """Four products of at most 24 x 127 x 2 fit in int16 before they are widened."""
-    table = T.reinterpret(
-        T.Shuffle([T.int32(word) for word in _FP4_TABLE * 2], list(range(8))), dtype="uint8x32"
-    )
-    nibble = T.broadcast(T.uint8(15), 32)
-    pairs = []
-    for j in range(BLOCK // FP4_PER_WORD):
-        word = weights.vload([j, 0], "uint32x8")
-        low = T.reinterpret(word, dtype="uint8x32")
-        high = T.reinterpret(T.shift_right(word, T.broadcast(T.uint32(4), 8)), dtype="uint8x32")
-        for half, codes in enumerate((low, high)):
-            values = _avx2("pshuf.b", "uint8x32", table, T.bitwise_and(codes, nibble))
-            four = _broadcast_four(x, j * FP4_PER_WORD + half * 4)
-            pairs.append(_avx2("pmadd.ub.sw", "int16x16", values, four))
-    return _widen(pairs[0] + pairs[1] + pairs[2] + pairs[3]) + _widen(
-        pairs[4] + pairs[5] + pairs[6] + pairs[7]
-    )
+def q8_sums(weights: Buffer, x: Buffer) -> Expr:
+    """int32x8 sums of int8 x int8: words [8, 8], x [32].
 
-
-def _q8_sums(weights: Buffer, x: Buffer) -> Expr:
-    """|w| x (x with the sign of w): two products of at most 127 x 127 just fit in int16."""
-    total = None
+    |w| x (x with the sign of w): two products of at most 127 x 127 just fit in int16.
+    """
+    sums = []
     for j in range(BLOCK // INT8_PER_WORD):
         w = T.reinterpret(weights.vload([j, 0], "uint32x8"), dtype="int8x32")
-        signed = _avx2("psign.b", "int8x32", _broadcast_four(x, j * INT8_PER_WORD), w)
-        magnitude = _avx2("psign.b", "int8x32", w, w)
-        pair = _widen(_avx2("pmadd.ub.sw", "int16x16", magnitude, signed))
-        total = pair if total is None else total + pair
-    return total
+        x_signed = call("avx2.psign.b", "int8x32", broadcast_signed(x, j * INT8_PER_WORD), w)
+        sums.append(_widen(_products(call("avx2.psign.b", "int8x32", w, w), x_signed)))
+    return _total(sums)
 
 
-def _broadcast_four(x: Buffer, start: int) -> Expr:
-    """Four neighbouring activations in every 32-bit lane."""
-    four = T.reinterpret(x.vload([start], "int8x4"), dtype="int32")
-    return T.reinterpret(T.broadcast(four, LANES), dtype="int8x32")
+def mxfp4_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
+    """4 inputs of 8 rows as int8x32, 2 x fp4 each; `word_of(j)` loads word j of the rows."""
+    shift = (vector % 2 * 4).astype("uint32")
+    codes = T.shift_right(word_of(vector // 2), T.broadcast(shift, LANES))
+    return lookup(FP4_DOUBLED, "int8x32", codes)
 
 
-def _widen(pairs: Expr) -> Expr:
-    """Neighbouring int16 added to int32."""
-    return _avx2("pmadd.wd", "int32x8", pairs, T.broadcast(T.int16(1), 16))
+def mxfp4_dot(x: list[Expr], weights: list[Expr]) -> Expr:
+    """int32x8 from 8 vectors each of activations (uint8x32) and weights: four products of at most
+    2 x 255 x 12 fit in int16."""
+    pairs = [_products(a, w) for a, w in zip(x, weights, strict=True)]
+    return _widen(_total(pairs[:4])) + _widen(_total(pairs[4:]))
 
 
-def _avx2(instruction: str, dtype: str, *args: Expr) -> Expr:
-    intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.x86.avx2.{instruction}")
-    return T.call_llvm_pure_intrin(intrinsic, *args, dtype=dtype)
+def q8_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
+    """A digit of 4 inputs of 8 rows as int8x32: an int8 is 16 x high + low, low in -8..7."""
+    word = T.reinterpret(word_of(vector % 8), dtype="uint8x32")
+
+    def constant(value: int) -> Expr:
+        return T.broadcast(T.uint8(value), 32)
+
+    low = T.bitwise_xor(T.bitwise_and(word, constant(15)), constant(8)) - constant(8)
+    floor = T.bitwise_and(_shifted_bytes(T.bitwise_xor(word, constant(128)), 4), constant(15))
+    carry = T.bitwise_and(_shifted_bytes(word, 3), constant(1))
+    high = floor - constant(8) + carry
+    return T.reinterpret(T.Select(vector < 8, low, high), dtype="int8x32")
 
 
-def _prefetch(weights: Buffer, word: Expr) -> Expr:
-    address = T.address_of(weights[0, PREFETCH_WORDS + word])
-    return T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1))
+def q8_dot(x: list[Expr], weights: list[Expr]) -> Expr:
+    """int32x8 from 8 vectors of activations (uint8x32), and of weights 8 of low and 8 of high
+    digits: sixteen products of at most 255 x 8 fit in int16."""
+    low, high = (
+        _total([_products(a, w) for a, w in zip(x, digits, strict=True)])
+        for digits in (weights[:8], weights[8:])
+    )
+    return _widen(low) + _widen(high, 16)
 
 
-def _register(name: str, description: object, implementation: object) -> str:
-    TensorIntrin.register(name, description, implementation, override=True)
-    return name
+def _unsigned(weights: Buffer) -> list[Expr]:
+    words = [weights.vload([j, 0], "uint32x8") for j in range(BLOCK // FP4_PER_WORD)]
+    return [v for word in words for v in fp4_vectors(word, FP4_UNSIGNED, "uint8x32")]
+
+
+def _products(unsigned: Expr, signed: Expr) -> Expr:
+    return call("avx2.pmadd.ub.sw", "int16x16", unsigned, signed)
+
+
+def _widen(pairs: Expr, factor: int = 1) -> Expr:
+    """Neighbouring int16 added to int32, times a factor."""
+    return call("avx2.pmadd.wd", "int32x8", pairs, T.broadcast(T.int16(factor), 16))
+
+
+def _shifted_bytes(x: Expr, count: int) -> Expr:
+    """Bytes have no shift of their own: what comes from the neighbour is for the caller to mask."""
+    shifted = T.shift_right(T.reinterpret(x, dtype="uint32x8"), T.broadcast(T.uint32(count), LANES))
+    return T.reinterpret(shifted, dtype="uint8x32")
+
+
+def _total(terms: list[Expr]) -> Expr:
+    return sum(terms[1:], terms[0])

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import tvm
 from kernel_cases import DECODE, HERE, Form
-from kernel_runner import Array, BuiltKernel, _value, build
+from kernel_runner import Array, BuiltKernel, build, value_of
 from pytest_benchmark.fixture import BenchmarkFixture
 from tvm.tirx import PrimFunc
 
-from osscompile.importer.graph import TILES
+from osscompile.importer.graph import TOKENS
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.importer.weights import pack_rows
 from osscompile.kernels import attention, experts, matmul, rows
@@ -28,7 +28,7 @@ from osscompile.kernels import attention, experts, matmul, rows
 CONFIG = gpt_oss_config(num_layers=1, num_experts=4)
 HIDDEN, INNER, TOP_K = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_experts_per_token
 HEADS = (CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim)
-PREFILL = Form("prefill", TILES, 8, 16)  # 128 tokens
+PREFILL = Form("prefill", TOKENS, 128)
 CONTEXT = 2048  # tokens in the cache, the new ones included
 LM_HEAD_ROWS = 32768  # of 201,088
 SWEPT_BYTES = 128 << 20  # copies of the arguments take turns, so that no cache holds them
@@ -44,31 +44,22 @@ class Case:
     addresses: dict[str, Array] = field(default_factory=dict)
 
 
-def tokens(form: Form) -> int:
-    return form.count * form.tile
-
-
-def expert_tiles(form: Form) -> int:
-    return int(experts.num_expert_tiles(form.count, form.tile, CONFIG.num_experts, TOP_K))
-
-
 def embed(form: Form) -> Case:
-    ids = np.arange(tokens(form), dtype=np.int32).reshape(form.count, form.tile)
-    kernel = rows.embed_q8(form.tiles, form.tile, tokens(form), HIDDEN)
-    return Case(kernel, addresses={"ids": ids})
+    ids = np.arange(form.count, dtype=np.int32)
+    return Case(rows.embed_q8(form.tokens, form.count, HIDDEN), addresses={"ids": ids})
 
 
 def rms_norm(form: Form) -> Case:
-    return Case(rows.rms_norm(form.tiles, form.tile, HIDDEN, 1e-5))
+    return Case(rows.rms_norm_q8(form.tokens, HIDDEN, 1e-5))
 
 
 def quantize(form: Form) -> Case:
-    return Case(rows.quantize_q8(form.tiles, form.tile, HIDDEN))
+    return Case(rows.quantize_q8(form.tokens, HIDDEN))
 
 
 def dense(form: Form, inputs: int, num_rows: int, bias: bool, residual: bool) -> Case:
-    kernel = matmul.dense_q8(form.tiles, form.tile, inputs, num_rows, bias, residual)
-    return Case(kernel, macs=tokens(form) * inputs * num_rows)
+    kernel = matmul.dense_q8(form.tokens, inputs, num_rows, bias, residual)
+    return Case(kernel, macs=form.count * inputs * num_rows)
 
 
 def qkv(form: Form) -> Case:
@@ -84,18 +75,18 @@ def lm_head(form: Form) -> Case:
 
 
 def rotate_queries(form: Form) -> Case:
-    return Case(rows.rotate_queries(form.tiles, form.tile, *HEADS, tokens(form)))
+    return Case(rows.rotate_queries(form.tokens, *HEADS, form.count))
 
 
 def append_kv(form: Form) -> Case:
-    capacity = max(tokens(form), attention.KEYS_PER_TILE)
-    shape = (*HEADS, tokens(form), capacity, "float16")
-    return Case(attention.append_kv(form.tiles, form.tile, *shape))
+    capacity = max(form.count, attention.KEYS_PER_TILE)
+    shape = (*HEADS, form.count, capacity, "float16")
+    return Case(attention.append_kv(form.tokens, *shape))
 
 
 def attend(form: Form, capacity: int, window: int | None) -> Case:
-    kernel = attention.attention(form.tiles, form.tile, *HEADS, capacity, window, "float16")
-    first = CONTEXT - tokens(form)
+    kernel = attention.attention(form.tokens, *HEADS, capacity, window, "float16")
+    first = CONTEXT - form.count
     seen = sum(min(at + 1, window or CONTEXT) for at in range(first, CONTEXT))
     position = np.array([first], np.int32)
     return Case(kernel, 2 * CONFIG.q_size * seen, {"position": position})
@@ -106,56 +97,54 @@ def attention_full(form: Form) -> Case:
 
 
 def attention_sliding(form: Form) -> Case:
-    return attend(form, CONFIG.window + tokens(form) // 8 * 8, CONFIG.window)
+    return attend(form, CONFIG.window + form.count // 8 * 8, CONFIG.window)
 
 
 def router(form: Form) -> Case:
-    kernel = matmul.dense_bf16(form.tiles, form.tile, HIDDEN, 32, True, False)
-    return Case(kernel, macs=tokens(form) * HIDDEN * 32)
+    kernel = matmul.dense_bf16(form.tokens, HIDDEN, 32, True, False)
+    return Case(kernel, macs=form.count * HIDDEN * 32)
 
 
 def route(form: Form) -> Case:
-    return Case(experts.route(form.tiles, form.tile, 32, TOP_K))
+    return Case(experts.route(form.tokens, 32, TOP_K))
 
 
 def sort_by_expert(form: Form) -> Case:
-    ids = np.random.default_rng(0).integers(32, size=(form.count, form.tile, TOP_K), dtype=np.int32)
-    return Case(experts.sort_by_expert(form.tiles, form.tile, 32, TOP_K), addresses={"ids": ids})
+    ids = np.random.default_rng(0).integers(32, size=(form.count, TOP_K), dtype=np.int32)
+    return Case(experts.sort_by_expert(form.tokens, 32, TOP_K), addresses={"ids": ids})
 
 
 def gather_rows(form: Form) -> Case:
-    count = expert_tiles(form)
-    token = np.resize(np.arange(tokens(form), dtype=np.int32), (count, form.tile))
-    kernel = rows.gather_rows(form.tiles, form.tile, HIDDEN, form.expert_tiles(count))
-    return Case(kernel, addresses={"tile_token": token})
+    count = form.count * TOP_K
+    token = np.resize(np.arange(form.count, dtype=np.int32), count)
+    kernel = rows.gather_rows("q8", form.tokens, HIDDEN, form.expert_rows(count))
+    return Case(kernel, addresses={"row_token": token})
 
 
 def moe_up(form: Form) -> Case:
-    tiles, addresses = moe_tiles(form)
+    row_expert = row_experts(form)
     sizes = (CONFIG.num_experts, HIDDEN, INNER, CONFIG.swiglu_limit)
-    kernel = matmul.moe_mxfp4_swiglu(True, form.expert_tiles(tiles), form.tile, *sizes)
-    return Case(kernel, tiles * form.tile * HIDDEN * INNER * 2, addresses)
+    kernel = matmul.moe_mxfp4_swiglu("q8", form.expert_rows(len(row_expert)), *sizes)
+    return Case(kernel, len(row_expert) * HIDDEN * INNER * 2, {"row_expert": row_expert})
 
 
 def moe_down(form: Form) -> Case:
-    tiles, addresses = moe_tiles(form)
+    row_expert = row_experts(form)
     sizes = (CONFIG.num_experts, INNER, HIDDEN)
-    kernel = matmul.moe_mxfp4(True, form.expert_tiles(tiles), form.tile, *sizes)
-    return Case(kernel, tiles * form.tile * HIDDEN * INNER, addresses)
+    kernel = matmul.moe_mxfp4("q8", form.expert_rows(len(row_expert)), *sizes)
+    return Case(kernel, len(row_expert) * HIDDEN * INNER, {"row_expert": row_expert})
 
 
-def moe_tiles(form: Form) -> tuple[int, dict[str, Array]]:
-    """Every expert has as many tiles, side by side as `sort_by_expert` leaves them."""
-    each = 1 if form is DECODE else expert_tiles(form) // CONFIG.num_experts
-    tile_expert = np.repeat(np.arange(CONFIG.num_experts, dtype=np.int32), each)
-    return len(tile_expert), {"tile_expert": tile_expert}
+def row_experts(form: Form) -> Array:
+    """Every expert has as many rows, side by side as `sort_by_expert` leaves them."""
+    each = form.count * TOP_K // CONFIG.num_experts
+    return np.repeat(np.arange(CONFIG.num_experts, dtype=np.int32), each)
 
 
 def combine_experts(form: Form) -> Case:
-    count = expert_tiles(form)
-    slots = np.arange(tokens(form) * TOP_K, dtype=np.int32).reshape(form.count, form.tile, TOP_K)
-    sizes = (HIDDEN, form.expert_tiles(count), TOP_K)
-    kernel = experts.combine_experts(form.tiles, form.tile, *sizes)
+    count = form.count * TOP_K
+    slots = np.arange(count, dtype=np.int32).reshape(form.count, TOP_K)
+    kernel = experts.combine_experts(form.tokens, HIDDEN, form.expert_rows(count), TOP_K)
     return Case(kernel, addresses={"slots": slots})
 
 
@@ -189,7 +178,7 @@ def test_speed(make: Callable[[Form], Case], form: Form, benchmark: BenchmarkFix
     num_bytes = sum(a.nbytes for a in arguments)
     copies = 1 if benchmark.disabled else min(16, -(-SWEPT_BYTES // num_bytes))
     turns = itertools.cycle([[tvm.runtime.tensor(a) for a in arguments] for _ in range(copies)])
-    benchmark(lambda: kernel._main(*next(turns)))
+    benchmark(lambda: kernel.main(*next(turns)))
     if not benchmark.disabled:
         compute = case.macs and form is not DECODE
         rate = (case.macs if compute else num_bytes) / benchmark.stats["median"] / 1e9
@@ -198,13 +187,11 @@ def test_speed(make: Callable[[Form], Case], form: Form, benchmark: BenchmarkFix
 
 def bound(kernel: BuiltKernel, case: Case, form: Form) -> list[Array]:
     """All arguments in the target's layout."""
-    symbols = {"tiles": form.count, "expert_tiles": expert_tiles(form)}
-    if "tile_expert" in case.addresses:
-        symbols["expert_tiles"] = len(case.addresses["tile_expert"])
+    symbols = {"tokens": form.count, "expert_rows": form.count * TOP_K}
     assert case.addresses.keys() <= {parameter.name for parameter in case.kernel.params}
     arrays = []
     for i, parameter in enumerate(case.kernel.params):
-        shape = tuple(_value(extent, symbols) for extent in parameter.shape)
+        shape = tuple(value_of(extent, symbols) for extent in parameter.shape)
         array = case.addresses.get(parameter.name)
         if array is None:
             array = random_array(shape, str(parameter.dtype))

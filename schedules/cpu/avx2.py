@@ -1,0 +1,53 @@
+"""Expressions that every x86 CPU with AVX2 computes alike: table lookup, broadcast, prefetch."""
+
+import numpy as np
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer
+
+from ..formats import FP4_OFFSET
+
+LANES = 8  # of 32 bits: one a row of the weights
+LINE_WORDS = 64 // 4  # of a cache line
+
+FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # of the 16 codes
+FP4_UNSIGNED = tuple(value + FP4_OFFSET for value in FP4_DOUBLED)
+
+
+def call(instruction: str, dtype: str, *args: Expr) -> Expr:
+    """An instruction by LLVM's name for it, without the leading `llvm.x86.`."""
+    intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.x86.{instruction}")
+    return T.call_llvm_pure_intrin(intrinsic, *args, dtype=dtype)
+
+
+def lookup(table: tuple[int, ...], dtype: str, codes: Expr) -> Expr:
+    """The table's byte for the low nibble of every byte of `codes`, uint32x8."""
+    words = np.array(table, np.int8).view("<i4").tolist()
+    values = T.reinterpret(
+        T.Shuffle([T.int32(word) for word in words * 2], list(range(LANES))), dtype=dtype
+    )
+    nibbles = T.bitwise_and(T.reinterpret(codes, dtype="uint8x32"), T.broadcast(T.uint8(15), 32))
+    return call("avx2.pshuf.b", dtype, values, nibbles)
+
+
+def fp4_vectors(word: Expr, table: tuple[int, ...], dtype: str) -> list[Expr]:
+    """The 8 inputs of a word of each of 8 rows, uint32x8, as two vectors of 4."""
+    high = T.shift_right(word, T.broadcast(T.uint32(4), LANES))
+    return [lookup(table, dtype, codes) for codes in (word, high)]
+
+
+def broadcast_four(four: Expr, dtype: str) -> Expr:
+    """4 neighbouring bytes in every 32-bit lane."""
+    return T.reinterpret(T.broadcast(T.reinterpret(four, dtype="int32"), LANES), dtype=dtype)
+
+
+def broadcast_signed(x: Buffer, *start: Expr) -> Expr:
+    """4 neighbouring int8 in every 32-bit lane."""
+    return broadcast_four(x.vload(list(start), "int8x4"), "int8x32")
+
+
+def prefetch(words: Buffer, block: tuple[Expr, ...], line: Expr) -> Expr:
+    """Fetch a cache line of a block of weights; one beyond their end is no fault."""
+    word = line * LINE_WORDS
+    address = T.address_of(words[(*block, word // LANES, word % LANES)])
+    return T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1))

@@ -1,0 +1,5 @@
+"""The instruction sets with a product of bytes, by what `Target.int8_dot` calls them."""
+
+from . import dpbusd, maddubs
+
+INSTRUCTIONS = {"maddubs": maddubs, "dpbusd": dpbusd}

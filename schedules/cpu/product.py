@@ -1,0 +1,78 @@
+"""What the schedules of matrix products read off a kernel: its tensors, and its last stage."""
+
+from collections.abc import Callable, Sequence
+
+from tvm.ir import Expr, TensorLoad
+from tvm.s_tir import Schedule
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc, Var
+from tvm_ffi import structural_map
+
+from ..formats import BLOCK
+
+OPS = (
+    "moe_mxfp4_digits",
+    "moe_mxfp4_q8",
+    "moe_mxfp4_swiglu_digits",
+    "moe_mxfp4_swiglu_q8",
+    "dense_q8",
+    "dense_bf16",
+)
+ROWS_TOGETHER = 64  # rows of activations that share an unpacked panel, at most
+
+
+def whole_parts(count: int, candidates: Sequence[int], wanted: int) -> tuple[list[int], int]:
+    """Of the candidates those that divide `count`, and the greatest up to `wanted`; never none."""
+    fitting = [n for n in candidates if count % n == 0] or [1]
+    return fitting, max((n for n in fitting if n <= wanted), default=fitting[0])
+
+
+class Product:
+    """A kernel of `osscompile/kernels/matmul.py`, its weights packed in groups of rows.
+
+    Rows are those of the activations; the rows of the weights are called columns here.
+    """
+
+    def __init__(self, function: PrimFunc) -> None:
+        self.function = function
+        self.tensors = {parameter.name: parameter for parameter in function.params}
+        self.out = self.tensors["out"]
+        self.num_rows, self.columns = self.out.shape[0], int(self.out.shape[1])
+        self.expert = self.tensors.get("row_expert")
+        self.halves = 2 if "swiglu" in str(function.attrs["op"]) else 1  # gate and up
+        if "xq" in self.tensors:
+            self.blocks = int(self.tensors["xq"].shape[1])
+        else:
+            self.blocks = int(self.tensors["x"].shape[1]) // BLOCK
+
+    def expert_of(self, row: Expr) -> Expr:
+        return T.int64(0) if self.expert is None else self.expert[row].astype("int64")
+
+    def weight_at(self, expert: Expr, half: Expr, group: Expr, block: Expr) -> tuple[Expr, ...]:
+        """The first indices of a block in words and scales."""
+        if self.expert is None:
+            return (group, block)
+        return (expert, half, group, block) if self.halves == 2 else (expert, group, block)
+
+    def continues(self, row: Expr, first: Expr) -> Expr:
+        """Whether `row` shares the weights of the rows from `first` on; past the last row too."""
+        more = T.And(row < self.num_rows, row - first < ROWS_TOGETHER)
+        if self.expert is None:
+            return more
+        bounded = T.min(row, self.num_rows - 1)
+        return T.And(more, self.expert[bounded] == self.expert[first])
+
+    def output(self, at_row: Expr, at_column: Expr, sum_of: Callable[[Expr], Expr]) -> Expr:
+        """The kernel's own last stage, for sums that are found elsewhere: `sum_of(half)`."""
+        sch = Schedule(self.function)
+        stage = sch.get(sch.get_sblock("out"))
+        row, column = (axis.var for axis in stage.iter_vars)
+        replaced = {row: at_row, column: at_column}
+
+        def load(read: TensorLoad) -> Expr:
+            if read.source.name != "acc":
+                return read
+            return sum_of(read.indices[1] if self.halves == 2 else T.int64(0))
+
+        names = (Var, lambda variable: replaced.get(variable, variable))
+        return structural_map(stage.body.value, [names, (TensorLoad, load)])
