@@ -15,10 +15,10 @@ from . import targets
 from .bench_machine import best_seconds
 from .runtime.artifact import Manifest, Tensor
 from .runtime.machine import physical_cores
+from .schedules.cpu.avx2 import LANES, call
 from .schedules.formats import FP4_PER_WORD, INT8_PER_WORD
 
-LANES = 8  # int32 sums of a 32-byte vector, which is what our kernels use
-VECTOR_MACS = 4 * LANES
+VECTOR_MACS = 4 * LANES  # of a 32-byte vector, which is what our kernels use
 STEPS = 1 << 22  # of every chain in one run: some 30 ms
 
 
@@ -124,21 +124,16 @@ def _maddubs(weights: Buffer, total: Expr) -> Expr:
     most 2 x 24 x 127 fit in int16."""
     x = T.reinterpret(total, dtype="int8x32")
     products = [
-        _call("avx2.pmadd.ub.sw", "int16x16", weights.vload([i, 0], "uint8x32"), x)
+        call("avx2.pmadd.ub.sw", "int16x16", weights.vload([i, 0], "uint8x32"), x)
         for i in range(4)
     ]
     pairs = products[0] + products[1] + products[2] + products[3]
-    return total + _call("avx2.pmadd.wd", "int32x8", pairs, T.broadcast(T.int16(1), 2 * LANES))
+    return total + call("avx2.pmadd.wd", "int32x8", pairs, T.broadcast(T.int16(1), 2 * LANES))
 
 
 def _dpbusd(weights: Buffer, total: Expr) -> Expr:
     w = weights.vload([0, 0], "uint8x32")
-    return _call("avx512.vpdpbusd.256", "int32x8", total, w, T.reinterpret(w, dtype="int8x32"))
-
-
-def _call(instruction: str, dtype: str, *args: Expr) -> Expr:
-    intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.x86.{instruction}")
-    return T.call_llvm_pure_intrin(intrinsic, *args, dtype=dtype)
+    return call("avx512.vpdpbusd.256", "int32x8", total, w, T.reinterpret(w, dtype="int8x32"))
 
 
 LOOPS = {"maddubs": _Loop(8, 4, _maddubs), "dpbusd": _Loop(12, 1, _dpbusd)}

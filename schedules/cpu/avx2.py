@@ -1,11 +1,13 @@
 """Expressions that every x86 CPU with AVX2 computes alike: table lookup, broadcast, prefetch."""
 
+from collections.abc import Callable
+
 import numpy as np
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from ..formats import FP4_OFFSET
+from ..formats import BLOCK, FP4_OFFSET, FP4_PER_WORD
 
 LANES = 8  # of 32 bits: one a row of the weights
 LINE_WORDS = 64 // 4  # of a cache line
@@ -30,10 +32,21 @@ def lookup(table: tuple[int, ...], dtype: str, codes: Expr) -> Expr:
     return call("avx2.pshuf.b", dtype, values, nibbles)
 
 
-def fp4_vectors(word: Expr, table: tuple[int, ...], dtype: str) -> list[Expr]:
-    """The 8 inputs of a word of each of 8 rows, uint32x8, as two vectors of 4."""
-    high = T.shift_right(word, T.broadcast(T.uint32(4), LANES))
-    return [lookup(table, dtype, codes) for codes in (word, high)]
+def fp4_unsigned(words: Buffer) -> list[Expr]:
+    """A block of 8 rows, words [4, 8], as 8 vectors uint8x32 of 4 inputs each: 2 x fp4 + 12."""
+    vectors = []
+    for j in range(BLOCK // FP4_PER_WORD):
+        word = words.vload([j, 0], "uint32x8")
+        high = T.shift_right(word, T.broadcast(T.uint32(4), LANES))
+        vectors += [lookup(FP4_UNSIGNED, "uint8x32", codes) for codes in (word, high)]
+    return vectors
+
+
+def mxfp4_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
+    """4 inputs of 8 rows as int8x32, 2 x fp4 each; `word_of(j)` loads word j of the rows."""
+    shift = (vector % 2 * 4).astype("uint32")
+    codes = T.shift_right(word_of(vector // 2), T.broadcast(shift, LANES))
+    return lookup(FP4_DOUBLED, "int8x32", codes)
 
 
 def broadcast_four(four: Expr, dtype: str) -> Expr:

@@ -4,11 +4,14 @@ What is described is the same for all CPUs; the sums are those of an instruction
 `dpbusd.py`).
 """
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
+from tvm.ir import Expr
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
+from tvm.tirx import Buffer, BufferRegion, PrimFunc
 
 from ..formats import (
     BLOCK,
@@ -28,84 +31,75 @@ def mxfp4_block(instructions: ModuleType, prefetch_bytes: int) -> str:
 
     Weights are fetched `prefetch_bytes` ahead: the hardware's own prefetch stops at pages.
     """
+
+    def value(x: Buffer, k: Expr) -> Expr:
+        return x[k].astype("int32")
+
+    functions = _mxfp4((BLOCK,), value, instructions.mxfp4_sums, prefetch_bytes)
+    return _register("mxfp4", instructions, prefetch_bytes, *functions)
+
+
+@cache
+def mxfp4_digits_block(instructions: ModuleType, prefetch_bytes: int) -> str:
+    """Register and name the intrinsic: int32 sums of (2 x fp4 + 12) x digits."""
+
+    def value(x: Buffer, k: Expr) -> Expr:
+        return sum_of_digits(lambda digit: x[digit, k])
+
+    functions = _mxfp4((DIGITS, BLOCK), value, instructions.mxfp4_digits_sums, prefetch_bytes)
+    return _register("mxfp4_digits", instructions, prefetch_bytes, *functions)
+
+
+def _mxfp4(
+    shape: tuple[int, ...],
+    value: Callable[[Buffer, Expr], Expr],
+    sums_of: Callable[[Buffer, Buffer], Expr],
+    prefetch_bytes: int,
+) -> tuple[PrimFunc, PrimFunc]:
+    """Description and implementation for activations of that shape, of which `value` is one."""
     words = BLOCK // FP4_PER_WORD
+
+    def whole(x: Buffer) -> BufferRegion:
+        return x[tuple(slice(0, size) for size in shape)]
+
+    def parts_of(x: Buffer, k: Expr) -> BufferRegion:
+        return x[(*(slice(0, size) for size in shape[:-1]), slice(k, k + 1))]
 
     # `expert` is described because the block reads it to find its weights; the sums need it not.
     @T.prim_func(private=True, s_tir=True)
     def description(
         weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
         expert: T.Buffer((1,), "int32", offset_factor=1),
-        x: T.Buffer((BLOCK,), "int8", offset_factor=1),
+        x: T.Buffer(shape, "int8", offset_factor=1),
         sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
     ) -> None:
         with T.sblock("root"):
-            T.reads(sums[0:LANES], weights[0:words, 0:LANES], expert[0], x[0:BLOCK])
+            T.reads(sums[0:LANES], weights[0:words, 0:LANES], expert[0], whole(x))
             T.writes(sums[0:LANES])
             for r, k in T.grid(LANES, BLOCK):
                 with T.sblock("product"):
                     vr, vk = T.axis.remap("SR", [r, k])
-                    T.reads(sums[vr], weights[vk // FP4_PER_WORD, vr], expert[0], x[vk])
+                    T.reads(sums[vr], weights[vk // FP4_PER_WORD, vr], expert[0], parts_of(x, vk))
                     T.writes(sums[vr])
                     sums[vr] = sums[vr] + fp4_offset_by_12(
                         weights[vk // FP4_PER_WORD, vr], vk % FP4_PER_WORD
-                    ) * T.Cast("int32", x[vk])
+                    ) * value(x, vk)
 
     @T.prim_func(private=True, s_tir=True)
     def implementation(
         weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
         expert: T.Buffer((1,), "int32", offset_factor=1),
-        x: T.Buffer((BLOCK,), "int8", offset_factor=1),
+        x: T.Buffer(shape, "int8", offset_factor=1),
         sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
     ) -> None:
         with T.sblock("root"):
-            T.reads(sums[0:LANES], weights[0:words, 0:LANES], expert[0], x[0:BLOCK])
+            T.reads(sums[0:LANES], weights[0:words, 0:LANES], expert[0], whole(x))
             T.writes(sums[0:LANES])
             for line in T.unroll(words * LANES // 16):
                 T.evaluate(prefetch(weights, (), line + prefetch_bytes // 64))
-            sums[0:LANES] = sums.vload([0], "int32x8") + instructions.mxfp4_sums(weights, x)
+            sums[0:LANES] = sums.vload([0], "int32x8") + sums_of(weights, x)
 
-    return _register("mxfp4", instructions, prefetch_bytes, description, implementation)
-
-
-@cache
-def mxfp4_digits_block(instructions: ModuleType, prefetch_bytes: int) -> str:
-    """Register and name the intrinsic: int32 sums of (2 x fp4 + 12) x digits."""
-    words = BLOCK // FP4_PER_WORD
-
-    @T.prim_func(private=True, s_tir=True)
-    def description(
-        weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
-        expert: T.Buffer((1,), "int32", offset_factor=1),
-        x: T.Buffer((DIGITS, BLOCK), "int8", offset_factor=1),
-        sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(sums[0:LANES], weights[0:words, 0:LANES], expert[0], x[0:DIGITS, 0:BLOCK])
-            T.writes(sums[0:LANES])
-            for r, k in T.grid(LANES, BLOCK):
-                with T.sblock("product"):
-                    vr, vk = T.axis.remap("SR", [r, k])
-                    T.reads(sums[vr], weights[vk // FP4_PER_WORD, vr], expert[0], x[0:DIGITS, vk])
-                    T.writes(sums[vr])
-                    sums[vr] = sums[vr] + fp4_offset_by_12(
-                        weights[vk // FP4_PER_WORD, vr], vk % FP4_PER_WORD
-                    ) * sum_of_digits(lambda digit: x[digit, vk])
-
-    @T.prim_func(private=True, s_tir=True)
-    def implementation(
-        weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
-        expert: T.Buffer((1,), "int32", offset_factor=1),
-        x: T.Buffer((DIGITS, BLOCK), "int8", offset_factor=1),
-        sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(sums[0:LANES], weights[0:words, 0:LANES], expert[0], x[0:DIGITS, 0:BLOCK])
-            T.writes(sums[0:LANES])
-            for line in T.unroll(words * LANES // 16):
-                T.evaluate(prefetch(weights, (), line + prefetch_bytes // 64))
-            sums[0:LANES] = sums.vload([0], "int32x8") + instructions.mxfp4_digits_sums(weights, x)
-
-    return _register("mxfp4_digits", instructions, prefetch_bytes, description, implementation)
+    return description, implementation
 
 
 @cache
@@ -149,8 +143,8 @@ def _register(
     block: str,
     instructions: ModuleType,
     prefetch_bytes: int,
-    description: object,
-    implementation: object,
+    description: PrimFunc,
+    implementation: PrimFunc,
 ) -> str:
     name = f"{instructions.__name__}_{block}_{prefetch_bytes}"
     TensorIntrin.register(name, description, implementation, override=True)

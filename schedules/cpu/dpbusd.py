@@ -9,20 +9,8 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from ..formats import BLOCK, DIGIT, DIGITS, FP4_PER_WORD, INT8_PER_WORD
-from .avx2 import FP4_UNSIGNED, LANES, broadcast_signed, call, fp4_vectors
-from .maddubs import mxfp4_vector
-
-__all__ = [
-    "Q8_VECTORS",
-    "mxfp4_digits_sums",
-    "mxfp4_dot",
-    "mxfp4_sums",
-    "mxfp4_vector",
-    "q8_dot",
-    "q8_sums",
-    "q8_vector",
-]
+from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
+from .avx2 import LANES, broadcast_signed, call, fp4_unsigned
 
 Q8_VECTORS = BLOCK // 4  # of a block of int8 weights in a panel
 
@@ -30,7 +18,7 @@ Q8_VECTORS = BLOCK // 4  # of a block of int8 weights in a panel
 def mxfp4_sums(weights: Buffer, x: Buffer) -> Expr:
     """int32x8 sums of (2 x fp4 + 12) x int8: words [4, 8], x [32]."""
     sums = _zero()
-    for v, w in enumerate(_unsigned(weights)):
+    for v, w in enumerate(fp4_unsigned(weights)):
         sums = _dpbusd(sums, w, broadcast_signed(x, 4 * v))
     return sums
 
@@ -40,7 +28,7 @@ def mxfp4_digits_sums(weights: Buffer, x: Buffer) -> Expr:
     total = None
     for digit in range(DIGITS):
         sums = _zero()
-        for v, w in enumerate(_unsigned(weights)):
+        for v, w in enumerate(fp4_unsigned(weights)):
             sums = _dpbusd(sums, w, broadcast_signed(x, digit, 4 * v))
         total = sums if total is None else total * T.broadcast(T.int32(DIGIT), LANES) + sums
     return total
@@ -77,11 +65,6 @@ q8_dot = mxfp4_dot  # an int8 weight is a byte of a vector as it is
 def q8_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
     """4 inputs of 8 rows as int8x32."""
     return T.reinterpret(word_of(vector), dtype="int8x32")
-
-
-def _unsigned(weights: Buffer) -> list[Expr]:
-    words = [weights.vload([j, 0], "uint32x8") for j in range(BLOCK // FP4_PER_WORD)]
-    return [v for word in words for v in fp4_vectors(word, FP4_UNSIGNED, "uint8x32")]
 
 
 def _zero() -> Expr:

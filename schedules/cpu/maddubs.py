@@ -10,8 +10,8 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from ..formats import BLOCK, DIGIT, DIGITS, FP4_PER_WORD, INT8_PER_WORD
-from .avx2 import FP4_DOUBLED, FP4_UNSIGNED, LANES, broadcast_signed, call, fp4_vectors, lookup
+from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
+from .avx2 import LANES, broadcast_signed, call, fp4_unsigned
 
 Q8_VECTORS = 2 * BLOCK // 4  # of a block of int8 weights in a panel: low digits, then high ones
 
@@ -21,7 +21,7 @@ def mxfp4_sums(weights: Buffer, x: Buffer) -> Expr:
 
     Four products of at most 24 x 127 x 2 fit in int16 before they are widened.
     """
-    pairs = [_products(w, broadcast_signed(x, 4 * v)) for v, w in enumerate(_unsigned(weights))]
+    pairs = [_products(w, broadcast_signed(x, 4 * v)) for v, w in enumerate(fp4_unsigned(weights))]
     return _widen(_total(pairs[:4])) + _widen(_total(pairs[4:]))
 
 
@@ -34,7 +34,7 @@ def mxfp4_digits_sums(weights: Buffer, x: Buffer) -> Expr:
     for digit in range(DIGITS):
         pairs = [
             _products(w, broadcast_signed(x, digit, 4 * v))
-            for v, w in enumerate(_unsigned(weights))
+            for v, w in enumerate(fp4_unsigned(weights))
         ]
         scaled = _widen(_total(pairs), DIGIT ** (DIGITS - 1 - digit))
         sums = scaled if sums is None else sums + scaled
@@ -52,13 +52,6 @@ def q8_sums(weights: Buffer, x: Buffer) -> Expr:
         x_signed = call("avx2.psign.b", "int8x32", broadcast_signed(x, j * INT8_PER_WORD), w)
         sums.append(_widen(_products(call("avx2.psign.b", "int8x32", w, w), x_signed)))
     return _total(sums)
-
-
-def mxfp4_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
-    """4 inputs of 8 rows as int8x32, 2 x fp4 each; `word_of(j)` loads word j of the rows."""
-    shift = (vector % 2 * 4).astype("uint32")
-    codes = T.shift_right(word_of(vector // 2), T.broadcast(shift, LANES))
-    return lookup(FP4_DOUBLED, "int8x32", codes)
 
 
 def mxfp4_dot(x: list[Expr], weights: list[Expr]) -> Expr:
@@ -90,11 +83,6 @@ def q8_dot(x: list[Expr], weights: list[Expr]) -> Expr:
         for digits in (weights[:8], weights[8:])
     )
     return _widen(low) + _widen(high, 16)
-
-
-def _unsigned(weights: Buffer) -> list[Expr]:
-    words = [weights.vload([j, 0], "uint32x8") for j in range(BLOCK // FP4_PER_WORD)]
-    return [v for word in words for v in fp4_vectors(word, FP4_UNSIGNED, "uint8x32")]
 
 
 def _products(unsigned: Expr, signed: Expr) -> Expr:

@@ -58,6 +58,8 @@ def float_panels(product: Product, target: Target, choose: Choose) -> Stmt:
             return whole.astype("float32") * xs[row, block]
         return xq[row, block, k].astype("float32") * xs[row, block]
 
+    next_run = product.next_run
+
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
         for task in T.parallel(T.int64(groups // num_groups)):
@@ -69,10 +71,7 @@ def float_panels(product: Product, target: Target, choose: Choose) -> Stmt:
             end = T.alloc_buffer((1,), "int64", scope="local")
             end[0] = T.int64(0)
             while end[0] < num_rows:
-                first[0] = end[0]
-                end[0] = first[0] + T.int64(1)
-                while product.continues(end[0], first[0]):
-                    end[0] += T.int64(1)
+                next_run(first, end)
                 for t in range(end[0] - first[0]):
                     for r in T.unroll(together):
                         for lane in T.vectorized(lanes):

@@ -12,7 +12,7 @@ from tvm.tirx import Buffer, Stmt
 from ...targets import Target
 from ..formats import BLOCK, half_e8m0_to_float32
 from ..records import Choose
-from .avx2 import broadcast_four, prefetch
+from .avx2 import broadcast_four, mxfp4_vector, prefetch
 from .instructions import INSTRUCTIONS
 from .product import ROWS_TOGETHER, Product, whole_parts
 
@@ -33,7 +33,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     num_blocks = choose("blocks_per_panel", *whole_parts(product.blocks, BLOCKS_PER_PANEL, 9))
     together = num_groups * halves
     fp4 = product.expert is not None
-    vector_of = instructions.mxfp4_vector if fp4 else instructions.q8_vector
+    vector_of = mxfp4_vector if fp4 else instructions.q8_vector
     dot = instructions.mxfp4_dot if fp4 else instructions.q8_dot
     vectors = VECTORS if fp4 else instructions.Q8_VECTORS
     lines = (BLOCK // 2 if fp4 else BLOCK) * lanes // 64  # of the cache, that a block fills
@@ -66,6 +66,8 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
         scale_of_both = scale.vload([b, r, 0], "float32x8") * T.broadcast(x_scale, lanes)
         return total.astype("float32x8") * scale_of_both
 
+    next_run = product.next_run
+
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
         for task in T.parallel(T.int64(groups // num_groups)):
@@ -79,10 +81,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
             end = T.alloc_buffer((1,), "int64", scope="local")
             end[0] = T.int64(0)
             while end[0] < num_rows:
-                first[0] = end[0]
-                end[0] = first[0] + T.int64(1)
-                while product.continues(end[0], first[0]):
-                    end[0] += T.int64(1)
+                next_run(first, end)
                 for t in range(end[0] - first[0]):
                     for r in T.unroll(together):
                         acc[t, r, 0:lanes] = T.broadcast(T.float32(0), lanes)

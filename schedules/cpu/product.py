@@ -62,6 +62,20 @@ class Product:
         bounded = T.min(row, self.num_rows - 1)
         return T.And(more, self.expert[bounded] == self.expert[first])
 
+    @property
+    def next_run(self) -> Callable[..., object]:
+        """Statements that set [first, end) to the rows after `end` that share weights."""
+        continues = self.continues
+
+        @T.macro
+        def next_run(first, end):  # type: ignore[no-untyped-def]
+            first[0] = end[0]
+            end[0] = first[0] + T.int64(1)
+            while continues(end[0], first[0]):
+                end[0] += T.int64(1)
+
+        return next_run  # type: ignore[no-any-return]
+
     def output(self, at_row: Expr, at_column: Expr, sum_of: Callable[[Expr], Expr]) -> Expr:
         """The kernel's own last stage, for sums that are found elsewhere: `sum_of(half)`."""
         sch = Schedule(self.function)
