@@ -124,8 +124,7 @@ def _maddubs(weights: Buffer, total: Expr) -> Expr:
     most 2 x 24 x 127 fit in int16."""
     x = T.reinterpret(total, dtype="int8x32")
     products = [
-        call("avx2.pmadd.ub.sw", "int16x16", weights.vload([i, 0], "uint8x32"), x)
-        for i in range(4)
+        call("avx2.pmadd.ub.sw", "int16x16", weights.vload([i, 0], "uint8x32"), x) for i in range(4)
     ]
     pairs = products[0] + products[1] + products[2] + products[3]
     return total + call("avx2.pmadd.wd", "int32x8", pairs, T.broadcast(T.int16(1), 2 * LANES))

@@ -28,7 +28,7 @@ from kernel_cases import (
 from kernel_runner import Array, build
 from reference import F64, to_float64
 
-from osscompile.kernels import attention
+from osscompile.kernels import attention, kv_cache
 
 both_dtypes = pytest.mark.parametrize("dtype", ["float16", "float32"])
 
@@ -56,7 +56,7 @@ def test_append_kv_around_the_wrap_of_a_ring_of_32(form: Form, dtype: str, posit
     for token, slot in enumerate(at % capacity):
         expected_keys[:, slot // 8, :, slot % 8] = rotated[token]
         expected_values[:, slot] = v[token].astype(dtype)
-    kernel = attention.append_kv(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, capacity, dtype)
+    kernel = kv_cache.append_kv(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, capacity, dtype)
     run = build(kernel, HERE)
     new_keys, new_values = run(keys, values, qkv, rope_of(CONTEXT), int32(position), in_place=2)
     np.testing.assert_array_equal(new_values, expected_values)  # also that no other slot changed
@@ -104,7 +104,7 @@ class Layer:
         """Append the tokens [count, width], then attend: -> [count, heads, head_dim]."""
         heads, _, head_dim = self.sizes
         cache = (self.capacity, self.dtype)
-        append = attention.append_kv(form.tokens, *self.sizes, self.context, *cache)
+        append = kv_cache.append_kv(form.tokens, *self.sizes, self.context, *cache)
         self.keys, self.values = build(append, HERE)(
             self.keys, self.values, qkv, self.rope, int32(position), in_place=2
         )

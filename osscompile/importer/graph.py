@@ -11,7 +11,7 @@ from tvm import ir, relax, tirx
 from tvm.relax import BlockBuilder, TensorType
 from tvm.tirx import PrimFunc
 
-from ..kernels import attention, experts, matmul, rows
+from ..kernels import attention, experts, kv_cache, matmul, rows
 from ..schedules.formats import BLOCK, DIGITS, FP4_PER_WORD, INT8_PER_WORD, Index
 from .config import ModelConfig
 
@@ -61,7 +61,7 @@ def cache_parameters(
 ) -> tuple[Parameter, ...]:
     """Keys and values of every layer."""
     dtype = "float16" if profile == "fast" else "float32"
-    group = attention.KEYS_PER_TILE
+    group = kv_cache.KEYS_PER_TILE
     full = (context + group - 1) // group * group
     ring = (config.window + chunk + group - 1) // group * group
     heads, dim = config.num_kv_heads, config.head_dim
@@ -197,7 +197,7 @@ class _Layers:
             [qkv, rope, self.position],
             [TensorType((self.tokens, heads, dim), "float32")],
         )
-        append = attention.append_kv(tokens, heads, kv_heads, dim, context, capacity, dtype)
+        append = kv_cache.append_kv(tokens, heads, kv_heads, dim, context, capacity, dtype)
         caches = self.builder.emit(
             relax.op.call_tir_inplace(
                 self.builder.add_func(append, "append_kv"),

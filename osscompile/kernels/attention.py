@@ -1,8 +1,4 @@
-"""The KV cache and attention over it, with sinks; a sliding layer's cache is a ring.
-
-Keys lie in tiles of 8 positions with the position innermost, so that a vector holds the same
-element of 8 keys; values lie position by position. Position p is in slot p modulo the capacity: in
-a full layer the capacity is the context, in a sliding layer window + chunk.
+"""Attention over the KV cache, with sinks.
 
 These kernels are plain loops whose names say what a schedule may do with them: the iterations of
 `task` are independent, those of `lane` are the elements of a vector, those of `row` are few and
@@ -12,76 +8,21 @@ keep their accumulators in registers when unrolled.
 from collections.abc import Callable
 from functools import cache
 
+from tvm import DataType
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from ..schedules.formats import Index, const, extent
-from .rows import rotated
+from ..schedules.formats import Index, const, extent, fetch
+from .kv_cache import KEYS_PER_TILE
 
-KEYS_PER_TILE = 8
 TILES_PER_CHUNK = 8  # of keys, between two corrections of the softmax; their weights fit in 2 kB
 VECTORS = 2  # of 8 keys, or of 8 elements of a value, side by side in registers
 HEADS_TOGETHER = 4  # query heads x VECTORS sums fill half of the registers
 TOKENS_PER_TASK = 8  # of a prefill: they share the chunks of keys in the first-level cache
 PARTS = 8  # of the context of one token: enough tasks for many cores
+LINE_BYTES = 64  # of the first-level cache
 HIDDEN = -1e30  # score of a key that must not be seen
-
-
-@cache
-def append_kv(
-    tokens: Index,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    context: int,
-    capacity: int,
-    dtype: str,
-) -> PrimFunc:
-    """Rotate the new keys and write keys and values into the cache, in place.
-
-    keys [kv_heads, capacity/8, head_dim, 8], values [kv_heads, capacity, head_dim] of `dtype`,
-    qkv [tokens, (heads + 2 kv_heads) head_dim] float32, rope [context, head_dim/2, 2] float32,
-    position [1] int32: that of the first token.
-    """
-    width = (heads + 2 * kv_heads) * head_dim
-    key_start, value_start = heads * head_dim, (heads + kv_heads) * head_dim
-    key_tiles, num_tokens = capacity // KEYS_PER_TILE, extent(tokens)
-
-    def position_of(position: Buffer, n: Expr) -> Expr:
-        return position[0].astype("int64") + n
-
-    def rotated_key(qkv: Buffer, rope: Buffer, position: Buffer, n: Expr, h: Expr, d: Expr) -> Expr:
-        start = key_start + h * head_dim
-        return rotated(qkv, rope, n, position_of(position, n), start, d, head_dim).astype(dtype)
-
-    def value(qkv: Buffer, n: Expr, h: Expr, d: Expr) -> Expr:
-        return qkv[n, value_start + h * head_dim + d].astype(dtype)
-
-    def slot(position: Buffer, n: Expr) -> Expr:
-        return position_of(position, n) % capacity
-
-    @T.prim_func(private=True, s_tir=True)
-    def append(
-        keys: T.Buffer(
-            (T.int64(kv_heads), T.int64(key_tiles), T.int64(head_dim), T.int64(8)), dtype
-        ),
-        values: T.Buffer((T.int64(kv_heads), T.int64(capacity), T.int64(head_dim)), dtype),
-        qkv: T.Buffer((num_tokens, T.int64(width)), "float32"),
-        rope: T.Buffer((T.int64(context), T.int64(head_dim // 2), T.int64(2)), "float32"),
-        position: T.Buffer((T.int64(1),), "int32"),
-    ) -> None:
-        T.func_attr({"op": "append_kv", "tirx.noalias": True})
-        for task in range(num_tokens):
-            for h in range(T.int64(kv_heads)):
-                for d in range(T.int64(head_dim)):
-                    keys[h, slot(position, task) // 8, d, slot(position, task) % 8] = rotated_key(
-                        qkv, rope, position, task, h, d
-                    )
-                for lane in range(T.int64(head_dim)):
-                    values[h, slot(position, task), lane] = value(qkv, task, h, lane)
-
-    return append
 
 
 @cache
@@ -97,7 +38,7 @@ def attention(
     """Causal attention of new tokens over the cache, which already holds them.
 
     queries [tokens, heads, head_dim] float32 (rotated and scaled), keys and values as in
-    `append_kv`, sinks [heads] float32, position [1] int32: that of the first token
+    `kv_cache.append_kv`, sinks [heads] float32, position [1] int32: that of the first token
     -> [tokens, heads * head_dim] float32.
 
     Online softmax over chunks of keys, the query heads of one KV head together. The sink is a
@@ -105,10 +46,9 @@ def attention(
     A task is some tokens and one KV head; of a single token that sees the whole context, a part of
     the context and one KV head, and the parts are merged at the end.
     """
-    args = (tokens, heads, kv_heads, head_dim, capacity, window, dtype)
     if isinstance(tokens, int) and tokens == 1 and window is None:
-        return _attention_in_parts(*args)
-    return _attention_of_tokens(*args)
+        return _attention_in_parts(heads, kv_heads, head_dim, capacity, dtype)
+    return _attention_of_tokens(tokens, heads, kv_heads, head_dim, capacity, window, dtype)
 
 
 def _attention_of_tokens(
@@ -198,20 +138,11 @@ def _attention_of_tokens(
 
 
 def _attention_in_parts(
-    tokens: Index,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    capacity: int,
-    window: int | None,
-    dtype: str,
+    heads: int, kv_heads: int, head_dim: int, capacity: int, dtype: str
 ) -> PrimFunc:
     group = heads // kv_heads
     key_tiles = capacity // KEYS_PER_TILE
-    attend = _attend_chunk(group, head_dim, key_tiles, window, dtype)
-
-    def column(task: Expr, head: Expr, d: Expr) -> Expr:
-        return (task % kv_heads * group + head) * head_dim + d
+    attend = _attend_chunk(group, head_dim, key_tiles, None, dtype, fetches_ahead=True)
 
     def last_key(position: Buffer) -> Expr:
         return position[0].astype("int64")
@@ -248,8 +179,11 @@ def _attention_in_parts(
             for head in range(T.int64(group)):
                 largest[task, head] = T.float32(HIDDEN)
                 total[task, head] = T.float32(0.0)
-                for lane in range(T.int64(head_dim)):
-                    partial[task // kv_heads, column(task, head, lane)] = T.float32(0.0)
+                if num_chunks(position, task // kv_heads) > 0:
+                    for lane in range(T.int64(head_dim)):
+                        partial[
+                            task // kv_heads, (task % kv_heads * group + head) * head_dim + lane
+                        ] = T.float32(0.0)
             for chunk in range(num_chunks(position, task // kv_heads)):
                 attend(
                     queries,
@@ -270,6 +204,7 @@ def _attention_in_parts(
         for task in range(T.int64(heads)):
             best = T.alloc_buffer((1,), "float32", scope="local")
             mass = T.alloc_buffer((1,), "float32", scope="local")
+            share = T.alloc_buffer((1,), "float32", scope="local")
             best[0] = sinks[task]
             for part in range(T.int64(PARTS)):
                 best[0] = T.max(best[0], largest[part * kv_heads + task // group, task % group])
@@ -277,13 +212,15 @@ def _attention_in_parts(
             for lane in range(T.int64(head_dim)):
                 out[0, task * head_dim + lane] = T.float32(0.0)
             for part in range(T.int64(PARTS)):
-                for lane in range(T.int64(head_dim)):
-                    out[0, task * head_dim + lane] += partial[part, task * head_dim + lane] * T.exp(
+                if total[part * kv_heads + task // group, task % group] > T.float32(0.0):
+                    share[0] = T.exp(
                         largest[part * kv_heads + task // group, task % group] - best[0]
                     )
-                mass[0] += total[part * kv_heads + task // group, task % group] * T.exp(
-                    largest[part * kv_heads + task // group, task % group] - best[0]
-                )
+                    mass[0] += total[part * kv_heads + task // group, task % group] * share[0]
+                    for lane in range(T.int64(head_dim)):
+                        out[0, task * head_dim + lane] += (
+                            partial[part, task * head_dim + lane] * share[0]
+                        )
             for lane in range(T.int64(head_dim)):
                 out[0, task * head_dim + lane] = out[0, task * head_dim + lane] / mass[0]
 
@@ -291,11 +228,24 @@ def _attention_in_parts(
 
 
 def _attend_chunk(
-    group: int, head_dim: int, key_tiles: int, window: int | None, dtype: str
+    group: int,
+    head_dim: int,
+    key_tiles: int,
+    window: int | None,
+    dtype: str,
+    fetches_ahead: bool = False,
 ) -> Callable[..., object]:
-    """Statements that extend the online softmax of one token by one chunk of keys."""
+    """Statements that extend the online softmax of one token by one chunk of keys.
 
+    `fetches_ahead`: while a chunk's keys are multiplied, fetch its values and the next chunk's
+    keys: they come from memory, and the hardware's own prefetch stops at pages.
+    """
     together = max(n for n in range(1, HEADS_TOGETHER + 1) if group % n == 0)
+    parts = group // together
+    pairs = TILES_PER_CHUNK // VECTORS
+    # tiles to fetch for each pair of each part; all of a chunk, evenly
+    fetched = -(-TILES_PER_CHUNK // (parts * pairs)) if fetches_ahead else 0
+    line = LINE_BYTES // DataType(dtype).itemsize
 
     def column(kv_head: Expr, part: Expr, row: Expr, dims: Expr) -> Expr:
         head = kv_head * group + part * together + row // VECTORS
@@ -322,6 +272,30 @@ def _attend_chunk(
         return (tiles + (VECTORS - 1)) // VECTORS
 
     @T.macro
+    def fetch_tile(keys, values, kv_head, first_tile, tile):  # type: ignore[no-untyped-def]
+        for i in T.unroll(head_dim * KEYS_PER_TILE // line):
+            T.evaluate(
+                fetch(
+                    keys[
+                        kv_head,
+                        slot_tile(first_tile + TILES_PER_CHUNK + tile),
+                        i * line // KEYS_PER_TILE,
+                        0,
+                    ]
+                )
+            )
+        for i in T.unroll(KEYS_PER_TILE * head_dim // line):
+            T.evaluate(
+                fetch(
+                    values[
+                        kv_head,
+                        slot_tile(first_tile + tile) * KEYS_PER_TILE + i * line // head_dim,
+                        i * line % head_dim,
+                    ]
+                )
+            )
+
+    @T.macro
     def attend(  # type: ignore[no-untyped-def]
         queries,
         keys,
@@ -341,8 +315,12 @@ def _attend_chunk(
         sums = T.alloc_buffer((together * VECTORS, KEYS_PER_TILE), "float32", scope="local")
         top = T.alloc_buffer((KEYS_PER_TILE,), "float32", scope="local")
         before = T.alloc_buffer((group,), "float32", scope="local")
-        for part in range(T.int64(group // together)):
+        for part in range(T.int64(parts)):
             for pair in range(num_pairs(first_tile, end_tile)):
+                for tile in T.unroll(fetched):
+                    fetch_tile(
+                        keys, values, kv_head, first_tile, (part * pairs + pair) * fetched + tile
+                    )
                 for row in range(together * VECTORS):
                     for lane in range(KEYS_PER_TILE):
                         sums[row, lane] = T.float32(0.0)
@@ -395,7 +373,7 @@ def _attend_chunk(
             total[state, head] *= before[head]
             for key in range(KEYS_PER_TILE):
                 total[state, head] += top[key]
-        for part, dims in T.grid(T.int64(group // together), T.int64(head_dim // (VECTORS * 8))):
+        for part, dims in T.grid(T.int64(parts), T.int64(head_dim // (VECTORS * 8))):
             for row in range(together * VECTORS):
                 for lane in range(8):
                     sums[row, lane] = (

@@ -1,0 +1,73 @@
+"""The KV cache: where keys and values lie, and the kernel that adds new ones.
+
+Keys lie in tiles of 8 positions with the position innermost, so that a vector holds the same
+element of 8 keys; values lie position by position. Position p is in slot p modulo the capacity: in
+a full layer the capacity is the context, in a sliding layer, a ring, window + chunk.
+"""
+
+from functools import cache
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from ..schedules.formats import Index, extent
+from .rows import rotated
+
+KEYS_PER_TILE = 8
+
+
+@cache
+def append_kv(
+    tokens: Index,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    context: int,
+    capacity: int,
+    dtype: str,
+) -> PrimFunc:
+    """Rotate the new keys and write keys and values into the cache, in place.
+
+    keys [kv_heads, capacity/8, head_dim, 8], values [kv_heads, capacity, head_dim] of `dtype`,
+    qkv [tokens, (heads + 2 kv_heads) head_dim] float32, rope [context, head_dim/2, 2] float32,
+    position [1] int32: that of the first token.
+    """
+    width = (heads + 2 * kv_heads) * head_dim
+    key_start, value_start = heads * head_dim, (heads + kv_heads) * head_dim
+    key_tiles, num_tokens = capacity // KEYS_PER_TILE, extent(tokens)
+
+    def position_of(position: Buffer, n: Expr) -> Expr:
+        return position[0].astype("int64") + n
+
+    def rotated_key(qkv: Buffer, rope: Buffer, position: Buffer, n: Expr, h: Expr, d: Expr) -> Expr:
+        start = key_start + h * head_dim
+        return rotated(qkv, rope, n, position_of(position, n), start, d, head_dim).astype(dtype)
+
+    def value(qkv: Buffer, n: Expr, h: Expr, d: Expr) -> Expr:
+        return qkv[n, value_start + h * head_dim + d].astype(dtype)
+
+    def slot(position: Buffer, n: Expr) -> Expr:
+        return position_of(position, n) % capacity
+
+    @T.prim_func(private=True, s_tir=True)
+    def append(
+        keys: T.Buffer(
+            (T.int64(kv_heads), T.int64(key_tiles), T.int64(head_dim), T.int64(8)), dtype
+        ),
+        values: T.Buffer((T.int64(kv_heads), T.int64(capacity), T.int64(head_dim)), dtype),
+        qkv: T.Buffer((num_tokens, T.int64(width)), "float32"),
+        rope: T.Buffer((T.int64(context), T.int64(head_dim // 2), T.int64(2)), "float32"),
+        position: T.Buffer((T.int64(1),), "int32"),
+    ) -> None:
+        T.func_attr({"op": "append_kv", "tirx.noalias": True})
+        for task in range(num_tokens):
+            for h in range(T.int64(kv_heads)):
+                for d in range(T.int64(head_dim)):
+                    keys[h, slot(position, task) // 8, d, slot(position, task) % 8] = rotated_key(
+                        qkv, rope, position, task, h, d
+                    )
+                for lane in range(T.int64(head_dim)):
+                    values[h, slot(position, task), lane] = value(qkv, task, h, lane)
+
+    return append
