@@ -73,8 +73,3 @@ def sum_of_digits(digit_of: Callable[[int], Expr]) -> Expr:
     for digit in range(1, DIGITS):
         total = total * const(DIGIT, "int32") + digit_of(digit).astype("int32")
     return total
-
-
-def fetch(element: Expr) -> Expr:
-    """Bring the cache line of a buffer's element near; no fault if it lies beyond the buffer."""
-    return tirx.call_intrin("", "tirx.prefetch", tirx.address_of(element), 0, 3, 1)

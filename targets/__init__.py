@@ -26,7 +26,9 @@ class Target:
     system: str  # platform.system() where artifacts run
     architecture: str  # platform.machine() where artifacts run
     cpu_features: tuple[str, ...]  # names as in /proc/cpuinfo
-    vector_bits: int
+    vector_bits: int  # of a group of rows of packed weights
+    register_bits: int  # of a vector register
+    num_registers: int  # vectors
     int8_dot: str | None  # instruction that sums products of bytes
     dtypes: tuple[str, ...]  # legal for kernel arguments
     has_exp: bool
@@ -35,7 +37,7 @@ class Target:
 
     @property
     def vector_lanes(self) -> int:
-        """32-bit lanes of a vector register; also the rows of a weight that are interleaved."""
+        """32-bit lanes of a group: rows of a weight that are interleaved."""
         return self.vector_bits // 32
 
 
@@ -69,6 +71,8 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             architecture=machine["architecture"],
             cpu_features=tuple(machine["cpu_features"]),
             vector_bits=capabilities["vector_bits"],
+            register_bits=capabilities["register_bits"],
+            num_registers=capabilities["num_registers"],
             int8_dot=capabilities.get("int8_dot"),
             dtypes=tuple(capabilities["dtypes"]),
             has_exp=capabilities["exp"],
@@ -109,6 +113,8 @@ def _variant(target: Target, facts: dict[str, Any]) -> Target:
         tvm=target.tvm | facts.get("tvm", {}),
         cpu_features=(*target.cpu_features, *facts.get("cpu_features", ())),
         int8_dot=facts.get("int8_dot", target.int8_dot),
+        register_bits=facts.get("register_bits", target.register_bits),
+        num_registers=facts.get("num_registers", target.num_registers),
         library=f"{library.stem}-{facts['name']}{library.suffix}",
     )
 

@@ -21,6 +21,7 @@ from osscompile import targets
 from osscompile.importer.graph import EXPERT_ROWS, TOKENS
 from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import experts, matmul, rows
+from osscompile.runtime.machine import Machine
 from osscompile.schedules.formats import FP4_OFFSET, Index
 from osscompile.targets import Target
 
@@ -29,6 +30,11 @@ try:
 except targets.TargetError as no_target:
     pytest.skip(str(no_target), allow_module_level=True)
 
+OTHERS = [  # variants that this machine can run beside its best
+    target
+    for target in targets.load_variants(HERE.name)
+    if target != HERE and set(target.cpu_features) <= set(Machine.here().cpu_features)
+]
 LIMIT = 7.0  # of SwiGLU, as in gpt-oss
 CLOSE = 2e-6  # relative rms: a sum of 2880 float32 products is off by less
 

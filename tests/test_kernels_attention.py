@@ -14,6 +14,7 @@ from kernel_cases import (
     HERE,
     INV_FREQ,
     KV_HEADS,
+    OTHERS,
     PREFILL,
     Form,
     assert_close,
@@ -25,10 +26,12 @@ from kernel_cases import (
     rotate_queries,
     split_qkv,
 )
-from kernel_runner import Array, build
+from kernel_runner import Array, Rule, build
 from reference import F64, to_float64
 
 from osscompile.kernels import attention, kv_cache
+from osscompile.schedules.cpu.loops import loops
+from osscompile.targets import Target
 
 both_dtypes = pytest.mark.parametrize("dtype", ["float16", "float32"])
 
@@ -83,8 +86,10 @@ class Layer:
         kv_heads: int = 2,
         head_dim: int = 16,
         capacity: int = 264,
+        target: Target = HERE,
+        rule: Rule | None = None,
     ) -> None:
-        self.window, self.dtype = window, dtype
+        self.window, self.dtype, self.target, self.rule = window, dtype, target, rule
         self.sizes = (heads, kv_heads, head_dim)
         self.capacity, self.context = capacity, 8192
         shape = (kv_heads, capacity, head_dim)
@@ -113,7 +118,8 @@ class Layer:
         )
         queries = qkv[:, : heads * head_dim].reshape(len(qkv), heads, head_dim)
         queries = queries * np.float32(head_dim**-0.5)  # of a power of 4: exact
-        out = build(attend, HERE)(queries, self.keys, self.values, self.sinks, int32(position))
+        kernel = build(attend, self.target, rule=self.rule)
+        out = kernel(queries, self.keys, self.values, self.sinks, int32(position))
         return out.reshape(len(qkv), heads, head_dim)
 
     def expected(self, qkv: Array) -> F64:
@@ -244,3 +250,34 @@ def test_attention_with_scores_far_apart() -> None:
     layer = Layer(None)
     qkv = layer.tokens(17, 100) * np.float32(16)
     assert_close(layer.run(qkv, 0), layer.expected(qkv), 5e-5)  # e^score: a score of 1e3 is off by
+
+
+@every_window
+@both_dtypes
+def test_attention_under_the_fallback_rule(window: int | None, dtype: str) -> None:
+    layer = Layer(window, dtype, capacity=192 if window else 264, rule=loops)
+    qkv = layer.tokens(18, 141)
+    expected = layer.expected(qkv)
+    for start in range(0, 140, 20):
+        assert_close(layer.run(qkv[start : start + 20], start), expected[start : start + 20])
+    assert_close(layer.run(qkv[140:], 140, DECODE), expected[140:])
+
+
+@pytest.mark.parametrize("head_dim", [4, 12])
+def test_attention_of_heads_that_do_not_fill_vectors(head_dim: int) -> None:
+    layer = Layer(None, head_dim=head_dim, capacity=32)
+    qkv = layer.tokens(19, 20)
+    expected = layer.expected(qkv)
+    assert_close(layer.run(qkv, 0), expected)
+
+
+@pytest.mark.parametrize("variant", OTHERS, ids=lambda target: target.variant)
+@every_window
+def test_attention_of_other_variants(window: int | None, variant: Target) -> None:
+    sizes = {"heads": 16, "kv_heads": 2, "head_dim": 64}
+    layer = Layer(window, "float16", capacity=192 if window else 264, target=variant, **sizes)
+    qkv = layer.tokens(20, 141)
+    expected = layer.expected(qkv)
+    for start in range(0, 140, 20):
+        assert_close(layer.run(qkv[start : start + 20], start), expected[start : start + 20])
+    assert_close(layer.run(qkv[140:], 140, DECODE), expected[140:])

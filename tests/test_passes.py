@@ -33,6 +33,7 @@ from osscompile.passes.verify import verify
 from osscompile.schedules import records
 from osscompile.schedules.cpu import CPU_RULES
 from osscompile.schedules.cpu import rows as fallback
+from osscompile.schedules.cpu.loops import loops
 from osscompile.schedules.records import kernel_key, recorded
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target, TargetError
@@ -168,11 +169,11 @@ def test_last_rule_takes_every_kernel_made_of_blocks(profile: str) -> None:
     assert CPU_RULES[-1] is fallback
     module = pack_weights(imported(profile), AVX2)
     for name, kernel in kernels(module).items():
-        if CPU_RULES[0](kernel, AVX2, recorded(kernel, AVX2)) is None:
+        if loops(kernel, AVX2, recorded(kernel, AVX2)) is None:
             assert fallback(kernel, AVX2, recorded(kernel, AVX2)) is not None, name
 
 
-def test_first_rule_takes_every_kernel_that_is_not_made_of_blocks() -> None:
+def test_loops_take_every_kernel_that_is_not_made_of_blocks() -> None:
     cache = (4, 2, 16, 64, 64, "float32")
     for kernel in (
         kv_cache.append_kv(TOKENS, *cache),
@@ -180,9 +181,9 @@ def test_first_rule_takes_every_kernel_that_is_not_made_of_blocks() -> None:
         experts.route(1, 8, 4),
         experts.sort_by_expert(TOKENS, 8, 4),
     ):
-        assert CPU_RULES[0](kernel, AVX2, recorded(kernel, AVX2)) is not None
+        assert loops(kernel, AVX2, recorded(kernel, AVX2)) is not None
     kernel = rows.rms_norm(1, 64, 1e-5)
-    assert CPU_RULES[0](kernel, AVX2, recorded(kernel, AVX2)) is None
+    assert loops(kernel, AVX2, recorded(kernel, AVX2)) is None
 
 
 @pytest.mark.parametrize("profile", PROFILES)

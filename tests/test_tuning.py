@@ -39,6 +39,7 @@ from osscompile.runtime.trials import Plan, Trial, read_plan, read_trials
 from osscompile.schedules import records as schedule_records
 from osscompile.schedules import rule as schedule_rule
 from osscompile.schedules.cpu import CPU_RULES
+from osscompile.schedules.cpu.loops import loops
 from osscompile.schedules.cpu.rows import rows as fallback
 from osscompile.schedules.records import Choose, kernel_key
 from osscompile.targets import Target
@@ -348,7 +349,7 @@ def test_interrupted_tuning_goes_on_without_repeating_trials(
         return sch
 
     def only_blocks(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
-        return CPU_RULES[0](function, target, choose)
+        return loops(function, target, choose)
 
     monkeypatch.setattr(schedule_rule, "RULES", {"cpu": (only_blocks, rule)})
     monkeypatch.setattr(measure, "BATCH", 2)
@@ -437,7 +438,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             here = targets.of_this_machine()
         except targets.TargetError as error:
             pytest.skip(str(error))
-        rules = (treacherous((SLOW, FAST)), CPU_RULES[0], fallback)
+        rules = (treacherous((SLOW, FAST)), loops, fallback)
         patch.setattr(schedule_rule, "RULES", {"cpu": rules})
         folder = emit_tiny(tmp_path_factory.mktemp("planned"), here)
     measure_kernel(folder)

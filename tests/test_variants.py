@@ -24,6 +24,7 @@ from kernel_cases import (
     FORMS,
     HERE,
     LIMIT,
+    OTHERS,
     PREFILL,
     ROW_CASES,
     Case,
@@ -57,7 +58,6 @@ from osscompile.targets import Target, TargetError
 
 ALL = targets.load_variants(HERE.name)
 RUNNABLE = [t for t in ALL if set(t.cpu_features) <= set(Machine.here().cpu_features)]
-OTHERS = [t for t in RUNNABLE if t != HERE]
 WITH_DPBUSD = [t for t in ALL if t.int8_dot == "dpbusd"]
 
 every_runnable = pytest.mark.parametrize("variant", [t.variant for t in RUNNABLE])

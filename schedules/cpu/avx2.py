@@ -8,9 +8,10 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
 from ..formats import BLOCK, FP4_OFFSET, FP4_PER_WORD
+from .prefetch import LINE_BYTES, fetch
 
 LANES = 8  # of 32 bits: one a row of the weights
-LINE_WORDS = 64 // 4  # of a cache line
+LINE_WORDS = LINE_BYTES // 4  # of 32 bits
 
 FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # of the 16 codes
 FP4_UNSIGNED = tuple(value + FP4_OFFSET for value in FP4_DOUBLED)
@@ -62,5 +63,4 @@ def broadcast_signed(x: Buffer, *start: Expr) -> Expr:
 def prefetch(words: Buffer, block: tuple[Expr, ...], line: Expr) -> Expr:
     """Fetch a cache line of a block of weights; one beyond their end is no fault."""
     word = line * LINE_WORDS
-    address = T.address_of(words[(*block, word // LANES, word % LANES)])
-    return T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1))
+    return fetch(words[(*block, word // LANES, word % LANES)])
