@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from tvm import DataType
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
@@ -13,8 +14,9 @@ from .prefetch import LINE_BYTES, fetch
 LANES = 8  # of 32 bits: one a row of the weights
 LINE_WORDS = LINE_BYTES // 4  # of 32 bits
 
-FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # of the 16 codes
-FP4_UNSIGNED = tuple(value + FP4_OFFSET for value in FP4_DOUBLED)
+_FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # of the 16 codes
+FP4_UNSIGNED = tuple(value + FP4_OFFSET for value in _FP4_DOUBLED)
+INT8_OFFSET = 128  # makes an int8 unsigned: its bits but for the highest, which flips
 
 
 def call(instruction: str, dtype: str, *args: Expr) -> Expr:
@@ -43,16 +45,17 @@ def fp4_unsigned(words: Buffer) -> list[Expr]:
     return vectors
 
 
-def mxfp4_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
-    """4 inputs of 8 rows as int8x32, 2 x fp4 each; `word_of(j)` loads word j of the rows."""
+def fp4_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
+    """4 inputs of 8 rows as uint8x32, 2 x fp4 + 12 each; `word_of(j)` loads word j of the rows."""
     shift = (vector % 2 * 4).astype("uint32")
     codes = T.shift_right(word_of(vector // 2), T.broadcast(shift, LANES))
-    return lookup(FP4_DOUBLED, "int8x32", codes)
+    return lookup(FP4_UNSIGNED, "uint8x32", codes)
 
 
 def broadcast_four(four: Expr, dtype: str) -> Expr:
-    """4 neighbouring bytes in every 32-bit lane."""
-    return T.reinterpret(T.broadcast(T.reinterpret(four, dtype="int32"), LANES), dtype=dtype)
+    """4 neighbouring bytes in every 32-bit lane of a vector of that type of bytes."""
+    lanes = DataType(dtype).lanes // 4
+    return T.reinterpret(T.broadcast(T.reinterpret(four, dtype="int32"), lanes), dtype=dtype)
 
 
 def broadcast_signed(x: Buffer, *start: Expr) -> Expr:

@@ -4,15 +4,20 @@ The same functions as in `maddubs.py`.
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
+from tvm import DataType
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
 from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
-from .avx2 import LANES, broadcast_signed, call, fp4_unsigned
+from .avx2 import INT8_OFFSET, LANES, broadcast_signed, call, fp4_unsigned
+
+VectorOf: TypeAlias = Callable[[Expr], Expr]  # of its number
 
 Q8_VECTORS = BLOCK // 4  # of a block of int8 weights in a panel
+MXFP4_PARTS = Q8_PARTS = BLOCK // 4  # of the sum of a block
 
 
 def mxfp4_sums(weights: Buffer, x: Buffer) -> Expr:
@@ -40,7 +45,7 @@ def q8_sums(weights: Buffer, x: Buffer) -> Expr:
     w + 128 is unsigned, and its bits are those of w with the highest one flipped; 128 times the
     sum of all x, which that adds, is taken off.
     """
-    offset = T.broadcast(T.uint8(128), BLOCK)
+    offset = T.broadcast(T.uint8(INT8_OFFSET), BLOCK)
     of_lanes = _dpbusd(_zero(), offset, x.vload([0], "int8x32"))
     reduce_add = T.llvm_lookup_intrinsic_id("llvm.vector.reduce.add")
     sums = -T.broadcast(T.call_llvm_pure_intrin(reduce_add, of_lanes, dtype="int32"), LANES)
@@ -51,20 +56,19 @@ def q8_sums(weights: Buffer, x: Buffer) -> Expr:
     return sums
 
 
-def mxfp4_dot(x: list[Expr], weights: list[Expr]) -> Expr:
-    """int32x8 from as many vectors of activations (uint8x32) as of weights (int8x32)."""
-    sums = _zero()
-    for unsigned, signed in zip(x, weights, strict=True):
-        sums = _dpbusd(sums, unsigned, signed)
-    return sums
+def dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Expr:
+    """`start` (int32) + the products of vector `part` of weights (uint8) and of activations (int8),
+    which may be of any width."""
+    return _dpbusd(start, weight_of(part), x_of(part))
 
 
-q8_dot = mxfp4_dot  # an int8 weight is a byte of a vector as it is
+mxfp4_dot_part = q8_dot_part = dot_part  # an int8 weight is a byte of a vector as it is
 
 
 def q8_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
-    """4 inputs of 8 rows as int8x32."""
-    return T.reinterpret(word_of(vector), dtype="int8x32")
+    """4 inputs of 8 rows as uint8x32, w + 128 each."""
+    word = T.reinterpret(word_of(vector), dtype="uint8x32")
+    return T.bitwise_xor(word, T.broadcast(T.uint8(INT8_OFFSET), BLOCK))
 
 
 def _zero() -> Expr:
@@ -72,5 +76,6 @@ def _zero() -> Expr:
 
 
 def _dpbusd(sums: Expr, unsigned: Expr, signed: Expr) -> Expr:
-    """LLVM encodes it as the target has it: with AVX-VNNI, or AVX512-VNNI for short vectors."""
-    return call("avx512.vpdpbusd.256", "int32x8", sums, unsigned, signed)
+    """LLVM encodes it as the target has it: with AVX-VNNI, or AVX512-VNNI."""
+    dtype = str(sums.ty)
+    return call(f"avx512.vpdpbusd.{DataType(dtype).lanes * 32}", dtype, sums, unsigned, signed)

@@ -1,19 +1,23 @@
 """Byte products by `maddubs` of AVX2: unsigned x signed bytes, neighbours added in int16.
 
 Each 32-bit lane of a vector is one row of weights and holds 4 consecutive inputs of it. The sums of
-a block (`*_sums`) read packed words; those of a panel (`*_dot`) unpacked vectors (`*_vector`).
+a block (`*_sums`) read packed words; those of a panel (`*_dot_part`) unpacked vectors (`*_vector`).
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
 from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
-from .avx2 import LANES, broadcast_signed, call, fp4_unsigned
+from .avx2 import INT8_OFFSET, LANES, broadcast_signed, call, fp4_unsigned
+
+VectorOf: TypeAlias = Callable[[Expr], Expr]  # of its number
 
 Q8_VECTORS = 2 * BLOCK // 4  # of a block of int8 weights in a panel: low digits, then high ones
+MXFP4_PARTS = Q8_PARTS = 2  # of the sum of a block
 
 
 def mxfp4_sums(weights: Buffer, x: Buffer) -> Expr:
@@ -54,50 +58,38 @@ def q8_sums(weights: Buffer, x: Buffer) -> Expr:
     return _total(sums)
 
 
-def mxfp4_dot(x: list[Expr], weights: list[Expr]) -> Expr:
-    """int32x8 from 8 vectors each of activations (uint8x32) and weights: four products of at most
-    2 x 255 x 12 fit in int16."""
-    pairs = [_products(a, w) for a, w in zip(x, weights, strict=True)]
-    return _widen(_total(pairs[:4])) + _widen(_total(pairs[4:]))
+def mxfp4_dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Expr:
+    """`start` (int32x8) + the products of 4 of the 8 vectors each of weights (uint8x32) and
+    activations (int8x32): four of at most 24 x 127 x 2 fit in int16."""
+    vectors = [part * 4 + i for i in range(4)]
+    return start + _widen(_total([_products(weight_of(v), x_of(v)) for v in vectors]))
 
 
 def q8_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
-    """A digit of 4 inputs of 8 rows as int8x32: an int8 is 16 x high + low, low in -8..7."""
+    """A digit of 4 inputs of 8 rows as uint8x32: w + 128 is 16 x high + low, each in 0..15."""
     word = T.reinterpret(word_of(vector % 8), dtype="uint8x32")
-
-    def constant(value: int) -> Expr:
-        return T.broadcast(T.uint8(value), 32)
-
-    low = T.bitwise_xor(T.bitwise_and(word, constant(15)), constant(8)) - constant(8)
-    floor = T.bitwise_and(_shifted_bytes(T.bitwise_xor(word, constant(128)), 4), constant(15))
-    carry = T.bitwise_and(_shifted_bytes(word, 3), constant(1))
-    high = floor - constant(8) + carry
-    return T.reinterpret(T.Select(vector < 8, low, high), dtype="int8x32")
+    unsigned = T.bitwise_xor(word, T.broadcast(T.uint8(INT8_OFFSET), 32))
+    shift = T.broadcast((vector // 8 * 4).astype("uint32"), LANES)  # bytes have no shift of theirs
+    shifted = T.shift_right(T.reinterpret(unsigned, dtype="uint32x8"), shift)
+    return T.bitwise_and(T.reinterpret(shifted, dtype="uint8x32"), T.broadcast(T.uint8(15), 32))
 
 
-def q8_dot(x: list[Expr], weights: list[Expr]) -> Expr:
-    """int32x8 from 8 vectors of activations (uint8x32), and of weights 8 of low and 8 of high
-    digits: sixteen products of at most 255 x 8 fit in int16."""
-    low, high = (
-        _total([_products(a, w) for a, w in zip(x, digits, strict=True)])
-        for digits in (weights[:8], weights[8:])
-    )
-    return _widen(low) + _widen(high, 16)
+def q8_dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Expr:
+    """`start` (int32x8) + the products of the low or the high digits of weights, 8 vectors each
+    (uint8x32), with 8 vectors of activations (int8x32): eight of at most 15 x 127 x 2 fit in
+    int16."""
+    products = [_products(weight_of(part * 8 + i), x_of(T.int32(i))) for i in range(8)]
+    return start + _widen(_total(products), T.Select(part == 0, T.int16(1), T.int16(16)))
 
 
 def _products(unsigned: Expr, signed: Expr) -> Expr:
     return call("avx2.pmadd.ub.sw", "int16x16", unsigned, signed)
 
 
-def _widen(pairs: Expr, factor: int = 1) -> Expr:
+def _widen(pairs: Expr, factor: int | Expr = 1) -> Expr:
     """Neighbouring int16 added to int32, times a factor."""
-    return call("avx2.pmadd.wd", "int32x8", pairs, T.broadcast(T.int16(factor), 16))
-
-
-def _shifted_bytes(x: Expr, count: int) -> Expr:
-    """Bytes have no shift of their own: what comes from the neighbour is for the caller to mask."""
-    shifted = T.shift_right(T.reinterpret(x, dtype="uint32x8"), T.broadcast(T.uint32(count), LANES))
-    return T.reinterpret(shifted, dtype="uint8x32")
+    factor = T.int16(factor) if isinstance(factor, int) else factor
+    return call("avx2.pmadd.wd", "int32x8", pairs, T.broadcast(factor, 16))
 
 
 def _total(terms: list[Expr]) -> Expr:

@@ -19,10 +19,11 @@ from ..formats import (
     sum_of_digits,
 )
 from ..records import Choose
-from .product import ROWS_TOGETHER, Product, whole_parts
+from .product import Product, whole_parts
 
 GROUPS_PER_PANEL = (1, 2, 4, 8)  # as many sums in registers: they hide each other's latency
 BLOCKS_PER_PANEL = (1, 2, 3, 4)
+ROWS_PER_PANEL = 64  # that an unpacked panel serves, at most
 
 
 def float_panels(product: Product, target: Target, choose: Choose) -> Stmt:
@@ -58,14 +59,14 @@ def float_panels(product: Product, target: Target, choose: Choose) -> Stmt:
             return whole.astype("float32") * xs[row, block]
         return xq[row, block, k].astype("float32") * xs[row, block]
 
-    next_run = product.next_run
+    next_run = product.next_run(ROWS_PER_PANEL)
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
         for task in T.parallel(T.int64(groups // num_groups)):
             panel = T.alloc_buffer((num_blocks, BLOCK, together, lanes), "float32")
-            x = T.alloc_buffer((ROWS_TOGETHER, num_blocks, BLOCK), "float32")
-            acc = T.alloc_buffer((ROWS_TOGETHER, together, lanes), "float32")
+            x = T.alloc_buffer((ROWS_PER_PANEL, num_blocks, BLOCK), "float32")
+            acc = T.alloc_buffer((ROWS_PER_PANEL, together, lanes), "float32")
             sums = T.alloc_buffer((together, lanes), "float32", scope="local")
             first = T.alloc_buffer((1,), "int64", scope="local")
             end = T.alloc_buffer((1,), "int64", scope="local")

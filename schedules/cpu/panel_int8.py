@@ -1,8 +1,8 @@
-"""Panels of bytes: each vector is the memory operand of a byte product with 4 activations, which
-stay in a register for all groups of the panel.
+"""Panels of bytes: each vector of weights is multiplied with 4 activations in every lane, some rows
+of activations by turns.
 
-Activations are made unsigned by adding 128. What that adds to a sum, 128 x the sum of the weights,
-is a product with activations of 128.
+Byte products want one factor unsigned: the panel holds weights plus an offset. What that adds to
+the sum of a row, offset x the sum of its activations, is taken off before the sum begins.
 """
 
 from tvm.ir import Expr
@@ -10,37 +10,48 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, Stmt
 
 from ...targets import Target
-from ..formats import BLOCK, half_e8m0_to_float32
+from ..formats import BLOCK, FP4_OFFSET, half_e8m0_to_float32
 from ..records import Choose
-from .avx2 import broadcast_four, mxfp4_vector, prefetch
+from .avx2 import INT8_OFFSET, LANES, broadcast_four, fp4_vector, prefetch
 from .instructions import INSTRUCTIONS
-from .product import ROWS_TOGETHER, Product, whole_parts
+from .product import Product, whole_parts
 
-GROUPS_PER_PANEL = (1, 2, 4, 8)
+GROUPS_PER_PANEL = (1, 2, 4, 8, 16)
 BLOCKS_PER_PANEL = (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 18)
-VECTORS = BLOCK // 4  # a vector holds 4 inputs of every column
+ROWS_PER_PANEL = (32, 64, 128, 256)  # that an unpacked panel serves, at most
+ROWS_BY_TURNS = (1, 2, 4)  # share a vector of weights in a register
 
 
 def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     """The body of a kernel on int8 activations."""
     assert target.int8_dot is not None
-    lanes, instructions = target.vector_lanes, INSTRUCTIONS[target.int8_dot]
-    xq, xs, words, scales, out = (
-        product.tensors[n] for n in ("xq", "xs", "words", "scales", "out")
+    instructions = INSTRUCTIONS[target.int8_dot]
+    xq, xs, xoffset, words, scales, out = (
+        product.tensors[n] for n in ("xq", "xs", "xoffset", "words", "scales", "out")
     )
-    groups, halves, num_rows = product.columns // lanes, product.halves, product.num_rows
-    num_groups = choose("groups_per_panel", *whole_parts(groups, GROUPS_PER_PANEL, 4 // halves))
+    groups, halves, num_rows = product.columns // LANES, product.halves, product.num_rows
+    # groups of columns side by side in a register
+    width = target.register_bits // 256 if groups % (target.register_bits // 256) == 0 else 1
+    lanes, bits = width * LANES, f"{width * 32}"
+    wanted = 4 * width // halves
+    counts = [count * width for count in GROUPS_PER_PANEL]
+    num_groups = choose("groups_per_panel", *whole_parts(groups, counts, wanted))
     num_blocks = choose("blocks_per_panel", *whole_parts(product.blocks, BLOCKS_PER_PANEL, 9))
-    together = num_groups * halves
+    most = choose("rows_per_panel", ROWS_PER_PANEL, 128)
+    turns = choose("rows_by_turns", ROWS_BY_TURNS, 1)
+    together = num_groups * halves // width  # vectors of columns
     fp4 = product.expert is not None
-    vector_of = mxfp4_vector if fp4 else instructions.q8_vector
-    dot = instructions.mxfp4_dot if fp4 else instructions.q8_dot
-    vectors = VECTORS if fp4 else instructions.Q8_VECTORS
-    lines = (BLOCK // 2 if fp4 else BLOCK) * lanes // 64  # of the cache, that a block fills
+    vector_of = fp4_vector if fp4 else instructions.q8_vector
+    dot_part = instructions.mxfp4_dot_part if fp4 else instructions.q8_dot_part
+    parts = instructions.MXFP4_PARTS if fp4 else instructions.Q8_PARTS
+    vectors = BLOCK // 4 if fp4 else instructions.Q8_VECTORS
+    lines = (BLOCK // 2 if fp4 else BLOCK) * LANES // 64  # of the cache, that a block fills
 
-    def weight_at(expert: Expr, task: Expr, r: Expr, block: Expr) -> tuple[Expr, ...]:
-        group = task * num_groups + r % num_groups
-        return product.weight_at(expert, r // num_groups, group, block)
+    def weight_at(expert: Expr, task: Expr, r: Expr, part: Expr, block: Expr) -> tuple[Expr, ...]:
+        """Part `part` of vector `r` of the panel."""
+        group = r * width + part
+        column_group = task * num_groups + group % num_groups
+        return product.weight_at(expert, group // num_groups, column_group, block)
 
     def unpacked(at: tuple[Expr, ...], vector: Expr) -> Expr:
         return vector_of(lambda word: words.vload([*at, word, 0], "uint32x8"), vector)
@@ -49,44 +60,50 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
         scale = scales[(*at, lane)]
         return half_e8m0_to_float32(scale) if fp4 else scale.astype("float32")
 
-    def product_of(x: list[Expr], panel: Buffer, b: Expr, r: Expr) -> Expr:
-        return dot(x, [panel.vload([b, r, v, 0], "int8x32") for v in range(vectors)])
+    def row_of(first: Expr, t: Expr) -> Expr:
+        """Rows beyond the last are computed as the last, and not kept."""
+        return T.min(first + t, num_rows - 1)
 
-    def correction_of(panel: Buffer, b: Expr, r: Expr) -> Expr:
-        return product_of([T.broadcast(T.uint8(128), 32)] * VECTORS, panel, b, r)
+    def start_of(row: Expr, block: Expr) -> Expr:
+        offset = xoffset[row, block]
+        if not fp4:
+            offset = T.truncdiv(offset, FP4_OFFSET) * INT8_OFFSET  # it is a multiple
+        return T.broadcast(-offset, lanes)
 
-    def term(
-        x: Buffer, x_scale: Expr, panel: Buffer, correction: Buffer, scale: Buffer, *at: Expr
-    ) -> Expr:
-        t, b, r = at
-        fours = [
-            broadcast_four(x.vload([t, b, 4 * v], "uint8x4"), "uint8x32") for v in range(VECTORS)
-        ]
-        total = product_of(fours, panel, b, r) - correction.vload([b, r, 0], "int32x8")
-        scale_of_both = scale.vload([b, r, 0], "float32x8") * T.broadcast(x_scale, lanes)
-        return total.astype("float32x8") * scale_of_both
+    def dot(total: Expr, panel: Buffer, row: Expr, block: Expr, *at: Expr) -> Expr:
+        b, r, part = at
 
-    next_run = product.next_run
+        def weight(vector: Expr) -> Expr:
+            return panel.vload([b, r, vector, 0], f"uint8x{bits}")
+
+        def four(vector: Expr) -> Expr:
+            return broadcast_four(xq.vload([row, block, vector * 4], "int8x4"), f"int8x{bits}")
+
+        return dot_part(total, weight, four, part)
+
+    def scaled(total: Expr, scale: Expr, row: Expr, block: Expr) -> Expr:
+        return total.astype(f"float32x{lanes}") * (scale * T.broadcast(xs[row, block], lanes))
+
+    next_run = product.next_run(most)
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
         for task in T.parallel(T.int64(groups // num_groups)):
-            panel = T.alloc_buffer((num_blocks, together, vectors, 32), "int8")
-            correction = T.alloc_buffer((num_blocks, together, lanes), "int32")
+            panel = T.alloc_buffer((num_blocks, together, vectors, width * 32), "uint8")
             scale = T.alloc_buffer((num_blocks, together, lanes), "float32")
-            x = T.alloc_buffer((ROWS_TOGETHER, num_blocks, BLOCK), "uint8")
-            acc = T.alloc_buffer((ROWS_TOGETHER, together, lanes), "float32")
-            sums = T.alloc_buffer((together, lanes), "float32", scope="local")
+            acc = T.alloc_buffer((most + turns, together, lanes), "float32")
+            sums = T.alloc_buffer((turns, together, lanes), "float32", scope="local")
+            total = T.alloc_buffer((turns, together, lanes), "int32", scope="local")
             first = T.alloc_buffer((1,), "int64", scope="local")
             end = T.alloc_buffer((1,), "int64", scope="local")
             end[0] = T.int64(0)
             while end[0] < num_rows:
                 next_run(first, end)
-                for t in range(end[0] - first[0]):
+                for t in range(end[0] - first[0] + (turns - 1)):
                     for r in T.unroll(together):
                         acc[t, r, 0:lanes] = T.broadcast(T.float32(0), lanes)
                 for chunk in range(T.int64(product.blocks // num_blocks)):
-                    for b, r in T.grid(num_blocks, together):
+                    for b, r, part in T.grid(num_blocks, together, width):
                         for line in T.unroll(lines):
                             T.evaluate(
                                 prefetch(
@@ -95,59 +112,81 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
                                         product.expert_of(first[0]),
                                         task,
                                         r,
+                                        part,
                                         (chunk + 1) * num_blocks + b,
                                     ),
                                     line,
                                 )
                             )
                         for v in T.unroll(vectors):
-                            panel[b, r, v, 0:32] = unpacked(
+                            panel[b, r, v, part * 32 : part * 32 + 32] = unpacked(
                                 weight_at(
-                                    product.expert_of(first[0]), task, r, chunk * num_blocks + b
+                                    product.expert_of(first[0]),
+                                    task,
+                                    r,
+                                    part,
+                                    chunk * num_blocks + b,
                                 ),
                                 v,
                             )
-                        correction[b, r, 0:lanes] = correction_of(panel, b, r)
-                        for lane in T.vectorized(lanes):
-                            scale[b, r, lane] = scale_of(
+                        for lane in T.vectorized(LANES):
+                            scale[b, r, part * LANES + lane] = scale_of(
                                 weight_at(
-                                    product.expert_of(first[0]), task, r, chunk * num_blocks + b
+                                    product.expert_of(first[0]),
+                                    task,
+                                    r,
+                                    part,
+                                    chunk * num_blocks + b,
                                 ),
                                 lane,
                             )
-                    for t, b in T.grid(end[0] - first[0], num_blocks):
-                        x[t, b, 0:BLOCK] = T.bitwise_xor(
-                            T.reinterpret(
-                                xq.vload([first[0] + t, chunk * num_blocks + b, 0], "int8x32"),
-                                dtype="uint8x32",
-                            ),
-                            T.broadcast(T.uint8(128), 32),
-                        )
-                    for t in range(end[0] - first[0]):
-                        for r in T.unroll(together):
-                            sums[r, 0:lanes] = acc.vload([t, r, 0], "float32x8")
-                        for b in range(num_blocks):
+                    for turn in range((end[0] - first[0] + (turns - 1)) // turns):
+                        for t in T.unroll(turns):
                             for r in T.unroll(together):
-                                sums[r, 0:lanes] = sums.vload([r, 0], "float32x8") + term(
-                                    x,
-                                    xs[first[0] + t, chunk * num_blocks + b],
-                                    panel,
-                                    correction,
-                                    scale,
-                                    t,
-                                    b,
-                                    r,
+                                sums[t, r, 0:lanes] = acc.vload(
+                                    [turn * turns + t, r, 0], f"float32x{lanes}"
                                 )
-                        for r in T.unroll(together):
-                            acc[t, r, 0:lanes] = sums.vload([r, 0], "float32x8")
+                        for b in range(num_blocks):
+                            for t in T.unroll(turns):
+                                for r in T.unroll(together):
+                                    total[t, r, 0:lanes] = start_of(
+                                        row_of(first[0], turn * turns + t), chunk * num_blocks + b
+                                    )
+                            for part in T.unroll(parts):
+                                for t in T.unroll(turns):
+                                    for r in T.unroll(together):
+                                        total[t, r, 0:lanes] = dot(
+                                            total.vload([t, r, 0], f"int32x{lanes}"),
+                                            panel,
+                                            row_of(first[0], turn * turns + t),
+                                            chunk * num_blocks + b,
+                                            b,
+                                            r,
+                                            part,
+                                        )
+                            for t in T.unroll(turns):
+                                for r in T.unroll(together):
+                                    sums[t, r, 0:lanes] = sums.vload(
+                                        [t, r, 0], f"float32x{lanes}"
+                                    ) + scaled(
+                                        total.vload([t, r, 0], f"int32x{lanes}"),
+                                        scale.vload([b, r, 0], f"float32x{lanes}"),
+                                        row_of(first[0], turn * turns + t),
+                                        chunk * num_blocks + b,
+                                    )
+                        for t in T.unroll(turns):
+                            for r in T.unroll(together):
+                                acc[turn * turns + t, r, 0:lanes] = sums.vload(
+                                    [t, r, 0], f"float32x{lanes}"
+                                )
                 for t in range(end[0] - first[0]):
-                    for r in T.unroll(num_groups):
+                    for r in T.unroll(num_groups // width):
                         for lane in T.vectorized(lanes):
-                            out[first[0] + t, (task * num_groups + r) * lanes + lane] = (
+                            out[first[0] + t, task * num_groups * LANES + r * lanes + lane] = (
                                 product.output(
                                     first[0] + t,
-                                    (task * num_groups + r) * lanes + lane,
-                                    lambda half: acc[t, half * num_groups + r, lane],
+                                    task * num_groups * LANES + r * lanes + lane,
+                                    lambda half: acc[t, half * (num_groups // width) + r, lane],
                                 )
                             )
 

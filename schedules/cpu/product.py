@@ -18,7 +18,6 @@ OPS = (
     "dense_q8",
     "dense_bf16",
 )
-ROWS_TOGETHER = 64  # rows of activations that share an unpacked panel, at most
 
 
 def whole_parts(count: int, candidates: Sequence[int], wanted: int) -> tuple[list[int], int]:
@@ -54,24 +53,24 @@ class Product:
             return (group, block)
         return (expert, half, group, block) if self.halves == 2 else (expert, group, block)
 
-    def continues(self, row: Expr, first: Expr) -> Expr:
-        """Whether `row` shares the weights of the rows from `first` on; past the last row too."""
-        more = T.And(row < self.num_rows, row - first < ROWS_TOGETHER)
+    def continues(self, row: Expr, first: Expr, most: int) -> Expr:
+        """Whether `row` is among the `most` rows from `first` on that share weights; past the last
+        row too."""
+        more = T.And(row < self.num_rows, row - first < most)
         if self.expert is None:
             return more
         bounded = T.min(row, self.num_rows - 1)
         return T.And(more, self.expert[bounded] == self.expert[first])
 
-    @property
-    def next_run(self) -> Callable[..., object]:
-        """Statements that set [first, end) to the rows after `end` that share weights."""
+    def next_run(self, most: int) -> Callable[..., object]:
+        """Statements that set [first, end) to the next rows, `most` at most, that share weights."""
         continues = self.continues
 
         @T.macro
         def next_run(first, end):  # type: ignore[no-untyped-def]
             first[0] = end[0]
             end[0] = first[0] + T.int64(1)
-            while continues(end[0], first[0]):
+            while continues(end[0], first[0], most):
                 end[0] += T.int64(1)
 
         return next_run  # type: ignore[no-any-return]
