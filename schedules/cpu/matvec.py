@@ -26,7 +26,7 @@ ROW_GROUPS_PER_TASK = (2, 4, 6, 8, 12, 16, 24, 32)
 BLOCKS = (("dense_q8", q8_block), ("_q8", mxfp4_block), ("_digits", mxfp4_digits_block))
 # Without blocks a group's sum is one chain of additions: some groups hide each other's latency.
 GROUPS_TOGETHER = (1, 2, 4, 8)
-PREFETCH_BYTES = (512, 1024, 2048, 4096)  # how far ahead of the products weights are fetched
+PREFETCH_BYTES = (512, 1024, 2048, 4096, 8192)  # how far ahead of the products weights are fetched
 
 
 def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -44,7 +44,7 @@ def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
     together = 1
     if block_of is None:
         together = choose("groups_together", *whole_parts(groups, GROUPS_TOGETHER, 4))
-    limit = choose("row_groups_per_task", ROW_GROUPS_PER_TASK, 12) // together
+    limit = choose("row_groups_per_task", ROW_GROUPS_PER_TASK, 8) // together
     per_task = max(d for d in range(1, max(1, limit) + 1) if groups // together % d == 0)
 
     activation, row = sch.get_loops(out)
@@ -83,19 +83,19 @@ def _schedule_blocks_of_32(
     dot = sch.get_sblock("dot")
     sch.compute_at(dot, inner[-1] if inner else block, preserve_unit_loops=True)
     sch.set_scope(dot, 0, "local")
-    _zero_first(sch, acc, block)
+    zero_first(sch, acc, block)
     lane, k = sch.get_loops(dot)[-2:]
     if target.int8_dot in INSTRUCTIONS:
-        _zero_first(sch, dot, lane)
+        zero_first(sch, dot, lane)
         lane = sch.get_loops(dot)[-2]
         instructions = INSTRUCTIONS[target.int8_dot]
-        distance = choose("prefetch_bytes", PREFETCH_BYTES, 1024)
+        distance = choose("prefetch_bytes", PREFETCH_BYTES, 2048)
         sch.tensorize(lane, block_of(instructions, distance))
     else:
         sch.reorder(k, lane)
         sch.vectorize(lane)
         sch.unroll(k)
-        _zero_first(sch, dot, k)
+        zero_first(sch, dot, k)
 
 
 def _schedule_inputs(sch: Schedule, acc: SBlockRV, target: Target) -> None:
@@ -105,10 +105,10 @@ def _schedule_inputs(sch: Schedule, acc: SBlockRV, target: Target) -> None:
     sch.reorder(k, member, lane)
     sch.unroll(member)
     sch.vectorize(lane)
-    _zero_first(sch, acc, k)
+    zero_first(sch, acc, k)
 
 
-def _zero_first(sch: Schedule, block: SBlockRV, loop: LoopRV) -> None:
+def zero_first(sch: Schedule, block: SBlockRV, loop: LoopRV) -> None:
     """Set the accumulators to zero before `loop`, in vectors."""
     init = sch.decompose_reduction(block, loop)
     lane = sch.get_loops(init)[-1]

@@ -27,6 +27,6 @@ def panel(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None
     product = Product(function)
     if isinstance(product.num_rows, tirx.IntImm) or product.columns % target.vector_lanes:
         return None
-    int8 = op.endswith("_q8") and target.int8_dot in INSTRUCTIONS
+    int8 = "xq" in product.tensors and target.int8_dot in INSTRUCTIONS
     panels = int8_panels if int8 else float_panels
     return Schedule(function.with_body(panels(product, target, choose)))

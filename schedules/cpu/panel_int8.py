@@ -2,7 +2,8 @@
 of activations by turns.
 
 Byte products want one factor unsigned: the panel holds weights plus an offset. What that adds to
-the sum of a row, offset x the sum of its activations, is taken off before the sum begins.
+the sum of a row, offset x the sum of its activations, is taken off before the sum begins. Digits of activations (of exact products) are summed one after the
+other, the highest first.
 """
 
 from tvm.ir import Expr
@@ -10,7 +11,7 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, Stmt
 
 from ...targets import Target
-from ..formats import BLOCK, FP4_OFFSET, half_e8m0_to_float32
+from ..formats import BLOCK, DIGIT, DIGITS, FP4_OFFSET, half_e8m0_to_float32
 from ..records import Choose
 from .avx2 import INT8_OFFSET, LANES, broadcast_four, fp4_vector, prefetch
 from .instructions import INSTRUCTIONS
@@ -20,10 +21,11 @@ GROUPS_PER_PANEL = (1, 2, 4, 8, 16)
 BLOCKS_PER_PANEL = (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 18)
 ROWS_PER_PANEL = (32, 64, 128, 256)  # that an unpacked panel serves, at most
 ROWS_BY_TURNS = (1, 2, 4)  # share a vector of weights in a register
+SUMS = 4  # vectors of them, for some rows and columns: they hide each other's latency
 
 
 def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
-    """The body of a kernel on int8 activations."""
+    """The body of a kernel on activations in int8, or in digits."""
     assert target.int8_dot is not None
     instructions = INSTRUCTIONS[target.int8_dot]
     xq, xs, xoffset, words, scales, out = (
@@ -33,14 +35,16 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     # groups of columns side by side in a register
     width = target.register_bits // 256 if groups % (target.register_bits // 256) == 0 else 1
     lanes, bits = width * LANES, f"{width * 32}"
-    wanted = 4 * width // halves
+    wanted = max(width, SUMS // halves)
     counts = [count * width for count in GROUPS_PER_PANEL]
     num_groups = choose("groups_per_panel", *whole_parts(groups, counts, wanted))
     num_blocks = choose("blocks_per_panel", *whole_parts(product.blocks, BLOCKS_PER_PANEL, 9))
     most = choose("rows_per_panel", ROWS_PER_PANEL, 128)
-    turns = choose("rows_by_turns", ROWS_BY_TURNS, 1)
     together = num_groups * halves // width  # vectors of columns
+    wanted = max(1, SUMS // together)
+    turns = choose("rows_by_turns", *whole_parts(max(ROWS_BY_TURNS), ROWS_BY_TURNS, wanted))
     fp4 = product.expert is not None
+    digits = DIGITS if len(xq.shape) == 4 else 1
     vector_of = fp4_vector if fp4 else instructions.q8_vector
     dot_part = instructions.mxfp4_dot_part if fp4 else instructions.q8_dot_part
     parts = instructions.MXFP4_PARTS if fp4 else instructions.Q8_PARTS
@@ -64,20 +68,23 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
         """Rows beyond the last are computed as the last, and not kept."""
         return T.min(first + t, num_rows - 1)
 
-    def start_of(row: Expr, block: Expr) -> Expr:
+    def begin(total: Expr, digit: Expr, row: Expr, block: Expr) -> Expr:
+        """What a digit adds to: the sum of those before, and with the last the offset."""
         offset = xoffset[row, block]
         if not fp4:
             offset = T.truncdiv(offset, FP4_OFFSET) * INT8_OFFSET  # it is a multiple
-        return T.broadcast(-offset, lanes)
+        start = T.Select(digit == digits - 1, -offset, T.int32(0))
+        return total * T.broadcast(T.int32(DIGIT), lanes) + T.broadcast(start, lanes)
 
     def dot(total: Expr, panel: Buffer, row: Expr, block: Expr, *at: Expr) -> Expr:
-        b, r, part = at
+        b, r, digit, part = at
+        block_of_x = (row, block, digit) if digits > 1 else (row, block)
 
         def weight(vector: Expr) -> Expr:
             return panel.vload([b, r, vector, 0], f"uint8x{bits}")
 
         def four(vector: Expr) -> Expr:
-            return broadcast_four(xq.vload([row, block, vector * 4], "int8x4"), f"int8x{bits}")
+            return broadcast_four(xq.vload([*block_of_x, vector * 4], "int8x4"), f"int8x{bits}")
 
         return dot_part(total, weight, four, part)
 
@@ -149,21 +156,29 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
                         for b in range(num_blocks):
                             for t in T.unroll(turns):
                                 for r in T.unroll(together):
-                                    total[t, r, 0:lanes] = start_of(
-                                        row_of(first[0], turn * turns + t), chunk * num_blocks + b
-                                    )
-                            for part in T.unroll(parts):
+                                    total[t, r, 0:lanes] = T.broadcast(T.int32(0), lanes)
+                            for digit in T.unroll(digits):
                                 for t in T.unroll(turns):
                                     for r in T.unroll(together):
-                                        total[t, r, 0:lanes] = dot(
+                                        total[t, r, 0:lanes] = begin(
                                             total.vload([t, r, 0], f"int32x{lanes}"),
-                                            panel,
+                                            digit,
                                             row_of(first[0], turn * turns + t),
                                             chunk * num_blocks + b,
-                                            b,
-                                            r,
-                                            part,
                                         )
+                                for part in T.unroll(parts):
+                                    for t in T.unroll(turns):
+                                        for r in T.unroll(together):
+                                            total[t, r, 0:lanes] = dot(
+                                                total.vload([t, r, 0], f"int32x{lanes}"),
+                                                panel,
+                                                row_of(first[0], turn * turns + t),
+                                                chunk * num_blocks + b,
+                                                b,
+                                                r,
+                                                digit,
+                                                part,
+                                            )
                             for t in T.unroll(turns):
                                 for r in T.unroll(together):
                                     sums[t, r, 0:lanes] = sums.vload(
