@@ -23,7 +23,6 @@ from .bench_machine import (
     cpu_name,
     memory_bytes,
     process_bytes,
-    read_bandwidth,
     source_commit,
     versions,
 )
@@ -101,9 +100,11 @@ def bench(
     variant = model.variant
     del model  # its memory, and the memory of what follows, are not each other's
     say("read bandwidth")
+    from .bench_bandwidth import read_bandwidth  # imports the compiler: after memory was read
+
     bandwidth = read_bandwidth()
     say("int8 peak")
-    from .bench_int8 import int8_peak, token_macs  # imports the compiler: after memory was read
+    from .bench_int8 import int8_peak, token_macs
 
     full_kv_bytes, sliding_kv_bytes = kv_bytes(manifest)
     return Report(

@@ -18,7 +18,6 @@ from .runtime.machine import physical_cores
 from .schedules.cpu.avx2 import LANES, call
 from .schedules.formats import FP4_PER_WORD, INT8_PER_WORD
 
-VECTOR_MACS = 4 * LANES  # of a 32-byte vector, which is what our kernels use
 STEPS = 1 << 22  # of every chain in one run: some 30 ms
 
 
@@ -27,7 +26,7 @@ class _Loop:
     """One step of a sum that waits only for itself: (weights, sum) -> the next sum.
 
     `chains`: of such sums, enough to hide how long a step takes, few enough for 16 registers.
-    `vectors`: of 32 bytes that a step multiplies.
+    `vectors`: that a step multiplies.
     """
 
     chains: int
@@ -38,10 +37,10 @@ class _Loop:
 def int8_peak() -> float | None:
     """Multiply-adds of bytes a second that all cores together can do, with nothing to load.
 
-    The instructions are those that our MXFP4 kernels multiply with: `dpbusd`, or with `maddubs` per
-    256 multiply-adds 8 products of 32 bytes whose pairs are summed in int16, 6 sums of those, 2
-    widened to int32 and 2 added up. The look-ups and scales that a kernel needs beside them are not
-    in it. None for a machine that has another instruction, or none.
+    The instructions are those that our MXFP4 kernels multiply with: `dpbusd` in whole registers, or
+    with `maddubs` per 256 multiply-adds 8 products of 32 bytes whose pairs are summed in int16, 6
+    sums of those, 2 widened to int32 and 2 added up. The look-ups and scales that a kernel needs
+    beside them are not in it. None for a machine that has another instruction, or none.
     """
     try:
         target = targets.of_this_machine()
@@ -50,14 +49,15 @@ def int8_peak() -> float | None:
     loop = LOOPS.get(target.int8_dot or "")
     if loop is None:
         return None
-    function = tvm.compile(_module(loop), target=tvm.target.Target(target.tvm))["main"]
-    weights = np.arange(loop.vectors * VECTOR_MACS, dtype=np.uint8).reshape(loop.vectors, -1) % 25
+    lanes = target.register_bits // 32
+    function = tvm.compile(_module(loop, lanes), target=tvm.target.Target(target.tvm))["main"]
+    weights = np.arange(loop.vectors * lanes * 4, dtype=np.uint8).reshape(loop.vectors, -1) % 25
     parts = [
-        (tvm.runtime.tensor(weights), tvm.runtime.tensor(np.empty(loop.chains * LANES, np.int32)))
+        (tvm.runtime.tensor(weights), tvm.runtime.tensor(np.empty(loop.chains * lanes, np.int32)))
         for _ in range(physical_cores())
     ]
     seconds = best_seconds(lambda part: function(*part), parts)
-    return len(parts) * STEPS * loop.chains * loop.vectors * VECTOR_MACS / seconds
+    return len(parts) * STEPS * loop.chains * loop.vectors * lanes * 4 / seconds
 
 
 def token_macs(manifest: Manifest) -> int:
@@ -95,26 +95,24 @@ def _of_experts(weight: Tensor) -> bool:
     return ".gate_up." in weight.name or ".down." in weight.name
 
 
-def _module(loop: _Loop) -> ir.IRModule:
-    """weights [vectors, 32] uint8 -> sums [chains * 8] int32."""
-    chains = loop.chains
+def _module(loop: _Loop, lanes: int) -> ir.IRModule:
+    """weights [vectors, lanes * 4] uint8 -> sums [chains * lanes] int32."""
+    chains, dtype = loop.chains, f"int32x{lanes}"
 
     @T.prim_func(s_tir=True)
     def main(
-        weights: T.Buffer((loop.vectors, VECTOR_MACS), "uint8"),
-        out: T.Buffer((chains * LANES,), "int32"),
+        weights: T.Buffer((loop.vectors, lanes * 4), "uint8"),
+        out: T.Buffer((chains * lanes,), "int32"),
     ) -> None:
         T.func_attr({"tirx.noalias": True})  # else the weights would be loaded again each time
-        sums = T.alloc_buffer((chains * LANES,), "int32", scope="local")
+        sums = T.alloc_buffer((chains, lanes), "int32", scope="local")
         for chain in T.unroll(chains):
-            sums[chain * LANES : chain * LANES + LANES] = T.broadcast(chain, LANES)
+            sums[chain, 0:lanes] = T.broadcast(chain, lanes)
         for _ in range(STEPS):
             for chain in T.unroll(chains):
-                sums[chain * LANES : chain * LANES + LANES] = loop.step(
-                    weights, sums.vload([chain * LANES], "int32x8")
-                )
+                sums[chain, 0:lanes] = loop.step(weights, sums.vload([chain, 0], dtype))
         for chain in T.unroll(chains):
-            out[chain * LANES : chain * LANES + LANES] = sums.vload([chain * LANES], "int32x8")
+            out[chain * lanes : chain * lanes + lanes] = sums.vload([chain, 0], dtype)
 
     return ir.IRModule({"main": main})
 
@@ -131,8 +129,10 @@ def _maddubs(weights: Buffer, total: Expr) -> Expr:
 
 
 def _dpbusd(weights: Buffer, total: Expr) -> Expr:
-    w = weights.vload([0, 0], "uint8x32")
-    return call("avx512.vpdpbusd.256", "int32x8", total, w, T.reinterpret(w, dtype="int8x32"))
+    num_bytes = weights.shape[1]
+    w = weights.vload([0, 0], f"uint8x{num_bytes}")
+    signed = T.reinterpret(w, dtype=f"int8x{num_bytes}")
+    return call(f"avx512.vpdpbusd.{num_bytes * 8}", str(total.ty), total, w, signed)
 
 
 LOOPS = {"maddubs": _Loop(8, 4, _maddubs), "dpbusd": _Loop(12, 1, _dpbusd)}

@@ -13,20 +13,9 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .runtime.machine import physical_cores
 
-BANDWIDTH_BYTES = 1 << 30  # read from memory, far beyond the caches
 LEAST_CPU_SECONDS = 1  # the system counts in ticks of 10 ms
 REPEATS = 5  # the best of them counts: a limit is what was possible
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that all cores together read from memory."""
-    cores = physical_cores()
-    parts = [np.empty(BANDWIDTH_BYTES // cores // 8, np.uint64) for _ in range(cores)]
-    with ThreadPoolExecutor(cores) as pool:  # where a page lies is up to who writes it first
-        list(pool.map(lambda part: part.fill(1), parts))
-    return cores * parts[0].nbytes / best_seconds(np.add.reduce, parts)
 
 
 def best_seconds(work: Callable[[Any], object], parts: Sequence[Any]) -> float:

@@ -2,8 +2,8 @@
 of activations by turns.
 
 Byte products want one factor unsigned: the panel holds weights plus an offset. What that adds to
-the sum of a row, offset x the sum of its activations, is taken off before the sum begins. Digits of activations (of exact products) are summed one after the
-other, the highest first.
+the sum of a row, offset x the sum of its activations, is taken off before the sum begins. Digits
+of activations (of exact products) are summed one after the other, the highest first.
 """
 
 from tvm.ir import Expr
