@@ -24,6 +24,7 @@ def timed_inputs(plan: Plan) -> list[Arrays]:
     """
     turns, share = count_turns(plan.arguments)
     copies = [[make_array(a, a.shape) for a in plan.arguments]]
+    _set_offsets(plan.arguments, copies[0])
     for _ in range(1, math.ceil(turns * share)):
         pairs = zip(plan.arguments, copies[0], strict=True)
         copies.append([array if a.written else aligned_copy(array) for a, array in pairs])
@@ -57,7 +58,20 @@ def checked_inputs(plan: Plan, timed: Sequence[np.ndarray]) -> Arrays:
         elif argument.written or argument.check_shape != argument.shape:
             array = make_array(argument, argument.check_shape)
         arrays.append(array)
+    _set_offsets(plan.arguments, arrays)
     return arrays
+
+
+def _set_offsets(arguments: Sequence[Argument], arrays: Arrays) -> None:
+    """Of every row and block `high` x the sum of the whole numbers that the int8 argument holds:
+    numbers of one digit, or on its last axis but one their digits to the base `low`."""
+    for argument, offsets in zip(arguments, arrays, strict=True):
+        if argument.fill == "offsets":
+            numbers = next(a for a in arrays if a.dtype == np.int8).astype(np.int32)
+            if numbers.ndim > offsets.ndim + 1:
+                places = argument.low ** np.arange(numbers.shape[-2])[::-1, None]
+                numbers = np.sum(numbers * places, axis=-2)
+            offsets[...] = argument.high * numbers.sum(axis=-1)
 
 
 def make_array(argument: Argument, shape: tuple[int, ...]) -> np.ndarray:
@@ -66,6 +80,8 @@ def make_array(argument: Argument, shape: tuple[int, ...]) -> np.ndarray:
     if argument.fill == "output":
         array.fill(np.nan if array.dtype.kind == "f" else np.iinfo(array.dtype).min)
         return array
+    if argument.fill == "offsets":
+        return array  # for `_set_offsets`, which knows the numbers
     if argument.fill == "experts":
         return _experts(argument, shape, 0)
     seed = list(argument.name.encode())

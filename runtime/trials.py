@@ -22,8 +22,9 @@ PLAN = "plan.json"
 RESULTS = "results.json"
 DTYPES = ("float32", "float16", "int8", "int32", "uint8", "uint16", "uint32")
 # What an argument holds. "integers": from `low` up to, not including, `high`; "experts": one of
-# `high` experts a row; "output": nothing yet; "small": the scales of int8 weights.
-FILLS = ("bits", "bfloat16", "experts", "integers", "normal", "output", "small")
+# `high` experts a row; "offsets": see `inputs._set_offsets`; "output": nothing yet; "small": the
+# scales of int8 weights.
+FILLS = ("bits", "bfloat16", "experts", "integers", "normal", "offsets", "output", "small")
 MAX_BYTES = 2 << 30  # of all arguments together
 
 
@@ -105,6 +106,7 @@ def read_plan(folder: Path) -> Plan:
         texts = (plan.target, plan.variant, plan.system, plan.architecture, plan.key)
         _check(all(isinstance(text, str) for text in (*texts, *plan.cpu_features)), "names")
         _check(plan.candidates and any(a.written for a in plan.arguments), "candidates, outputs")
+        _check_offsets(plan.arguments)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         _damaged(file, "the fields of a plan", repr(error))
     num_bytes = sum(max(a.num_bytes(a.shape), a.num_bytes(a.check_shape)) for a in plan.arguments)
@@ -201,6 +203,21 @@ def _argument(fields: dict[str, Any]) -> Argument:
     if argument.fill in ("integers", "experts"):
         _check(argument.low < argument.high, f"bounds {bounds!r}")
     return argument
+
+
+def _check_offsets(arguments: tuple[Argument, ...]) -> None:
+    """Those that sum int8 numbers need some, and one for each of their rows and blocks."""
+    numbers = next((a for a in arguments if a.dtype == "int8"), None)
+    for argument in arguments:
+        if argument.fill == "offsets":
+            shapes = (
+                [(argument.shape, numbers.shape), (argument.check_shape, numbers.check_shape)]
+                if numbers is not None
+                else [((), ())]
+            )
+            for offsets, of in shapes:
+                _check(offsets == of[: len(offsets)] != (), f"offsets {offsets} of {of}")
+                _check(len(of) - len(offsets) in (1, 2), f"offsets {offsets} of {of}")
 
 
 def _candidate(fields: dict[str, Any]) -> Candidate:

@@ -15,7 +15,7 @@ from ..importer.config import ModelConfig
 from ..importer.graph import DEFAULT_CHUNK, build_graph
 from ..passes.pack_weights import pack_weights
 from ..runtime.trials import Argument
-from ..schedules.formats import DIGIT
+from ..schedules.formats import DIGIT, FP4_OFFSET
 from ..schedules.records import kernel_key
 from ..schedules.rule import schedule
 from ..targets import Target
@@ -140,7 +140,7 @@ def _fill(
         if name == "position":
             return "integers", position, position + 1
         assert name == "xoffset", f"{name}: say here which int32 values it may hold"
-        return "integers", -6000, 6001
+        return "offsets", DIGIT, FP4_OFFSET
     if dtype == "uint8":
         return "integers", 116, 122  # e8m0: 2^-11 to 2^-6
     if dtype == "int8":
