@@ -8,7 +8,7 @@ import numpy as np
 from .device import aligned_copy, aligned_empty
 from .trials import Argument, Plan
 
-COLD_BYTES = 1 << 30  # read between two calls that read the same weights: beyond all caches
+COLD_BYTES = 512 << 20  # read between two calls that read the same weights: beyond all caches
 MAX_COPIED_BYTES = 1200 << 20  # of all copies of the arguments, unless one alone is larger
 MAX_TURNS = 1024
 RANDOM_ELEMENTS = (1 << 20) - 3  # then they repeat; odd, so that rows differ
