@@ -21,7 +21,6 @@ GROUPS_PER_PANEL = (1, 2, 4, 8, 16)
 BLOCKS_PER_PANEL = (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 18)
 ROWS_PER_PANEL = (32, 64, 128, 256)  # that an unpacked panel serves, at most
 ROWS_BY_TURNS = (1, 2, 4)  # share a vector of weights in a register
-SUMS = 4  # vectors of them, for some rows and columns: they hide each other's latency
 
 
 def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
@@ -35,13 +34,14 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     # groups of columns side by side in a register
     width = target.register_bits // 256 if groups % (target.register_bits // 256) == 0 else 1
     lanes, bits = width * LANES, f"{width * 32}"
-    wanted = max(width, SUMS // halves)
+    num_sums = target.num_registers // 4  # in registers: they hide each other's latency
+    wanted = max(width, num_sums // halves)
     counts = [count * width for count in GROUPS_PER_PANEL]
     num_groups = choose("groups_per_panel", *whole_parts(groups, counts, wanted))
     num_blocks = choose("blocks_per_panel", *whole_parts(product.blocks, BLOCKS_PER_PANEL, 9))
     most = choose("rows_per_panel", ROWS_PER_PANEL, 128)
     together = num_groups * halves // width  # vectors of columns
-    wanted = max(1, SUMS // together)
+    wanted = max(1, num_sums // together)
     turns = choose("rows_by_turns", *whole_parts(max(ROWS_BY_TURNS), ROWS_BY_TURNS, wanted))
     fp4 = product.expert is not None
     digits = DIGITS if len(xq.shape) == 4 else 1
