@@ -13,7 +13,7 @@ import pytest
 import tvm
 from artifacts import copy_artifact, reseal
 
-from osscompile import bench_int8, bench_machine, bench_plot, cli
+from osscompile import bench_bandwidth, bench_int8, bench_machine, bench_plot, cli
 from osscompile.bench import bench, kv_bytes
 from osscompile.bench_int8 import token_macs
 from osscompile.bench_report import (
@@ -126,7 +126,7 @@ def test_number_has_three_digits_or_all_before_the_point(value: float, text: str
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits of the machine that nobody looks at."""
-    monkeypatch.setattr(bench_machine, "BANDWIDTH_BYTES", 1 << 24)
+    monkeypatch.setattr(bench_bandwidth, "READ_BYTES", 1 << 24)
 
 
 @pytest.mark.usefixtures("quick")
@@ -164,18 +164,32 @@ def test_int8_loop_does_the_products_that_are_counted(
     if this_machine.int8_dot not in bench_int8.LOOPS:
         pytest.skip("no loop for this machine's int8 instruction")
     monkeypatch.setattr(bench_int8, "STEPS", 3)
-    loop = bench_int8.LOOPS[this_machine.int8_dot]
-    weights = np.random.default_rng(0).integers(0, 25, (loop.vectors, 32), dtype=np.uint8)
-    expected = np.repeat(np.arange(loop.chains, dtype=np.int32), 8)
+    loop, lanes = bench_int8.LOOPS[this_machine.int8_dot], this_machine.register_bits // 32
+    weights = np.random.default_rng(0).integers(0, 25, (loop.vectors, lanes * 4), dtype=np.uint8)
+    expected = np.repeat(np.arange(loop.chains, dtype=np.int32), lanes)
     for _ in range(3):
-        bytes_of_sums = expected.view(np.int8).reshape(loop.chains, 1, 32)
-        x = bytes_of_sums if this_machine.int8_dot == "maddubs" else weights[None]
+        x = np.repeat(weights[None], loop.chains, axis=0)
+        if this_machine.int8_dot == "maddubs":
+            x = expected.view(np.int8).reshape(loop.chains, 1, lanes * 4)
         products = x.astype(np.int32) * weights
         expected = expected + products.sum(axis=1).reshape(-1, 4).sum(axis=1, dtype=np.int32)
     target = tvm.target.Target(this_machine.tvm)
     sums = tvm.runtime.tensor(np.zeros_like(expected))
-    tvm.compile(bench_int8._module(loop), target=target)["main"](tvm.runtime.tensor(weights), sums)
+    module = bench_int8._module(loop, lanes)
+    tvm.compile(module, target=target)["main"](tvm.runtime.tensor(weights), sums)
     np.testing.assert_array_equal(sums.numpy(), expected)
+
+
+def test_bandwidth_loop_reads_everything(this_machine: Target) -> None:
+    lines = 40  # few, so that it fetches beyond the end
+    shape = (bench_bandwidth.STREAMS, lines, bench_bandwidth.LANES)
+    data = np.random.default_rng(0).integers(0, 1 << 32, shape, dtype=np.uint32)
+    sums = tvm.runtime.tensor(np.zeros(bench_bandwidth.LANES, np.uint32))
+    target = tvm.target.Target(this_machine.tvm)
+    for distance in bench_bandwidth.PREFETCH_BYTES:
+        module = bench_bandwidth._module(distance, lines)
+        tvm.compile(module, target=target)["main"](tvm.runtime.tensor(data), sums)
+        np.testing.assert_array_equal(sums.numpy(), data.sum(axis=(0, 1), dtype=np.uint32))
 
 
 def test_other_processes_are_seen_and_our_own_are_not() -> None:
