@@ -41,7 +41,7 @@ def _schedule_stage(sch: Schedule, block: SBlockRV, target: Target) -> None:
         if last == loops[-1] and len(spatial) > 1:
             *_, lane = sch.split(last, [None, target.vector_lanes])
             sch.vectorize(lane)
-        elif last == loops[-2]:
+        elif last != loops[-1] and last == loops[-2]:
             shares = _reduce_in_lanes(sch, block, len(spatial), target)
     if symbolic or elements >= MIN_PARALLEL_ELEMENTS:
         sch.parallel(first)
