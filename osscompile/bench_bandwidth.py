@@ -1,6 +1,7 @@
 """How fast the machine reads memory: no decode step can be faster than its bytes take."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import tvm
@@ -30,22 +31,16 @@ def read_bandwidth() -> float:
     parts = [aligned_empty((STREAMS, lines, LANES), np.dtype(np.uint32)) for _ in range(cores)]
     with ThreadPoolExecutor(cores) as pool:  # where a page lies is up to who writes it first
         list(pool.map(lambda part: part.fill(1), parts))
-    best = best_seconds(np.add.reduce, [part.reshape(-1).view(np.uint64) for part in parts])
-    for distance in PREFETCH_BYTES:
-        best = min(best, _seconds(distance, lines, parts))
+    best = best_seconds(np.add.reduce, [(part.reshape(-1).view(np.uint64),) for part in parts])
+    with suppress(targets.TargetError):
+        target = tvm.target.Target(targets.of_this_machine().tvm)
+        tensors = [
+            (tensor(part), tensor(aligned_empty((LANES,), np.dtype(np.uint32)))) for part in parts
+        ]
+        for distance in PREFETCH_BYTES:
+            function = tvm.compile(_module(distance, lines), target)["main"]
+            best = min(best, best_seconds(function, tensors))
     return cores * parts[0].nbytes / best
-
-
-def _seconds(distance: int, lines: int, parts: list[np.ndarray]) -> float:
-    try:
-        target = targets.of_this_machine()
-    except targets.TargetError:
-        return float("inf")
-    function = tvm.compile(_module(distance, lines), tvm.target.Target(target.tvm))["main"]
-    tensors = [
-        (tensor(part), tensor(aligned_empty((LANES,), np.dtype(np.uint32)))) for part in parts
-    ]
-    return best_seconds(lambda part: function(*part), tensors)
 
 
 def _module(distance: int, lines: int) -> ir.IRModule:

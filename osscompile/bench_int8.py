@@ -15,7 +15,7 @@ from . import targets
 from .bench_machine import best_seconds
 from .runtime.artifact import Manifest, Tensor
 from .runtime.machine import physical_cores
-from .schedules.cpu.avx2 import LANES, call
+from .schedules.cpu import dpbusd, maddubs
 from .schedules.formats import FP4_PER_WORD, INT8_PER_WORD
 
 STEPS = 1 << 22  # of every chain in one run: some 30 ms
@@ -56,7 +56,7 @@ def int8_peak() -> float | None:
         (tvm.runtime.tensor(weights), tvm.runtime.tensor(np.empty(loop.chains * lanes, np.int32)))
         for _ in range(physical_cores())
     ]
-    seconds = best_seconds(lambda part: function(*part), parts)
+    seconds = best_seconds(function, parts)
     return len(parts) * STEPS * loop.chains * loop.vectors * lanes * 4 / seconds
 
 
@@ -118,21 +118,20 @@ def _module(loop: _Loop, lanes: int) -> ir.IRModule:
 
 
 def _maddubs(weights: Buffer, total: Expr) -> Expr:
-    """The sum is its own activations, so that no product can leave the loop. Four products of at
-    most 2 x 24 x 127 fit in int16."""
+    """The sum is its own activations, so that no product can leave the loop."""
     x = T.reinterpret(total, dtype="int8x32")
-    products = [
-        call("avx2.pmadd.ub.sw", "int16x16", weights.vload([i, 0], "uint8x32"), x) for i in range(4)
-    ]
-    pairs = products[0] + products[1] + products[2] + products[3]
-    return total + call("avx2.pmadd.wd", "int32x8", pairs, T.broadcast(T.int16(1), 2 * LANES))
+
+    def weight(vector: Expr) -> Expr:
+        return weights.vload([vector, 0], "uint8x32")
+
+    return maddubs.mxfp4_dot_part(total, weight, lambda vector: x, T.int32(0))
 
 
 def _dpbusd(weights: Buffer, total: Expr) -> Expr:
     num_bytes = weights.shape[1]
     w = weights.vload([0, 0], f"uint8x{num_bytes}")
     signed = T.reinterpret(w, dtype=f"int8x{num_bytes}")
-    return call(f"avx512.vpdpbusd.{num_bytes * 8}", str(total.ty), total, w, signed)
+    return dpbusd.mxfp4_dot_part(total, lambda vector: w, lambda vector: signed, T.int32(0))
 
 
 LOOPS = {"maddubs": _Loop(8, 4, _maddubs), "dpbusd": _Loop(12, 1, _dpbusd)}

@@ -18,13 +18,13 @@ LEAST_CPU_SECONDS = 1  # the system counts in ticks of 10 ms
 REPEATS = 5  # the best of them counts: a limit is what was possible
 
 
-def best_seconds(work: Callable[[Any], object], parts: Sequence[Any]) -> float:
-    """Of `work` on all parts at once, a thread each; it must let go of Python's lock."""
+def best_seconds(work: Callable[..., object], parts: Sequence[tuple[Any, ...]]) -> float:
+    """Of `work(*part)` on all parts at once, a thread each; it must let go of Python's lock."""
     best = float("inf")
     with ThreadPoolExecutor(len(parts)) as pool:
         for _ in range(REPEATS):
             start = time.perf_counter()
-            list(pool.map(work, parts))
+            list(pool.map(lambda part: work(*part), parts))
             best = min(best, time.perf_counter() - start)
     return best
 

@@ -210,14 +210,13 @@ def _check_offsets(arguments: tuple[Argument, ...]) -> None:
     numbers = next((a for a in arguments if a.dtype == "int8"), None)
     for argument in arguments:
         if argument.fill == "offsets":
-            shapes = (
-                [(argument.shape, numbers.shape), (argument.check_shape, numbers.check_shape)]
-                if numbers is not None
-                else [((), ())]
-            )
-            for offsets, of in shapes:
-                _check(offsets == of[: len(offsets)] != (), f"offsets {offsets} of {of}")
-                _check(len(of) - len(offsets) in (1, 2), f"offsets {offsets} of {of}")
+            if numbers is None:
+                raise ValueError("offsets without numbers")
+            for shape, of in (
+                (argument.shape, numbers.shape),
+                (argument.check_shape, numbers.check_shape),
+            ):
+                _check(shape and shape in (of[:-1], of[:-2]), f"offsets {shape} of {of}")
 
 
 def _candidate(fields: dict[str, Any]) -> Candidate:

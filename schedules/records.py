@@ -23,7 +23,11 @@ Choose: TypeAlias = Callable[[str, Sequence[int], int], int]
 
 def recorded(function: PrimFunc, target: Target) -> Choose:
     """Answers from the record of this kernel on this target, else with the default."""
-    record = _records(records_file(target)).get(kernel_key(function), {})
+    return answering(load_records(target).get(kernel_key(function), {}))
+
+
+def answering(record: dict[str, int]) -> Choose:
+    """Answers from a record where it has one that is a candidate, else with the default."""
 
     def choose(name: str, candidates: Sequence[int], default: int) -> int:
         assert default in candidates, (name, default, candidates)
@@ -40,6 +44,11 @@ def kernel_key(function: PrimFunc) -> str:
         extents = (str(e.value) if isinstance(e, tirx.IntImm) else "n" for e in parameter.shape)
         parameters.append(f"{parameter.dtype}[{','.join(extents)}]")
     return " ".join([str(function.attrs["op"]), *parameters])
+
+
+def load_records(target: Target) -> dict[str, dict[str, int]]:
+    """Constants by kernel; none if the variant was not tuned."""
+    return _records(records_file(target))
 
 
 def records_file(target: Target) -> Path:

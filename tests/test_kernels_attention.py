@@ -122,6 +122,14 @@ class Layer:
         out = kernel(queries, self.keys, self.values, self.sinks, int32(position))
         return out.reshape(len(qkv), heads, head_dim)
 
+    def check_in_parts(self, seed: int) -> None:
+        """140 tokens, 20 at a time, and one more."""
+        qkv = self.tokens(seed, 141)
+        expected = self.expected(qkv)
+        for start in range(0, 140, 20):
+            assert_close(self.run(qkv[start : start + 20], start), expected[start : start + 20])
+        assert_close(self.run(qkv[140:], 140, DECODE), expected[140:])
+
     def expected(self, qkv: Array) -> F64:
         """For all tokens from position 0 on."""
         q, k, v = split_qkv(qkv, *self.sizes)
@@ -256,11 +264,7 @@ def test_attention_with_scores_far_apart() -> None:
 @both_dtypes
 def test_attention_under_the_fallback_rule(window: int | None, dtype: str) -> None:
     layer = Layer(window, dtype, capacity=192 if window else 264, rule=loops)
-    qkv = layer.tokens(18, 141)
-    expected = layer.expected(qkv)
-    for start in range(0, 140, 20):
-        assert_close(layer.run(qkv[start : start + 20], start), expected[start : start + 20])
-    assert_close(layer.run(qkv[140:], 140, DECODE), expected[140:])
+    layer.check_in_parts(18)
 
 
 @pytest.mark.parametrize("head_dim", [4, 12])
@@ -276,8 +280,4 @@ def test_attention_of_heads_that_do_not_fill_vectors(head_dim: int) -> None:
 def test_attention_of_other_variants(window: int | None, variant: Target) -> None:
     sizes = {"heads": 16, "kv_heads": 2, "head_dim": 64}
     layer = Layer(window, "float16", capacity=192 if window else 264, target=variant, **sizes)
-    qkv = layer.tokens(20, 141)
-    expected = layer.expected(qkv)
-    for start in range(0, 140, 20):
-        assert_close(layer.run(qkv[start : start + 20], start), expected[start : start + 20])
-    assert_close(layer.run(qkv[140:], 140, DECODE), expected[140:])
+    layer.check_in_parts(20)

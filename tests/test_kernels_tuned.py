@@ -5,46 +5,33 @@ Records are for the shapes of gpt-oss; elsewhere tests compile small kernels, wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from kernel_cases import DECODE, HERE, MATMULS, OTHERS, PREFILL, Case, Form, assert_close
+from kernel_cases import DECODE, HERE, MATMULS, OTHERS, PREFILL, Case, Form
 from kernel_runner import Rule
 from test_kernels_attention import Layer, every_window
 from tvm.s_tir import Schedule
 from tvm.tirx import PrimFunc
 
-from osscompile.schedules.records import Choose, records_file
+from osscompile.schedules.records import Choose, answering, load_records
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target
 
-Constants = dict[str, int]
-
-
-def records(target: Target) -> dict[str, Constants]:
-    file = records_file(target)
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-TARGETS = [target for target in (HERE, *OTHERS) if records(target)]
+TARGETS = [target for target in (HERE, *OTHERS) if load_records(target)]
 every_tuned = pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.variant)
 
 
 def rules(target: Target, op: str) -> list[Rule]:
     """The target's rules, with each of the constants that records of `op` hold."""
-    found = [c for key, c in records(target).items() if key.split()[0] == op]
-    return [answering(c) for i, c in enumerate(found) if c not in found[:i]]
+    found = [c for key, c in load_records(target).items() if key.split()[0] == op]
+    return [with_constants(c) for i, c in enumerate(found) if c not in found[:i]]
 
 
-def answering(constants: Constants) -> Rule:
+def with_constants(constants: dict[str, int]) -> Rule:
     def rule(function: PrimFunc, target: Target, choose: Choose) -> Schedule:
-        def answer(name: str, candidates: object, default: int) -> int:
-            value = constants.get(name, default)
-            return value if value in candidates else default  # type: ignore[operator]
-
-        return Schedule(schedule(function, target, answer))
+        return Schedule(schedule(function, target, answering(constants)))
 
     return rule
 
@@ -65,16 +52,12 @@ def test_attention(target: Target, window: int | None) -> None:
         layer = Layer(
             window, "float16", heads=16, head_dim=64, capacity=192, target=target, rule=rule
         )
-        qkv = layer.tokens(1, 141)
-        expected = layer.expected(qkv)
-        for start in range(0, 140, 20):
-            assert_close(layer.run(qkv[start : start + 20], start), expected[start : start + 20])
-        assert_close(layer.run(qkv[140:], 140, DECODE), expected[140:])
+        layer.check_in_parts(1)
 
 
 def test_records_name_kernels_that_ask() -> None:
     """A record of a kernel that is no more would stay for ever."""
     ops = {str(make(DECODE).kernel.attrs["op"]) for make in MATMULS} | {"attention"}
     for target in TARGETS:
-        assert {key.split()[0] for key in records(target)} <= ops
-        assert all(np.all(np.array(list(c.values())) >= 0) for c in records(target).values())
+        assert {key.split()[0] for key in load_records(target)} <= ops
+        assert all(np.all(np.array(list(c.values())) >= 0) for c in load_records(target).values())

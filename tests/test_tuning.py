@@ -41,6 +41,7 @@ from osscompile.schedules import rule as schedule_rule
 from osscompile.schedules.cpu import CPU_RULES
 from osscompile.schedules.cpu.loops import loops
 from osscompile.schedules.cpu.rows import rows as fallback
+from osscompile.schedules.formats import DIGIT, FP4_OFFSET
 from osscompile.schedules.records import Choose, kernel_key
 from osscompile.targets import Target
 from osscompile.tuning import emit, space, tune
@@ -224,6 +225,40 @@ def test_experts_of_following_calls_differ() -> None:
 
 def expert_argument(num_experts: int, rows: int) -> Any:
     return inputs.Argument("row_expert", "int32", (rows,), (3,), "experts", 0, num_experts)
+
+
+@pytest.mark.parametrize("num_digits", [1, 3])
+def test_offsets_belong_to_the_numbers(num_digits: int) -> None:
+    digits = (num_digits,) if num_digits > 1 else ()
+    shape, low, high = (5, 2), DIGIT, FP4_OFFSET
+    arguments = (
+        inputs.Argument("xq", "int8", (*shape, *digits, 32), (1,), "integers", -60, 61),
+        inputs.Argument("xoffset", "int32", shape, (1,), "offsets", low, high),
+    )
+    arrays = [inputs.make_array(a, a.shape) for a in arguments]
+    inputs._set_offsets(arguments, arrays)
+    whole = arrays[0].astype(np.int64)
+    if digits:
+        whole = whole[:, :, 0] * DIGIT**2 + whole[:, :, 1] * DIGIT + whole[:, :, 2]
+    np.testing.assert_array_equal(arrays[1], FP4_OFFSET * whole.sum(axis=-1))
+
+
+@pytest.mark.parametrize("numbers", [(), (5, 2), (5, 3, 32), (5, 2, 1, 3, 32)])
+def test_plan_whose_offsets_belong_to_no_numbers(copy: Path, numbers: tuple[int, ...]) -> None:
+    plan = json.loads((copy / "plan.json").read_text())
+    template = plan["arguments"][0]
+
+    def argument(name: str, dtype: str, shape: tuple[int, ...], fill: str) -> dict[str, Any]:
+        shapes = {"shape": shape, "check_shape": shape}
+        bounds = {"low": DIGIT, "high": 1000, "written": False}
+        return template | {"name": name, "dtype": dtype, "fill": fill} | shapes | bounds
+
+    plan["arguments"].append(argument("xoffset", "int32", (5, 2), "offsets"))
+    if numbers:
+        plan["arguments"].append(argument("xq", "int8", numbers, "integers"))
+    (copy / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(TuningError, match="offsets"):
+        read_plan(copy)
 
 
 # --- The space ---------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from kernel_cases import (
     OTHERS,
     PREFILL,
     ROW_CASES,
+    RUNNABLE,
     Case,
     Form,
     check_quantize,
@@ -57,7 +58,6 @@ from osscompile.schedules.rule import schedule
 from osscompile.targets import Target, TargetError
 
 ALL = targets.load_variants(HERE.name)
-RUNNABLE = [t for t in ALL if set(t.cpu_features) <= set(Machine.here().cpu_features)]
 WITH_DPBUSD = [t for t in ALL if t.int8_dot == "dpbusd"]
 
 every_runnable = pytest.mark.parametrize("variant", [t.variant for t in RUNNABLE])

@@ -12,6 +12,7 @@ from tvm.relax import BlockBuilder, TensorType
 from tvm.tirx import PrimFunc
 
 from ..kernels import attention, experts, kv_cache, matmul, rows
+from ..runtime.kv_cache import KEYS_PER_TILE
 from ..schedules.formats import BLOCK, DIGITS, FP4_PER_WORD, INT8_PER_WORD, Index
 from .config import ModelConfig
 
@@ -61,7 +62,7 @@ def cache_parameters(
 ) -> tuple[Parameter, ...]:
     """Keys and values of every layer."""
     dtype = "float16" if profile == "fast" else "float32"
-    group = kv_cache.KEYS_PER_TILE
+    group = KEYS_PER_TILE
     full = (context + group - 1) // group * group
     ring = (config.window + chunk + group - 1) // group * group
     heads, dim = config.num_kv_heads, config.head_dim

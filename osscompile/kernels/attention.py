@@ -10,8 +10,8 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from ..runtime.kv_cache import KEYS_PER_TILE
 from ..schedules.formats import Index, extent
-from .kv_cache import KEYS_PER_TILE
 
 
 @cache

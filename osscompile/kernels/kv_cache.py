@@ -11,10 +11,9 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from ..runtime.kv_cache import KEYS_PER_TILE
 from ..schedules.formats import Index, extent
 from .rows import rotated
-
-KEYS_PER_TILE = 8
 
 
 @cache
@@ -53,7 +52,8 @@ def append_kv(
     @T.prim_func(private=True, s_tir=True)
     def append(
         keys: T.Buffer(
-            (T.int64(kv_heads), T.int64(key_tiles), T.int64(head_dim), T.int64(8)), dtype
+            (T.int64(kv_heads), T.int64(key_tiles), T.int64(head_dim), T.int64(KEYS_PER_TILE)),
+            dtype,
         ),
         values: T.Buffer((T.int64(kv_heads), T.int64(capacity), T.int64(head_dim)), dtype),
         qkv: T.Buffer((num_tokens, T.int64(width)), "float32"),
@@ -64,9 +64,12 @@ def append_kv(
         for task in range(num_tokens):
             for h in range(T.int64(kv_heads)):
                 for d in range(T.int64(head_dim)):
-                    keys[h, slot(position, task) // 8, d, slot(position, task) % 8] = rotated_key(
-                        qkv, rope, position, task, h, d
-                    )
+                    keys[
+                        h,
+                        slot(position, task) // KEYS_PER_TILE,
+                        d,
+                        slot(position, task) % KEYS_PER_TILE,
+                    ] = rotated_key(qkv, rope, position, task, h, d)
                 for lane in range(T.int64(head_dim)):
                     values[h, slot(position, task), lane] = value(qkv, task, h, lane)
 

@@ -1,6 +1,7 @@
 """Expressions that every x86 CPU with AVX2 computes alike: table lookup, broadcast, prefetch."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 from tvm import DataType
@@ -10,6 +11,8 @@ from tvm.tirx import Buffer
 
 from ..formats import BLOCK, FP4_OFFSET, FP4_PER_WORD
 from .prefetch import LINE_BYTES, fetch
+
+VectorOf: TypeAlias = Callable[[Expr], Expr]  # of its number
 
 LANES = 8  # of 32 bits: one a row of the weights
 LINE_WORDS = LINE_BYTES // 4  # of 32 bits
@@ -45,7 +48,7 @@ def fp4_unsigned(words: Buffer) -> list[Expr]:
     return vectors
 
 
-def fp4_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
+def fp4_vector(word_of: VectorOf, vector: Expr) -> Expr:
     """4 inputs of 8 rows as uint8x32, 2 x fp4 + 12 each; `word_of(j)` loads word j of the rows."""
     shift = (vector % 2 * 4).astype("uint32")
     codes = T.shift_right(word_of(vector // 2), T.broadcast(shift, LANES))

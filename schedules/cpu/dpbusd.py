@@ -3,18 +3,13 @@
 The same functions as in `maddubs.py`.
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 from tvm import DataType
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
 from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
-from .avx2 import INT8_OFFSET, LANES, broadcast_signed, call, fp4_unsigned
-
-VectorOf: TypeAlias = Callable[[Expr], Expr]  # of its number
+from .avx2 import INT8_OFFSET, LANES, VectorOf, broadcast_signed, call, fp4_unsigned
 
 Q8_VECTORS = BLOCK // 4  # of a block of int8 weights in a panel
 MXFP4_PARTS = Q8_PARTS = BLOCK // 4  # of the sum of a block
@@ -65,7 +60,7 @@ def dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Ex
 mxfp4_dot_part = q8_dot_part = dot_part  # an int8 weight is a byte of a vector as it is
 
 
-def q8_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
+def q8_vector(word_of: VectorOf, vector: Expr) -> Expr:
     """4 inputs of 8 rows as uint8x32, w + 128 each."""
     word = T.reinterpret(word_of(vector), dtype="uint8x32")
     return T.bitwise_xor(word, T.broadcast(T.uint8(INT8_OFFSET), BLOCK))

@@ -11,11 +11,9 @@ from tvm_ffi import structural_map
 from ...targets import Target
 from ..records import Choose
 
-MAX_UNROLLED_ROWS = 8  # the accumulators of one unrolled `row` loop fill half the registers
-
 
 def loops(function: PrimFunc, target: Target, choose: Choose) -> s_tir.Schedule | None:
-    """Parallelise `task`, vectorise `lane`, unroll `row`; declines kernels made of blocks."""
+    """Parallelise `task`, vectorise `lane`; declines kernels made of blocks."""
     if not isinstance(function.body, tirx.For | tirx.SeqStmt):
         return None
     return s_tir.Schedule(function.with_body(structural_map(function.body, (For, _annotate))))
@@ -27,8 +25,6 @@ def _annotate(loop: For) -> For:
         kind = ForKind.PARALLEL
     elif loop.loop_var.name == "lane" and extent is not None:
         kind = ForKind.VECTORIZED
-    elif loop.loop_var.name == "row" and extent is not None and extent <= MAX_UNROLLED_ROWS:
-        kind = ForKind.UNROLLED
     else:
         return loop
     return For(loop.loop_var, loop.min, loop.extent, kind, loop.body)

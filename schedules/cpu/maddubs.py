@@ -4,17 +4,12 @@ Each 32-bit lane of a vector is one row of weights and holds 4 consecutive input
 a block (`*_sums`) read packed words; those of a panel (`*_dot_part`) unpacked vectors (`*_vector`).
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
 from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
-from .avx2 import INT8_OFFSET, LANES, broadcast_signed, call, fp4_unsigned
-
-VectorOf: TypeAlias = Callable[[Expr], Expr]  # of its number
+from .avx2 import INT8_OFFSET, LANES, VectorOf, broadcast_signed, call, fp4_unsigned
 
 Q8_VECTORS = 2 * BLOCK // 4  # of a block of int8 weights in a panel: low digits, then high ones
 MXFP4_PARTS = Q8_PARTS = 2  # of the sum of a block
@@ -65,7 +60,7 @@ def mxfp4_dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr)
     return start + _widen(_total([_products(weight_of(v), x_of(v)) for v in vectors]))
 
 
-def q8_vector(word_of: Callable[[Expr], Expr], vector: Expr) -> Expr:
+def q8_vector(word_of: VectorOf, vector: Expr) -> Expr:
     """A digit of 4 inputs of 8 rows as uint8x32: w + 128 is 16 x high + low, each in 0..15."""
     word = T.reinterpret(word_of(vector % 8), dtype="uint8x32")
     unsigned = T.bitwise_xor(word, T.broadcast(T.uint8(INT8_OFFSET), 32))

@@ -15,6 +15,7 @@ from ..formats import BLOCK, DIGIT, DIGITS, FP4_OFFSET, half_e8m0_to_float32
 from ..records import Choose
 from .avx2 import INT8_OFFSET, LANES, broadcast_four, fp4_vector, prefetch
 from .instructions import INSTRUCTIONS
+from .prefetch import LINE_BYTES
 from .product import Product, whole_parts
 
 GROUPS_PER_PANEL = (1, 2, 4, 8, 16)
@@ -33,7 +34,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     groups, halves, num_rows = product.columns // LANES, product.halves, product.num_rows
     # groups of columns side by side in a register
     width = target.register_bits // 256 if groups % (target.register_bits // 256) == 0 else 1
-    lanes, bits = width * LANES, f"{width * 32}"
+    lanes, num_bytes = width * LANES, width * LANES * 4
     num_sums = target.num_registers // 4  # in registers: they hide each other's latency
     wanted = max(width, num_sums // halves)
     counts = [count * width for count in GROUPS_PER_PANEL]
@@ -49,13 +50,13 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     dot_part = instructions.mxfp4_dot_part if fp4 else instructions.q8_dot_part
     parts = instructions.MXFP4_PARTS if fp4 else instructions.Q8_PARTS
     vectors = BLOCK // 4 if fp4 else instructions.Q8_VECTORS
-    lines = (BLOCK // 2 if fp4 else BLOCK) * LANES // 64  # of the cache, that a block fills
+    lines = (BLOCK // 2 if fp4 else BLOCK) * LANES // LINE_BYTES  # that a block fills
 
-    def weight_at(expert: Expr, task: Expr, r: Expr, part: Expr, block: Expr) -> tuple[Expr, ...]:
-        """Part `part` of vector `r` of the panel."""
+    def weight_at(row: Expr, task: Expr, r: Expr, part: Expr, block: Expr) -> tuple[Expr, ...]:
+        """Part `part` of vector `r` of the panel that a row of activations needs."""
         group = r * width + part
         column_group = task * num_groups + group % num_groups
-        return product.weight_at(expert, group // num_groups, column_group, block)
+        return product.weight_at(product.expert_of(row), group // num_groups, column_group, block)
 
     def unpacked(at: tuple[Expr, ...], vector: Expr) -> Expr:
         return vector_of(lambda word: words.vload([*at, word, 0], "uint32x8"), vector)
@@ -81,10 +82,12 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
         block_of_x = (row, block, digit) if digits > 1 else (row, block)
 
         def weight(vector: Expr) -> Expr:
-            return panel.vload([b, r, vector, 0], f"uint8x{bits}")
+            return panel.vload([b, r, vector, 0], f"uint8x{num_bytes}")
 
         def four(vector: Expr) -> Expr:
-            return broadcast_four(xq.vload([*block_of_x, vector * 4], "int8x4"), f"int8x{bits}")
+            return broadcast_four(
+                xq.vload([*block_of_x, vector * 4], "int8x4"), f"int8x{num_bytes}"
+            )
 
         return dot_part(total, weight, four, part)
 
@@ -96,7 +99,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
         for task in T.parallel(T.int64(groups // num_groups)):
-            panel = T.alloc_buffer((num_blocks, together, vectors, width * 32), "uint8")
+            panel = T.alloc_buffer((num_blocks, together, vectors, num_bytes), "uint8")
             scale = T.alloc_buffer((num_blocks, together, lanes), "float32")
             acc = T.alloc_buffer((most + turns, together, lanes), "float32")
             sums = T.alloc_buffer((turns, together, lanes), "float32", scope="local")
@@ -116,7 +119,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
                                 prefetch(
                                     words,
                                     weight_at(
-                                        product.expert_of(first[0]),
+                                        first[0],
                                         task,
                                         r,
                                         part,
@@ -128,7 +131,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
                         for v in T.unroll(vectors):
                             panel[b, r, v, part * 32 : part * 32 + 32] = unpacked(
                                 weight_at(
-                                    product.expert_of(first[0]),
+                                    first[0],
                                     task,
                                     r,
                                     part,
@@ -139,7 +142,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
                         for lane in T.vectorized(LANES):
                             scale[b, r, part * LANES + lane] = scale_of(
                                 weight_at(
-                                    product.expert_of(first[0]),
+                                    first[0],
                                     task,
                                     r,
                                     part,

@@ -25,7 +25,7 @@ def rows(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
 
 
 def _schedule_stage(sch: Schedule, block: SBlockRV, target: Target) -> None:
-    loops = sch.get_loops(block)
+    loops = list(sch.get_loops(block))
     kinds = [axis.iter_type for axis in sch.get(block).iter_vars]
     spatial = [
         loop for loop, kind in zip(loops, kinds, strict=True) if kind == tirx.IterVar.DataPar
@@ -41,7 +41,7 @@ def _schedule_stage(sch: Schedule, block: SBlockRV, target: Target) -> None:
         if last == loops[-1] and len(spatial) > 1:
             *_, lane = sch.split(last, [None, target.vector_lanes])
             sch.vectorize(lane)
-        elif last != loops[-1] and last == loops[-2]:
+        elif loops[:-1] == spatial:
             shares = _reduce_in_lanes(sch, block, len(spatial), target)
     if symbolic or elements >= MIN_PARALLEL_ELEMENTS:
         sch.parallel(first)

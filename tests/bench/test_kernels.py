@@ -24,6 +24,7 @@ from osscompile.importer.graph import TOKENS
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.importer.weights import pack_rows
 from osscompile.kernels import attention, experts, kv_cache, matmul, rows
+from osscompile.runtime.kv_cache import KEYS_PER_TILE
 
 CONFIG = gpt_oss_config(num_layers=1, num_experts=4)
 HIDDEN, INNER, TOP_K = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_experts_per_token
@@ -79,7 +80,7 @@ def rotate_queries(form: Form) -> Case:
 
 
 def append_kv(form: Form) -> Case:
-    capacity = max(form.count, kv_cache.KEYS_PER_TILE)
+    capacity = max(form.count, KEYS_PER_TILE)
     shape = (*HEADS, form.count, capacity, "float16")
     return Case(kv_cache.append_kv(form.tokens, *shape))
 

@@ -1,0 +1,250 @@
+"""One chunk of keys in attention: for the rows of a task, the query heads that share a KV head, of
+some tokens, two small matrix products, scores = queries x keys and weights x values.
+
+The chunk's keys, and then its values, are unpacked to float32 once, into a panel in the first-level
+cache. Between the products the softmax goes on from chunk to chunk (online).
+"""
+
+from collections.abc import Callable
+from operator import add
+
+from tvm import DataType
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, IntImm, PrimFunc
+
+from ...targets import Target
+from ..formats import const
+from ..records import Choose
+from .prefetch import LINE_BYTES, fetch
+from .product import whole_parts
+
+KEYS = 64  # of a chunk: a panel of 64 elements a key takes 16 kB
+TOKENS_PER_TASK = 8  # of a prefill: each unpacked chunk serves so many tokens x heads
+HIDDEN = -1e30  # score of a key that must not be seen
+ROWS_TOGETHER = (1, 2, 4, 8)  # of queries, whose sums are in registers
+VECTORS_TOGETHER = (1, 2, 4)  # of keys, and then of elements of a value
+
+
+class Chunks:
+    """Sizes of the kernel, and the statements that go through one chunk of keys."""
+
+    def __init__(self, function: PrimFunc, target: Target) -> None:
+        buffers = {parameter.name: parameter for parameter in function.params}
+        self.buffers = buffers
+        self.num_tokens, heads, head_dim = buffers["queries"].shape
+        self.heads, self.head_dim = int(heads), int(head_dim)
+        self.kv_heads, self.key_tiles, _, self.tile = (int(e) for e in buffers["keys"].shape)
+        self.group = self.heads // self.kv_heads
+        self.tiles = KEYS // self.tile  # of a chunk
+        self.window = int(function.attrs["window"]) or None
+        self.dtype = str(buffers["keys"].dtype)
+        # at least a tile: LLVM splits vectors where registers are narrower
+        self.lanes = max(min(target.register_bits // 32, self.head_dim), self.tile)
+        one = isinstance(self.num_tokens, IntImm)
+        self.tokens_per_task = int(self.num_tokens) if one else TOKENS_PER_TASK
+
+    def choose(self, choose: Choose, target: Target) -> None:
+        """Sums in half of the registers: the rest is for what is multiplied."""
+        half = target.num_registers // 2 * target.register_bits // (32 * self.lanes)
+        rows, default = whole_parts(self.group, ROWS_TOGETHER, half // 2)
+        self.rows = choose("rows_together", rows, default)
+        fitting = half // self.rows
+        vectors, default = whole_parts(self.head_dim // self.lanes, VECTORS_TOGETHER, fitting)
+        self.vectors = choose("vectors_together", vectors, default)
+
+    def visible(self, lane: Expr, first_key: Expr, last_key: Expr) -> Expr:
+        """Whether a token whose own key is `last_key` sees key `first_key` + lane."""
+        last = (last_key - first_key).astype("int32")  # vectors compare 32 bits
+        if self.window is None:
+            return lane <= last
+        return T.And(lane <= last, lane > last - self.window)
+
+    def slot(self, key_tile: Expr) -> Expr:
+        """Where a tile of keys lies; a full layer never wraps, but what is fetched ahead may."""
+        if self.window is None:
+            return T.min(key_tile, const(self.key_tiles - 1, "int64"))
+        return key_tile % self.key_tiles
+
+    def first_tile(self, last_key: Expr) -> Expr:
+        """The tile of the first key that a token sees whose own key is `last_key`."""
+        if self.window is None:
+            return T.int64(0)
+        return T.max(last_key - (self.window - 1), T.int64(0)) // self.tile
+
+    def column(self, kv_head: Expr, row: Expr) -> Expr:
+        """Where the head of a row begins in a token's output."""
+        return (kv_head * self.group + row % self.group) * self.head_dim
+
+    def num_chunks(self, first_tile: Expr, end_tile: Expr) -> Expr:
+        return (end_tile - first_tile + (self.tiles - 1)) // self.tiles
+
+    def num_steps(self, key_tile: Expr, end_tile: Expr) -> Expr:
+        """Of a chunk, up to the tile where the visible keys end."""
+        tiles = T.min(end_tile - key_tile, T.int64(self.tiles))
+        per_step = self.lanes * self.vectors // self.tile
+        return (tiles + (per_step - 1)) // per_step
+
+    @property
+    def extend(self) -> Callable[..., object]:
+        """Statements that take `num_tokens` tokens from one chunk of keys to the next."""
+        queries, keys, values = (self.buffers[n] for n in ("queries", "keys", "values"))
+        lanes, rows, vectors, tile = self.lanes, self.rows, self.vectors, self.tile
+        group, head_dim, dtype, tiles = self.group, self.head_dim, self.dtype, self.tiles
+        column, slot, visible = self.column, self.slot, self.visible
+        step = lanes * vectors  # keys
+        single = self.tokens_per_task == 1  # one token reads keys from memory: fetch them ahead
+        line = LINE_BYTES // DataType(dtype).itemsize
+        lines = step * head_dim // line if single else 0
+        part = vectors * lanes  # elements of a value
+        value_lines = KEYS * part // line if single else 0
+
+        def float32(x: Expr) -> Expr:
+            return x if dtype == "float32" else x.astype("float32")
+
+        def fetched_key(kv_head: Expr, key_tile: Expr, i: Expr) -> Expr:
+            at = i * line
+            size = head_dim * tile
+            d = at % size // tile
+            return fetch(keys[kv_head, slot(key_tile + at // size), d, at % tile])
+
+        def fetched_value(kv_head: Expr, key_tile: Expr, i: Expr) -> Expr:
+            key, d = i * line // head_dim, i * line % head_dim
+            return fetch(values[kv_head, slot(key_tile + key // tile) * tile + key % tile, d])
+
+        def hidden(seen: Expr, x: Expr) -> Expr:
+            return T.Select(seen, x, const(HIDDEN, "float32"))
+
+        def across(top: Buffer, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+            """One number of all lanes."""
+            x, n = top.vload([0], f"float32x{lanes}"), lanes
+            while n > 1:
+                n //= 2
+                low, high = list(range(n)), list(range(n, 2 * n))
+                x = combine(T.Shuffle([x], low), T.Shuffle([x], high))
+            return x
+
+        @T.macro
+        def extend(  # type: ignore[no-untyped-def]
+            out,
+            panel,
+            weight,
+            largest,
+            total,
+            shrink,
+            num_tokens,
+            kv_head,
+            first_token,
+            first_out,
+            first_state,
+            key_tile,
+            num_steps,
+            first_last_key,
+        ):
+            sums = T.alloc_buffer((rows, vectors * lanes), "float32", scope="local")
+            top = T.alloc_buffer((lanes,), "float32", scope="local")
+            for i in range(num_steps * (step // tile)):
+                for d in range(T.int64(head_dim)):
+                    for lane in T.vectorized(tile):
+                        panel[d * KEYS + i * tile + lane] = float32(
+                            keys[kv_head, slot(key_tile + i), d, lane]
+                        )
+            for block in range(num_tokens * (group // rows)):
+                for i in range(num_steps):
+                    for f in T.unroll(lines):
+                        T.evaluate(fetched_key(kv_head, key_tile + tiles + i * (step // tile), f))
+                    for r, v in T.grid(rows, vectors):
+                        for lane in T.vectorized(lanes):
+                            sums[r, v * lanes + lane] = T.float32(0.0)
+                    for d in range(T.int64(head_dim)):
+                        for r in T.unroll(rows):
+                            for v in T.unroll(vectors):
+                                for lane in T.vectorized(lanes):
+                                    sums[r, v * lanes + lane] += (
+                                        queries[
+                                            first_token + block * rows // group,
+                                            kv_head * group + block * rows % group + r,
+                                            d,
+                                        ]
+                                        * panel[d * KEYS + i * step + v * lanes + lane]
+                                    )
+                    for r in T.unroll(rows):
+                        for v in T.unroll(vectors):
+                            for lane in T.vectorized(lanes):
+                                weight[block * rows + r, i * step + v * lanes + lane] = hidden(
+                                    visible(
+                                        v * lanes + lane,
+                                        key_tile * tile + i * step,
+                                        first_last_key + block * rows // group,
+                                    ),
+                                    sums[r, v * lanes + lane],
+                                )
+            for row in range(num_tokens * group):
+                shrink[row] = largest[first_state, row]
+                for lane in T.vectorized(lanes):
+                    top[lane] = largest[first_state, row]
+                for i in range(num_steps * vectors):
+                    for lane in T.vectorized(lanes):
+                        top[lane] = T.max(top[lane], weight[row, i * lanes + lane])
+                largest[first_state, row] = across(top, T.max)
+                shrink[row] = T.exp(shrink[row] - largest[first_state, row])
+                for lane in T.vectorized(lanes):
+                    top[lane] = T.float32(0.0)
+                for i in range(num_steps * vectors):
+                    for lane in T.vectorized(lanes):
+                        # 0 of a hidden key, not e^-87: its products would be slow denormals
+                        weight[row, i * lanes + lane] = T.Select(
+                            weight[row, i * lanes + lane] > T.float32(HIDDEN / 2),
+                            T.exp(weight[row, i * lanes + lane] - largest[first_state, row]),
+                            T.float32(0.0),
+                        )
+                    for lane in T.vectorized(lanes):
+                        top[lane] += weight[row, i * lanes + lane]
+                total[first_state, row] = total[first_state, row] * shrink[row] + across(top, add)
+            for i in range(num_steps * step):
+                for d in range(T.int64(head_dim // lanes)):
+                    for lane in T.vectorized(lanes):
+                        panel[i * head_dim + d * lanes + lane] = float32(
+                            values[
+                                kv_head,
+                                slot(key_tile + i // tile) * tile + i % tile,
+                                d * lanes + lane,
+                            ]
+                        )
+            for block in range(num_tokens * (group // rows)):
+                for dims in range(T.int64(head_dim // part)):
+                    for f in T.unroll(value_lines):
+                        T.evaluate(fetched_value(kv_head, key_tile + tiles, dims * value_lines + f))
+                    for r in T.unroll(rows):
+                        for v in T.unroll(vectors):
+                            for lane in T.vectorized(lanes):
+                                sums[r, v * lanes + lane] = (
+                                    out[
+                                        first_out + block * rows // group,
+                                        column(kv_head, block * rows + r)
+                                        + dims * part
+                                        + v * lanes
+                                        + lane,
+                                    ]
+                                    * shrink[block * rows + r]
+                                )
+                    for i in range(num_steps * step):
+                        for r in T.unroll(rows):
+                            for v in T.unroll(vectors):
+                                for lane in T.vectorized(lanes):
+                                    sums[r, v * lanes + lane] += (
+                                        weight[block * rows + r, i]
+                                        * panel[i * head_dim + dims * part + v * lanes + lane]
+                                    )
+                    for r in T.unroll(rows):
+                        for v in T.unroll(vectors):
+                            for lane in T.vectorized(lanes):
+                                out[
+                                    first_out + block * rows // group,
+                                    column(kv_head, block * rows + r)
+                                    + dims * part
+                                    + v * lanes
+                                    + lane,
+                                ] = sums[r, v * lanes + lane]
+
+        return extend  # type: ignore[no-any-return]
