@@ -1,8 +1,8 @@
 """Measure compiled models on this machine, beside what the machine itself can do.
 
 Speeds are medians of repeated runs, with their spread. The limits are measured in the same run: a
-decode step reads its weights, keys and values once, and can be no faster than the memory
-(`Report.roofline`); a prefill can do no more multiply-adds than the int8 peak.
+decode step reads its weights, keys and values once, and can be no faster than the memory is at that
+time (`Report.roofline`); a prefill can do no more multiply-adds than the int8 peak.
 """
 
 import json
@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from .runtime.device import Device
 from .runtime.engine import Model, load
 from .runtime.kv_cache import KEYS_PER_TILE
 from .runtime.machine import physical_cores
+
+if TYPE_CHECKING:
+    from .bench_bandwidth import Reader
 
 PREFILL_LENGTHS = (16, 128, 512, 2048, 4096)
 DECODE_DEPTHS = (0, 2048, 16384)
@@ -84,25 +87,32 @@ def bench(
     next(model.generate(ids[:FIRST_PROMPT], max_tokens=1))
     first_token_seconds = time.perf_counter() - start
 
-    prefill, decode = {}, {}
+    prefill = {}
     for length in prefill_lengths:
         if length <= model.context:
             say(f"prefill {length}")
             prefill[length] = _time_prefill(model, ids[:length])
-    for depth in decode_depths:
-        if depth + WARMUP_STEPS + DECODE_STEPS <= model.context:
-            say(f"decode at {depth}")
-            decode[depth] = _time_decode(model, ids, depth)
     say("streaming")
     outside_share = _outside_share(model, ids)
+    depths = [d for d in decode_depths if d + WARMUP_STEPS + DECODE_STEPS <= model.context]
+    if depths:
+        _fill_cache(model, ids[: max(depths)])
+        model.decode(ids[max(depths)])
     resident, peak = process_bytes("VmRSS"), process_bytes("VmHWM")
 
-    variant = model.variant
-    del model  # its memory, and the memory of what follows, are not each other's
     say("read bandwidth")
-    from .bench_bandwidth import read_bandwidth  # imports the compiler: after memory was read
+    from .bench_bandwidth import Reader  # imports the compiler: after memory was read
 
-    bandwidth = read_bandwidth()
+    reader = Reader()
+    bandwidth = reader.num_bytes / reader.best_seconds
+    decode, bandwidth_at = {}, {}
+    for depth in depths:
+        say(f"decode at {depth}")
+        decode[depth], bandwidths = _time_decode(model, ids, depth, reader)
+        bandwidth_at[depth] = statistics.median(bandwidths)
+        bandwidth = max(bandwidth, *bandwidths)
+    variant = model.variant
+    del model, reader
     say("int8 peak")
     from .bench_int8 import int8_peak, token_macs
 
@@ -120,6 +130,7 @@ def bench(
         commit=source_commit(),
         date=date,
         bandwidth=bandwidth,
+        bandwidth_at=bandwidth_at,
         int8_peak=int8_peak(),
         weight_bytes=manifest.decode_bytes,
         token_macs=token_macs(manifest),
@@ -161,16 +172,20 @@ def _time_prefill(model: Model, ids: list[int]) -> Timing:
     return _timing(seconds[1:] or seconds, others)
 
 
-def _time_decode(model: Model, ids: list[int], depth: int) -> Timing:
-    """Single steps after `depth` tokens, without sampling."""
+def _time_decode(
+    model: Model, ids: list[int], depth: int, reader: "Reader"
+) -> tuple[Timing, list[float]]:
+    """Single steps after `depth` tokens, without sampling; and bytes a second that `reader` read
+    between them."""
     _fill_cache(model, ids[:depth])
-    seconds = []
+    seconds, bandwidths = [], []
     others = OtherProcesses()
     for token in ids[depth : depth + WARMUP_STEPS + DECODE_STEPS]:
+        bandwidths.append(reader.num_bytes / reader.seconds())
         start = time.perf_counter()
         model.decode(token)
         seconds.append(time.perf_counter() - start)
-    return _timing(seconds[WARMUP_STEPS:], others)
+    return _timing(seconds[WARMUP_STEPS:], others), bandwidths[WARMUP_STEPS:]
 
 
 def _fill_cache(model: Model, ids: list[int]) -> None:

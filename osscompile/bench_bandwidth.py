@@ -1,7 +1,10 @@
-"""How fast the machine reads memory: no decode step can be faster than its bytes take."""
+"""How fast the machine reads memory: no decode step can be faster than its bytes take.
 
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+Neighbours on a shared machine change that from second to second, so `Reader` is meant to be called
+by turns with what is compared with it, on the same threads.
+"""
+
+import time
 
 import numpy as np
 import tvm
@@ -9,58 +12,74 @@ from tvm import ir
 from tvm.script import tirx as T
 
 from . import targets
-from .bench_machine import best_seconds
 from .runtime.device import aligned_empty, tensor
-from .runtime.machine import physical_cores
 from .schedules.cpu.prefetch import LINE_BYTES, fetch
 
 READ_BYTES = 1 << 30  # from memory, far beyond what a cache holds of it
-PREFETCH_BYTES = (1024, 2048, 4096, 8192)  # the best counts: a limit is what is possible
-STREAMS = 4  # that a core reads side by side
+PIECE_BYTES = 1 << 20  # that a core reads from end to end
+PREFETCH_BYTES = (1024, 2048, 4096, 8192)
+TRIALS = 3  # of each distance; the best counts: a limit is what is possible
 LANES = LINE_BYTES // 4
+SUMS = 4  # that hide each other's latency
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that all cores together read from memory.
+class Reader:
+    """Reads `num_bytes` a call, on the threads that compiled functions run on, and does nothing
+    else with them; it fetches ahead as far as is best here. Raises TargetError where no target of
+    ours runs."""
 
-    The largest of what numpy's sum reaches and, where a target of ours runs here, of loops that
-    fetch ahead by several distances.
-    """
-    cores = physical_cores()
-    lines = READ_BYTES // cores // STREAMS // LINE_BYTES
-    parts = [aligned_empty((STREAMS, lines, LANES), np.dtype(np.uint32)) for _ in range(cores)]
-    with ThreadPoolExecutor(cores) as pool:  # where a page lies is up to who writes it first
-        list(pool.map(lambda part: part.fill(1), parts))
-    best = best_seconds(np.add.reduce, [(part.reshape(-1).view(np.uint64),) for part in parts])
-    with suppress(targets.TargetError):
+    def __init__(self) -> None:
         target = tvm.target.Target(targets.of_this_machine().tvm)
-        tensors = [
-            (tensor(part), tensor(aligned_empty((LANES,), np.dtype(np.uint32)))) for part in parts
+        self.num_bytes = READ_BYTES
+        pieces, lines = READ_BYTES // PIECE_BYTES, PIECE_BYTES // LINE_BYTES
+        arrays = [
+            aligned_empty(shape, np.dtype(np.uint32))
+            for shape in ((pieces, lines, LANES), (pieces, LANES))
         ]
+        self._tensors = [tensor(array) for array in arrays]
+        loops = []
         for distance in PREFETCH_BYTES:
-            function = tvm.compile(_module(distance, lines), target)["main"]
-            best = min(best, best_seconds(function, tensors))
-    return cores * parts[0].nbytes / best
+            module = tvm.compile(_module(distance, pieces, lines), target)
+            if not loops:  # where a page lies is up to who writes it first
+                module["fill"](self._tensors[0])
+            self._read = module["read"]
+            loops.append((min(self.seconds() for _ in range(TRIALS)), self._read))
+        self.best_seconds, self._read = min(loops, key=lambda loop: loop[0])
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        self._read(*self._tensors)
+        return time.perf_counter() - start
 
 
-def _module(distance: int, lines: int) -> ir.IRModule:
-    """data [STREAMS, lines, LANES] uint32 -> its sums by lane."""
+def _module(distance: int, pieces: int, lines: int) -> ir.IRModule:
+    """`fill`: ones to data [pieces, lines, LANES] uint32. `read`: data -> sums [pieces, LANES]."""
     ahead, dtype = distance // LINE_BYTES, f"uint32x{LANES}"
 
     @T.prim_func(s_tir=True)
-    def main(
-        data: T.Buffer((STREAMS, lines, LANES), "uint32"), out: T.Buffer((LANES,), "uint32")
+    def fill(data: T.Buffer((pieces, lines, LANES), "uint32")) -> None:
+        T.func_attr({"tirx.noalias": True})
+        for piece in T.parallel(pieces):
+            for i in range(lines):
+                data[piece, i, 0:LANES] = T.broadcast(T.uint32(1), LANES)
+
+    @T.prim_func(s_tir=True)
+    def read(
+        data: T.Buffer((pieces, lines, LANES), "uint32"), out: T.Buffer((pieces, LANES), "uint32")
     ) -> None:
         T.func_attr({"tirx.noalias": True})
-        sums = T.alloc_buffer((STREAMS, LANES), "uint32", scope="local")
-        for s in T.unroll(STREAMS):
-            sums[s, 0:LANES] = T.broadcast(T.uint32(0), LANES)
-        for i in range(lines):
-            for s in T.unroll(STREAMS):
-                T.evaluate(fetch(data[s, i + ahead, 0]))
-                sums[s, 0:LANES] = sums.vload([s, 0], dtype) + data.vload([s, i, 0], dtype)
-        out[0:LANES] = T.broadcast(T.uint32(0), LANES)
-        for s in T.unroll(STREAMS):
-            out[0:LANES] = out.vload([0], dtype) + sums.vload([s, 0], dtype)
+        for piece in T.parallel(pieces):
+            sums = T.alloc_buffer((SUMS, LANES), "uint32", scope="local")
+            for s in T.unroll(SUMS):
+                sums[s, 0:LANES] = T.broadcast(T.uint32(0), LANES)
+            for i in range(lines // SUMS):
+                for s in T.unroll(SUMS):
+                    T.evaluate(fetch(data[piece, i * SUMS + s + ahead, 0]))
+                    sums[s, 0:LANES] = sums.vload([s, 0], dtype) + data.vload(
+                        [piece, i * SUMS + s, 0], dtype
+                    )
+            out[piece, 0:LANES] = T.broadcast(T.uint32(0), LANES)
+            for s in T.unroll(SUMS):
+                out[piece, 0:LANES] = out.vload([piece, 0], dtype) + sums.vload([s, 0], dtype)
 
-    return ir.IRModule({"main": main})
+    return ir.IRModule({"fill": fill, "read": read})

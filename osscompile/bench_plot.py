@@ -45,7 +45,7 @@ def plot(path: Path, reports: Sequence[Report]) -> None:
 
 
 def _draw_decode(axes: Any, report: Report, colour: str) -> None:
-    """Measured steps as points, and what the memory would allow as a dashed line."""
+    """Measured steps as points, and what the memory allowed meanwhile as a dashed line."""
     axes.plot(
         [],
         [],
@@ -56,8 +56,7 @@ def _draw_decode(axes: Any, report: Report, colour: str) -> None:
     if not report.decode:
         return
     depths = list(report.decode)
-    line = np.linspace(0, max(*depths, report.window), 200)
-    axes.plot(line, [report.roofline(int(d)) for d in line], "--", color=colour, linewidth=1.2)
+    axes.plot(depths, [report.roofline(d) for d in depths], "--", color=colour, linewidth=1.2)
     axes.errorbar(depths, **_speeds([1] * len(depths), report.decode.values(), colour))
 
 
@@ -90,7 +89,13 @@ def _finish(axes: Any, title: str, xlabel: str) -> None:
 
 
 def _legend(figure: Any, axes: Any, num_reports: int) -> None:
-    axes.plot([], [], "--", color=INK, label="roofline: all bytes of a step at the memory's speed")
+    axes.plot(
+        [],
+        [],
+        "--",
+        color=INK,
+        label="roofline: all bytes of a step at the memory's speed meanwhile",
+    )
     axes.plot([], [], "|", color=INK, label="slowest to fastest run; lines join the medians")
     figure.legend(loc="outside upper left", ncols=1 + num_reports // 3, frameon=False, fontsize=9)
 

@@ -31,7 +31,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Report:
-    """What one run measured, on what. The keys of `prefill` and `decode` are token counts."""
+    """What one run measured, on what. The keys of `prefill` are token counts, those of `decode` and
+    `bandwidth_at` numbers of tokens before."""
 
     model: str
     profile: str
@@ -45,7 +46,8 @@ class Report:
     commit: str | None  # of the checkout that measured
     date: str  # ISO 8601, when the run began
     other_processes: float | None  # share of all CPU time that was not ours, over the whole run
-    bandwidth: float  # bytes a second, reading on all cores
+    bandwidth: float  # bytes a second, reading on all cores: the best of the whole run
+    bandwidth_at: dict[int, float]  # the median of reads by turns with the steps of `decode`
     int8_peak: float | None  # multiply-adds a second on all cores
     weight_bytes: int  # that one decode step reads
     token_macs: int  # multiply-adds of the weights that a token uses, without lm_head
@@ -67,8 +69,8 @@ class Report:
         return self.weight_bytes + full * self.full_kv_bytes + sliding * self.sliding_kv_bytes
 
     def roofline(self, depth: int) -> float:
-        """Decode steps a second at the speed of memory: none can be faster."""
-        return self.bandwidth / self.step_bytes(depth)
+        """Decode steps a second at the speed that the memory had meanwhile: none can be faster."""
+        return self.bandwidth_at[depth] / self.step_bytes(depth)
 
 
 class Row(NamedTuple):
@@ -85,7 +87,7 @@ class Row(NamedTuple):
 def rows(report: Report) -> Iterator[Row]:
     """All figures of a report, for people; what could not be measured is left out."""
     threads = f"{report.cores} threads"
-    yield Row("read bandwidth", report.bandwidth / 1e9, "GB/s", threads)
+    yield Row("read bandwidth", report.bandwidth / 1e9, "GB/s", f"{threads}, the best of this run")
     if report.int8_peak is not None:
         note = f"{threads}, registers only"
         yield Row("int8 arithmetic peak", report.int8_peak / 1e9, "GMAC/s", note)
@@ -98,8 +100,11 @@ def rows(report: Report) -> Iterator[Row]:
         note = f"{number(macs / 1e9)} GMAC/s; {_spread(timing)}"
         yield Row(f"prefill {length}", length / timing.median, "tok/s", note, share, "int8 peak")
     for depth, timing in report.decode.items():
-        limit, size = report.roofline(depth), number(report.step_bytes(depth) / 1e9)
-        note = f"{number(limit)} tok/s, {size} GB; {_spread(timing)}"
+        limit = report.roofline(depth)
+        size, speed = (
+            number(x / 1e9) for x in (report.step_bytes(depth), report.bandwidth_at[depth])
+        )
+        note = f"{number(limit)} tok/s: {size} GB at {speed} GB/s by turns; {_spread(timing)}"
         share = 1 / timing.median / limit
         yield Row(f"decode at {depth}", 1 / timing.median, "tok/s", note, share, "roofline")
     if report.outside_share is not None:
