@@ -69,7 +69,7 @@ def _module(distance: int, pieces: int, lines: int) -> ir.IRModule:
     ) -> None:
         T.func_attr({"tirx.noalias": True})
         for piece in T.parallel(pieces):
-            sums = T.alloc_buffer((SUMS, LANES), "uint32", scope="local")
+            sums = T.alloc_buffer((SUMS, LANES), "uint32")
             for s in T.unroll(SUMS):
                 sums[s, 0:LANES] = T.broadcast(T.uint32(0), LANES)
             for i in range(lines // SUMS):

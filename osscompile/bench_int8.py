@@ -105,7 +105,7 @@ def _module(loop: _Loop, lanes: int) -> ir.IRModule:
         out: T.Buffer((chains * lanes,), "int32"),
     ) -> None:
         T.func_attr({"tirx.noalias": True})  # else the weights would be loaded again each time
-        sums = T.alloc_buffer((chains, lanes), "int32", scope="local")
+        sums = T.alloc_buffer((chains, lanes), "int32")
         for chain in T.unroll(chains):
             sums[chain, 0:lanes] = T.broadcast(chain, lanes)
         for _ in range(STEPS):

@@ -12,7 +12,7 @@ import numpy as np
 
 from .artifact import Manifest
 
-KEYS_PER_TILE = 8  # keys are [heads, positions / 8, dim, 8], values [heads, positions, dim]
+KEYS_PER_TILE = 16  # keys are [heads, positions / 16, dim, 16], values [heads, positions, dim]
 
 
 @dataclass(frozen=True)

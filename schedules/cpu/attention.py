@@ -54,9 +54,9 @@ def _tokens(chunks: Chunks) -> Stmt:
         for task in T.parallel((num_tokens + (per_task - 1)) // per_task * kv_heads):
             panel = T.alloc_buffer((KEYS * head_dim,), "float32")
             weight = T.alloc_buffer((per_task * group, KEYS), "float32")
-            largest = T.alloc_buffer((1, per_task * group), "float32", scope="local")
-            total = T.alloc_buffer((1, per_task * group), "float32", scope="local")
-            shrink = T.alloc_buffer((per_task * group,), "float32", scope="local")
+            largest = T.alloc_buffer((1, per_task * group), "float32")
+            total = T.alloc_buffer((1, per_task * group), "float32")
+            shrink = T.alloc_buffer((per_task * group,), "float32")
             for row in range(tokens_of(task) * group):
                 largest[0, row] = sinks[task % kv_heads * group + row % group]
                 total[0, row] = T.float32(1.0)
@@ -127,7 +127,7 @@ def _parts(chunks: Chunks) -> Stmt:
         for task in T.parallel(T.int64(PARTS * kv_heads)):
             panel = T.alloc_buffer((KEYS * head_dim,), "float32")
             weight = T.alloc_buffer((group, KEYS), "float32")
-            shrink = T.alloc_buffer((group,), "float32", scope="local")
+            shrink = T.alloc_buffer((group,), "float32")
             for row in range(T.int64(group)):
                 largest[task, row] = T.float32(HIDDEN)
                 total[task, row] = T.float32(0.0)
@@ -159,9 +159,9 @@ def _parts(chunks: Chunks) -> Stmt:
                     last_key(),
                 )
         for head in range(T.int64(heads)):
-            best = T.alloc_buffer((1,), "float32", scope="local")
-            mass = T.alloc_buffer((1,), "float32", scope="local")
-            share = T.alloc_buffer((1,), "float32", scope="local")
+            best = T.alloc_buffer((1,), "float32")
+            mass = T.alloc_buffer((1,), "float32")
+            share = T.alloc_buffer((1,), "float32")
             best[0] = sinks[head]
             for part in range(T.int64(PARTS)):
                 best[0] = T.max(best[0], largest[part * kv_heads + head // group, head % group])

@@ -21,6 +21,7 @@ from .product import whole_parts
 
 KEYS = 64  # of a chunk: a panel of 64 elements a key takes 16 kB
 TOKENS_PER_TASK = 8  # of a prefill: each unpacked chunk serves so many tokens x heads
+STACK_BYTES = 1023  # of a buffer, at most
 HIDDEN = -1e30  # score of a key that must not be seen
 ROWS_TOGETHER = (1, 2, 4, 8)  # of queries, whose sums are in registers
 VECTORS_TOGETHER = (1, 2, 4)  # of keys, and then of elements of a value
@@ -50,6 +51,8 @@ class Chunks:
         rows, default = whole_parts(self.group, ROWS_TOGETHER, half // 2)
         self.rows = choose("rows_together", rows, default)
         fitting = half // self.rows
+        if self.tokens_per_task == 1:  # what is fetched between keeps other sums in memory
+            fitting = min(fitting, STACK_BYTES // (4 * self.rows * self.lanes))
         vectors, default = whole_parts(self.head_dim // self.lanes, VECTORS_TOGETHER, fitting)
         self.vectors = choose("vectors_together", vectors, default)
 
@@ -92,25 +95,37 @@ class Chunks:
         lanes, rows, vectors, tile = self.lanes, self.rows, self.vectors, self.tile
         group, head_dim, dtype, tiles = self.group, self.head_dim, self.dtype, self.tiles
         column, slot, visible = self.column, self.slot, self.visible
-        step = lanes * vectors  # keys
+        step = lanes * vectors  # keys, and then elements of a value
         single = self.tokens_per_task == 1  # one token reads keys from memory: fetch them ahead
         line = LINE_BYTES // DataType(dtype).itemsize
-        lines = step * head_dim // line if single else 0
-        part = vectors * lanes  # elements of a value
-        value_lines = KEYS * part // line if single else 0
+        # what a step multiplies in so many rounds is fetched meanwhile for the next chunk, evenly:
+        # a burst of fetches would wait for each other, and what is loaded for them
+        rounds = max(1, line // step)
+        lines = max(1, step // line) if single else 0  # in that time
 
         def float32(x: Expr) -> Expr:
             return x if dtype == "float32" else x.astype("float32")
 
-        def fetched_key(kv_head: Expr, key_tile: Expr, i: Expr) -> Expr:
-            at = i * line
-            size = head_dim * tile
-            d = at % size // tile
-            return fetch(keys[kv_head, slot(key_tile + at // size), d, at % tile])
+        # `at`: elements into the chunk; where a ring ends within it, the fetch is in vain
+        def fetched_key(kv_head: Expr, key_tile: Expr, at: Expr) -> Expr:
+            return fetch(keys[kv_head, slot(key_tile), 0, at])
 
-        def fetched_value(kv_head: Expr, key_tile: Expr, i: Expr) -> Expr:
-            key, d = i * line // head_dim, i * line % head_dim
-            return fetch(values[kv_head, slot(key_tile + key // tile) * tile + key % tile, d])
+        def fetched_value(kv_head: Expr, key_tile: Expr, at: Expr) -> Expr:
+            return fetch(values[kv_head, slot(key_tile) * tile, at])
+
+        def key_of(
+            panel: Buffer, kv_head: Expr, key_tile: Expr, d: Expr, vector: Expr, lane: Expr
+        ) -> Expr:
+            if not single:
+                return panel[d * KEYS + vector * lanes + lane]
+            at = vector * lanes + lane
+            return float32(keys[kv_head, slot(key_tile + at // tile), d, at % tile])
+
+        def value_at(kv_head: Expr, key_tile: Expr, i: Expr, d: Expr) -> Expr:
+            return float32(values[kv_head, slot(key_tile + i // tile) * tile + i % tile, d])
+
+        def value_of(panel: Buffer, kv_head: Expr, key_tile: Expr, i: Expr, d: Expr) -> Expr:
+            return value_at(kv_head, key_tile, i, d) if single else panel[i * head_dim + d]
 
         def hidden(seen: Expr, x: Expr) -> Expr:
             return T.Select(seen, x, const(HIDDEN, "float32"))
@@ -141,33 +156,45 @@ class Chunks:
             num_steps,
             first_last_key,
         ):
-            sums = T.alloc_buffer((rows, vectors * lanes), "float32", scope="local")
-            top = T.alloc_buffer((lanes,), "float32", scope="local")
-            for i in range(num_steps * (step // tile)):
-                for d in range(T.int64(head_dim)):
-                    for lane in T.vectorized(tile):
-                        panel[d * KEYS + i * tile + lane] = float32(
-                            keys[kv_head, slot(key_tile + i), d, lane]
-                        )
+            sums = T.alloc_buffer((rows, vectors * lanes), "float32")
+            top = T.alloc_buffer((lanes,), "float32")
+            if not single:
+                for i in range(num_steps * (step // tile)):
+                    for d in range(T.int64(head_dim)):
+                        for lane in T.vectorized(tile):
+                            panel[d * KEYS + i * tile + lane] = float32(
+                                keys[kv_head, slot(key_tile + i), d, lane]
+                            )
             for block in range(num_tokens * (group // rows)):
                 for i in range(num_steps):
-                    for f in T.unroll(lines):
-                        T.evaluate(fetched_key(kv_head, key_tile + tiles + i * (step // tile), f))
                     for r, v in T.grid(rows, vectors):
                         for lane in T.vectorized(lanes):
                             sums[r, v * lanes + lane] = T.float32(0.0)
-                    for d in range(T.int64(head_dim)):
-                        for r in T.unroll(rows):
-                            for v in T.unroll(vectors):
-                                for lane in T.vectorized(lanes):
-                                    sums[r, v * lanes + lane] += (
-                                        queries[
+                    for d in range(T.int64(head_dim // rounds)):
+                        for f in T.unroll(lines):
+                            T.evaluate(
+                                fetched_key(
+                                    kv_head,
+                                    key_tile + tiles,
+                                    i * (step * head_dim) + (d * lines + f) * line,
+                                )
+                            )
+                        for n in T.unroll(rounds):
+                            for r in T.unroll(rows):
+                                for v in T.unroll(vectors):
+                                    for lane in T.vectorized(lanes):
+                                        sums[r, v * lanes + lane] += queries[
                                             first_token + block * rows // group,
                                             kv_head * group + block * rows % group + r,
-                                            d,
-                                        ]
-                                        * panel[d * KEYS + i * step + v * lanes + lane]
-                                    )
+                                            d * rounds + n,
+                                        ] * key_of(
+                                            panel,
+                                            kv_head,
+                                            key_tile,
+                                            d * rounds + n,
+                                            i * vectors + v,
+                                            lane,
+                                        )
                     for r in T.unroll(rows):
                         for v in T.unroll(vectors):
                             for lane in T.vectorized(lanes):
@@ -201,20 +228,15 @@ class Chunks:
                     for lane in T.vectorized(lanes):
                         top[lane] += weight[row, i * lanes + lane]
                 total[first_state, row] = total[first_state, row] * shrink[row] + across(top, add)
-            for i in range(num_steps * step):
-                for d in range(T.int64(head_dim // lanes)):
-                    for lane in T.vectorized(lanes):
-                        panel[i * head_dim + d * lanes + lane] = float32(
-                            values[
-                                kv_head,
-                                slot(key_tile + i // tile) * tile + i % tile,
-                                d * lanes + lane,
-                            ]
-                        )
+            if not single:
+                for i in range(num_steps * step):
+                    for d in range(T.int64(head_dim // lanes)):
+                        for lane in T.vectorized(lanes):
+                            panel[i * head_dim + d * lanes + lane] = value_at(
+                                kv_head, key_tile, i, d * lanes + lane
+                            )
             for block in range(num_tokens * (group // rows)):
-                for dims in range(T.int64(head_dim // part)):
-                    for f in T.unroll(value_lines):
-                        T.evaluate(fetched_value(kv_head, key_tile + tiles, dims * value_lines + f))
+                for dims in range(T.int64(head_dim // step)):
                     for r in T.unroll(rows):
                         for v in T.unroll(vectors):
                             for lane in T.vectorized(lanes):
@@ -222,27 +244,41 @@ class Chunks:
                                     out[
                                         first_out + block * rows // group,
                                         column(kv_head, block * rows + r)
-                                        + dims * part
+                                        + dims * step
                                         + v * lanes
                                         + lane,
                                     ]
                                     * shrink[block * rows + r]
                                 )
-                    for i in range(num_steps * step):
-                        for r in T.unroll(rows):
-                            for v in T.unroll(vectors):
-                                for lane in T.vectorized(lanes):
-                                    sums[r, v * lanes + lane] += (
-                                        weight[block * rows + r, i]
-                                        * panel[i * head_dim + dims * part + v * lanes + lane]
-                                    )
+                    for i in range(num_steps * (step // rounds)):
+                        for f in T.unroll(lines):
+                            T.evaluate(
+                                fetched_value(
+                                    kv_head,
+                                    key_tile + tiles,
+                                    dims * (KEYS * step) + (i * lines + f) * line,
+                                )
+                            )
+                        for n in T.unroll(rounds):
+                            for r in T.unroll(rows):
+                                for v in T.unroll(vectors):
+                                    for lane in T.vectorized(lanes):
+                                        sums[r, v * lanes + lane] += weight[
+                                            block * rows + r, i * rounds + n
+                                        ] * value_of(
+                                            panel,
+                                            kv_head,
+                                            key_tile,
+                                            i * rounds + n,
+                                            dims * step + v * lanes + lane,
+                                        )
                     for r in T.unroll(rows):
                         for v in T.unroll(vectors):
                             for lane in T.vectorized(lanes):
                                 out[
                                     first_out + block * rows // group,
                                     column(kv_head, block * rows + r)
-                                    + dims * part
+                                    + dims * step
                                     + v * lanes
                                     + lane,
                                 ] = sums[r, v * lanes + lane]

@@ -71,7 +71,7 @@ def _mxfp4(
         weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
         expert: T.Buffer((1,), "int32", offset_factor=1),
         x: T.Buffer(shape, "int8", offset_factor=1),
-        sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
+        sums: T.Buffer((LANES,), "int32", offset_factor=1),
     ) -> None:
         with T.sblock("root"):
             T.reads(sums[0:LANES], weights[0:words, 0:LANES], expert[0], whole(x))
@@ -90,7 +90,7 @@ def _mxfp4(
         weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
         expert: T.Buffer((1,), "int32", offset_factor=1),
         x: T.Buffer(shape, "int8", offset_factor=1),
-        sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
+        sums: T.Buffer((LANES,), "int32", offset_factor=1),
     ) -> None:
         with T.sblock("root"):
             T.reads(sums[0:LANES], weights[0:words, 0:LANES], expert[0], whole(x))
@@ -111,7 +111,7 @@ def q8_block(instructions: ModuleType, prefetch_bytes: int) -> str:
     def description(
         weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
         x: T.Buffer((BLOCK,), "int8", offset_factor=1),
-        sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
+        sums: T.Buffer((LANES,), "int32", offset_factor=1),
     ) -> None:
         with T.sblock("root"):
             T.reads(sums[0:LANES], weights[0:words, 0:LANES], x[0:BLOCK])
@@ -127,7 +127,7 @@ def q8_block(instructions: ModuleType, prefetch_bytes: int) -> str:
     def implementation(
         weights: T.Buffer((words, LANES), "uint32", offset_factor=1),
         x: T.Buffer((BLOCK,), "int8", offset_factor=1),
-        sums: T.Buffer((LANES,), "int32", offset_factor=1, scope="local"),
+        sums: T.Buffer((LANES,), "int32", offset_factor=1),
     ) -> None:
         with T.sblock("root"):
             T.reads(sums[0:LANES], weights[0:words, 0:LANES], x[0:BLOCK])

@@ -54,7 +54,6 @@ def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
         sch.parallel(task)
     sch.vectorize(lane)
     sch.compute_at(acc, group, preserve_unit_loops=True)
-    sch.set_scope(acc, 0, "local")
     if block_of is None:
         _schedule_inputs(sch, acc, target)
     else:
@@ -82,7 +81,6 @@ def _schedule_blocks_of_32(
         sch.unroll(loop)
     dot = sch.get_sblock("dot")
     sch.compute_at(dot, inner[-1] if inner else block, preserve_unit_loops=True)
-    sch.set_scope(dot, 0, "local")
     zero_first(sch, acc, block)
     lane, k = sch.get_loops(dot)[-2:]
     if target.int8_dot in INSTRUCTIONS:

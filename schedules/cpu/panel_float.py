@@ -67,9 +67,9 @@ def float_panels(product: Product, target: Target, choose: Choose) -> Stmt:
             panel = T.alloc_buffer((num_blocks, BLOCK, together, lanes), "float32")
             x = T.alloc_buffer((ROWS_PER_PANEL, num_blocks, BLOCK), "float32")
             acc = T.alloc_buffer((ROWS_PER_PANEL, together, lanes), "float32")
-            sums = T.alloc_buffer((together, lanes), "float32", scope="local")
-            first = T.alloc_buffer((1,), "int64", scope="local")
-            end = T.alloc_buffer((1,), "int64", scope="local")
+            sums = T.alloc_buffer((together, lanes), "float32")
+            first = T.alloc_buffer((1,), "int64")
+            end = T.alloc_buffer((1,), "int64")
             end[0] = T.int64(0)
             while end[0] < num_rows:
                 next_run(first, end)

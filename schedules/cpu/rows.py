@@ -60,7 +60,6 @@ def _reduce_in_lanes(sch: Schedule, block: SBlockRV, num_spatial: int, target: T
     *_, lane = sch.split(last, [None, target.vector_lanes])
     shares = sch.rfactor(lane, num_spatial)
     sch.compute_at(shares, outer[-1], preserve_unit_loops=True)
-    sch.set_scope(shares, 0, "local")
     lane, *units, step = sch.get_loops(shares)[len(outer) :]
     sch.reorder(*units, step, lane)
     sch.vectorize(lane)
