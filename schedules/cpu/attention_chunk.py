@@ -2,7 +2,8 @@
 some tokens, two small matrix products, scores = queries x keys and weights x values.
 
 The chunk's keys, and then its values, are unpacked to float32 once, into a panel in the first-level
-cache. Between the products the softmax goes on from chunk to chunk (online).
+cache, unless the sums of all rows fit in registers. Between the products the softmax goes on from
+chunk to chunk (online).
 """
 
 from collections.abc import Callable
@@ -44,14 +45,15 @@ class Chunks:
         self.lanes = max(min(target.register_bits // 32, self.head_dim), self.tile)
         one = isinstance(self.num_tokens, IntImm)
         self.tokens_per_task = int(self.num_tokens) if one else TOKENS_PER_TASK
+        self.single = self.tokens_per_task == 1  # reads keys from memory, as fast as that can be
 
     def choose(self, choose: Choose, target: Target) -> None:
         """Sums in half of the registers: the rest is for what is multiplied."""
         half = target.num_registers // 2 * target.register_bits // (32 * self.lanes)
-        rows, default = whole_parts(self.group, ROWS_TOGETHER, half // 2)
+        rows, default = whole_parts(self.group, ROWS_TOGETHER, half if self.single else half // 2)
         self.rows = choose("rows_together", rows, default)
         fitting = half // self.rows
-        if self.tokens_per_task == 1:  # what is fetched between keeps other sums in memory
+        if self.single:  # what is fetched between keeps other sums in memory
             fitting = min(fitting, STACK_BYTES // (4 * self.rows * self.lanes))
         vectors, default = whole_parts(self.head_dim // self.lanes, VECTORS_TOGETHER, fitting)
         self.vectors = choose("vectors_together", vectors, default)
@@ -96,12 +98,12 @@ class Chunks:
         group, head_dim, dtype, tiles = self.group, self.head_dim, self.dtype, self.tiles
         column, slot, visible = self.column, self.slot, self.visible
         step = lanes * vectors  # keys, and then elements of a value
-        single = self.tokens_per_task == 1  # one token reads keys from memory: fetch them ahead
+        direct = self.single and rows == group  # a panel that serves once is not worth its making
         line = LINE_BYTES // DataType(dtype).itemsize
         # what a step multiplies in so many rounds is fetched meanwhile for the next chunk, evenly:
         # a burst of fetches would wait for each other, and what is loaded for them
         rounds = max(1, line // step)
-        lines = max(1, step // line) if single else 0  # in that time
+        lines = max(1, step // line) if self.single else 0  # in that time
 
         def float32(x: Expr) -> Expr:
             return x if dtype == "float32" else x.astype("float32")
@@ -116,7 +118,7 @@ class Chunks:
         def key_of(
             panel: Buffer, kv_head: Expr, key_tile: Expr, d: Expr, vector: Expr, lane: Expr
         ) -> Expr:
-            if not single:
+            if not direct:
                 return panel[d * KEYS + vector * lanes + lane]
             at = vector * lanes + lane
             return float32(keys[kv_head, slot(key_tile + at // tile), d, at % tile])
@@ -125,7 +127,7 @@ class Chunks:
             return float32(values[kv_head, slot(key_tile + i // tile) * tile + i % tile, d])
 
         def value_of(panel: Buffer, kv_head: Expr, key_tile: Expr, i: Expr, d: Expr) -> Expr:
-            return value_at(kv_head, key_tile, i, d) if single else panel[i * head_dim + d]
+            return value_at(kv_head, key_tile, i, d) if direct else panel[i * head_dim + d]
 
         def hidden(seen: Expr, x: Expr) -> Expr:
             return T.Select(seen, x, const(HIDDEN, "float32"))
@@ -158,7 +160,7 @@ class Chunks:
         ):
             sums = T.alloc_buffer((rows, vectors * lanes), "float32")
             top = T.alloc_buffer((lanes,), "float32")
-            if not single:
+            if not direct:
                 for i in range(num_steps * (step // tile)):
                     for d in range(T.int64(head_dim)):
                         for lane in T.vectorized(tile):
@@ -228,7 +230,7 @@ class Chunks:
                     for lane in T.vectorized(lanes):
                         top[lane] += weight[row, i * lanes + lane]
                 total[first_state, row] = total[first_state, row] * shrink[row] + across(top, add)
-            if not single:
+            if not direct:
                 for i in range(num_steps * step):
                     for d in range(T.int64(head_dim // lanes)):
                         for lane in T.vectorized(lanes):
