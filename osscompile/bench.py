@@ -80,7 +80,7 @@ def bench(
     date, others = datetime.now(UTC).isoformat(timespec="seconds"), OtherProcesses()
     say("load")
     manifest = open_artifact(artifact).manifest  # hashes a new copy, which no later load does
-    ids = _random_ids(manifest)
+    ids = random_ids(manifest)
     start = time.perf_counter()
     model = load(artifact)
     load_seconds = time.perf_counter() - start
@@ -169,7 +169,7 @@ def _time_prefill(model: Model, ids: list[int]) -> Timing:
         start = time.perf_counter()
         model.prefill(ids)
         seconds.append(time.perf_counter() - start)
-    return _timing(seconds[1:] or seconds, others)
+    return timing(seconds[1:] or seconds, others)
 
 
 def _time_decode(
@@ -185,7 +185,7 @@ def _time_decode(
         start = time.perf_counter()
         model.decode(token)
         seconds.append(time.perf_counter() - start)
-    return _timing(seconds[WARMUP_STEPS:], others), bandwidths[WARMUP_STEPS:]
+    return timing(seconds[WARMUP_STEPS:], others), bandwidths[WARMUP_STEPS:]
 
 
 def _fill_cache(model: Model, ids: list[int]) -> None:
@@ -238,7 +238,7 @@ def _inside(device: Device) -> Iterator[list[float]]:
         del vars(device)["run"]
 
 
-def _random_ids(manifest: Manifest) -> list[int]:
+def random_ids(manifest: Manifest) -> list[int]:
     """As many tokens as the context has positions."""
     ids: list[int] = (
         np.random.default_rng(0).integers(manifest.vocab_size, size=manifest.context).tolist()
@@ -246,11 +246,11 @@ def _random_ids(manifest: Manifest) -> list[int]:
     return ids
 
 
-def _timing(seconds: list[float], others: OtherProcesses) -> Timing:
+def timing(seconds: list[float], others: OtherProcesses | None) -> Timing:
     return Timing(
         median=statistics.median(seconds),
         fastest=min(seconds),
         slowest=max(seconds),
         runs=len(seconds),
-        other_processes=others.share(),
+        other_processes=others.share() if others is not None else None,
     )

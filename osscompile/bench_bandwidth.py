@@ -31,15 +31,12 @@ class Reader:
     def __init__(self) -> None:
         target = tvm.target.Target(targets.of_this_machine().tvm)
         self.num_bytes = READ_BYTES
-        pieces, lines = READ_BYTES // PIECE_BYTES, PIECE_BYTES // LINE_BYTES
-        arrays = [
-            aligned_empty(shape, np.dtype(np.uint32))
-            for shape in ((pieces, lines, LANES), (pieces, LANES))
-        ]
+        arrays = [aligned_empty(shape, np.dtype(np.uint32)) for shape in shapes()]
         self._tensors = [tensor(array) for array in arrays]
+        pieces, lines, _ = arrays[0].shape
         loops = []
         for distance in PREFETCH_BYTES:
-            module = tvm.compile(_module(distance, pieces, lines), target)
+            module = tvm.compile(read_module(distance, pieces, lines), target)
             if not loops:  # where a page lies is up to who writes it first
                 module["fill"](self._tensors[0])
             self._read = module["read"]
@@ -52,7 +49,13 @@ class Reader:
         return time.perf_counter() - start
 
 
-def _module(distance: int, pieces: int, lines: int) -> ir.IRModule:
+def shapes() -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """Of the data, and of their sums."""
+    pieces = READ_BYTES // PIECE_BYTES
+    return (pieces, PIECE_BYTES // LINE_BYTES, LANES), (pieces, LANES)
+
+
+def read_module(distance: int, pieces: int, lines: int) -> ir.IRModule:
     """`fill`: ones to data [pieces, lines, LANES] uint32. `read`: data -> sums [pieces, LANES]."""
     ahead, dtype = distance // LINE_BYTES, f"uint32x{LANES}"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .bench_report import BenchError, Report, Timing
+from .bench_report import BenchError, Report, Timing, machine
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -51,7 +51,7 @@ def _draw_decode(axes: Any, report: Report, colour: str) -> None:
         [],
         "o-",
         color=colour,
-        label=f"{report.model} {report.profile}, {report.cpu}, {report.cores} cores",
+        label=f"{report.model} {report.profile}, {machine(report)}",
     )
     if not report.decode:
         return

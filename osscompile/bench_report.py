@@ -40,8 +40,8 @@ class Report:
     variant: str  # of the target: which library of the artifact ran
     manifest_sha256: str
     cpu: str
-    cores: int
-    memory_bytes: int
+    cores: int | None  # of a far machine nobody tells
+    memory_bytes: int | None
     versions: dict[str, str]
     commit: str | None  # of the checkout that measured
     date: str  # ISO 8601, when the run began
@@ -54,8 +54,8 @@ class Report:
     full_kv_bytes: int  # keys and values of one position, in all full layers
     sliding_kv_bytes: int  # the same in all sliding layers, which read `window` positions at most
     window: int
-    load_seconds: float
-    first_token_seconds: float  # load included
+    load_seconds: float | None
+    first_token_seconds: float | None  # load included
     resident_bytes: int | None  # after all runs
     peak_bytes: int | None
     outside_share: float | None  # of a streamed decode step: not in the compiled function
@@ -86,14 +86,16 @@ class Row(NamedTuple):
 
 def rows(report: Report) -> Iterator[Row]:
     """All figures of a report, for people; what could not be measured is left out."""
-    threads = f"{report.cores} threads"
+    threads = f"{report.cores or 'all'} threads"
     yield Row("read bandwidth", report.bandwidth / 1e9, "GB/s", f"{threads}, the best of this run")
     if report.int8_peak is not None:
         note = f"{threads}, registers only"
         yield Row("int8 arithmetic peak", report.int8_peak / 1e9, "GMAC/s", note)
-    yield Row("load", report.load_seconds, "s")
-    note = f"with a prompt of {FIRST_PROMPT} tokens; files as far in memory as they were"
-    yield Row("load to first token", report.first_token_seconds, "s", note)
+    if report.load_seconds is not None:
+        yield Row("load", report.load_seconds, "s")
+    if report.first_token_seconds is not None:
+        note = f"with a prompt of {FIRST_PROMPT} tokens; files as far in memory as they were"
+        yield Row("load to first token", report.first_token_seconds, "s", note)
     for length, timing in report.prefill.items():
         macs = report.token_macs * length / timing.median
         share = macs / report.int8_peak if report.int8_peak is not None else None
@@ -122,7 +124,7 @@ def table(report: Report) -> str:
     lines = [
         f"{report.model}, profile {report.profile}, target {report.target} {report.variant}, "
         f"manifest {report.manifest_sha256[:12]}",
-        f"{report.cpu}, {report.cores} cores, {report.memory_bytes / 1e9:.1f} GB; {report.date}",
+        f"{machine(report)}; {report.date}",
         f"{software}; commit {report.commit or 'unknown'}",
     ]
     cells = []
@@ -136,6 +138,16 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def machine(report: Report) -> str:
+    """The processor, with its cores and memory where they are known."""
+    parts = [report.cpu]
+    if report.cores is not None:
+        parts.append(f"{report.cores} cores")
+    if report.memory_bytes is not None:
+        parts.append(f"{report.memory_bytes / 1e9:.1f} GB")
+    return ", ".join(parts)
+
+
 def comparison(reports: Sequence[Report]) -> str:
     """Reports side by side, as text: ratios are to the first, percentages are of the limit."""
     conditions = {
@@ -143,7 +155,7 @@ def comparison(reports: Sequence[Report]) -> str:
         "profile": [r.profile for r in reports],
         "target": [f"{r.target} {r.variant}" for r in reports],
         "CPU": [r.cpu for r in reports],
-        "cores": [str(r.cores) for r in reports],
+        "cores": [str(r.cores or "-") for r in reports],
         "osscompile": [r.versions.get("osscompile", "-") for r in reports],
         "commit": [(r.commit or "-")[:12] for r in reports],
         "date": [r.date for r in reports],

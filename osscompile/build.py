@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import tvm
 from tvm import ir, relax
 from tvm.target import Target as TvmTarget
 
@@ -16,12 +17,17 @@ ROOM_BYTES = 16 << 20  # for objects and library: about 2 MB
 
 
 def build_library(module: ir.IRModule, target: Target, output: Path) -> None:
-    """Compile a module that went through all passes, and link it for the target's system.
+    """Compile a module that went through all passes, or kernels that were scheduled, and link it
+    for the target's system.
 
     The same module gives the same bytes. Raises CompileError if the linker fails, OSError if there
     is no room.
     """
-    executable = relax.build(module, TvmTarget(target.tvm), relax_pipeline=None)
+    machine = TvmTarget(target.tvm)
+    if any(isinstance(function, relax.Function) for function in module.functions.values()):
+        executable = relax.build(module, machine, relax_pipeline=None)
+    else:
+        executable = tvm.compile(module, machine)
 
     def link(path: str, objects: Sequence[str], options: object = None, **kwargs: object) -> None:
         _link(Path(path), objects, target)

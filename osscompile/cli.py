@@ -6,12 +6,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__, targets
 from .runtime.artifact import ALWAYS_HASHED_BYTES, Manifest, read_manifest
 from .runtime.engine import Model, load, memory_bytes
 from .runtime.errors import OsscompileError
+from .runtime.measure import attempt_here
 from .runtime.trials import kernel_folders
+
+if TYPE_CHECKING:
+    from .remote import Remote
 
 DEMO_QUESTION = "What is 17 + 25?"
 
@@ -103,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them")
+    _add_rpc(command)
     command.set_defaults(command=_bench)
 
     command = commands.add_parser("tune", help="measure what schedules leave open, for compiles")
@@ -126,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--emit", type=Path, metavar="DIR", help="only build the candidates")
     step.add_argument("--measure", type=Path, metavar="DIR", help="only measure those built")
     step.add_argument("--ingest", type=Path, metavar="DIR", help="only read what was measured")
+    _add_rpc(command)
     command.set_defaults(command=_tune)
 
     command = commands.add_parser("bundle", help="copy the runtime alone into a directory")
@@ -136,6 +143,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", metavar="OUT", default="nano.osc")
     command.set_defaults(command=_demo)
     return parser
+
+
+def _add_rpc(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--rpc", metavar="HOST:PORT", help="measure on a server that this tracker of TVM's knows"
+    )
+    command.add_argument("--key", metavar="K", help="of the server, for --rpc")
+
+
+def _remote(arguments: argparse.Namespace) -> "Remote | None":
+    from .remote import parse_remote
+
+    return parse_remote(arguments.rpc, arguments.key) if arguments.rpc is not None else None
 
 
 def _compile(arguments: argparse.Namespace) -> None:
@@ -259,8 +279,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     )
 
     if bool(arguments.artifacts) == bool(arguments.compare):
-        found = "both" if arguments.compare else "neither"
-        raise BenchError(f"bench: expected artifacts or --compare with files, found {found}")
+        given = "both" if arguments.compare else "neither"
+        raise BenchError(f"bench: expected artifacts or --compare with files, found {given}")
     if arguments.plot:
         check_plotting()
     for file in filter(None, (arguments.json, arguments.plot)):
@@ -272,7 +292,17 @@ def _bench(arguments: argparse.Namespace) -> None:
     else:
         lengths = arguments.prefill or bench.PREFILL_LENGTHS
         depths = arguments.decode or bench.DECODE_DEPTHS
-        for report in bench.bench_each(arguments.artifacts, lengths, depths, _say_stage):
+        remote = _remote(arguments)
+        if remote is None:
+            found = bench.bench_each(arguments.artifacts, lengths, depths, _say_stage)
+        else:
+            from .bench_far import bench_far
+
+            found = (
+                bench_far(artifact, remote, lengths, depths, _say_stage)
+                for artifact in arguments.artifacts
+            )
+        for report in found:
             _say_stage("")
             print(table(report), end="\n\n", flush=True)
             reports.append(report)
@@ -300,8 +330,15 @@ def _tune(arguments: argparse.Namespace) -> None:
     from .schedules.records import records_file
     from .tuning import records, tune
 
+    remote = _remote(arguments)
+    if remote is None:
+        attempt = attempt_here(arguments.threads)
+    else:
+        from .tuning.far import attempt_there
+
+        attempt = attempt_there(remote)
     if arguments.measure:
-        tune.measure(arguments.measure, arguments.threads)
+        tune.measure(arguments.measure, attempt)
         print(f"measured; copy {arguments.measure} to where `osscompile tune --ingest` runs")
         return
     target = tune.choose_target(arguments.target, arguments.variant)
@@ -317,7 +354,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     else:
         work = arguments.work or Path(".osscompile-tuning", f"{target.name}-{target.variant}")
         print(f"trials are kept in {work}: once interrupted, run the same command to go on")
-        findings = tune.tune(work, *what, arguments.threads)
+        findings = tune.tune(work, *what, attempt)
     print(tune.table(findings))
     records.write_records(output, findings)
     print(f"wrote {sum(bool(f.constants) for f in findings)} records to {output}")

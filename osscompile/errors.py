@@ -9,3 +9,7 @@ class CheckpointError(OsscompileError):
 
 class CompileError(OsscompileError):
     """A compile cannot start or finish: its options, the disk, or the linker."""
+
+
+class RemoteError(OsscompileError):
+    """A far machine cannot be reached, or does not do what it is asked to."""

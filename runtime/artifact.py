@@ -125,18 +125,20 @@ def open_artifact(
     verify: bool = False,
     progress: Callable[[int], object] | None = None,
     variant: str | None = None,
+    elsewhere: bool = False,
 ) -> Artifact:
     """Check an artifact and map its weights.
 
     `verify`: hash every file even if this copy was verified before; `progress` is told the bytes
-    hashed. `variant`: default: the best for this machine. Raises ArtifactError if the artifact is
-    damaged, incomplete, of another format version, or made for another machine; InputError if it
-    has no variant of that name.
+    hashed. `variant`: default: the best for this machine. `elsewhere`: it is to run on another
+    machine, of which nothing is known; then the default is the first variant. Raises ArtifactError
+    if the artifact is damaged, incomplete, of another format version, or made for another machine;
+    InputError if it has no variant of that name.
     """
     path = Path(path)
     try:
         manifest = read_manifest(path)
-        chosen = _choose_variant(path, manifest, variant)
+        chosen = _choose_variant(path, manifest, variant, elsewhere)
         _check_files(path, manifest, verify, progress)
         return Artifact(path, manifest, chosen, _map_weights(path / WEIGHTS, manifest.weights))
     except OSError as error:
@@ -208,9 +210,10 @@ def mark_verified(path: Path, sha256: str) -> None:
         return  # no place to remember it: the next load hashes again
 
 
-def _choose_variant(path: Path, manifest: Manifest, name: str | None) -> Variant:
+def _choose_variant(path: Path, manifest: Manifest, name: str | None, elsewhere: bool) -> Variant:
     here = Machine.here()
-    if (manifest.system, manifest.architecture) != (here.system, here.architecture):
+    machine = (manifest.system, manifest.architecture)
+    if not elsewhere and machine != (here.system, here.architecture):
         raise ArtifactError(
             f"{path}: made for {manifest.system} on {manifest.architecture}, this machine is "
             f"{here.system} on {here.architecture}; compile the model for this machine's target"
@@ -224,7 +227,7 @@ def _choose_variant(path: Path, manifest: Manifest, name: str | None) -> Variant
             f"{name!r}; compile the model again for others"
         )
     for variant in candidates:
-        if not variant.missing_features():
+        if elsewhere or not variant.missing_features():
             return variant
     needs = "\n".join(
         f"{v.name} needs {', '.join(v.cpu_features)}; this one lacks "

@@ -2,11 +2,13 @@
 DIR` where the runtime alone was copied to (`osscompile bundle`).
 
 Candidates run in a process of their own: one that crashes or hangs ends that process only. Each is
-compared with the reference before it is timed.
+compared with the reference before it is timed. A far machine measures alike: what this file asks of
+a machine is in `Here`.
 """
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import signal
 import statistics
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -27,7 +29,8 @@ from .machine import physical_cores
 from .trials import (
     Plan,
     Trial,
-    check_plan,
+    check_libraries,
+    check_machine,
     kernel_folders,
     read_plan,
     read_trials,
@@ -53,22 +56,57 @@ class Failure:
     reason: str
 
 
+Seconds: TypeAlias = dict[str, list[float]]  # of each library in each round
+# Measures the libraries of a folder, the default first; None if the last of the failures ended it.
+Attempt: TypeAlias = Callable[[Path, list[str]], tuple[Seconds | None, list[Failure]]]
+Tell: TypeAlias = Callable[[tuple[Any, ...]], object]  # what the measuring does, as it begins
+
+
+class Here:
+    """This machine: loads kernels, makes their arguments, calls and times them."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+
+    def load(self, library: Path) -> Any:
+        return load_function(library, FUNCTION, self._threads)
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """Holds what the aligned array holds."""
+        return tensor(array)
+
+    def array(self, written: Any) -> np.ndarray:
+        return np.from_dlpack(written)
+
+    def call(self, kernel: Any, arguments: Sequence[Any]) -> None:
+        kernel(*arguments)
+
+    def seconds(self, kernel: Any, calls: Sequence[Sequence[Any]]) -> float:
+        """A call, on average."""
+        start = time.perf_counter()
+        for arguments in calls:
+            kernel(*arguments)
+        return (time.perf_counter() - start) / len(calls)
+
+    def is_alive(self) -> bool:
+        return True
+
+
 def measure_kernel(
     folder: Path,
-    threads: int | None = None,
+    attempt: Attempt | None = None,
     progress: Callable[[int, float], object] = lambda done, best: None,
     report: Callable[[str], object] = print,
 ) -> None:
     """Measure the candidates of one kernel that have no result yet, and write their results.
 
-    `threads`: default the physical cores. `progress` hears the candidates done and the best ratio
-    to the default so far; `report` hears of each candidate that fails. Raises TuningError if the
-    folder is damaged or for another machine, or the default fails.
+    `attempt`: on which machine (default: this one, on its physical cores). `progress` hears the
+    candidates done and the best ratio to the default so far; `report` hears of each candidate that
+    fails. Raises TuningError if the folder is damaged or for another machine, or the default fails.
     """
-    if threads is not None and threads < 1:
-        raise TuningError(f"threads: expected at least 1, found {threads}")
     plan = read_plan(folder)
-    check_plan(folder, plan)
+    check_libraries(folder, plan)
+    attempt = attempt or attempt_here(None)
     trials = read_trials(folder, plan)
     constants = {c.library: c.constants for c in plan.candidates}
     left = [c.library for c in plan.candidates[1:] if c.library not in trials]
@@ -78,7 +116,7 @@ def measure_kernel(
         if not left:
             return
         batch, left = left[:BATCH], left[BATCH:]
-        measured, failures = _measure_batch(folder, plan, batch, threads or physical_cores())
+        measured, failures = _measure_batch(folder, plan, batch, attempt)
         for failure in failures:
             report(f"{plan.key.split()[0]} with {constants[failure.library]}: {failure.reason}")
         trials |= measured
@@ -87,13 +125,13 @@ def measure_kernel(
 
 
 def _measure_batch(
-    folder: Path, plan: Plan, libraries: Sequence[str], threads: int
+    folder: Path, plan: Plan, libraries: Sequence[str], attempt: Attempt
 ) -> tuple[dict[str, Trial], list[Failure]]:
     """Measure beside the default; who ends the process is left out of the next attempt."""
     default = plan.default.library
     left, failures = [default, *libraries], []
     while True:
-        seconds, failed = _attempt(folder, left, threads)
+        seconds, failed = attempt(folder, left)
         failures += failed
         for failure in failed:
             if failure.library in (default, plan.reference.library):
@@ -119,70 +157,95 @@ def _trial(seconds: list[float], default_seconds: list[float]) -> Trial:
     )
 
 
-def _attempt(
-    folder: Path, libraries: list[str], threads: int
-) -> tuple[dict[str, list[float]] | None, list[Failure]]:
-    """Seconds of each library in each round, or None if the process ended early; and who failed."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit the compiler
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, folder, libraries, threads), daemon=True)
-    process.start()
-    theirs.close()
-    failures, running = [], read_plan(folder).reference.library
-    try:
-        while ours.poll(TIMEOUT_SECONDS):
-            match ours.recv():
-                case "running", library:
-                    running = library
-                case "failed", library, reason:
-                    failures.append(Failure(library, reason))
-                case "measured", seconds:
-                    return seconds, failures
-        reason = f"no answer for {TIMEOUT_SECONDS} seconds"
-    except EOFError:
-        process.join()
-        reason = f"ended the measuring process with status {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
-    return None, [*failures, Failure(running, reason)]
+def attempt_here(threads: int | None) -> Attempt:
+    """An attempt in a process of its own, with so many threads (default: the physical cores).
+    Raises TuningError."""
+    if threads is not None and threads < 1:
+        raise TuningError(f"threads: expected at least 1, found {threads}")
+
+    def attempt(folder: Path, libraries: list[str]) -> tuple[Seconds | None, list[Failure]]:
+        plan = read_plan(folder)
+        check_machine(folder, plan)
+        context = multiprocessing.get_context("spawn")  # a fork would inherit the compiler
+        ours, theirs = context.Pipe(duplex=False)
+        arguments = (theirs, folder, libraries, threads or physical_cores())
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        failures, running = [], plan.reference.library
+        try:
+            while ours.poll(TIMEOUT_SECONDS):
+                match ours.recv():
+                    case "running", library:
+                        running = library
+                    case "failed", library, reason:
+                        failures.append(Failure(library, reason))
+                    case "measured", seconds:
+                        return seconds, failures
+            reason = f"no answer for {TIMEOUT_SECONDS} seconds"
+        except EOFError:
+            process.join()
+            reason = f"ended the measuring process with status {process.exitcode}"
+        finally:
+            process.kill()
+            process.join()
+        return None, [*failures, Failure(running, reason)]
+
+    return attempt
 
 
 def _work(connection: Connection, folder: Path, libraries: list[str], threads: int) -> None:
     """The measuring process: tells what it does, so that its end can be blamed on someone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, who ends us
     with contextlib.suppress(BrokenPipeError):  # the parent was killed
-        plan = read_plan(folder)
-        calls = timed_inputs(plan)
-        kernels = {}
-        for library, result in _compare(plan, folder, libraries, calls[0], threads, connection):
-            if isinstance(result, str):
-                connection.send(("failed", library, result))
-            else:
-                kernels[library] = result
-        default_works = libraries[0] in kernels
-        timed = _time_in_turns(kernels, calls, connection) if default_works else {}
-        connection.send(("measured", timed))
+        seconds = compare_and_time(folder, libraries, Here(threads), connection.send)
+        connection.send(("measured", seconds))
+
+
+def compare_and_time(folder: Path, libraries: Sequence[str], machine: Here, tell: Tell) -> Seconds:
+    """Seconds of the libraries that compute what the reference does; none if the default, the
+    first, does not. `tell` hears ("running", library) and ("failed", library, reason)."""
+    plan = read_plan(folder)
+    calls = timed_inputs(plan)
+    kernels = {}
+    for library, result in _compare(plan, folder, libraries, calls[0], machine, tell):
+        if isinstance(result, str):
+            tell(("failed", library, result))
+        else:
+            kernels[library] = result
+    if libraries[0] not in kernels:
+        return {}
+    known: dict[int, Any] = {}  # of arrays that several calls share
+
+    def placed(array: np.ndarray) -> Any:
+        if id(array) not in known:
+            known[id(array)] = machine.tensor(array)
+        return known[id(array)]
+
+    tensors = [[placed(array) for array in arrays] for arrays in calls]
+    return _time_in_turns(kernels, tensors, machine, tell)
 
 
 def _compare(
     plan: Plan,
     folder: Path,
-    libraries: list[str],
+    libraries: Sequence[str],
     timed: Arrays,
-    threads: int,
-    connection: Connection,
+    machine: Here,
+    tell: Tell,
 ) -> Iterator[tuple[str, Any]]:
     """Each library with its kernel, or with what is wrong with it."""
     inputs = checked_inputs(plan, timed)
-    reference = load_function(folder / plan.reference.library, FUNCTION, threads)
-    expected = _results(reference, plan, inputs)
+    reference = machine.load(folder / plan.reference.library)
+    expected = _results(reference, plan, inputs, machine)
     for library in libraries:
-        connection.send(("running", library))
+        tell(("running", library))
         try:
-            kernel = load_function(folder / library, FUNCTION, threads)
-            error = _error(_results(kernel, plan, inputs), expected)
+            kernel = machine.load(folder / library)
+            error = _error(_results(kernel, plan, inputs, machine), expected)
         except Exception as failure:  # a kernel raises whatever it was made to
+            if not machine.is_alive():
+                raise
             yield library, repr(failure)
             continue
         if error <= TOLERANCE:  # false for NaN
@@ -194,14 +257,14 @@ def _compare(
             )
 
 
-def _results(kernel: Any, plan: Plan, inputs: Arrays) -> Arrays:
+def _results(kernel: Any, plan: Plan, inputs: Arrays, machine: Here) -> Arrays:
     """What one call writes; the inputs stay as they are."""
-    arrays = list(inputs)
-    for i, argument in enumerate(plan.arguments):
-        if argument.written:
-            arrays[i] = aligned_copy(inputs[i])
-    kernel(*map(tensor, arrays))
-    return [array for array, a in zip(arrays, plan.arguments, strict=True) if a.written]
+    tensors = [
+        machine.tensor(aligned_copy(array) if argument.written else array)
+        for argument, array in zip(plan.arguments, inputs, strict=True)
+    ]
+    machine.call(kernel, tensors)
+    return [machine.array(t) for t, a in zip(tensors, plan.arguments, strict=True) if a.written]
 
 
 def _error(found: Arrays, expected: Arrays) -> float:
@@ -219,29 +282,22 @@ def _error(found: Arrays, expected: Arrays) -> float:
 
 
 def _time_in_turns(
-    kernels: dict[str, Any], calls: list[Arrays], connection: Connection
-) -> dict[str, list[float]]:
+    kernels: dict[str, Any], calls: list[list[Any]], machine: Here, tell: Tell
+) -> Seconds:
     """Seconds a call of each kernel in each round. Kernels take turns, because a machine's speed
     changes over seconds: what counts is the ratio to the default, the first, in the same round."""
-    tensors = [[tensor(array) for array in arrays] for arrays in calls]
-    turn = 0
+    turns = itertools.cycle(calls)
 
     def burst(library: str, count: int) -> float:
-        nonlocal turn
-        connection.send(("running", library))
-        kernel = kernels[library]
-        start = time.perf_counter()
-        for _ in range(count):
-            kernel(*tensors[turn % len(tensors)])
-            turn += 1
-        return (time.perf_counter() - start) / count
+        tell(("running", library))
+        return machine.seconds(kernels[library], list(itertools.islice(turns, count)))
 
     default = next(iter(kernels))
     once = min(burst(default, 1) for _ in range(3))
     count = max(1, round(BURST_SECONDS / once))
     least, most = ROUNDS
     rounds = min(most, max(least, round(CANDIDATE_SECONDS / (count * once))))
-    seconds: dict[str, list[float]] = {}
+    seconds: Seconds = {}
     for library in kernels:
         if count > 1:
             burst(library, 1)  # warms up
@@ -263,7 +319,7 @@ def main() -> int:
         folders = kernel_folders(arguments.directory)
         for number, folder in enumerate(folders, start=1):
             print(f"kernel {number} of {len(folders)}, {folder.name}", flush=True)
-            measure_kernel(folder, arguments.threads, _print_progress)
+            measure_kernel(folder, attempt_here(arguments.threads), _print_progress)
     except OsscompileError as error:
         print(f"measure: {error}", file=sys.stderr)
         return 1

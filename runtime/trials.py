@@ -115,8 +115,8 @@ def read_plan(folder: Path) -> Plan:
     return plan
 
 
-def check_plan(folder: Path, plan: Plan) -> None:
-    """Raises TuningError unless this machine can run the libraries, and they are those planned."""
+def check_machine(folder: Path, plan: Plan) -> None:
+    """Raises TuningError unless this machine can run the libraries."""
     here = Machine.here()
     if (plan.system, plan.architecture) != (here.system, here.architecture):
         raise TuningError(
@@ -128,6 +128,10 @@ def check_plan(folder: Path, plan: Plan) -> None:
             f"{folder}: needs a CPU with {', '.join(plan.cpu_features)}, this one lacks "
             f"{', '.join(missing)}; emit it for another variant (`osscompile targets`)"
         )
+
+
+def check_libraries(folder: Path, plan: Plan) -> None:
+    """Raises TuningError unless they are those planned."""
     for library in (plan.reference, *plan.candidates):
         file = folder / library.library
         found = hash_library(file)

@@ -189,7 +189,7 @@ def test_bandwidth_loop_reads_everything(this_machine: Target) -> None:
     sums = tvm.runtime.tensor(np.zeros((3, bench_bandwidth.LANES), np.uint32))
     target = tvm.target.Target(this_machine.tvm)
     for distance in bench_bandwidth.PREFETCH_BYTES:
-        module = bench_bandwidth._module(distance, *shape[:2])
+        module = bench_bandwidth.read_module(distance, *shape[:2])
         tvm.compile(module, target=target)["read"](tvm.runtime.tensor(data), sums)
         np.testing.assert_array_equal(sums.numpy(), data.sum(axis=1, dtype=np.uint32))
 

@@ -34,7 +34,7 @@ from osscompile.passes.pack_weights import pack_weights
 from osscompile.passes.schedule_kernels import schedule_kernels
 from osscompile.runtime import inputs, measure
 from osscompile.runtime.errors import OsscompileError, TuningError
-from osscompile.runtime.measure import measure_kernel
+from osscompile.runtime.measure import Attempt, attempt_here, measure_kernel
 from osscompile.runtime.trials import Plan, Trial, read_plan, read_trials
 from osscompile.schedules import records as schedule_records
 from osscompile.schedules import rule as schedule_rule
@@ -390,7 +390,7 @@ def test_interrupted_tuning_goes_on_without_repeating_trials(
     monkeypatch.setattr(measure, "BATCH", 2)
     measured: list[str] = []
 
-    def batch(folder: Path, plan: Plan, libraries: list[str], threads: int) -> Any:
+    def batch(folder: Path, plan: Plan, libraries: list[str], attempt: Attempt) -> Any:
         if len(measured) == 2:
             measured.append("interrupt")
             raise KeyboardInterrupt
@@ -398,7 +398,7 @@ def test_interrupted_tuning_goes_on_without_repeating_trials(
         return {library: Trial(1.0, 1.0, 1.0, 0.0) for library in libraries}, []
 
     monkeypatch.setattr(measure, "_measure_batch", batch)
-    what = (this_machine, ["synthetic:tiny"], "exact", 8)
+    what = (this_machine, ["synthetic:tiny"], "exact", 8, attempt_here(None))
     with pytest.raises(KeyboardInterrupt):
         tune.tune(tmp_path, *what)
     assert tune.tune(tmp_path, *what)
@@ -554,12 +554,14 @@ def test_folder_without_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_machine_without_the_cpu_features(copy: Path) -> None:
+    (copy / "results.json").unlink()
     change(copy / "plan.json", "cpu_features", value=["flux_capacitor"])
     with pytest.raises(TuningError, match="this one lacks flux_capacitor"):
         measure_kernel(copy)
 
 
 def test_machine_of_another_architecture(copy: Path) -> None:
+    (copy / "results.json").unlink()
     change(copy / "plan.json", "architecture", value="riscv64")
     with pytest.raises(TuningError, match="made for Linux on riscv64, this machine is"):
         measure_kernel(copy)

@@ -11,7 +11,7 @@ from ..errors import CompileError
 from ..importer.graph import PROFILES
 from ..importer.resolve import resolve_model
 from ..runtime.machine import Machine
-from ..runtime.measure import measure_kernel
+from ..runtime.measure import Attempt, measure_kernel
 from ..runtime.trials import kernel_folders, read_plan
 from ..targets import Target, TargetError
 from .emit import emit_kernel, folder_name
@@ -46,9 +46,9 @@ def tune(
     models: Sequence[str],
     profile: str,
     trials: int,
-    threads: int | None = None,
+    attempt: Attempt,
 ) -> list[Finding]:
-    """Build, measure and compare; trials in `work` are not made again.
+    """Build, measure and compare; trials in `work` are not made again. `attempt`: on which machine.
 
     Raises CompileError, CheckpointError or TuningError.
     """
@@ -58,7 +58,7 @@ def tune(
     for number, (folder, workload) in enumerate(zip(folders, workloads, strict=True), start=1):
         with tqdm(desc=_named(number, len(folders), folder), unit="trial", postfix="builds") as bar:
             emit_kernel(folder, workload, target, trials, tqdm.write)
-            _measure(folder, threads, bar)
+            _measure(folder, attempt, bar)
     return read_findings(folders, target)
 
 
@@ -71,12 +71,12 @@ def emit(directory: Path, target: Target, models: Sequence[str], profile: str, t
     return len(workloads)
 
 
-def measure(directory: Path, threads: int | None = None) -> None:
+def measure(directory: Path, attempt: Attempt) -> None:
     """Measure what `emit` built; what was measured before is not measured again."""
     folders = kernel_folders(directory)
     for number, folder in enumerate(folders, start=1):
         with tqdm(desc=_named(number, len(folders), folder), unit="trial") as bar:
-            _measure(folder, threads, bar)
+            _measure(folder, attempt, bar)
 
 
 def table(findings: Sequence[Finding]) -> str:
@@ -121,11 +121,11 @@ def _named(number: int, count: int, folder: Path) -> str:
     return f"kernel {number} of {count}, {folder.name.rpartition('-')[0]}"
 
 
-def _measure(folder: Path, threads: int | None, bar: "tqdm[NoReturn]") -> None:
+def _measure(folder: Path, attempt: Attempt, bar: "tqdm[NoReturn]") -> None:
     bar.reset(total=len(read_plan(folder).candidates) - 1)
 
     def progress(done: int, best: float) -> None:
         bar.set_postfix_str(f"best {best:.3f} of the default")
         bar.update(done - bar.n)
 
-    measure_kernel(folder, threads, progress, tqdm.write)
+    measure_kernel(folder, attempt, progress, tqdm.write)

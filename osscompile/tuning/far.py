@@ -1,0 +1,82 @@
+"""Measure candidates on a far machine, as `runtime/measure.py` does on this one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from ..errors import RemoteError
+from ..remote import Remote, is_alive, upload
+from ..runtime.measure import (
+    FUNCTION,
+    Attempt,
+    Failure,
+    Here,
+    Seconds,
+    compare_and_time,
+)
+from ..runtime.trials import read_plan
+
+BATCH_SECONDS = 900  # of a batch of candidates, one of which may hang
+
+
+class There(Here):
+    """A machine at the other end of a session; its clock times the calls, not ours."""
+
+    def __init__(self, session: Any) -> None:
+        self._session, self._device = session, session.cpu(0)
+
+    def load(self, library: Path) -> Any:
+        return upload(self._session, library)
+
+    def tensor(self, array: np.ndarray) -> Any:
+        return tvm.runtime.tensor(array, self._device)
+
+    def array(self, written: Any) -> np.ndarray:
+        result: np.ndarray = written.numpy()
+        return result
+
+    def call(self, kernel: Any, arguments: Sequence[Any]) -> None:
+        kernel[FUNCTION](*arguments)
+
+    def seconds(self, kernel: Any, calls: Sequence[Sequence[Any]]) -> float:
+        timer = kernel.time_evaluator(FUNCTION, self._device, number=1)
+        return sum(timer(*arguments).mean for arguments in calls) / len(calls)
+
+    def is_alive(self) -> bool:
+        return is_alive(self._session)
+
+
+def attempt_there(remote: Remote) -> Attempt:
+    """An attempt in a session of its own. Raises RemoteError; also for a candidate that crashes,
+    because TVM's server ends with the session."""
+
+    def attempt(folder: Path, libraries: list[str]) -> tuple[Seconds | None, list[Failure]]:
+        plan = read_plan(folder)
+        failures, running = [], plan.reference.library
+
+        def tell(message: tuple[Any, ...]) -> None:
+            nonlocal running
+            match message:
+                case "running", library:
+                    running = library
+                case "failed", library, reason:
+                    failures.append(Failure(library, reason))
+
+        session = remote.session(BATCH_SECONDS)
+        try:
+            return compare_and_time(folder, libraries, There(session), tell), failures
+        except Exception as error:  # a broken connection raises whatever was going on
+            if is_alive(session):
+                raise
+            constants = {c.library: c.constants for c in plan.candidates}
+            what = constants.get(running) or ("default" if running in constants else "reference")
+            raise RemoteError(
+                f"{remote}: {plan.key.split()[0]} with {what} ended the session there: {error}; a "
+                "server of TVM's RPC ends too when what it runs crashes: start it again, and tune "
+                "with fewer --trials or emit, measure and ingest instead"
+            ) from error
+
+    return attempt
