@@ -13,10 +13,10 @@ from tvm.tirx import Buffer, Stmt
 from ...targets import Target
 from ..formats import BLOCK, DIGIT, DIGITS, FP4_OFFSET, half_e8m0_to_float32
 from ..records import Choose
-from .avx2 import INT8_OFFSET, LANES, broadcast_four, fp4_vector, prefetch
 from .instructions import INSTRUCTIONS
 from .prefetch import LINE_BYTES
 from .product import Product, whole_parts
+from .vectors import LANES, broadcast_four, prefetch
 
 GROUPS_PER_PANEL = (1, 2, 4, 8, 16)
 BLOCKS_PER_PANEL = (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 18)
@@ -33,9 +33,11 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     )
     groups, halves, num_rows = product.columns // LANES, product.halves, product.num_rows
     # groups of columns side by side in a register
-    width = target.register_bits // 256 if groups % (target.register_bits // 256) == 0 else 1
+    width = max(1, target.register_bits // 256)
+    width = width if groups % width == 0 else 1
     lanes, num_bytes = width * LANES, width * LANES * 4
-    num_sums = target.num_registers // 4  # in registers: they hide each other's latency
+    # in registers, some in two: they hide each other's latency
+    num_sums = target.num_registers // 4 * min(target.register_bits, 256) // 256
     wanted = max(width, num_sums // halves)
     counts = [count * width for count in GROUPS_PER_PANEL]
     num_groups = choose("groups_per_panel", *whole_parts(groups, counts, wanted))
@@ -46,7 +48,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     turns = choose("rows_by_turns", *whole_parts(max(ROWS_BY_TURNS), ROWS_BY_TURNS, wanted))
     fp4 = product.expert is not None
     digits = DIGITS if len(xq.shape) == 4 else 1
-    vector_of = fp4_vector if fp4 else instructions.q8_vector
+    vector_of = instructions.mxfp4_vector if fp4 else instructions.q8_vector
     dot_part = instructions.mxfp4_dot_part if fp4 else instructions.q8_dot_part
     parts = instructions.MXFP4_PARTS if fp4 else instructions.Q8_PARTS
     vectors = BLOCK // 4 if fp4 else instructions.Q8_VECTORS
@@ -73,7 +75,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
         """What a digit adds to: the sum of those before, and with the last the offset."""
         offset = xoffset[row, block]
         if not fp4:
-            offset = T.truncdiv(offset, FP4_OFFSET) * INT8_OFFSET  # it is a multiple
+            offset = T.truncdiv(offset, FP4_OFFSET) * instructions.Q8_OFFSET  # it is a multiple
         start = T.Select(digit == digits - 1, -offset, T.int32(0))
         return total * T.broadcast(T.int32(DIGIT), lanes) + T.broadcast(start, lanes)
 
