@@ -12,6 +12,7 @@ from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
 from .avx2 import INT8_OFFSET, broadcast_signed, call, fp4_unsigned, fp4_vector
 from .vectors import LANES, VectorOf
 
+ROWS, INPUTS = 1, 4  # of activations that a product takes; of a column in a vector of a panel
 Q8_OFFSET = INT8_OFFSET  # of int8 weights in a panel
 Q8_VECTORS = BLOCK // 4  # of a block of int8 weights in a panel
 MXFP4_PARTS = Q8_PARTS = BLOCK // 4  # of the sum of a block
