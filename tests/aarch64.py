@@ -109,6 +109,8 @@ def kernels() -> Kernels:
 
 def prepare(folder: Path) -> None:
     """Download and unpack everything into a folder; the last file written makes it complete."""
+    if _cpuinfo(folder).is_file():
+        return
     (folder / "root").mkdir(parents=True)
     with tempfile.TemporaryDirectory() as downloads:
         for deb in _download_debs(Path(downloads)):

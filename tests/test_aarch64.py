@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -49,6 +50,13 @@ pytestmark = pytest.mark.skipif(aarch64.why_absent() is not None, reason=str(aar
 Answers: TypeAlias = list[list[tuple[str, str]]]
 
 VARIANTS = targets.load_variants("snapdragon")
+(APPLE,) = targets.load_variants("apple-cpu")
+# what LLVM makes of kernels for that CPU, in the file format of Linux
+APPLE_KERNELS = dataclasses.replace(
+    next(t for t in VARIANTS if t.int8_dot == APPLE.int8_dot),
+    variant="apple",
+    tvm=APPLE.tvm | {"mtriple": VARIANTS[0].tvm["mtriple"]},
+)
 
 on_variants = pytest.mark.parametrize("target", VARIANTS, ids=lambda t: t.variant)
 both_forms = pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
@@ -63,7 +71,7 @@ def here(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "HERE", target)
 
 
-@on_variants
+@pytest.mark.parametrize("target", [*VARIANTS, APPLE_KERNELS], ids=lambda t: t.variant)
 @every_matmul
 @both_forms
 def test_matmul(target: Target, case: Callable[..., Case], form: Form) -> None:
@@ -217,7 +225,7 @@ def test_cpu_that_runs_all_variants_takes_the_best(nano: Path, tmp_path: Path) -
 
 
 def test_exact_tiny_is_the_reference(tmp_path: Path) -> None:
-    options = {key: value for key, value in TINY_OPTIONS.items() if key != "variants"}
+    options = TINY_OPTIONS | {"variants": [VARIANTS[0].variant]}
     with warnings.catch_warnings(action="ignore"):  # it has no tokenizer
         path = osscompile.compile(
             "synthetic:tiny", VARIANTS[0].name, tmp_path / "tiny.osc", **options
