@@ -165,4 +165,4 @@ def _download_wheels(folder: Path, *packages: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]))
+    prepare(Path(sys.argv[1]).resolve())
