@@ -47,11 +47,9 @@ def _check_room(folder: Path) -> None:
 
 def _link(output: Path, objects: Sequence[str], target: Target) -> None:
     """Link with the C compiler of the ziglang package; functions of the C library resolve when
-    the library is loaded, so that nothing of it is built here. The library calls its own
-    conversions of float16, not those of a compiler's library that may have been loaded before."""
+    the library is loaded, so that nothing of it is built here."""
     command = [sys.executable, "-m", "ziglang", "cc", "-target", target.link_triple]
-    command += ["-shared", "-nostdlib", "-Wl,--build-id=none", "-Wl,-Bsymbolic"]
-    command += ["-o", str(output), *objects]
+    command += ["-shared", "-nostdlib", *target.link_flags, "-o", str(output), *objects]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise CompileError(

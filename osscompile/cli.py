@@ -258,11 +258,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _targets(arguments: argparse.Namespace) -> None:
-    rows = [("target", "machine: variants, best first")]
+    rows = [("target", "machine; what was run of its variants, best first")]
     for name in targets.names():
         variants = targets.load_variants(name)
-        names = ", ".join(v.variant for v in variants)
-        rows.append((name, f"{variants[0].description}: {names}"))
+        rows.append((name, variants[0].description))
+        rows += [(f"  {v.variant}", v.checked) for v in variants]
     _table(rows)
 
 

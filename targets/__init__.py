@@ -21,6 +21,7 @@ class Target:
     name: str
     variant: str  # of the machine's instructions; the name again where there is but one
     description: str
+    checked: str  # what ran on such a machine, what under emulation, what was only compiled
     family: str  # which schedules apply: "cpu"
     tvm: dict[str, Any]  # the TVM target
     system: str  # platform.system() where artifacts run
@@ -33,6 +34,7 @@ class Target:
     dtypes: tuple[str, ...]  # legal for kernel arguments
     has_exp: bool
     link_triple: str  # for the linker: architecture, system, C library and its oldest version
+    link_flags: tuple[str, ...]  # for the linker of that system
     library: str  # file name of the compiled library
 
     @property
@@ -65,6 +67,7 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             name=name,
             variant=name,
             description=facts["description"],
+            checked=facts["checked"],
             family=facts["family"],
             tvm=facts["tvm"],
             system=machine["system"],
@@ -77,6 +80,7 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             dtypes=tuple(capabilities["dtypes"]),
             has_exp=capabilities["exp"],
             link_triple=link["triple"],
+            link_flags=tuple(link["flags"]),
             library=link["library"],
         )
         return tuple(_variant(target, v) for v in facts.get("variants", ())) or (target,)
@@ -110,6 +114,7 @@ def _variant(target: Target, facts: dict[str, Any]) -> Target:
     return dataclasses.replace(
         target,
         variant=facts["name"],
+        checked=facts.get("checked", target.checked),
         tvm=target.tvm | facts.get("tvm", {}),
         cpu_features=(*target.cpu_features, *facts.get("cpu_features", ())),
         int8_dot=facts.get("int8_dot", target.int8_dot),

@@ -1,10 +1,15 @@
-"""Compile one kernel as the pipeline does, and call it on numpy arrays."""
+"""Compile one kernel as the pipeline does, and call it on numpy arrays.
+
+Kernels for AArch64 run under emulation where this machine is another (`aarch64.py`).
+"""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
+import aarch64
 import numpy as np
 import tvm
 from numpy.typing import NDArray
@@ -54,7 +59,7 @@ class BuiltKernel:
         self.function = function
         module = ir.IRModule({"main": function.with_attr("global_symbol", "main")})
         module = expand_exp(module, target)
-        self.main = tvm.compile(module, target=tvm.target.Target(target.tvm))["main"]
+        self.main = _main(module, target)
 
     def __call__(self, *inputs: Array, in_place: int = 0) -> Any:
         """Arrays for the first parameters -> the remaining ones, which the kernel must fill.
@@ -85,6 +90,20 @@ class BuiltKernel:
         results = [*arguments[:in_place], *arguments[len(inputs) :]]
         arrays = tuple(result.numpy() for result in results)
         return arrays[0] if len(arrays) == 1 else arrays
+
+
+def _main(module: ir.IRModule, target: Target) -> Callable[..., object]:
+    """The compiled function of that name, on tensors."""
+    if target.architecture != aarch64.ARCHITECTURE or target.architecture == platform.machine():
+        return tvm.compile(module, target=tvm.target.Target(target.tvm))["main"]
+    library = aarch64.kernels().build(module, target)
+
+    def main(*tensors: Any) -> None:
+        after = aarch64.kernels().run(library, [tensor.numpy() for tensor in tensors])
+        for tensor, array in zip(tensors, after, strict=True):
+            tensor.copyfrom(array)
+
+    return main
 
 
 def _poison(shape: tuple[int, ...], dtype: str) -> Array:

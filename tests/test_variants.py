@@ -249,12 +249,12 @@ def assembly(kernel: PrimFunc, target: Target) -> str:
 
 
 def innermost_loops(text: str) -> Iterator[str]:
-    """From a label to the last jump back to it, with no other such pair inside."""
+    """From a label to the last jump back to it, with no other such pair inside; x86 and AArch64."""
     lines = text.splitlines()
-    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.L\w+:", line)}
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.?L\w+:", line)}
     spans = []
     for end, line in enumerate(lines):
-        jump = re.match(r"\tj\w+\t(\.L\w+)", line)
+        jump = re.match(r"\t(?:j\w+|b|b\.\w+|[ct]bn?z)\t(?:.*, )?(\.?L\w+)$", line)
         if jump and labels[jump[1]] <= end:
             spans.append((labels[jump[1]], end))
     for begin, end in spans:

@@ -1,7 +1,7 @@
 """Tensor intrinsics for a block of 8 rows of packed weights x 32 inputs and one row of activations.
 
 What is described is the same for all CPUs; the sums are those of an instruction set (`maddubs.py`,
-`dpbusd.py`).
+`dpbusd.py`, `sdot.py`).
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from ..formats import (
     int8_of_word,
     sum_of_digits,
 )
-from .avx2 import LANES, prefetch
+from .vectors import LANES, prefetch
 
 
 @cache

@@ -9,8 +9,11 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
 from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
-from .avx2 import INT8_OFFSET, LANES, VectorOf, broadcast_signed, call, fp4_unsigned
+from .avx2 import INT8_OFFSET, broadcast_signed, call, fp4_unsigned, fp4_vector
+from .vectors import LANES, VectorOf
 
+ROWS, INPUTS = 1, 4  # of activations that a product takes; of a column in a vector of a panel
+Q8_OFFSET = INT8_OFFSET  # of int8 weights in a panel
 Q8_VECTORS = BLOCK // 4  # of a block of int8 weights in a panel
 MXFP4_PARTS = Q8_PARTS = BLOCK // 4  # of the sum of a block
 
@@ -57,6 +60,7 @@ def dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Ex
     return _dpbusd(start, weight_of(part), x_of(part))
 
 
+mxfp4_vector = fp4_vector
 mxfp4_dot_part = q8_dot_part = dot_part  # an int8 weight is a byte of a vector as it is
 
 

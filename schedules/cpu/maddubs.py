@@ -9,8 +9,11 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
 from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
-from .avx2 import INT8_OFFSET, LANES, VectorOf, broadcast_signed, call, fp4_unsigned
+from .avx2 import INT8_OFFSET, broadcast_signed, call, fp4_unsigned, fp4_vector
+from .vectors import LANES, VectorOf
 
+ROWS, INPUTS = 1, 4  # of activations that a product takes; of a column in a vector of a panel
+Q8_OFFSET = INT8_OFFSET  # of int8 weights in a panel
 Q8_VECTORS = 2 * BLOCK // 4  # of a block of int8 weights in a panel: low digits, then high ones
 MXFP4_PARTS = Q8_PARTS = 2  # of the sum of a block
 
@@ -51,6 +54,9 @@ def q8_sums(weights: Buffer, x: Buffer) -> Expr:
         x_signed = call("avx2.psign.b", "int8x32", broadcast_signed(x, j * INT8_PER_WORD), w)
         sums.append(_widen(_products(call("avx2.psign.b", "int8x32", w, w), x_signed)))
     return _total(sums)
+
+
+mxfp4_vector = fp4_vector
 
 
 def mxfp4_dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Expr:

@@ -4,6 +4,9 @@ of activations by turns.
 Byte products want one factor unsigned: the panel holds weights plus an offset. What that adds to
 the sum of a row, offset x the sum of its activations, is taken off before the sum begins. Digits
 of activations (of exact products) are summed one after the other, the highest first.
+
+An instruction set says how many inputs of a column a vector of weights holds (`INPUTS`), and of how
+many rows of activations one product takes as many, side by side (`ROWS`).
 """
 
 from tvm.ir import Expr
@@ -13,10 +16,10 @@ from tvm.tirx import Buffer, Stmt
 from ...targets import Target
 from ..formats import BLOCK, DIGIT, DIGITS, FP4_OFFSET, half_e8m0_to_float32
 from ..records import Choose
-from .avx2 import INT8_OFFSET, LANES, broadcast_four, fp4_vector, prefetch
 from .instructions import INSTRUCTIONS
 from .prefetch import LINE_BYTES
 from .product import Product, whole_parts
+from .vectors import LANES, broadcast_four, prefetch
 
 GROUPS_PER_PANEL = (1, 2, 4, 8, 16)
 BLOCKS_PER_PANEL = (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 18)
@@ -33,23 +36,28 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     )
     groups, halves, num_rows = product.columns // LANES, product.halves, product.num_rows
     # groups of columns side by side in a register
-    width = target.register_bits // 256 if groups % (target.register_bits // 256) == 0 else 1
-    lanes, num_bytes = width * LANES, width * LANES * 4
-    num_sums = target.num_registers // 4  # in registers: they hide each other's latency
-    wanted = max(width, num_sums // halves)
+    width = max(1, target.register_bits // 256)
+    width = width if groups % width == 0 else 1
+    at_once, inputs = instructions.ROWS, instructions.INPUTS
+    lanes, vector_bytes = width * LANES, LANES * inputs
+    num_bytes, dot_lanes = width * vector_bytes, lanes * at_once
+    # in registers, some in two: they hide each other's latency
+    num_sums = target.num_registers // 4 * min(target.register_bits, 256) // 256
+    wanted = max(width, num_sums // halves // at_once)
     counts = [count * width for count in GROUPS_PER_PANEL]
     num_groups = choose("groups_per_panel", *whole_parts(groups, counts, wanted))
     num_blocks = choose("blocks_per_panel", *whole_parts(product.blocks, BLOCKS_PER_PANEL, 9))
     most = choose("rows_per_panel", ROWS_PER_PANEL, 128)
     together = num_groups * halves // width  # vectors of columns
     wanted = max(1, num_sums // together)
-    turns = choose("rows_by_turns", *whole_parts(max(ROWS_BY_TURNS), ROWS_BY_TURNS, wanted))
+    rows = [count for count in ROWS_BY_TURNS if count % at_once == 0]
+    turns = choose("rows_by_turns", *whole_parts(max(rows), rows, wanted))
     fp4 = product.expert is not None
     digits = DIGITS if len(xq.shape) == 4 else 1
-    vector_of = fp4_vector if fp4 else instructions.q8_vector
+    vector_of = instructions.mxfp4_vector if fp4 else instructions.q8_vector
     dot_part = instructions.mxfp4_dot_part if fp4 else instructions.q8_dot_part
     parts = instructions.MXFP4_PARTS if fp4 else instructions.Q8_PARTS
-    vectors = BLOCK // 4 if fp4 else instructions.Q8_VECTORS
+    vectors = BLOCK // inputs if fp4 else instructions.Q8_VECTORS
     lines = (BLOCK // 2 if fp4 else BLOCK) * LANES // LINE_BYTES  # that a block fills
 
     def weight_at(row: Expr, task: Expr, r: Expr, part: Expr, block: Expr) -> tuple[Expr, ...]:
@@ -73,23 +81,27 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
         """What a digit adds to: the sum of those before, and with the last the offset."""
         offset = xoffset[row, block]
         if not fp4:
-            offset = T.truncdiv(offset, FP4_OFFSET) * INT8_OFFSET  # it is a multiple
+            offset = T.truncdiv(offset, FP4_OFFSET) * instructions.Q8_OFFSET  # it is a multiple
         start = T.Select(digit == digits - 1, -offset, T.int32(0))
         return total * T.broadcast(T.int32(DIGIT), lanes) + T.broadcast(start, lanes)
 
-    def dot(total: Expr, panel: Buffer, row: Expr, block: Expr, *at: Expr) -> Expr:
+    def dot(total: Expr, panel: Buffer, first: Expr, t: Expr, block: Expr, *at: Expr) -> Expr:
+        """For rows t to t + at_once."""
         b, r, digit, part = at
-        block_of_x = (row, block, digit) if digits > 1 else (row, block)
+        blocks_of_x = [
+            (row_of(first, t + i), block, *((digit,) if digits > 1 else ())) for i in range(at_once)
+        ]
 
         def weight(vector: Expr) -> Expr:
             return panel.vload([b, r, vector, 0], f"uint8x{num_bytes}")
 
-        def four(vector: Expr) -> Expr:
-            return broadcast_four(
-                xq.vload([*block_of_x, vector * 4], "int8x4"), f"int8x{num_bytes}"
-            )
+        def x(vector: Expr) -> Expr:
+            parts = [xq.vload([*x, vector * inputs], f"int8x{inputs}") for x in blocks_of_x]
+            if at_once > 1:
+                return T.Shuffle(parts, list(range(at_once * inputs)))
+            return broadcast_four(parts[0], f"int8x{num_bytes}")
 
-        return dot_part(total, weight, four, part)
+        return dot_part(total, weight, x, part)
 
     def scaled(total: Expr, scale: Expr, row: Expr, block: Expr) -> Expr:
         return total.astype(f"float32x{lanes}") * (scale * T.broadcast(xs[row, block], lanes))
@@ -103,7 +115,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
             scale = T.alloc_buffer((num_blocks, together, lanes), "float32")
             acc = T.alloc_buffer((most + turns, together, lanes), "float32")
             sums = T.alloc_buffer((turns, together, lanes), "float32")
-            total = T.alloc_buffer((turns, together, lanes), "int32")
+            total = T.alloc_buffer((together, turns * lanes), "int32")
             first = T.alloc_buffer((1,), "int64")
             end = T.alloc_buffer((1,), "int64")
             end[0] = T.int64(0)
@@ -129,15 +141,17 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
                                 )
                             )
                         for v in T.unroll(vectors):
-                            panel[b, r, v, part * 32 : part * 32 + 32] = unpacked(
-                                weight_at(
-                                    first[0],
-                                    task,
-                                    r,
-                                    part,
-                                    chunk * num_blocks + b,
-                                ),
-                                v,
+                            panel[b, r, v, part * vector_bytes : (part + 1) * vector_bytes] = (
+                                unpacked(
+                                    weight_at(
+                                        first[0],
+                                        task,
+                                        r,
+                                        part,
+                                        chunk * num_blocks + b,
+                                    ),
+                                    v,
+                                )
                             )
                         for lane in T.vectorized(LANES):
                             scale[b, r, part * LANES + lane] = scale_of(
@@ -159,35 +173,42 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
                         for b in range(num_blocks):
                             for t in T.unroll(turns):
                                 for r in T.unroll(together):
-                                    total[t, r, 0:lanes] = T.broadcast(T.int32(0), lanes)
+                                    total[r, t * lanes : t * lanes + lanes] = T.broadcast(
+                                        T.int32(0), lanes
+                                    )
                             for digit in T.unroll(digits):
                                 for t in T.unroll(turns):
                                     for r in T.unroll(together):
-                                        total[t, r, 0:lanes] = begin(
-                                            total.vload([t, r, 0], f"int32x{lanes}"),
+                                        total[r, t * lanes : t * lanes + lanes] = begin(
+                                            total.vload([r, t * lanes], f"int32x{lanes}"),
                                             digit,
                                             row_of(first[0], turn * turns + t),
                                             chunk * num_blocks + b,
                                         )
                                 for part in T.unroll(parts):
-                                    for t in T.unroll(turns):
+                                    for t in T.unroll(turns // at_once):
                                         for r in T.unroll(together):
-                                            total[t, r, 0:lanes] = dot(
-                                                total.vload([t, r, 0], f"int32x{lanes}"),
-                                                panel,
-                                                row_of(first[0], turn * turns + t),
-                                                chunk * num_blocks + b,
-                                                b,
-                                                r,
-                                                digit,
-                                                part,
+                                            total[r, t * dot_lanes : t * dot_lanes + dot_lanes] = (
+                                                dot(
+                                                    total.vload(
+                                                        [r, t * dot_lanes], f"int32x{dot_lanes}"
+                                                    ),
+                                                    panel,
+                                                    first[0],
+                                                    turn * turns + t * at_once,
+                                                    chunk * num_blocks + b,
+                                                    b,
+                                                    r,
+                                                    digit,
+                                                    part,
+                                                )
                                             )
                             for t in T.unroll(turns):
                                 for r in T.unroll(together):
                                     sums[t, r, 0:lanes] = sums.vload(
                                         [t, r, 0], f"float32x{lanes}"
                                     ) + scaled(
-                                        total.vload([t, r, 0], f"int32x{lanes}"),
+                                        total.vload([r, t * lanes], f"int32x{lanes}"),
                                         scale.vload([b, r, 0], f"float32x{lanes}"),
                                         row_of(first[0], turn * turns + t),
                                         chunk * num_blocks + b,

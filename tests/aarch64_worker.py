@@ -1,0 +1,18 @@
+"""Runs kernels where they are emulated: for each path of a library on stdin, calls its `main` with
+the arrays of the .npz beside it, writes them back, and says so."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from osscompile_runtime.device import aligned_copy, load_function, tensor
+
+THREADS = 2
+
+for line in sys.stdin:
+    library = Path(line.rstrip("\n"))
+    with np.load(library.with_suffix(".npz")) as arguments:
+        arrays = [aligned_copy(arguments[name]) for name in arguments.files]
+    load_function(library, "main", THREADS)(*map(tensor, arrays))
+    np.savez(library.with_suffix(".npz"), *arrays)
+    print("done", flush=True)
