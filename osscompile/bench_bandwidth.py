@@ -5,6 +5,7 @@ by turns with what is compared with it, on the same threads.
 """
 
 import time
+from typing import Any
 
 import numpy as np
 import tvm
@@ -34,7 +35,7 @@ class Reader:
         arrays = [aligned_empty(shape, np.dtype(np.uint32)) for shape in shapes()]
         self._tensors = [tensor(array) for array in arrays]
         pieces, lines, _ = arrays[0].shape
-        loops = []
+        loops: list[tuple[float, Any]] = []
         for distance in PREFETCH_BYTES:
             module = tvm.compile(read_module(distance, pieces, lines), target)
             if not loops:  # where a page lies is up to who writes it first
