@@ -14,6 +14,7 @@ from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
 from .machine import available_memory_bytes, physical_cores
+from .opencl import OpenCLDevice
 from .sampler import Sample, Sampler, SamplingOptions, reserved_ids
 from .tokenizer import StreamDecoder, Tokenizer
 
@@ -43,10 +44,11 @@ def load(
     """Load a compiled artifact; only load those that you trust, their library is code.
 
     `context`: at most so many positions, to use less memory than the artifact was compiled for.
-    `threads`: CPU threads (default: all cores). `variant`: which of its libraries to run (default:
-    the best for this CPU). `verify`: hash the weights even if this copy was verified before;
-    `progress` is told the bytes hashed. Raises ArtifactError for an artifact that cannot be used
-    here, InputError for options out of range.
+    `threads`: CPU threads (default: all cores); OpenCL devices have their own. `variant`: which of
+    its libraries to run (default: the best for this CPU). `verify`: hash the weights even if this
+    copy was verified before; `progress` is told the bytes hashed. Raises ArtifactError for an
+    artifact that cannot be used here, InputError for options out of range, OsscompileError without
+    the memory or the device that it needs.
     """
     artifact = open_artifact(path, verify, progress, variant)
     limit = artifact.manifest.context
@@ -91,8 +93,8 @@ class Model:
         self._check_memory()
         path = artifact.tokenizer
         self.tokenizer = Tokenizer(path) if path is not None else None
-        self._device = Device(artifact.library, threads or physical_cores())
-        self._cache = KVCache(self.manifest)
+        self._device = _open_device(artifact, threads)
+        self._cache = KVCache(self.manifest, self._device)
         self._turn = 0  # counts the calls that used the cache
         self._bound = [self._device.tensor(a) for a in (*self._cache.arrays, *artifact.weights)]
         self._reserved, self._stops = np.empty(0, np.int64), set(self.manifest.eos_token_ids)
@@ -279,6 +281,12 @@ class Model:
                 "a checkpoint that has tokenizer.json, or pass token ids to `generate`"
             )
         return self.tokenizer
+
+
+def _open_device(artifact: Artifact, threads: int | None) -> Device | OpenCLDevice:
+    if artifact.manifest.runtime == "opencl":
+        return OpenCLDevice(artifact)
+    return Device(artifact.library, threads or physical_cores())
 
 
 def _pieces(tokens: Iterator[GeneratedToken], parser: ChannelParser) -> Iterator[Piece]:

@@ -37,8 +37,8 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def target() -> str:
-    return targets.names()[0]
+def target(this_machine: Target) -> str:
+    return this_machine.name
 
 
 def compile_tiny(output: Path, target: str, **options: Any) -> Path:
