@@ -15,20 +15,14 @@ from .runtime.artifact import PROGRAMS_SUFFIX
 from .runtime.program import write_programs
 from .targets import Target
 
-# Where the device has arithmetic on halves, its conversions may be single instructions.
+# Of values, not of pointers: then it does not matter which memory holds the half.
 HALVES = f"""\
-#ifdef cl_khr_fp16
-#pragma OPENCL EXTENSION cl_khr_fp16 : enable
-static float {HALF_TO_FLOAT}(ushort bits) {{ return convert_float(as_half(bits)); }}
-static ushort {FLOAT_TO_HALF}(float x) {{ return as_ushort(convert_half_rte(x)); }}
-#else
 static float {HALF_TO_FLOAT}(ushort bits) {{ return vload_half(0, (const half *)&bits); }}
 static ushort {FLOAT_TO_HALF}(float x) {{
   ushort bits;
   vstore_half_rte(x, 0, (half *)&bits);
   return bits;
 }}
-#endif
 
 """
 

@@ -67,7 +67,7 @@ class _Extraction:
             storages=tuple(self.storages),
             launches=tuple(self.launches),
             result=number,
-            result_shape=tuple(to_expression(extent) for extent in result.ty.shape),
+            result_shape=tuple(_expression(extent) for extent in result.ty.shape),
         )
 
     def _value(self, value: Expr) -> Any:
@@ -94,46 +94,57 @@ class _Extraction:
         return "storage", len(self.storages) - 1
 
     def _call(self, kernel: PrimFunc, arguments: Sequence[relax.Var]) -> None:
-        """Add the launches of a kernel."""
-        places: dict[tirx.Var, Place] = {}
         symbols: dict[tirx.Var, Expr] = {}
         for parameter, argument in zip(kernel.params, arguments, strict=True):
-            places[parameter] = self.places[argument]
             for extent, actual in zip(parameter.shape, argument.ty.shape, strict=True):
                 if isinstance(extent, tirx.Var):
                     symbols[extent] = actual
-
-        def in_tokens(value: Expr) -> Expression:
-            return to_expression(structural_map(value, (tirx.Var, lambda v: symbols.get(v, v))))
-
-        statements = kernel.body.seq if isinstance(kernel.body, tirx.SeqStmt) else [kernel.body]
-        for statement in statements:
-            if isinstance(statement, tirx.DeclBuffer):
-                places[statement.buffer] = places[statement.data.args[0]]
-            else:
-                self.launches.append(self._launch(statement.value, places, in_tokens))
-
-    def _launch(
-        self, call: ir.Call, places: dict[tirx.Var, Place], in_tokens: Callable[[Expr], Expression]
-    ) -> Launch:
-        assert call.op == ir.Op.get("tirx.call_ffi_kernel"), call
-        tags = [str(tag) for tag in call.attrs.launch_params]
-        name, *arguments = call.args
-        sizes = dict(zip(tags, map(in_tokens, arguments[-len(tags) :]), strict=True))
-        assert set(sizes) <= set(_TAGS), tags
-        axes = max(_TAGS.index(tag) % 3 for tag in tags) + 1
-        return Launch(
-            kernel=str(name.value),
-            arguments=tuple(
-                places[a.args[0]] if isinstance(a, ir.Call) else (str(a.ty), in_tokens(a))
-                for a in arguments[: -len(tags)]
-            ),
-            groups=tuple(sizes.get(tag, 1) for tag in _TAGS[:axes]),
-            threads=tuple(sizes.get(tag, 1) for tag in _TAGS[3 : 3 + axes]),
-        )
+        self.launches += launches_of(kernel, [self.places[a] for a in arguments], symbols)
 
 
-def to_expression(value: Expr) -> Expression:
+def launches_of(
+    kernel: PrimFunc, places: Sequence[Place], symbols: dict[tirx.Var, Expr]
+) -> list[Launch]:
+    """What a kernel that `split_launches` gave launches, for arguments in these places.
+
+    `symbols`: its symbolic extents, as constants or in the number of tokens.
+    """
+    place_of = dict(zip(kernel.params, places, strict=True))
+
+    def in_tokens(value: Expr) -> Expression:
+        return _expression(structural_map(value, (tirx.Var, lambda v: symbols.get(v, v))))
+
+    launches = []
+    statements = kernel.body.seq if isinstance(kernel.body, tirx.SeqStmt) else [kernel.body]
+    for statement in statements:
+        if isinstance(statement, tirx.DeclBuffer):  # another shape of the same memory
+            place_of[statement.buffer] = place_of[statement.data.args[0]]
+        else:
+            launches.append(_launch(statement.value, place_of, in_tokens))
+    return launches
+
+
+def _launch(
+    call: ir.Call, place_of: dict[tirx.Var, Place], in_tokens: Callable[[Expr], Expression]
+) -> Launch:
+    assert call.op == ir.Op.get("tirx.call_ffi_kernel"), call
+    tags = [str(tag) for tag in call.attrs.launch_params]
+    name, *arguments = call.args
+    sizes = dict(zip(tags, map(in_tokens, arguments[-len(tags) :]), strict=True))
+    assert set(sizes) <= set(_TAGS), tags
+    axes = max(_TAGS.index(tag) % 3 for tag in tags) + 1
+    return Launch(
+        kernel=str(name.value),
+        arguments=tuple(
+            place_of[a.args[0]] if isinstance(a, ir.Call) else (str(a.ty), in_tokens(a))
+            for a in arguments[: -len(tags)]
+        ),
+        groups=tuple(sizes.get(tag, 1) for tag in _TAGS[:axes]),
+        threads=tuple(sizes.get(tag, 1) for tag in _TAGS[3 : 3 + axes]),
+    )
+
+
+def _expression(value: Expr) -> Expression:
     """In the number of tokens, the only variable that may be left."""
     value = Analyzer().simplify(value)
     if isinstance(value, tirx.IntImm):
@@ -141,8 +152,8 @@ def to_expression(value: Expr) -> Expression:
     if isinstance(value, tirx.Var):
         assert value.name == TOKENS, value
         return TOKENS
-    return [_OPERATORS[type(value)], to_expression(value.a), to_expression(value.b)]
+    return [_OPERATORS[type(value)], _expression(value.a), _expression(value.b)]
 
 
 def _product(extents: Sequence[Expr]) -> Expression:
-    return to_expression(math.prod(extents, start=tirx.const(1, "int64")))
+    return _expression(math.prod(extents, start=tirx.const(1, "int64")))

@@ -53,7 +53,7 @@ class Device:
         array[...] = saved
 
     def clear(self, array: np.ndarray, count: int) -> None:
-        """Set the first `count` along axis 1 to zero."""
+        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
         array[:, :count] = 0
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:

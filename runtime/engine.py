@@ -15,6 +15,7 @@ from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
 from .machine import available_memory_bytes, physical_cores
 from .opencl import OpenCLDevice
+from .program import read_programs
 from .sampler import Sample, Sampler, SamplingOptions, reserved_ids
 from .tokenizer import StreamDecoder, Tokenizer
 
@@ -63,16 +64,22 @@ def load(
 
 
 def memory_bytes(manifest: Manifest, context: int) -> dict[str, int]:
-    """Memory that a run uses when `context` positions are full, by what it is for."""
+    """Memory that a run uses when `context` positions are full, by what it is for.
+
+    An OpenCL device holds all weights and caches from the beginning, and mostly in the memory of
+    the machine; on a CPU, what a run does not use of them takes none.
+    """
+    whole = manifest.runtime == "opencl"
     weights = 0
     for weight in manifest.weights:
-        rows = context if weight.name in manifest.gathered else weight.shape[0]
+        gathered = weight.name in manifest.gathered and not whole
+        rows = context if gathered else weight.shape[0]
         weights += min(
             weight.num_bytes, rows * max(weight.num_bytes // weight.shape[0], FAULT_BYTES)
         )
     caches = 0
     for cache, sliding in zip(manifest.caches, np.repeat(manifest.sliding, 2), strict=True):
-        share = 1.0 if sliding else min(1.0, context / manifest.context)
+        share = 1.0 if sliding or whole else min(1.0, context / manifest.context)
         caches += int(cache.num_bytes * share)
     return {
         "weights": weights,
@@ -267,10 +274,12 @@ class Model:
     def _check_memory(self) -> None:
         needed = memory_bytes(self.manifest, self.context)
         private = needed["KV cache"] + needed["workspace"]
+        if self.manifest.runtime == "opencl":  # copied, not mapped
+            private += needed["weights"]
         available = available_memory_bytes()
         if available is not None and private > available:
             raise OsscompileError(
-                f"memory: {self.context} positions need {private / 1e9:.1f} GB beside the weights, "
+                f"memory: {self.context} positions need {private / 1e9:.1f} GB that is not mapped, "
                 f"found {available / 1e9:.1f} GB available; load with a smaller context"
             )
 
@@ -285,7 +294,7 @@ class Model:
 
 def _open_device(artifact: Artifact, threads: int | None) -> Device | OpenCLDevice:
     if artifact.manifest.runtime == "opencl":
-        return OpenCLDevice(artifact)
+        return OpenCLDevice(artifact.library, read_programs(artifact))
     return Device(artifact.library, threads or physical_cores())
 
 

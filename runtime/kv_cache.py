@@ -24,7 +24,7 @@ class CacheMemory(Protocol):
         """Write back what `copy` gave of it."""
 
     def clear(self, array: Any, count: int) -> None:
-        """Set the first `count` along axis 1 to zero."""
+        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,17 @@ import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .artifact import Artifact
 from .errors import ArtifactError, OsscompileError
-from .program import ITEM_BYTES, MEMORY, Launch, Program, evaluate, read_programs
+from .program import ITEM_BYTES, MEMORY, Launch, Program, evaluate
+
+BUILD_OPTIONS = ["-cl-kernel-arg-info"]  # to check what programs say
+SCALAR_TYPES = {"int32": "int", "int64": "long"}  # of numpy and of OpenCL C
 
 
 @dataclass(frozen=True)
@@ -34,20 +37,20 @@ class _Prepared:
 class OpenCLDevice:
     """The kernels of an artifact on the first GPU that OpenCL lists, or else on its first device.
 
-    Raises OsscompileError where there is none or it has no room, ArtifactError for kernels that it
-    cannot compile or programs that do not fit them.
+    `source`: OpenCL C, `programs`: what launches its kernels. Raises OsscompileError where there is
+    no device or no room, ArtifactError for kernels that it cannot compile or programs that do not
+    fit them.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._source = artifact.library
-        self._programs = read_programs(artifact)
+    def __init__(self, source: Path, programs: dict[str, Program]) -> None:
+        self._source, self._programs = source, programs
         self._cl = _import_pyopencl()
         self._device = _first_device(self._cl)
         self._context = self._cl.Context([self._device])
         self._queue = self._cl.CommandQueue(self._context)
         try:
-            text = self._source.read_text(encoding="utf-8")
-            self._kernels = self._cl.Program(self._context, text).build()
+            text = source.read_text(encoding="utf-8")
+            self._kernels = self._cl.Program(self._context, text).build(BUILD_OPTIONS)
         except (self._cl.Error, UnicodeDecodeError) as error:
             raise self._cannot_run(error) from error
         self._prepared: dict[str, _Prepared] = {}
@@ -75,9 +78,9 @@ class OpenCLDevice:
         self._cl.enqueue_copy(self._queue, array.buffer, saved.buffer)
 
     def clear(self, array: _CacheArray, count: int) -> None:
-        """Set the first `count` along axis 1 to zero."""
+        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
         row_bytes = array.num_bytes // array.shape[0]
-        zero, size = np.zeros(1, np.uint8), row_bytes // array.shape[1] * count
+        zero, size = np.zeros(1, np.uint8), row_bytes // array.shape[1] * min(count, array.shape[1])
         for offset in range(0, array.num_bytes if size else 0, row_bytes):
             self._cl.enqueue_fill_buffer(self._queue, array.buffer, zero, offset, size)
 
@@ -120,8 +123,7 @@ class OpenCLDevice:
         for launch in program.launches:
             try:
                 kernel = self._cl.Kernel(self._kernels, launch.kernel)
-                if kernel.num_args != len(launch.arguments):
-                    raise ValueError(f"{launch.kernel} takes {kernel.num_args} arguments")
+                self._check_arguments(launch, kernel)
                 for i, (kind, value) in enumerate(launch.arguments):
                     if kind in MEMORY:
                         kernel.set_arg(i, memory[kind][value])
@@ -129,6 +131,17 @@ class OpenCLDevice:
                 raise self._cannot_run(error) from error
             launches.append((launch, kernel))
         return _Prepared(memory, launches)
+
+    def _check_arguments(self, launch: Launch, kernel: Any) -> None:
+        """A driver may take a number for an address."""
+        info, addresses = self._cl.kernel_arg_info, self._cl.kernel_arg_address_qualifier
+        wanted = []
+        for i in range(kernel.num_args):
+            in_memory = kernel.get_arg_info(i, info.ADDRESS_QUALIFIER) == addresses.GLOBAL
+            wanted.append("memory" if in_memory else kernel.get_arg_info(i, info.TYPE_NAME))
+        found = ["memory" if kind in MEMORY else SCALAR_TYPES[kind] for kind, _ in launch.arguments]
+        if wanted != found:
+            raise ValueError(f"{launch.kernel} takes {wanted}, the program gives {found}")
 
     def _buffer(self, num_bytes: int) -> Any:
         try:

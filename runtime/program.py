@@ -74,7 +74,7 @@ def evaluate(expression: Expression, tokens: int) -> int:
 
 def write_programs(programs: dict[str, Program]) -> str:
     """JSON of the programs by function."""
-    functions = {name: asdict(program) for name, program in programs.items()}
+    functions = {name: asdict(program) for name, program in sorted(programs.items())}
     return json.dumps(functions, separators=(",", ":")) + "\n"
 
 

@@ -111,7 +111,7 @@ class Layer:
         heads, _, head_dim = self.sizes
         cache = (self.capacity, self.dtype)
         append = kv_cache.append_kv(form.tokens, *self.sizes, self.context, *cache)
-        self.keys, self.values = build(append, HERE)(
+        self.keys, self.values = build(append, self.target)(
             self.keys, self.values, qkv, self.rope, int32(position), in_place=2
         )
         attend = attention.attention(

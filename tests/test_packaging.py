@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("osscompile", "targets", "schedules", "runtime")
 ENTRIES = {*FOLDERS, "tests", "pyproject.toml", "README.md"}
 BESIDE = {".ci", ".gitignore", "LICENSE"}
-RUNTIME_NEEDS = {"numpy", "tokenizers", "tvm_ffi"}
+RUNTIME_NEEDS = {"numpy", "pyopencl", "tokenizers", "tvm_ffi"}  # pyopencl: for OpenCL alone
 
 
 # The wheel
