@@ -120,6 +120,7 @@ def launches_of(
         if isinstance(statement, tirx.DeclBuffer):  # another shape of the same memory
             place_of[statement.buffer] = place_of[statement.data.args[0]]
         else:
+            assert isinstance(statement, tirx.Evaluate), f"no launch: {statement}"
             launches.append(_launch(statement.value, place_of, in_tokens))
     return launches
 

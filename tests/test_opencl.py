@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import reference
 import test_cache_reuse
-from artifacts import copy_artifact, flip_byte, reseal
+from artifacts import copy_artifact, flip_byte, reseal, run_python
 from opencl_device import MISSING, OPENCL, needs_opencl
 from random_model import random_model, read_checkpoint, write_checkpoint
 from reference import relative_rms
@@ -93,6 +93,18 @@ def test_command_line(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == "17 + 25 = 42."
 
 
+ALONE = """
+import sys
+from osscompile.runtime import load
+print(load(sys.argv[1]).logits(range(3)).shape, {"tvm", "tvm_ffi"} & set(sys.modules))
+"""
+
+
+@needs_opencl
+def test_runs_without_tvm(nano: Path, tmp_path: Path) -> None:
+    assert run_python(ALONE, nano, cwd=tmp_path).stdout.strip() == "(3, 1024) set()"
+
+
 def test_inspect_and_targets(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(nano)]) == 0
     assert "OpenCL" in capsys.readouterr().out
@@ -100,9 +112,13 @@ def test_inspect_and_targets(nano: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert OPENCL.description in capsys.readouterr().out
 
 
-def test_bench_says_that_it_measures_cpus(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_and_tune_say_that_they_measure_cpus(
+    nano: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["bench", str(nano)]) == 1
     assert "expected an artifact for a CPU" in capsys.readouterr().err
+    assert cli.main(["tune", "--target", OPENCL.name]) == 1
+    assert "expected a target of CPUs" in capsys.readouterr().err
 
 
 # --- The cache in the device's memory ---------------------------------------------------------

@@ -30,6 +30,7 @@ VARIANT_PASSES: tuple[Pass, ...] = (
 # For each variant of a target that the runtime drives launch by launch.
 OPENCL_PASSES: tuple[Pass, ...] = (
     schedule_kernels,
+    expand_exp,
     plan_memory,
     store_halves,  # after scheduling: rules see the graph's types
     split_launches,  # last: what it leaves are no kernels that a pass could read
