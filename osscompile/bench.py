@@ -26,7 +26,7 @@ from .bench_machine import (
     source_commit,
     versions,
 )
-from .bench_report import FIRST_PROMPT, Report, Timing
+from .bench_report import FIRST_PROMPT, BenchError, Report, Timing
 from .runtime.artifact import Manifest, open_artifact
 from .runtime.device import Device
 from .runtime.engine import Model, load
@@ -56,9 +56,13 @@ def bench_each(
 ) -> Iterator[Report]:
     """`bench` of one artifact after the other, each in a process of its own: the load is the first
     and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError,
-    for any of them before the first is measured."""
+    or BenchError for one that does not run on the CPU, before the first is measured."""
     for path in artifacts:
-        open_artifact(path)
+        if open_artifact(path).manifest.runtime != "tvm":
+            raise BenchError(
+                f"{path}: expected an artifact for a CPU, whose limits are measured beside it, "
+                "found one for OpenCL; time `osscompile run`"
+            )
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         for path in artifacts:
@@ -203,6 +207,7 @@ def _fill_cache(model: Model, ids: list[int]) -> None:
 def _outside_share(model: Model, ids: list[int]) -> float | None:
     """Share of a step of `generate` that passes outside the compiled function, where Python samples
     and makes text. None if the context, or a stop id each time, leaves no second token."""
+    assert isinstance(model._device, Device)  # as `bench_each` checked
     model.forget()
     shares: list[float] = []
     with _inside(model._device) as inside:

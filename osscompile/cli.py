@@ -231,18 +231,20 @@ def _inspect(arguments: argparse.Namespace) -> None:
     context = arguments.context or manifest.context
     if not 1 <= context <= manifest.context:
         raise OsscompileError(f"context: expected 1 to {manifest.context}, found {context}")
-    here = manifest.variant_here()
+    on_cpu = manifest.runtime == "tvm"
+    here = manifest.variant_here() if on_cpu else None  # a device is asked when it is used
+    machine = f"{manifest.system} {manifest.architecture}" if on_cpu else "any OpenCL device"
     _table(
         [
             ("model", f"{manifest.model}, profile {manifest.profile}"),
             ("made by", f"osscompile {manifest.compiler}"),
-            ("target", f"{manifest.target}: {manifest.system} {manifest.architecture}"),
+            ("target", f"{manifest.target}: {machine}"),
             ("layers", f"{len(manifest.sliding)}, {sum(manifest.sliding)} of them sliding"),
             ("context", f"{manifest.context} positions, prefill in {manifest.chunk}"),
             ("vocabulary", f"{manifest.vocab_size} ids"),
         ]
     )
-    print("\nvariants, best first" + (": none runs here" if here is None else ""))
+    print("\nvariants, best first" + (": none runs here" if on_cpu and here is None else ""))
     _table(
         [
             (f"  {v.name}", ", ".join(v.cpu_features) + " (runs here)" * (v == here))

@@ -13,6 +13,7 @@ from tvm import ir
 
 from . import __version__, targets
 from .build import build_library
+from .build_opencl import build_opencl
 from .errors import CompileError
 from .importer.config import ModelConfig
 from .importer.graph import (
@@ -24,7 +25,7 @@ from .importer.graph import (
 )
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import weight_pieces
-from .passes import SHARED_PASSES, VARIANT_PASSES, run_passes
+from .passes import OPENCL_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
 from .runtime.artifact import (
@@ -105,6 +106,7 @@ def compile(
             compiler=__version__,
             profile=profile,
             target=machine.name,
+            runtime=machine.runtime,
             system=machine.system,
             architecture=machine.architecture,
             variants=tuple(Variant(m.variant, m.cpu_features, m.library) for m in machines),
@@ -150,13 +152,16 @@ def _build_libraries(
 ) -> dict[str, int]:
     """Schedule and compile the packed module for each of them; returns the workspace of each
     function in bytes, which is the same for all."""
+    passes, build = VARIANT_PASSES, build_library
+    if machines[0].runtime == "opencl":
+        passes, build = OPENCL_PASSES, build_opencl
     lowered = []
     for machine in machines:
         phases = dump / machine.variant if dump is not None else None
-        lowered.append(run_passes(module, machine, VARIANT_PASSES, phases, after=SHARED_PASSES))
+        lowered.append(run_passes(module, machine, passes, phases, after=SHARED_PASSES))
     libraries = [folder / machine.library for machine in machines]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # LLVM works without Python's lock
-        list(pool.map(build_library, lowered, machines, libraries))
+        list(pool.map(build, lowered, machines, libraries))
     first, *others = ({f: int(n) for f, n in sorted(m.attrs[WORKSPACE].items())} for m in lowered)
     assert all(other == first for other in others), (first, others)
     return first

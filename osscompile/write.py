@@ -21,9 +21,17 @@ from typing import IO
 import numpy as np
 
 from .errors import CompileError
-from .runtime.artifact import ALIGNMENT, MANIFEST, PADDING, TOKENIZER, WEIGHTS, Tensor
+from .runtime.artifact import (
+    ALIGNMENT,
+    MANIFEST,
+    PADDING,
+    PROGRAMS_SUFFIX,
+    TOKENIZER,
+    WEIGHTS,
+    Tensor,
+)
 
-LIBRARY_SUFFIXES = (".so", ".dylib")
+LIBRARY_SUFFIXES = (".so", ".dylib", ".cl", PROGRAMS_SUFFIX)
 # Threads that make weights; one more hashes and writes them and keeps up with no more than these.
 # Each has up to 40 MB in hand: an expert as it is read, in another order, and packed.
 NUM_MAKERS = min(8, os.cpu_count() or 1)

@@ -18,10 +18,13 @@ from .errors import ArtifactError, InputError
 from .machine import Machine
 from .safetensors import FormatError, TensorEntry, map_tensors, read_header
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
+PROGRAMS_SUFFIX = ".launches"  # in place of a library's: what launches its kernels (`program.py`)
+ANY = "any"  # system and architecture of an artifact whose code the device's driver compiles
+RUNTIMES = ("tvm", "opencl")  # a library that TVM's runtime loads, or OpenCL C and its programs
 ALIGNMENT = 64  # bytes; kernels read aligned vectors, and an unaligned one is a crash
 PADDING = "__padding__"  # prefix of the tensors that align the others: the format forbids holes
 
@@ -52,11 +55,16 @@ class File:
 
 @dataclass(frozen=True)
 class Variant:
-    """A library for CPUs that have certain features."""
+    """A library for machines whose CPU has certain features."""
 
     name: str
     cpu_features: tuple[str, ...]  # names as in /proc/cpuinfo
     library: str  # file name
+
+    @property
+    def programs(self) -> str:
+        """File name of what launches the kernels of the library, if that is OpenCL C."""
+        return self.library.rpartition(".")[0] + PROGRAMS_SUFFIX
 
     def missing_features(self) -> list[str]:
         """What this machine's CPU lacks to run it."""
@@ -71,7 +79,8 @@ class Manifest:
     compiler: str  # version of osscompile
     profile: str
     target: str
-    system: str  # platform.system() and platform.machine() where it runs
+    runtime: str  # what its libraries are: one of RUNTIMES
+    system: str  # platform.system() and platform.machine() where it runs, or ANY
     architecture: str
     variants: tuple[Variant, ...]  # best first; all read the same weights
     vocab_size: int
@@ -88,10 +97,13 @@ class Manifest:
     eos_token_ids: tuple[int, ...]
     files: dict[str, File]
 
+    def fits(self, here: Machine) -> bool:
+        """Whether it was made for this system and architecture."""
+        return self.system in (ANY, here.system) and self.architecture in (ANY, here.architecture)
+
     def variant_here(self) -> Variant | None:
         """The best variant that this machine can run."""
-        here = Machine.here()
-        if (self.system, self.architecture) != (here.system, here.architecture):
+        if not self.fits(Machine.here()):
             return None
         return next((v for v in self.variants if not v.missing_features()), None)
 
@@ -114,6 +126,10 @@ class Artifact:
     @property
     def library(self) -> Path:
         return self.path / self.variant.library
+
+    @property
+    def programs(self) -> Path:
+        return self.path / self.variant.programs
 
     @property
     def tokenizer(self) -> Path | None:
@@ -212,12 +228,13 @@ def mark_verified(path: Path, sha256: str) -> None:
 
 def _choose_variant(path: Path, manifest: Manifest, name: str | None, elsewhere: bool) -> Variant:
     here = Machine.here()
-    machine = (manifest.system, manifest.architecture)
-    if not elsewhere and machine != (here.system, here.architecture):
+    if not elsewhere and not manifest.fits(here):
         raise ArtifactError(
             f"{path}: made for {manifest.system} on {manifest.architecture}, this machine is "
             f"{here.system} on {here.architecture}; compile the model for this machine's target"
         )
+    if manifest.runtime not in RUNTIMES:
+        raise _damaged(path / MANIFEST, f"one of {RUNTIMES} as runtime", repr(manifest.runtime))
     if not manifest.variants:
         raise _damaged(path / MANIFEST, "at least one variant", "none")
     candidates = [v for v in manifest.variants if name in (None, v.name)]
@@ -243,9 +260,15 @@ def _choose_variant(path: Path, manifest: Manifest, name: str | None, elsewhere:
 def _check_files(
     path: Path, manifest: Manifest, verify: bool, progress: Callable[[int], object] | None
 ) -> None:
-    for name in (*(v.library for v in manifest.variants), WEIGHTS):
+    def check_entry(name: str) -> None:
         if name not in manifest.files:
             raise _damaged(path / MANIFEST, f"an entry for {name}", "none")
+
+    check_entry(WEIGHTS)
+    for variant in manifest.variants:
+        check_entry(variant.library)
+        if manifest.runtime == "opencl":
+            check_entry(variant.programs)
     for name, expected in manifest.files.items():
         file = path / name
         if Path(name).name != name:

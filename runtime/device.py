@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import importlib.util
 import math
+import mmap
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,23 @@ class Device:
     def tensor(self, array: np.ndarray) -> Any:
         """A device tensor over the memory of a C-contiguous, 64-byte aligned array."""
         return tensor(array)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """The operating system gives memory to the array when it is first written, so that a long
+        context costs what is used of it."""
+        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+    def copy(self, array: np.ndarray) -> np.ndarray:
+        return array.copy()
+
+    def restore(self, array: np.ndarray, saved: np.ndarray) -> None:
+        array[...] = saved
+
+    def clear(self, array: np.ndarray, count: int) -> None:
+        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
+        array[:, :count] = 0
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
         """Call a function with small inputs, which are copied, and tensors bound before."""

@@ -14,6 +14,8 @@ from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
 from .machine import available_memory_bytes, physical_cores
+from .opencl import OpenCLDevice
+from .program import read_programs
 from .sampler import Sample, Sampler, SamplingOptions, reserved_ids
 from .tokenizer import StreamDecoder, Tokenizer
 
@@ -43,10 +45,11 @@ def load(
     """Load a compiled artifact; only load those that you trust, their library is code.
 
     `context`: at most so many positions, to use less memory than the artifact was compiled for.
-    `threads`: CPU threads (default: all cores). `variant`: which of its libraries to run (default:
-    the best for this CPU). `verify`: hash the weights even if this copy was verified before;
-    `progress` is told the bytes hashed. Raises ArtifactError for an artifact that cannot be used
-    here, InputError for options out of range.
+    `threads`: CPU threads (default: all cores); OpenCL devices have their own. `variant`: which of
+    its libraries to run (default: the best for this CPU). `verify`: hash the weights even if this
+    copy was verified before; `progress` is told the bytes hashed. Raises ArtifactError for an
+    artifact that cannot be used here, InputError for options out of range, OsscompileError without
+    the memory or the device that it needs.
     """
     artifact = open_artifact(path, verify, progress, variant)
     limit = artifact.manifest.context
@@ -61,16 +64,22 @@ def load(
 
 
 def memory_bytes(manifest: Manifest, context: int) -> dict[str, int]:
-    """Memory that a run uses when `context` positions are full, by what it is for."""
+    """Memory that a run uses when `context` positions are full, by what it is for.
+
+    An OpenCL device holds all weights and caches from the beginning, and mostly in the memory of
+    the machine; on a CPU, what a run does not use of them takes none.
+    """
+    whole = manifest.runtime == "opencl"
     weights = 0
     for weight in manifest.weights:
-        rows = context if weight.name in manifest.gathered else weight.shape[0]
+        gathered = weight.name in manifest.gathered and not whole
+        rows = context if gathered else weight.shape[0]
         weights += min(
             weight.num_bytes, rows * max(weight.num_bytes // weight.shape[0], FAULT_BYTES)
         )
     caches = 0
     for cache, sliding in zip(manifest.caches, np.repeat(manifest.sliding, 2), strict=True):
-        share = 1.0 if sliding else min(1.0, context / manifest.context)
+        share = 1.0 if sliding or whole else min(1.0, context / manifest.context)
         caches += int(cache.num_bytes * share)
     return {
         "weights": weights,
@@ -91,8 +100,8 @@ class Model:
         self._check_memory()
         path = artifact.tokenizer
         self.tokenizer = Tokenizer(path) if path is not None else None
-        self._device = Device(artifact.library, threads or physical_cores())
-        self._cache = KVCache(self.manifest)
+        self._device = _open_device(artifact, threads)
+        self._cache = KVCache(self.manifest, self._device)
         self._turn = 0  # counts the calls that used the cache
         self._bound = [self._device.tensor(a) for a in (*self._cache.arrays, *artifact.weights)]
         self._reserved, self._stops = np.empty(0, np.int64), set(self.manifest.eos_token_ids)
@@ -265,10 +274,12 @@ class Model:
     def _check_memory(self) -> None:
         needed = memory_bytes(self.manifest, self.context)
         private = needed["KV cache"] + needed["workspace"]
+        if self.manifest.runtime == "opencl":  # copied, not mapped
+            private += needed["weights"]
         available = available_memory_bytes()
         if available is not None and private > available:
             raise OsscompileError(
-                f"memory: {self.context} positions need {private / 1e9:.1f} GB beside the weights, "
+                f"memory: {self.context} positions need {private / 1e9:.1f} GB that is not mapped, "
                 f"found {available / 1e9:.1f} GB available; load with a smaller context"
             )
 
@@ -279,6 +290,12 @@ class Model:
                 "a checkpoint that has tokenizer.json, or pass token ids to `generate`"
             )
         return self.tokenizer
+
+
+def _open_device(artifact: Artifact, threads: int | None) -> Device | OpenCLDevice:
+    if artifact.manifest.runtime == "opencl":
+        return OpenCLDevice(artifact.library, read_programs(artifact))
+    return Device(artifact.library, threads or physical_cores())
 
 
 def _pieces(tokens: Iterator[GeneratedToken], parser: ChannelParser) -> Iterator[Piece]:

@@ -4,33 +4,42 @@ Full layers keep every position. A sliding layer keeps a ring of window + chunk 
 the last `chunk` of them can be taken back; a snapshot of the rings reaches further.
 """
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any, Protocol
 
 from .artifact import Manifest
 
 KEYS_PER_TILE = 16  # keys are [heads, positions / 16, dim, 16], values [heads, positions, dim]
 
 
+class CacheMemory(Protocol):
+    """What a device does with the arrays of the cache, which lie in its memory."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any: ...
+
+    def copy(self, array: Any) -> Any: ...
+
+    def restore(self, array: Any, saved: Any) -> None:
+        """Write back what `copy` gave of it."""
+
+    def clear(self, array: Any, count: int) -> None:
+        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
+
+
 @dataclass(frozen=True)
 class _Snapshot:
     tokens: list[int]
     written: int
-    rings: list[np.ndarray]
+    rings: list[Any]
 
 
 class KVCache:
-    """Arrays of every layer, in the order of the manifest, and the tokens they hold.
+    """Arrays of every layer, in the order of the manifest, and the tokens they hold."""
 
-    The operating system gives memory to the arrays when they are first written, so that a long
-    context costs what is used of it.
-    """
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.arrays = [_zeros(c.shape, c.dtype) for c in manifest.caches]
+    def __init__(self, manifest: Manifest, memory: CacheMemory) -> None:
+        self._memory = memory
+        self.arrays = [memory.zeros(c.shape, c.dtype) for c in manifest.caches]
         self.tokens: list[int] = []
         self._chunk, self._written = manifest.chunk, 0
         pairs = zip(self.arrays[0::2], self.arrays[1::2], manifest.sliding, strict=True)
@@ -64,13 +73,13 @@ class KVCache:
         """Forget everything, and set what was written to zero."""
         tiles = -(-self._written // KEYS_PER_TILE)
         for keys, values in zip(self.arrays[0::2], self.arrays[1::2], strict=True):
-            keys[:, :tiles] = 0
-            values[:, : self._written] = 0
+            self._memory.clear(keys, tiles)
+            self._memory.clear(values, self._written)
         self.tokens, self._written, self._snapshot = [], 0, None
 
     def save(self) -> None:
         """Remember the rings as they are: a later `reuse` can come back to this point."""
-        rings = [ring.copy() for ring in self._rings]
+        rings = [self._memory.copy(ring) for ring in self._rings]
         self._snapshot = _Snapshot(list(self.tokens), self._written, rings)
 
     def _restore(self, tokens: Sequence[int]) -> int:
@@ -81,15 +90,9 @@ class KVCache:
             self.tokens, self._written = [], 0
             return 0
         for ring, saved in zip(self._rings, snapshot.rings, strict=True):
-            ring[...] = saved
+            self._memory.restore(ring, saved)
         self.tokens, self._written = list(snapshot.tokens), snapshot.written
         return shared
-
-
-def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:

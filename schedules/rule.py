@@ -4,9 +4,10 @@ from tvm.tirx import PrimFunc
 
 from ..targets import Target, TargetError
 from .cpu import CPU_RULES
+from .gpu import GPU_RULES
 from .records import Choose, recorded
 
-RULES = {"cpu": CPU_RULES}
+RULES = {"cpu": CPU_RULES, "gpu": GPU_RULES}
 
 
 def schedule(function: PrimFunc, target: Target, choose: Choose | None = None) -> PrimFunc:

@@ -22,14 +22,17 @@ class Target:
     variant: str  # of the machine's instructions; the name again where there is but one
     description: str
     checked: str  # what ran on such a machine, what under emulation, what was only compiled
-    family: str  # which schedules apply: "cpu"
+    family: str  # which schedules apply: "cpu" or "gpu"
+    runtime: str  # what executes its artifacts: "tvm" (a shared library) or "opencl"
     tvm: dict[str, Any]  # the TVM target
-    system: str  # platform.system() where artifacts run
-    architecture: str  # platform.machine() where artifacts run
+    system: str  # platform.system() where artifacts run, or "any"
+    architecture: str  # platform.machine() where artifacts run, or "any"
     cpu_features: tuple[str, ...]  # names as in /proc/cpuinfo
     vector_bits: int  # of a group of rows of packed weights
-    register_bits: int  # of a vector register
+    register_bits: int  # of a vector register; 0 for a GPU, and so the number
     num_registers: int  # vectors
+    max_threads: int  # of a work-group; 0 for a CPU, and so the size
+    subgroup_size: int  # threads that execute an instruction together
     int8_dot: str | None  # instruction that sums products of bytes
     dtypes: tuple[str, ...]  # legal for kernel arguments
     has_exp: bool
@@ -63,19 +66,23 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
     try:
         facts = tomllib.loads(path.read_text(encoding="utf-8"))
         machine, capabilities, link = facts["machine"], facts["capabilities"], facts["link"]
+        is_gpu = facts["family"] == "gpu"
         target = Target(
             name=name,
             variant=name,
             description=facts["description"],
             checked=facts["checked"],
             family=facts["family"],
+            runtime=facts.get("runtime", "tvm"),
             tvm=facts["tvm"],
             system=machine["system"],
             architecture=machine["architecture"],
             cpu_features=tuple(machine["cpu_features"]),
             vector_bits=capabilities["vector_bits"],
-            register_bits=capabilities["register_bits"],
-            num_registers=capabilities["num_registers"],
+            register_bits=0 if is_gpu else capabilities["register_bits"],
+            num_registers=0 if is_gpu else capabilities["num_registers"],
+            max_threads=capabilities["max_threads"] if is_gpu else 0,
+            subgroup_size=capabilities["subgroup_size"] if is_gpu else 0,
             int8_dot=capabilities.get("int8_dot"),
             dtypes=tuple(capabilities["dtypes"]),
             has_exp=capabilities["exp"],

@@ -6,7 +6,9 @@ Kernels for AArch64 run under emulation where this machine is another (`aarch64.
 from __future__ import annotations
 
 import platform
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aarch64
@@ -18,9 +20,15 @@ from tvm.sym import Analyzer
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
+from osscompile.build_opencl import opencl_source
 from osscompile.importer.weights import pack_rows
 from osscompile.passes.expand_exp import expand_exp
 from osscompile.passes.pack_weights import pack_kernel, packable
+from osscompile.passes.split_launches import split_launches
+from osscompile.passes.store_halves import store_halves
+from osscompile.programs import launches_of
+from osscompile.runtime.opencl import OpenCLDevice
+from osscompile.runtime.program import Program
 from osscompile.schedules.records import Choose, recorded
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target
@@ -57,6 +65,9 @@ class BuiltKernel:
         elif scheduled:
             function = schedule(function, target)
         self.function = function
+        if target.runtime == "opencl":
+            self.main = OpenCLKernel(function, target)
+            return
         module = ir.IRModule({"main": function.with_attr("global_symbol", "main")})
         module = expand_exp(module, target)
         self.main = _main(module, target)
@@ -104,6 +115,35 @@ def _main(module: ir.IRModule, target: Target) -> Callable[..., object]:
             tensor.copyfrom(array)
 
     return main
+
+
+class OpenCLKernel:
+    """A scheduled kernel on the OpenCL device; takes what a function compiled by TVM takes."""
+
+    def __init__(self, function: PrimFunc, target: Target) -> None:
+        module = ir.IRModule({"main": function.without_attr("global_symbol")})
+        module = split_launches(store_halves(module, target), target)
+        self.host, self.source = module["main"], opencl_source(module, target)
+
+    def __call__(self, *arguments: Any) -> None:
+        symbols = {
+            extent: tirx.const(size, "int64")
+            for parameter, argument in zip(self.host.params, arguments, strict=True)
+            for extent, size in zip(parameter.shape, argument.shape, strict=True)
+            if isinstance(extent, tirx.Var)
+        }
+        launches = launches_of(self.host, [("bound", i) for i in range(len(arguments))], symbols)
+        program = Program(1, (1,), (4,), tuple(launches), 0, (1,))  # a result that nobody reads
+        with tempfile.NamedTemporaryFile("w", suffix=".cl") as file:
+            file.write(self.source)
+            file.flush()
+            device = OpenCLDevice(Path(file.name), {"main": program})
+        arrays = [argument.numpy() for argument in arguments]
+        bound = [device.tensor(array) for array in arrays]
+        device.run("main", [np.zeros(1, np.int32)], bound)
+        for argument, array, memory in zip(arguments, arrays, bound, strict=True):
+            device._cl.enqueue_copy(device._queue, array, memory)
+            argument.copyfrom(array)
 
 
 def _poison(shape: tuple[int, ...], dtype: str) -> Array:

@@ -23,7 +23,9 @@ WINDOW, CHUNK, CONTEXT = 16, 32, 256
 PADDING_ROWS = 24  # logits beyond the tokenizer's table
 
 
-def compile_talker(target: str, folder: Path) -> Path:
+def compile_talker(
+    target: str, folder: Path, variants: Sequence[str] | None = VARIANTS_HERE
+) -> Path:
     """Compile a random model that would say reserved ids most of the time."""
     tokenizer = Tokenizer(TOKENIZER)
     vocab = tokenizer.vocab_size + PADDING_ROWS
@@ -37,7 +39,7 @@ def compile_talker(target: str, folder: Path) -> Path:
         checkpoint,
         target,
         folder / "talker.osc",
-        variants=VARIANTS_HERE,
+        variants=variants,
         profile="exact",
         context=CONTEXT,
         prefill_chunk=CHUNK,

@@ -30,6 +30,7 @@ from reference import to_float64
 from osscompile.importer.graph import TOKENS
 from osscompile.kernels import rows
 from osscompile.schedules.formats import DIGIT, FP4_OFFSET
+from osscompile.targets import Target
 
 # --- One token's row by itself ----------------------------------------------------------------
 
@@ -93,9 +94,9 @@ def test_quantize_q8_of_hard_blocks(block: str) -> None:
 # --- Activations as digits --------------------------------------------------------------------
 
 
-def check_digits(x: Array) -> None:
+def check_digits(x: Array, target: Target = HERE) -> None:
     """Whole numbers in digits of -64..63 that are the nearest multiples of the scale."""
-    digits, scales, offsets = build(rows.quantize_digits(TOKENS, x.shape[-1]), HERE)(x)
+    digits, scales, offsets = build(rows.quantize_digits(TOKENS, x.shape[-1]), target)(x)
     assert digits.min() >= -64 and digits.max() <= 63
     places = np.array([DIGIT**2, DIGIT, 1])[:, None]
     whole = (digits.astype(np.int64) * places).sum(axis=2)
@@ -120,17 +121,25 @@ def test_quantize_digits_of_hard_blocks(block: str) -> None:
 @every_form
 @pytest.mark.parametrize("kind", ["q8", "digits"])
 def test_gather_rows(form: Form, kind: str) -> None:
+    check_gather(form, kind)
+
+
+def check_gather(form: Form, kind: str, target: Target = HERE) -> None:
     arrays, _ = activations(numbers(11, form.count, 64), kind)
     tokens = np.resize(np.arange(form.count, dtype=np.int32)[::-1], 35)
     kernel = rows.gather_rows(kind, form.tokens, 64, form.expert_rows(35))
-    for gathered, array in zip(build(kernel, HERE)(*arrays, tokens), arrays, strict=True):
+    for gathered, array in zip(build(kernel, target)(*arrays, tokens), arrays, strict=True):
         np.testing.assert_array_equal(gathered, array[tokens])
 
 
 @every_form
 def test_rms_norm_q8_is_the_norm_and_its_quantisation(form: Form) -> None:
+    check_norm_q8(form)
+
+
+def check_norm_q8(form: Form, target: Target = HERE) -> None:
     x, weight = rms_norm(form).inputs
-    normed, *quantized = build(rows.rms_norm_q8(form.tokens, 96, 1e-5), HERE)(x, weight)
+    normed, *quantized = build(rows.rms_norm_q8(form.tokens, 96, 1e-5), target)(x, weight)
     assert_close(normed, rms_norm(form).expected)
     for actual, expected in zip(quantized, activations(normed, "q8")[0], strict=True):
         np.testing.assert_array_equal(actual, expected)

@@ -11,6 +11,8 @@ from .lower_graph import lower_graph
 from .pack_weights import pack_weights
 from .plan_memory import plan_memory
 from .schedule_kernels import schedule_kernels
+from .split_launches import split_launches
+from .store_halves import store_halves
 from .verify import verify
 
 Pass = Callable[[ir.IRModule, Target], ir.IRModule]
@@ -24,6 +26,14 @@ VARIANT_PASSES: tuple[Pass, ...] = (
     expand_exp,  # after scheduling: the primitives see a call, not twenty operations
     plan_memory,  # after all kernels are final: it fixes who owns which storage
     lower_graph,
+)
+# For each variant of a target that the runtime drives launch by launch.
+OPENCL_PASSES: tuple[Pass, ...] = (
+    schedule_kernels,
+    expand_exp,
+    plan_memory,
+    store_halves,  # after scheduling: rules see the graph's types
+    split_launches,  # last: what it leaves are no kernels that a pass could read
 )
 
 

@@ -20,6 +20,8 @@ def verify(module: ir.IRModule, target: Target, done: tuple[str, ...]) -> None:
 def _verify_kernel(name: str, kernel: PrimFunc, target: Target, done: tuple[str, ...]) -> None:
     if "lower_graph" in done and "op" not in kernel.attrs:
         return  # TVM's own, which compute shapes on the host
+    if "split_launches" in done and "calling_conv" in kernel.attrs:
+        return  # made by TVM of kernels that were checked before
     assert "op" in kernel.attrs, f"{name}: no `op` for schedules to match"
     if "schedule_kernels" in done:
         assert "scheduled_by" in kernel.attrs, f"{name}: not scheduled"

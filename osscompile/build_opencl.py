@@ -1,0 +1,51 @@
+"""Turn lowered IR into the two files that the runtime drives an OpenCL device with."""
+
+import importlib
+from pathlib import Path
+
+import tvm
+from tvm import ir
+from tvm.target import Target as TvmTarget
+from tvm.tirx import PrimFunc
+from tvm.tirx import transform as tirx
+
+from .passes.store_halves import FLOAT_TO_HALF, HALF_TO_FLOAT
+from .programs import build_programs
+from .runtime.artifact import PROGRAMS_SUFFIX
+from .runtime.program import write_programs
+from .targets import Target
+
+# Of values, not of pointers: then it does not matter which memory holds the half.
+HALVES = f"""\
+static float {HALF_TO_FLOAT}(ushort bits) {{ return vload_half(0, (const half *)&bits); }}
+static ushort {FLOAT_TO_HALF}(float x) {{
+  ushort bits;
+  vstore_half_rte(x, 0, (half *)&bits);
+  return bits;
+}}
+
+"""
+
+
+def build_opencl(module: ir.IRModule, target: Target, output: Path) -> None:
+    """Write the kernels' source as `output`, and what launches them beside it.
+
+    The same module gives the same bytes.
+    """
+    programs = write_programs(build_programs(module))
+    output.write_text(opencl_source(module, target), encoding="utf-8")
+    output.with_suffix(PROGRAMS_SUFFIX).write_text(programs, encoding="utf-8")
+
+
+def opencl_source(module: ir.IRModule, target: Target) -> str:
+    """OpenCL C of all functions of the device."""
+    lower = tvm.transform.Sequential([tirx.StmtSimplify(), tirx.LowerIntrin()])
+    # of the module, not of the function of this name in tvm.tirx
+    codegen_build = importlib.import_module("tvm.tirx.build").codegen_build
+    parts = [HALVES]
+    for name, function in sorted(module.functions_items(), key=lambda item: item[0].name_hint):
+        if isinstance(function, PrimFunc) and "calling_conv" in function.attrs:
+            # one by one: before each function TVM declares all others of its module
+            built = codegen_build(lower(ir.IRModule({name: function})), TvmTarget(target.tvm))
+            parts.append(str(built.inspect_source()))
+    return "".join(parts)

@@ -1,0 +1,56 @@
+"""Split every kernel into functions of the device and the launches that the host makes of them."""
+
+import tvm
+from tvm import ir
+from tvm.s_tir import transform as s_tir
+from tvm.target import Target as TvmTarget
+from tvm.tirx import PrimFunc
+from tvm.tirx import transform as tirx
+
+from ..targets import Target
+
+# TVM's own pipeline for GPUs, without what it has for other GPUs, and up to where it begins to
+# prepare the host's part for a CPU.
+_PASSES = (
+    s_tir.CanonicalizeLoop(),
+    s_tir.LowerCrossThreadReduction(),
+    s_tir.LowerInitBlock(),
+    s_tir.PlanAndUpdateBufferAllocationLocation(),
+    s_tir.ConvertBlocksToOpaque(),
+    s_tir.LiftThreadBinding(),
+    s_tir.ManifestSharedMemoryLocalStage(),
+    s_tir.CompactBufferAllocation(),
+    s_tir.UnifyThreadBinding(),
+    s_tir.LowerMatchBuffer(),
+    s_tir.StmtSimplify(),
+    s_tir.LowerOpaqueBlock(),
+    tirx.FlattenBuffer(),
+    tirx.NarrowDataType(32),
+    s_tir.LoopPartition(),
+    tirx.VectorizeLoop(),
+    tirx.StorageRewrite(),
+    s_tir.HoistIfThenElse(),
+    tirx.UnrollLoop(),
+    s_tir.RenormalizeSplitPattern(),
+    tirx.StmtSimplify(),
+    tirx.RemoveNoOp(),
+    s_tir.RewriteUnsafeSelect(),
+    tirx.VerifyMemory(),  # raises for what is computed by no thread
+    tirx.AnnotateEntryFunc(),
+    s_tir.ThreadSync("shared"),
+    s_tir.LowerThreadAllreduce(),
+    s_tir.MergeSharedMemoryAllocations(),
+    tirx.SplitHostDevice(),
+)
+
+
+def split_launches(module: ir.IRModule, target: Target) -> ir.IRModule:
+    """The kernels of `module` become calls of `tirx.call_ffi_kernel`; beside them are the functions
+    that these name, marked by the attribute `calling_conv`."""
+    # without a host TVM takes a kernel for a part of the device's code
+    device = TvmTarget(target.tvm, host={"kind": "llvm"})
+    bound = ir.IRModule({}, attrs=module.attrs)
+    for name, function in module.functions_items():
+        is_kernel = isinstance(function, PrimFunc)
+        bound[name] = function.with_attr("target", device) if is_kernel else function
+    return tvm.transform.Sequential(list(_PASSES))(bound)

@@ -1,0 +1,49 @@
+"""Let float16 be how numbers are stored and no more: bits in memory, float32 in expressions.
+
+In OpenCL C arithmetic on halves is an extension, which not every device has; functions that convert
+them are not. `build_opencl.py` defines those that are called here.
+"""
+
+from tvm import ir, tirx
+from tvm.ir import Expr
+from tvm.tirx import Cast, PrimFunc, Var
+from tvm_ffi import structural_map
+
+from ..targets import Target
+
+HALF_TO_FLOAT = "half_to_float"  # uint16 bits -> float32
+FLOAT_TO_HALF = "float_to_half"  # float32 -> uint16 bits, rounded to the nearest, ties to even
+
+
+def store_halves(module: ir.IRModule, target: Target) -> ir.IRModule:
+    """Rewrite the kernels of `module`: their float16 parameters become uint16."""
+    rewritten = ir.IRModule({}, attrs=module.attrs)
+    for name, function in module.functions_items():
+        rewritten[name] = _rewrite(function) if isinstance(function, PrimFunc) else function
+    return rewritten
+
+
+def _rewrite(kernel: PrimFunc) -> PrimFunc:
+    """A half that is loaded is converted at once, one that is stored was converted just before."""
+    bits_of = {
+        parameter: tirx.decl_buffer(parameter.shape, "uint16", parameter.name)
+        for parameter in kernel.params
+        if str(parameter.dtype) == "float16"
+    }
+    buffers = set(bits_of.values())
+
+    def load(value: ir.TensorLoad) -> Expr:
+        if value.source not in buffers:
+            return value
+        bits = tirx.BufferLoad(value.source, value.indices)
+        return tirx.call_pure_extern("float32", HALF_TO_FLOAT, bits)
+
+    def cast(value: Cast) -> Expr:
+        if str(value.ty) == "float16":
+            return tirx.call_pure_extern("uint16", FLOAT_TO_HALF, value.value)
+        return value.value if str(value.ty) == str(value.value.ty) else value
+
+    if not bits_of:
+        return kernel
+    renames = (Var, lambda variable: bits_of.get(variable, variable))
+    return structural_map(kernel, [renames, (ir.TensorLoad, load), (Cast, cast)])

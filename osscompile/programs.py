@@ -1,0 +1,160 @@
+"""Turn the graph's functions, once memory is planned and kernels are split, into programs.
+
+A function is a straight line: storages, tensors at their beginning, calls of kernels. Every launch
+that a called kernel makes becomes one of the program's, with the kernel's symbols in terms of the
+number of tokens of the call.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import ir, relax, tirx
+from tvm.ir import Expr
+from tvm.sym import Analyzer
+from tvm.tirx import PrimFunc
+from tvm_ffi import structural_map
+
+from .runtime.program import ITEM_BYTES, TOKENS, Expression, Launch, Program, evaluate
+
+INPUT_DTYPE = "int32"  # of what comes with every call; no cache or weight has it
+_OPERATORS = {
+    tirx.Add: "+",
+    tirx.Sub: "-",
+    tirx.Mul: "*",
+    tirx.FloorDiv: "//",
+    tirx.Min: "min",
+    tirx.Max: "max",
+}
+_TAGS = [f"{index}.{axis}" for index in ("blockIdx", "threadIdx") for axis in "xyz"]
+
+Place = tuple[str, int]  # which memory, as in an argument of `Launch`
+
+
+def build_programs(module: ir.IRModule) -> dict[str, Program]:
+    """The program of every function of a module that `split_launches` gave."""
+    return {
+        name.name_hint: _Extraction(module, function).program()
+        for name, function in sorted(module.functions_items(), key=lambda item: item[0].name_hint)
+        if isinstance(function, relax.Function)
+    }
+
+
+class _Extraction:
+    """Goes through one function, and keeps where its variables are."""
+
+    def __init__(self, module: ir.IRModule, function: relax.Function) -> None:
+        self.module, self.function = module, function
+        self.max_tokens = int((function.attrs.get("tir_var_upper_bound") or {}).get(TOKENS, 1))
+        self.inputs = [p for p in function.params if str(p.ty.dtype) == INPUT_DTYPE]
+        assert list(function.params[: len(self.inputs)]) == self.inputs
+        bound = function.params[len(self.inputs) :]
+        self.places: dict[relax.Var, Any] = {p: ("input", i) for i, p in enumerate(self.inputs)}
+        self.places |= {p: ("bound", i) for i, p in enumerate(bound)}
+        self.storages: list[int] = []
+        self.launches: list[Launch] = []
+
+    def program(self) -> Program:
+        for block in self.function.body.blocks:
+            for binding in block.bindings:
+                self.places[binding.var] = self._value(binding.value)
+        result = self.function.body.body
+        kind, number = self.places[result]
+        assert kind == "storage" and str(result.ty.dtype) == "float32", result
+        return Program(
+            max_tokens=self.max_tokens,
+            inputs=tuple(_product(p.ty.shape) for p in self.inputs),
+            storages=tuple(self.storages),
+            launches=tuple(self.launches),
+            result=number,
+            result_shape=tuple(_expression(extent) for extent in result.ty.shape),
+        )
+
+    def _value(self, value: Expr) -> Any:
+        """Where it is: a place, several for a tuple, None for a call of a kernel."""
+        if isinstance(value, relax.Var):
+            return self.places[value]
+        if isinstance(value, relax.Tuple):
+            return [self.places[variable] for variable in value.fields]
+        if isinstance(value, relax.TupleGetItem):
+            return self.places[value.tuple_value][value.index]
+        if isinstance(value.op, ir.GlobalVar):
+            return self._call(self.module[value.op], value.args)
+        if value.op == ir.Op.get("relax.memory.alloc_storage"):
+            return self._storage(int(value.args[0].values[0]))
+        if value.op == ir.Op.get("relax.memory.alloc_tensor"):
+            assert int(value.args[1].value) == 0, "a tensor begins where its storage does"
+            return self.places[value.args[0]]
+        assert value.op == ir.Op.get("relax.builtin.alloc_tensor"), value  # the result
+        size = evaluate(_product(value.args[0].values), self.max_tokens)
+        return self._storage(size * ITEM_BYTES)
+
+    def _storage(self, num_bytes: int) -> Place:
+        self.storages.append(num_bytes)
+        return "storage", len(self.storages) - 1
+
+    def _call(self, kernel: PrimFunc, arguments: Sequence[relax.Var]) -> None:
+        symbols: dict[tirx.Var, Expr] = {}
+        for parameter, argument in zip(kernel.params, arguments, strict=True):
+            for extent, actual in zip(parameter.shape, argument.ty.shape, strict=True):
+                if isinstance(extent, tirx.Var):
+                    symbols[extent] = actual
+        self.launches += launches_of(kernel, [self.places[a] for a in arguments], symbols)
+
+
+def launches_of(
+    kernel: PrimFunc, places: Sequence[Place], symbols: dict[tirx.Var, Expr]
+) -> list[Launch]:
+    """What a kernel that `split_launches` gave launches, for arguments in these places.
+
+    `symbols`: its symbolic extents, as constants or in the number of tokens.
+    """
+    place_of = dict(zip(kernel.params, places, strict=True))
+
+    def in_tokens(value: Expr) -> Expression:
+        return _expression(structural_map(value, (tirx.Var, lambda v: symbols.get(v, v))))
+
+    launches = []
+    statements = kernel.body.seq if isinstance(kernel.body, tirx.SeqStmt) else [kernel.body]
+    for statement in statements:
+        if isinstance(statement, tirx.DeclBuffer):  # another shape of the same memory
+            place_of[statement.buffer] = place_of[statement.data.args[0]]
+        else:
+            assert isinstance(statement, tirx.Evaluate), f"no launch: {statement}"
+            launches.append(_launch(statement.value, place_of, in_tokens))
+    return launches
+
+
+def _launch(
+    call: ir.Call, place_of: dict[tirx.Var, Place], in_tokens: Callable[[Expr], Expression]
+) -> Launch:
+    assert call.op == ir.Op.get("tirx.call_ffi_kernel"), call
+    tags = [str(tag) for tag in call.attrs.launch_params]
+    name, *arguments = call.args
+    sizes = dict(zip(tags, map(in_tokens, arguments[-len(tags) :]), strict=True))
+    assert set(sizes) <= set(_TAGS), tags
+    axes = max(_TAGS.index(tag) % 3 for tag in tags) + 1
+    return Launch(
+        kernel=str(name.value),
+        arguments=tuple(
+            place_of[a.args[0]] if isinstance(a, ir.Call) else (str(a.ty), in_tokens(a))
+            for a in arguments[: -len(tags)]
+        ),
+        groups=tuple(sizes.get(tag, 1) for tag in _TAGS[:axes]),
+        threads=tuple(sizes.get(tag, 1) for tag in _TAGS[3 : 3 + axes]),
+    )
+
+
+def _expression(value: Expr) -> Expression:
+    """In the number of tokens, the only variable that may be left."""
+    value = Analyzer().simplify(value)
+    if isinstance(value, tirx.IntImm):
+        return int(value.value)
+    if isinstance(value, tirx.Var):
+        assert value.name == TOKENS, value
+        return TOKENS
+    return [_OPERATORS[type(value)], _expression(value.a), _expression(value.b)]
+
+
+def _product(extents: Sequence[Expr]) -> Expression:
+    return _expression(math.prod(extents, start=tirx.const(1, "int64")))

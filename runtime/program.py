@@ -1,0 +1,170 @@
+"""A program: what a function of an OpenCL artifact launches, in order, and on which memory.
+
+This file defines the format, JSON (`osscompile/programs.py` writes it), and checks all of it when
+it is read. Sizes that depend on the number of tokens are expressions: a whole number, "tokens", or
+[operator, expression, expression].
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+from .artifact import Artifact, Manifest
+from .errors import ArtifactError
+
+Expression: TypeAlias = Any  # int | "tokens" | [operator, Expression, Expression]
+TOKENS = "tokens"
+OPERATORS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "//": lambda a, b: a // b,
+    "min": min,
+    "max": max,
+}
+MEMORY = (
+    "input",
+    "bound",
+    "storage",
+)  # of a call; caches and weights; the function's own
+SCALARS = ("int32", "int64")
+NUM_INPUTS = {"prefill": 3, "decode": 2, "score": 2}  # of each function, see `importer/graph.py`
+MAX_NUMBER = 1 << 48
+MAX_DEPTH = 8  # of an expression
+ITEM_BYTES = 4  # of an input's int32 and the result's float32
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel over groups x threads, along one to three axes.
+
+    `arguments`, in the kernel's order: (one of MEMORY, number of it), or (dtype, expression).
+    """
+
+    kernel: str
+    arguments: tuple[tuple[str, Expression], ...]
+    groups: tuple[Expression, ...]
+    threads: tuple[int, ...]  # of a work-group
+
+
+@dataclass(frozen=True)
+class Program:
+    """Inputs are int32 and come with every call, the first has one for each token; the result is
+    float32."""
+
+    max_tokens: int  # of a call
+    inputs: tuple[Expression, ...]  # how many numbers each has
+    storages: tuple[int, ...]  # bytes
+    launches: tuple[Launch, ...]
+    result: int  # the storage that holds it
+    result_shape: tuple[Expression, ...]
+
+
+def evaluate(expression: Expression, tokens: int) -> int:
+    """The value of an expression that was checked."""
+    if isinstance(expression, int):
+        return expression
+    if expression == TOKENS:
+        return tokens
+    operator, a, b = expression
+    return OPERATORS[operator](evaluate(a, tokens), evaluate(b, tokens))
+
+
+def write_programs(programs: dict[str, Program]) -> str:
+    """JSON of the programs by function."""
+    functions = {name: asdict(program) for name, program in sorted(programs.items())}
+    return json.dumps(functions, separators=(",", ":")) + "\n"
+
+
+def read_programs(artifact: Artifact) -> dict[str, Program]:
+    """The program of every function; ArtifactError if they cannot be programs of this artifact."""
+    file, manifest = artifact.programs, artifact.manifest
+    try:
+        functions = json.loads(file.read_text(encoding="utf-8"))
+        return {name: _program(name, functions[name], manifest) for name in NUM_INPUTS}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{file}: expected programs, found a problem with {error}; the artifact is damaged: "
+            "copy it again, or compile the model again"
+        ) from error
+
+
+def _program(name: str, fields: dict[str, Any], manifest: Manifest) -> Program:
+    sizes = [_number(size, 1, f"{name}, a storage's size") for size in fields["storages"]]
+    counts = {
+        "input": NUM_INPUTS[name],
+        "bound": len(manifest.caches) + len(manifest.weights),
+        "storage": len(sizes),
+    }
+    program = Program(
+        max_tokens=_number(fields["max_tokens"], 1, f"{name}, the number of tokens"),
+        inputs=tuple(_expression(size) for size in fields["inputs"]),
+        storages=tuple(sizes),
+        launches=tuple(_launch(launch, counts) for launch in fields["launches"]),
+        result=_number(fields["result"], 0, f"{name}, the result's storage", len(sizes)),
+        result_shape=tuple(_expression(extent) for extent in fields["result_shape"]),
+    )
+    _check_sizes(name, program, manifest)
+    return program
+
+
+def _launch(fields: dict[str, Any], counts: dict[str, int]) -> Launch:
+    kernel = fields["kernel"]
+    if not (isinstance(kernel, str) and re.fullmatch(r"[A-Za-z_]\w*", kernel, re.ASCII)):
+        raise ValueError(f"{kernel!r} as the name of a kernel")
+    threads = tuple(_number(n, 1, f"{kernel}, threads of a group") for n in fields["threads"])
+    groups = tuple(_expression(count) for count in fields["groups"])
+    if not 1 <= len(threads) == len(groups) <= 3:
+        raise ValueError(f"{kernel}: groups along {len(groups)} axes, threads along {len(threads)}")
+    arguments: list[tuple[str, Expression]] = []
+    for kind, value in fields["arguments"]:
+        if kind in MEMORY:
+            arguments.append((kind, _number(value, 0, f"{kernel}, the {kind}", counts[kind])))
+        elif kind in SCALARS:
+            arguments.append((kind, _expression(value)))
+        else:
+            raise ValueError(f"{kernel}, an argument of kind {kind!r}")
+    return Launch(kernel, tuple(arguments), groups, threads)
+
+
+def _number(value: Any, low: int, what: str, end: int = MAX_NUMBER) -> int:
+    """A whole number from `low` to below `end`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < end:
+        raise ValueError(f"{what}: expected a number from {low} to {end - 1}, found {value!r}")
+    return value
+
+
+def _expression(value: Any, depth: int = 0) -> Expression:
+    if value == TOKENS:
+        return value
+    if not isinstance(value, list):
+        return _number(value, -MAX_NUMBER, "an expression")
+    if depth == MAX_DEPTH:
+        raise ValueError("an expression that is too deep")
+    operator, a, b = value
+    if operator not in OPERATORS:
+        raise ValueError(f"{operator!r} as the operator of an expression")
+    if operator == "//":
+        _number(b, 1, "a divisor")
+    return [operator, _expression(a, depth + 1), _expression(b, depth + 1)]
+
+
+def _check_sizes(name: str, program: Program, manifest: Manifest) -> None:
+    """Of the least and the most tokens: what must be positive is, and the result is logits."""
+    most = {"prefill": manifest.chunk, "decode": 1, "score": manifest.score_chunk}[name]
+    if (program.max_tokens, len(program.inputs)) != (most, NUM_INPUTS[name]):
+        raise ValueError(
+            f"{name}: expected {NUM_INPUTS[name]} inputs and up to {most} tokens, found "
+            f"{len(program.inputs)} and {program.max_tokens}"
+        )
+    counts = [count for launch in program.launches for count in launch.groups]
+    for tokens in (1, most):
+        for expression in (*program.inputs, *counts):
+            _number(evaluate(expression, tokens), 1, f"{name}, {expression} of {tokens} tokens")
+        shape = [evaluate(extent, tokens) for extent in program.result_shape]
+        rows = tokens if name == "score" else 1
+        room = program.storages[program.result]
+        if shape != [rows, manifest.vocab_size] or rows * shape[1] * ITEM_BYTES > room:
+            raise ValueError(f"{name}: logits of shape {shape} in {room} bytes")

@@ -1,0 +1,111 @@
+"""Every kernel, scheduled for GPUs, on this machine's OpenCL device against the float64 reference.
+
+Cases and checks are those of the kernels for CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from kernel_cases import (
+    DECODE,
+    PREFILL,
+    ROW_CASES,
+    Case,
+    Form,
+    assert_close,
+    check_quantize,
+    combine_experts,
+    dense_q8,
+    every_form,
+    every_matmul,
+    moe_mxfp4_swiglu_q8,
+    numbers,
+    rms_norm,
+    rotate_queries,
+)
+from opencl_device import OPENCL, needs_opencl
+from test_kernels_attention import Layer, both_dtypes, every_window
+from test_kernels_routing import CHOICES, check_route, check_sort, choices
+from test_kernels_rows import check_digits, check_gather, check_norm_q8
+
+pytestmark = needs_opencl
+
+
+@every_form
+@every_matmul
+def test_matmul(case: Callable[..., Case], form: Form) -> None:
+    case(form).check(OPENCL)
+
+
+@pytest.mark.parametrize("case", [dense_q8, moe_mxfp4_swiglu_q8], ids=lambda case: case.__name__)
+def test_matmul_of_2880(case: Callable[..., Case]) -> None:
+    case(PREFILL, 2880, 48).check(OPENCL)
+
+
+@every_form
+@pytest.mark.parametrize(
+    "case", [*ROW_CASES, rotate_queries, combine_experts], ids=lambda case: case.__name__
+)
+def test_row_kernel(case: Callable[[Form], Case], form: Form) -> None:
+    case(form).check(OPENCL)
+
+
+@pytest.mark.parametrize("hidden", [32, 256, 257, 2880])
+def test_rms_norm_of_rows_that_groups_of_threads_fill_or_not(hidden: int) -> None:
+    rms_norm(PREFILL, hidden).check(OPENCL)
+
+
+@every_form
+def test_rms_norm_q8(form: Form) -> None:
+    check_norm_q8(form, OPENCL)
+
+
+@every_form
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_quantize_q8_is_exact(form: Form, scale: float) -> None:
+    check_quantize(form, numbers(7, form.count, 96, scale=scale), OPENCL)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
+def test_quantize_digits(scale: float) -> None:
+    check_digits(numbers(9, 21, 96, scale=scale), OPENCL)
+
+
+@every_form
+@pytest.mark.parametrize("kind", ["q8", "digits"])
+def test_gather_rows(form: Form, kind: str) -> None:
+    check_gather(form, kind, OPENCL)
+
+
+@every_form
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 4), (4, 4), (5, 1), (32, 4)])
+def test_route(form: Form, num_experts: int, top_k: int) -> None:
+    check_route(form, numbers(18, form.count, num_experts, scale=2.0), top_k, OPENCL)
+
+
+def test_route_ties_go_to_the_lower_id() -> None:
+    check_route(PREFILL, np.zeros((PREFILL.count, 8), np.float32), 4, OPENCL)
+
+
+@every_form
+@pytest.mark.parametrize("kind", CHOICES)
+def test_sort_by_expert(form: Form, kind: str) -> None:
+    check_sort(form, choices(kind, form, 8, 4), 8, OPENCL)
+
+
+@every_window
+@both_dtypes
+def test_append_and_attention_around_a_ring(window: int | None, dtype: str) -> None:
+    layer = Layer(window, dtype, capacity=192 if window else 272, target=OPENCL)
+    layer.check_in_parts(18)
+
+
+@pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
+def test_attention_with_the_heads_of_gpt_oss(form: Form) -> None:
+    layer = Layer(128, "float16", heads=64, kv_heads=8, head_dim=64, capacity=192, target=OPENCL)
+    qkv = layer.tokens(64, 131 if form is DECODE else 140)
+    layer.run(qkv[:130], 0)
+    assert_close(layer.run(qkv[130:], 130, form), layer.expected(qkv)[130:])

@@ -1,0 +1,351 @@
+"""Artifacts for OpenCL: what they compute on this machine's device, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import test_cache_reuse
+from artifacts import copy_artifact, flip_byte, reseal, run_python
+from opencl_device import MISSING, OPENCL, needs_opencl
+from random_model import random_model, read_checkpoint, write_checkpoint
+from reference import relative_rms
+from talker import CHUNK, compile_talker, random_ids
+from test_model_accuracy import NANO, NANO_QUESTIONS, check_fast, nano_answer
+
+import osscompile
+from osscompile import cli
+from osscompile.build_opencl import opencl_source
+from osscompile.importer.graph import build_graph
+from osscompile.importer.synthetic import gpt_oss_config
+from osscompile.passes import OPENCL_PASSES, SHARED_PASSES, run_passes
+from osscompile.programs import build_programs
+from osscompile.runtime import load
+from osscompile.runtime.artifact import open_artifact
+from osscompile.runtime.errors import ArtifactError, OsscompileError
+from osscompile.runtime.opencl import _first_device, _import_pyopencl
+from osscompile.runtime.program import read_programs, write_programs
+
+EXACT = 1e-5  # relative rms to float64, as for CPUs
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("opencl") / "nano.osc"
+    return osscompile.compile("nano", OPENCL.name, output, context=1024)
+
+
+@pytest.fixture
+def damaged(nano: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return copy_artifact(nano, tmp_path)
+
+
+# --- What they compute ------------------------------------------------------------------------
+
+
+@needs_opencl
+def test_exact_is_the_reference(tmp_path: Path) -> None:
+    """Score, prefill and decode of random weights, past the window and around the rings."""
+    config, tensors = random_model(0, window=16)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config, tensors)
+    with pytest.warns(UserWarning, match="no tokenizer.json"):
+        path = osscompile.compile(
+            checkpoint,
+            OPENCL.name,
+            tmp_path / "model.osc",
+            profile="exact",
+            context=256,
+            prefill_chunk=32,
+        )
+    model, ids = load(path), random_ids(150, seed=3)
+    ids = [i % model.vocab_size for i in ids]
+    expected = reference.Model(config, tensors).logits(ids)
+    assert relative_rms(model.logits(ids), expected) < EXACT
+    assert relative_rms(model.prefill(ids[:149]), expected[148]) < EXACT
+    assert relative_rms(model.decode(ids[149]), expected[149]) < EXACT
+
+
+@needs_opencl
+def test_nano_is_close_to_float64_and_says_what_a_cpu_says(
+    nano: Path, nano_artifact: Path, record_property: Callable[[str, object], None]
+) -> None:
+    model, on_cpu = load(nano), load(nano_artifact)
+    for question in NANO_QUESTIONS:
+        prompt, answer = nano_answer(model, *question)
+        assert len(answer) > 3
+        assert (prompt, answer) == nano_answer(on_cpu, *question)
+    check_fast(model, reference.Model(*read_checkpoint(NANO)), prompt + answer, record_property)
+
+
+@needs_opencl
+def test_command_line(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = ["What is 17 + 25?", "--reasoning", "low", "--hide-analysis"]
+    assert cli.main(["run", str(nano), *question]) == 0
+    assert capsys.readouterr().out.strip() == "17 + 25 = 42."
+
+
+ALONE = """
+import sys
+from osscompile.runtime import load
+print(load(sys.argv[1]).logits(range(3)).shape, {"tvm", "tvm_ffi"} & set(sys.modules))
+"""
+
+
+@needs_opencl
+def test_runs_without_tvm(nano: Path, tmp_path: Path) -> None:
+    assert run_python(ALONE, nano, cwd=tmp_path).stdout.strip() == "(3, 1024) set()"
+
+
+def test_inspect_and_targets(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(nano)]) == 0
+    assert "OpenCL" in capsys.readouterr().out
+    assert cli.main(["targets"]) == 0
+    assert OPENCL.description in capsys.readouterr().out
+
+
+def test_bench_and_tune_say_that_they_measure_cpus(
+    nano: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", str(nano)]) == 1
+    assert "expected an artifact for a CPU" in capsys.readouterr().err
+    assert cli.main(["tune", "--target", OPENCL.name]) == 1
+    assert "expected a target of CPUs" in capsys.readouterr().err
+
+
+# --- The cache in the device's memory ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_talker(OPENCL.name, tmp_path_factory.mktemp("talker"), None)
+
+
+@needs_opencl
+def test_long_answer_goes_back_by_the_snapshot(talker: Path) -> None:
+    model, prompt = load(talker), random_ids(60)
+    list(model.generate(prompt, max_tokens=3 * CHUNK))
+    test_cache_reuse.check_against_fresh(model, talker, prompt + random_ids(20, seed=1), 3)
+
+
+@needs_opencl
+def test_any_history_gives_what_a_fresh_model_gives(talker: Path) -> None:
+    test_cache_reuse.test_any_history_gives_what_a_fresh_model_gives(load(talker), talker, 0)
+
+
+@needs_opencl
+def test_forgetting_sets_the_cache_to_zero(talker: Path) -> None:
+    model = load(talker)
+    model.prefill(random_ids(100))
+    device = model._device
+
+    def largest() -> float:
+        found = 0.0
+        for array, cache in zip(model._cache.arrays, model.manifest.caches, strict=True):
+            content = np.empty(cache.shape, cache.dtype)
+            device._cl.enqueue_copy(device._queue, content, array.buffer)
+            found = max(found, float(np.abs(content).max()))
+        return found
+
+    assert largest() > 0
+    model.forget()
+    assert largest() == 0
+
+
+# --- The shapes of the real models ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ["fast", "exact"])
+@pytest.mark.parametrize("num_experts", [32, 128], ids=["20b", "120b"])
+def test_kernels_of_gpt_oss(num_experts: int, profile: str) -> None:
+    """Two layers have every kernel. Where there is a device, its compiler takes the source."""
+    config = gpt_oss_config(num_layers=2, num_experts=num_experts)
+    module = build_graph(config, profile, 131072, 512).module
+    module = run_passes(module, OPENCL, SHARED_PASSES + OPENCL_PASSES)
+    source, programs = opencl_source(module, OPENCL), build_programs(module)
+    launched = {launch.kernel for program in programs.values() for launch in program.launches}
+    assert launched == set(re.findall(r"^__kernel void (\w+)\(.*\{$", source, re.MULTILINE))
+    assert not re.search(r"\bhalf\b", source.partition("__kernel")[2])  # they are bits
+    for launch in (launch for program in programs.values() for launch in program.launches):
+        assert math.prod(launch.threads) <= OPENCL.max_threads
+    if MISSING is None:
+        cl = _import_pyopencl()
+        cl.Program(cl.Context([_first_device(cl)]), source).build()
+
+
+# --- What is refused --------------------------------------------------------------------------
+
+
+def first_launch(programs: dict[str, Any]) -> dict[str, Any]:
+    launch: dict[str, Any] = programs["prefill"]["launches"][0]
+    return launch
+
+
+def deep_expression(depth: int) -> Any:
+    return "tokens" if depth == 0 else ["+", deep_expression(depth - 1), 1]
+
+
+def set_group(value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda programs: first_launch(programs).update(groups=[value])
+
+
+def set_argument(*argument: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda programs: first_launch(programs)["arguments"].__setitem__(0, argument)
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no function": (lambda p: p.pop("decode"), "decode"),
+    "no field": (lambda p: p["prefill"].pop("storages"), "storages"),
+    "functions in a list": (lambda p: p.update(score=[1]), "problem"),
+    "storage of no bytes": (lambda p: p["score"]["storages"].__setitem__(0, 0), "storage's size"),
+    "storage of too many": (lambda p: p["score"]["storages"].__setitem__(0, 1 << 60), "size"),
+    "storage of true bytes": (lambda p: p["score"]["storages"].__setitem__(0, True), "True"),
+    "result elsewhere": (lambda p: p["score"].update(result=999), "the result's storage"),
+    "result too large": (lambda p: p["score"].update(result_shape=[1 << 20, 1024]), "logits"),
+    "result in a small storage": (lambda p: p["decode"]["storages"].__setitem__(-1, 8), "logits"),
+    "fewer tokens": (lambda p: p["prefill"].update(max_tokens=511), "up to 512 tokens"),
+    "fewer inputs": (lambda p: p["prefill"]["inputs"].pop(), "3 inputs"),
+    "empty input": (lambda p: p["prefill"].update(inputs=["tokens", 1, 0]), "found 0"),
+    "kernel with a blank": (lambda p: first_launch(p).update(kernel="a b"), "name of a kernel"),
+    "kernel without a name": (lambda p: first_launch(p).update(kernel=7), "name of a kernel"),
+    "unknown input": (set_argument("input", 3), "the input"),
+    "unknown weight": (set_argument("bound", 100_000), "the bound"),
+    "unknown storage": (set_argument("storage", -1), "the storage"),
+    "unknown kind": (set_argument("file", "/etc/passwd"), "kind 'file'"),
+    "no scalar": (set_argument("int64", 0.5), "0.5"),
+    "no group": (set_group(0), "found 0"),
+    "negative groups": (set_group(["-", "tokens", 2]), "found -1"),
+    "unknown operator": (set_group(["**", "tokens", 2]), "'**'"),
+    "operator that is a list": (set_group([["+"], "tokens", 2]), "problem"),
+    "unknown symbol": (set_group("expert_rows"), "expert_rows"),
+    "division by zero": (set_group(["//", "tokens", 0]), "a divisor"),
+    "division by a symbol": (set_group(["//", 64, "tokens"]), "a divisor"),
+    "too deep": (set_group(deep_expression(9)), "too deep"),
+    "far too deep": (set_group(deep_expression(500)), "too deep"),
+    "two arguments of an operator": (set_group(["+", 1]), "problem"),
+    "two axes of one": (lambda p: first_launch(p).update(threads=[8, 8]), "2"),
+    "four axes": (lambda p: first_launch(p).update(threads=[1] * 4, groups=[1] * 4), "4 axes"),
+    "no axes": (lambda p: first_launch(p).update(threads=[], groups=[]), "0 axes"),
+    "threads of a symbol": (lambda p: first_launch(p).update(threads=["tokens"]), "threads"),
+}
+
+
+def damage(artifact: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change the programs; sizes and hashes are right afterwards."""
+    file = artifact / "lib.launches"
+    programs = json.loads(file.read_text())
+    change(programs)
+    file.write_text(json.dumps(programs))
+    reseal(artifact)
+    return file
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_program(damaged: Path, name: str) -> None:
+    """Told before a device is looked for."""
+    change, words = DAMAGE[name]
+    file = damage(damaged, change)
+    with pytest.raises(ArtifactError) as caught:
+        osscompile.load(damaged)
+    assert str(file) in str(caught.value) and words in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "[" * 100_000, "\xff"])
+def test_programs_that_are_none(damaged: Path, text: str) -> None:
+    (damaged / "lib.launches").write_bytes(text.encode("latin-1"))
+    reseal(damaged)
+    with pytest.raises(ArtifactError, match=r"lib.launches: expected programs"):
+        osscompile.load(damaged)
+
+
+@pytest.mark.parametrize("name", ["lib.cl", "lib.launches"])
+def test_flipped_byte(damaged: Path, name: str) -> None:
+    flip_byte(damaged / name, 1000)
+    with pytest.raises(ArtifactError, match=rf"{name}: expected sha256"):
+        osscompile.load(damaged)
+
+
+def test_programs_are_listed(damaged: Path) -> None:
+    reseal(damaged, lambda fields: fields["files"].pop("lib.launches"))
+    with pytest.raises(ArtifactError, match=r"expected an entry for lib.launches, found none"):
+        osscompile.load(damaged)
+
+
+def test_unknown_runtime(damaged: Path) -> None:
+    reseal(damaged, lambda fields: fields.update(runtime="abacus"))
+    with pytest.raises(ArtifactError, match=r"expected one of .*opencl.*found 'abacus'"):
+        osscompile.load(damaged)
+
+
+@needs_opencl
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: first_launch(p).update(kernel="no_such_kernel"),
+        lambda p: first_launch(p)["arguments"].pop(),
+        lambda p: first_launch(p).update(threads=[1 << 20]),
+        lambda p: first_launch(p).update(arguments=[["int64", 1]] * 5),
+        lambda p: p["prefill"].update(inputs=[1, 1, 1]),
+    ],
+    ids=["name", "arguments", "threads", "scalars", "input"],
+)
+def test_program_that_does_not_fit_its_kernels(
+    damaged: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    damage(damaged, change)
+    model = osscompile.load(damaged)
+    with pytest.raises(ArtifactError, match=r"lib.cl: expected kernels that .* can run"):
+        model.prefill([1, 2, 3])
+
+
+@needs_opencl
+@pytest.mark.parametrize("source", [b"this is no C", b"\xff\xfe"])
+def test_source_that_does_not_compile(damaged: Path, source: bytes) -> None:
+    (damaged / "lib.cl").write_bytes(source)
+    reseal(damaged)
+    with pytest.raises(ArtifactError, match=r"lib.cl: expected kernels that .* can run"):
+        osscompile.load(damaged)
+
+
+def test_without_pyopencl(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyopencl", None)
+    with pytest.raises(OsscompileError, match=r"expected the package pyopencl.*pip install"):
+        osscompile.load(nano)
+
+
+def test_without_a_device(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cl = pytest.importorskip("pyopencl")
+    monkeypatch.setattr(cl, "get_platforms", lambda: [])
+    with pytest.raises(OsscompileError, match="expected a device, found none; install the driver"):
+        osscompile.load(nano)
+
+
+@needs_opencl
+def test_without_room_on_the_device(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cl = _import_pyopencl()
+
+    def full(*arguments: Any) -> None:
+        raise cl.MemoryError("clCreateBuffer", -4)
+
+    monkeypatch.setattr(cl, "Buffer", full)
+    with pytest.raises(OsscompileError, match=r"expected room for .* MB more"):
+        osscompile.load(talker)
+
+
+def test_same_model_gives_the_same_bytes(nano: Path, tmp_path: Path) -> None:
+    again = osscompile.compile("nano", OPENCL.name, tmp_path / "again.osc", context=1024)
+    for file in nano.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
+
+
+def test_programs_read_back_are_those_written(nano: Path) -> None:
+    artifact = open_artifact(nano)
+    assert write_programs(read_programs(artifact)) == artifact.programs.read_text()
