@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from tvm import ir, relax, tirx
 from tvm.ir import Expr
 from tvm.sym import Analyzer
@@ -99,15 +100,20 @@ class _Extraction:
             for extent, actual in zip(parameter.shape, argument.ty.shape, strict=True):
                 if isinstance(extent, tirx.Var):
                     symbols[extent] = actual
-        self.launches += launches_of(kernel, [self.places[a] for a in arguments], symbols)
+        places = [self.places[argument] for argument in arguments]
+        self.launches += launches_of(kernel, places, symbols, self._storage)
 
 
 def launches_of(
-    kernel: PrimFunc, places: Sequence[Place], symbols: dict[tirx.Var, Expr]
+    kernel: PrimFunc,
+    places: Sequence[Place],
+    symbols: dict[tirx.Var, Expr],
+    new_storage: Callable[[int], Place],
 ) -> list[Launch]:
     """What a kernel that `split_launches` gave launches, for arguments in these places.
 
-    `symbols`: its symbolic extents, as constants or in the number of tokens.
+    `symbols`: its symbolic extents, as constants or in the number of tokens. `new_storage`: of so
+    many bytes, for what one launch leaves for the next.
     """
     place_of = dict(zip(kernel.params, places, strict=True))
 
@@ -117,7 +123,11 @@ def launches_of(
     launches = []
     statements = kernel.body.seq if isinstance(kernel.body, tirx.SeqStmt) else [kernel.body]
     for statement in statements:
-        if isinstance(statement, tirx.DeclBuffer):  # another shape of the same memory
+        if isinstance(statement, tirx.AllocBuffer):
+            buffer = statement.buffer
+            size = math.prod(int(extent) for extent in buffer.shape)
+            place_of[buffer] = new_storage(size * np.dtype(str(buffer.dtype)).itemsize)
+        elif isinstance(statement, tirx.DeclBuffer):  # another shape of the same memory
             place_of[statement.buffer] = place_of[statement.data.args[0]]
         else:
             assert isinstance(statement, tirx.Evaluate), f"no launch: {statement}"

@@ -132,8 +132,15 @@ class OpenCLKernel:
             for extent, size in zip(parameter.shape, argument.shape, strict=True)
             if isinstance(extent, tirx.Var)
         }
-        launches = launches_of(self.host, [("bound", i) for i in range(len(arguments))], symbols)
-        program = Program(1, (1,), (4,), tuple(launches), 0, (1,))  # a result that nobody reads
+        storages = [4]  # the first for a result that nobody reads
+
+        def new_storage(num_bytes: int) -> tuple[str, int]:
+            storages.append(num_bytes)
+            return "storage", len(storages) - 1
+
+        places = [("bound", i) for i in range(len(arguments))]
+        launches = launches_of(self.host, places, symbols, new_storage)
+        program = Program(1, (1,), tuple(storages), tuple(launches), 0, (1,))
         with tempfile.NamedTemporaryFile("w", suffix=".cl") as file:
             file.write(self.source)
             file.flush()

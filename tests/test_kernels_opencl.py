@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import reference
 from kernel_cases import (
     DECODE,
     PREFILL,
@@ -25,11 +26,15 @@ from kernel_cases import (
     numbers,
     rms_norm,
     rotate_queries,
+    split_qkv,
 )
 from opencl_device import OPENCL, needs_opencl
 from test_kernels_attention import Layer, both_dtypes, every_window
 from test_kernels_routing import CHOICES, check_route, check_sort, choices
 from test_kernels_rows import check_digits, check_gather, check_norm_q8
+
+from osscompile.schedules.gpu.tasks import tasks
+from osscompile.schedules.gpu.threads import threads
 
 pytestmark = needs_opencl
 
@@ -109,3 +114,60 @@ def test_attention_with_the_heads_of_gpt_oss(form: Form) -> None:
     qkv = layer.tokens(64, 131 if form is DECODE else 140)
     layer.run(qkv[:130], 0)
     assert_close(layer.run(qkv[130:], 130, form), layer.expected(qkv)[130:])
+
+
+@every_window
+@pytest.mark.parametrize("count", [1, 2, 32, 33, 127, 128, 129, 145])
+def test_attention_of_a_prompt_and_of_its_last_token(window: int | None, count: int) -> None:
+    """Chunk borders, and parts of the context without a key."""
+    layer = Layer(window, target=OPENCL)
+    qkv = layer.tokens(count, count)
+    expected = layer.expected(qkv)
+    assert_close(layer.run(qkv, 0), expected)
+    assert_close(layer.run(qkv[-1:], count - 1, DECODE), expected[-1:])
+
+
+@pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (12, 1)])
+def test_attention_of_any_number_of_heads(form: Form, heads: int, kv_heads: int) -> None:
+    layer = Layer(16, heads=heads, kv_heads=kv_heads, capacity=48, target=OPENCL)
+    qkv = layer.tokens(heads, 21)
+    split = 20 if form is DECODE else 13
+    layer.run(qkv[:split], 0)
+    assert_close(layer.run(qkv[split:], split, form), layer.expected(qkv)[split:])
+
+
+def test_attention_past_position_4096() -> None:
+    layer = Layer(None, "float16", heads=2, kv_heads=1, capacity=4352, target=OPENCL)
+    qkv = layer.tokens(13, 4200)
+    q, k, v = split_qkv(qkv, *layer.sizes)
+    for start in range(0, 4199, 323):
+        layer.run(qkv[start : min(start + 323, 4199)], start)
+    last = reference.attention(q[-1:], k, v, layer.sinks, None)
+    assert_close(layer.run(qkv[4199:], 4199, DECODE), last)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("sink", [-100.0, 10.0])
+def test_attention_sinks(window: int | None, sink: float) -> None:
+    layer = Layer(window, capacity=48, target=OPENCL)
+    layer.sinks[:] = sink
+    qkv = layer.tokens(16, 24)
+    expected = layer.expected(qkv)
+    assert_close(layer.run(qkv, 0), expected)
+    assert_close(layer.run(qkv[-1:], 23, DECODE), expected[-1:])
+
+
+# --- Under the plain rules --------------------------------------------------------------------
+
+
+@every_form
+@every_matmul
+def test_matmul_a_thread_an_element(case: Callable[..., Case], form: Form) -> None:
+    case(form).check(OPENCL, threads)
+
+
+@every_window
+def test_attention_a_thread_a_task(window: int | None) -> None:
+    layer = Layer(window, capacity=192 if window else 272, target=OPENCL, rule=tasks)
+    layer.check_in_parts(18)

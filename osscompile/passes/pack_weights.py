@@ -36,7 +36,10 @@ def pack_weights(module: ir.IRModule, target: Target) -> ir.IRModule:
 
 
 def packable(function: PrimFunc, lanes: int) -> dict[int, int]:
-    """The weights of a kernel that can be packed: {parameter: axis of its rows}."""
+    """The weights of a kernel that can be packed: {parameter: axis of its rows}; of vectors of one
+    lane, which the checkpoint's order suits, none."""
+    if lanes == 1:
+        return {}
     axes = {int(i): int(axis) for i, axis in function.attrs.get("packed_params", [])}
     rows = {int(function.params[i].shape[axis]) for i, axis in axes.items()}
     return axes if all(count % lanes == 0 for count in rows) else {}

@@ -16,9 +16,9 @@ from tvm.tirx import Buffer, IntImm, PrimFunc
 
 from ...targets import Target
 from ..formats import const
+from ..product import whole_parts
 from ..records import Choose
 from .prefetch import LINE_BYTES, fetch
-from .product import whole_parts
 
 KEYS = 64  # of a chunk: a panel of 64 elements a key takes 16 kB
 TOKENS_PER_TASK = 8  # of a prefill: each unpacked chunk serves so many tokens x heads

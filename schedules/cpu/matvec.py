@@ -14,10 +14,10 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import PrimFunc
 
 from ...targets import Target
+from ..product import OPS, whole_parts
 from ..records import Choose
 from .blocks import mxfp4_block, mxfp4_digits_block, q8_block
 from .instructions import INSTRUCTIONS
-from .product import OPS, whole_parts
 
 # Row groups (of vector_lanes rows) that one parallel task computes, at most: fewer leave the cores
 # waiting for each other, more leave some cores without work at the end.

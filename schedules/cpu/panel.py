@@ -11,11 +11,11 @@ from tvm.s_tir import Schedule
 from tvm.tirx import PrimFunc
 
 from ...targets import Target
+from ..product import OPS, Product
 from ..records import Choose
 from .instructions import INSTRUCTIONS
 from .panel_float import float_panels
 from .panel_int8 import int8_panels
-from .product import OPS, Product
 
 
 def panel(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:

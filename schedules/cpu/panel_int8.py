@@ -15,10 +15,10 @@ from tvm.tirx import Buffer, Stmt
 
 from ...targets import Target
 from ..formats import BLOCK, DIGIT, DIGITS, FP4_OFFSET, half_e8m0_to_float32
+from ..product import Product, whole_parts
 from ..records import Choose
 from .instructions import INSTRUCTIONS
 from .prefetch import LINE_BYTES
-from .product import Product, whole_parts
 from .vectors import LANES, broadcast_four, prefetch
 
 GROUPS_PER_PANEL = (1, 2, 4, 8, 16)

@@ -8,7 +8,18 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 from tvm_ffi import structural_map
 
-from ..formats import BLOCK
+from .formats import (
+    BLOCK,
+    FP4_OFFSET,
+    FP4_PER_WORD,
+    INT8_PER_WORD,
+    bf16_to_float32,
+    const,
+    fp4_offset_by_12,
+    half_e8m0_to_float32,
+    int8_of_word,
+    sum_of_digits,
+)
 
 OPS = (
     "moe_mxfp4_digits",
@@ -52,6 +63,36 @@ class Product:
         if self.expert is None:
             return (group, block)
         return (expert, half, group, block) if self.halves == 2 else (expert, group, block)
+
+    def weight(
+        self, expert: Expr, half: Expr, group: Expr, block: Expr, k: Expr, *lane: Expr
+    ) -> Expr:
+        """Input k of a block of a column, or of a `lane` of a group of them, as float32."""
+        if "weight" in self.tensors:
+            return bf16_to_float32(self.tensors["weight"][(group, block * BLOCK + k, *lane)])
+        at = self.weight_at(expert, half, group, block)
+        words, scale = self.tensors["words"], self.tensors["scales"][(*at, *lane)]
+        if self.expert is None:
+            code = int8_of_word(words[(*at, k // INT8_PER_WORD, *lane)], k % INT8_PER_WORD)
+            return code.astype("float32") * scale.astype("float32")
+        value = fp4_offset_by_12(words[(*at, k // FP4_PER_WORD, *lane)], k % FP4_PER_WORD)
+        doubled = value - const(FP4_OFFSET, "int32")
+        return doubled.astype("float32") * half_e8m0_to_float32(scale)
+
+    def whole_activation(self, row: Expr, block: Expr, k: Expr) -> Expr:
+        """Input k of a block of quantised activations, in int32 and without its scale."""
+        xq = self.tensors["xq"]
+        if len(xq.shape) == 4:
+            return sum_of_digits(lambda digit: xq[row, block, digit, k])
+        return xq[row, block, k].astype("int32")
+
+    def activation(self, row: Expr, block: Expr, k: Expr) -> Expr:
+        """Input k of a block as float32."""
+        if "x" in self.tensors:
+            return self.tensors["x"][row, block * BLOCK + k]
+        return (
+            self.whole_activation(row, block, k).astype("float32") * self.tensors["xs"][row, block]
+        )
 
     def continues(self, row: Expr, first: Expr, most: int) -> Expr:
         """Whether `row` is among the `most` rows from `first` on that share weights; past the last

@@ -1,0 +1,241 @@
+"""Attention over the KV cache: a work-group serves all query heads of a KV head, of some tokens.
+
+It goes through the keys in chunks, which it unpacks to float32 into shared memory; between the two
+products of a chunk, scores = queries x keys and weights x values, the softmax goes on from chunk to
+chunk (online). It begins with the sink: a maximum with mass 1 and no value. The context of a single
+token is shared out over several work-groups, whose results a second kernel merges.
+"""
+
+from tvm.ir import Expr
+from tvm.s_tir import Schedule
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, IntImm, PrimFunc, Stmt
+
+from ...targets import Target
+from ..formats import const
+from ..records import Choose
+
+SIDE = 8  # threads of a work-group, in either direction
+KEYS = 32  # of a chunk
+TOKENS_TOGETHER = 4  # of a prefill
+PARTS = 16  # of the context of one token
+HIDDEN = -1e30  # score of a key that must not be seen
+
+
+def attention(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
+    """Schedule attention; declines other kernels, and heads that do not fill the work-group."""
+    if str(function.attrs["op"]) != "attention":
+        return None
+    if int(function.params[0].shape[2]) % SIDE:
+        return None
+    return Schedule(function.with_body(_body(function)))
+
+
+def _body(function: PrimFunc) -> Stmt:
+    buffers = {parameter.name: parameter for parameter in function.params}
+    queries, keys, values, sinks, position, out = (
+        buffers[n] for n in ("queries", "keys", "values", "sinks", "position", "out")
+    )
+    num_tokens, heads, head_dim = queries.shape[0], *(int(e) for e in queries.shape[1:])
+    kv_heads, key_tiles, _, per_tile = (int(e) for e in keys.shape)
+    capacity, group = key_tiles * per_tile, heads // kv_heads
+    window = int(function.attrs["window"]) or None
+    one = isinstance(num_tokens, IntImm)
+    together = int(num_tokens) if one else TOKENS_TOGETHER
+    alone = not one or window is not None  # a work-group sees all keys
+    parts = 1 if alone else PARTS
+    rows, columns = -(-together * group // SIDE), head_dim // SIDE  # of a thread
+    all_rows, threads = rows * SIDE, SIDE * SIDE
+
+    def token_of(tile: Expr, row: Expr) -> Expr:
+        """Rows beyond the last are computed as the last, and not kept."""
+        return T.min(tile * together + T.min(row // group, together - 1), num_tokens - 1)
+
+    def head_of(kv_head: Expr, row: Expr) -> Expr:
+        return kv_head * group + row % group
+
+    def kept(tile: Expr, row: Expr) -> Expr:
+        return T.And(row < together * group, tile * together + row // group < num_tokens)
+
+    def last_key(tile: Expr, row: Expr) -> Expr:
+        """The row's own."""
+        return position[0].astype("int64") + token_of(tile, row)
+
+    def visible(tile: Expr, row: Expr, key: Expr) -> Expr:
+        last = last_key(tile, row)
+        return key <= last if window is None else T.And(key <= last, key > last - window)
+
+    def first_chunk(tile: Expr, part: Expr) -> Expr:
+        """Chunks that any row of the tile sees, shared out over the parts."""
+        last = last_key(tile, const(all_rows - 1, "int64"))
+        begin = const(0, "int64")
+        if window is not None:
+            begin = T.max(last_key(tile, begin) - (window - 1), begin) // KEYS
+        return begin + (last // KEYS + 1 - begin) * part // parts
+
+    def key_at(kv_head: Expr, key: Expr, d: Expr) -> Expr:
+        slot = key % capacity
+        return keys[kv_head, slot // per_tile, d, slot % per_tile].astype("float32")
+
+    def value_at(kv_head: Expr, key: Expr, d: Expr) -> Expr:
+        return values[kv_head, key % capacity, d].astype("float32")
+
+    def begin_largest(kv_head: Expr, part: Expr, row: Expr) -> Expr:
+        """The sink belongs to the first part."""
+        sink = sinks[head_of(kv_head, row)]
+        return sink if alone else T.Select(part == 0, sink, const(HIDDEN, "float32"))
+
+    def begin_total(part: Expr) -> Expr:
+        one, zero = const(1, "float32"), const(0, "float32")
+        return one if alone else T.Select(part == 0, one, zero)
+
+    @T.macro
+    def finish(  # type: ignore[no-untyped-def]
+        partial, largest, total, acc, best, mass, kv_head, tile, part, ty, tx
+    ):
+        for r in T.unroll(rows):
+            if kept(tile, r * SIDE + ty):
+                if alone:
+                    for c in T.unroll(columns):
+                        out[
+                            token_of(tile, r * SIDE + ty),
+                            head_of(kv_head, r * SIDE + ty) * head_dim + c * SIDE + tx,
+                        ] = acc[r, c] / mass[r]
+                else:
+                    for c in T.unroll(columns):
+                        partial[part, head_of(kv_head, r * SIDE + ty), c * SIDE + tx] = acc[r, c]
+                    if tx == 0:
+                        largest[part, head_of(kv_head, r * SIDE + ty)] = best[r]
+                        total[part, head_of(kv_head, r * SIDE + ty)] = mass[r]
+
+    @T.macro
+    def attend(partial, largest, total, kv_head, tile, part, ty, tx):  # type: ignore[no-untyped-def]
+        query = T.alloc_buffer((all_rows, head_dim), "float32", scope="shared")
+        chunk = T.alloc_buffer((KEYS * head_dim,), "float32", scope="shared")
+        weight = T.alloc_buffer((all_rows, KEYS), "float32", scope="shared")
+        peak = T.alloc_buffer((all_rows, SIDE), "float32", scope="shared")
+        added = T.alloc_buffer((all_rows, SIDE), "float32", scope="shared")
+        score = T.alloc_buffer((rows, KEYS // SIDE), "float32", scope="local")
+        top = T.alloc_buffer((1,), "float32", scope="local")
+        best = T.alloc_buffer((rows,), "float32", scope="local")  # the same in all threads of a row
+        mass = T.alloc_buffer((rows,), "float32", scope="local")
+        shrink = T.alloc_buffer((rows,), "float32", scope="local")
+        acc = T.alloc_buffer((rows, columns), "float32", scope="local")
+        for i in range(T.int64(all_rows * head_dim // threads)):
+            query[
+                (i * threads + ty * SIDE + tx) // head_dim,
+                (i * threads + ty * SIDE + tx) % head_dim,
+            ] = queries[
+                token_of(tile, (i * threads + ty * SIDE + tx) // head_dim),
+                head_of(kv_head, (i * threads + ty * SIDE + tx) // head_dim),
+                (i * threads + ty * SIDE + tx) % head_dim,
+            ]
+        for r in T.unroll(rows):
+            best[r] = begin_largest(kv_head, part, r * SIDE + ty)
+            mass[r] = begin_total(part)
+        for r, c in T.grid(rows, columns):
+            acc[r, c] = T.float32(0)
+        for n in range(first_chunk(tile, part + 1) - first_chunk(tile, part)):
+            for i in range(T.int64(KEYS * head_dim // threads)):
+                chunk[i * threads + ty * SIDE + tx] = key_at(
+                    kv_head,
+                    (first_chunk(tile, part) + n) * KEYS + (i * threads + ty * SIDE + tx) % KEYS,
+                    (i * threads + ty * SIDE + tx) // KEYS,
+                )
+            for r in T.unroll(rows):
+                for k in T.unroll(KEYS // SIDE):
+                    score[r, k] = T.float32(0)
+                for d in range(T.int64(head_dim)):
+                    for k in T.unroll(KEYS // SIDE):
+                        score[r, k] += query[r * SIDE + ty, d] * chunk[d * KEYS + k * SIDE + tx]
+                top[0] = T.float32(HIDDEN)
+                for k in T.unroll(KEYS // SIDE):
+                    score[r, k] = T.Select(
+                        visible(
+                            tile,
+                            r * SIDE + ty,
+                            (first_chunk(tile, part) + n) * KEYS + k * SIDE + tx,
+                        ),
+                        score[r, k],
+                        T.float32(HIDDEN),
+                    )
+                    top[0] = T.max(top[0], score[r, k])
+                peak[r * SIDE + ty, tx] = top[0]
+            for r in T.unroll(rows):
+                shrink[r] = best[r]
+                for j in T.unroll(SIDE):
+                    best[r] = T.max(best[r], peak[r * SIDE + ty, j])
+                shrink[r] = T.exp(shrink[r] - best[r])
+                top[0] = T.float32(0)
+                for k in T.unroll(KEYS // SIDE):
+                    score[r, k] = T.Select(
+                        score[r, k] > T.float32(HIDDEN / 2),
+                        T.exp(score[r, k] - best[r]),
+                        T.float32(0),
+                    )
+                    weight[r * SIDE + ty, k * SIDE + tx] = score[r, k]
+                    top[0] += score[r, k]
+                added[r * SIDE + ty, tx] = top[0]
+            for r in T.unroll(rows):
+                mass[r] = mass[r] * shrink[r]
+                for j in T.unroll(SIDE):
+                    mass[r] += added[r * SIDE + ty, j]
+            for i in range(T.int64(KEYS * head_dim // threads)):
+                chunk[i * threads + ty * SIDE + tx] = value_at(
+                    kv_head,
+                    (first_chunk(tile, part) + n) * KEYS
+                    + (i * threads + ty * SIDE + tx) // head_dim,
+                    (i * threads + ty * SIDE + tx) % head_dim,
+                )
+            for r, c in T.grid(rows, columns):
+                acc[r, c] = acc[r, c] * shrink[r]
+            for k in range(T.int64(KEYS)):
+                for r in T.unroll(rows):
+                    for c in T.unroll(columns):
+                        acc[r, c] += weight[r * SIDE + ty, k] * chunk[k * head_dim + c * SIDE + tx]
+        finish(partial, largest, total, acc, best, mass, kv_head, tile, part, ty, tx)
+
+    if alone:
+
+        @T.prim_func(private=True, s_tir=True, check_well_formed=False)
+        def whole() -> None:
+            for tile in T.thread_binding(
+                (num_tokens + (together - 1)) // together, thread="blockIdx.y"
+            ):
+                for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
+                    for ty in T.thread_binding(T.int64(SIDE), thread="threadIdx.y"):
+                        for tx in T.thread_binding(T.int64(SIDE), thread="threadIdx.x"):
+                            attend(out, out, out, kv_head, tile, T.int64(0), ty, tx)
+
+        return whole.body
+
+    def largest_of_all(largest: Buffer, head: Expr) -> Expr:
+        best = largest[0, head]
+        for part in range(1, parts):
+            best = T.max(best, largest[part, head])
+        return best
+
+    @T.prim_func(private=True, s_tir=True, check_well_formed=False)
+    def in_parts() -> None:
+        partial = T.alloc_buffer((parts, heads, head_dim), "float32")
+        largest = T.alloc_buffer((parts, heads), "float32")
+        total = T.alloc_buffer((parts, heads), "float32")
+        for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
+            for part in T.thread_binding(T.int64(parts), thread="blockIdx.y"):
+                for ty in T.thread_binding(T.int64(SIDE), thread="threadIdx.y"):
+                    for tx in T.thread_binding(T.int64(SIDE), thread="threadIdx.x"):
+                        attend(partial, largest, total, kv_head, T.int64(0), part, ty, tx)
+        for head in T.thread_binding(T.int64(heads), thread="blockIdx.x"):
+            for d in T.thread_binding(T.int64(head_dim), thread="threadIdx.x"):
+                best = T.alloc_buffer((1,), "float32", scope="local")
+                value = T.alloc_buffer((1,), "float32", scope="local")
+                mass = T.alloc_buffer((1,), "float32", scope="local")
+                best[0] = largest_of_all(largest, head)
+                value[0] = T.float32(0)
+                mass[0] = T.float32(0)
+                for part in range(T.int64(parts)):
+                    value[0] += partial[part, head, d] * T.exp(largest[part, head] - best[0])
+                    mass[0] += total[part, head] * T.exp(largest[part, head] - best[0])
+                out[0, head * head_dim + d] = value[0] / mass[0]
+
+    return in_parts.body
