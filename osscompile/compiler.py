@@ -13,6 +13,7 @@ from tvm import ir
 
 from . import __version__, targets
 from .build import build_library
+from .build_cuda import build_cuda
 from .build_opencl import build_opencl
 from .errors import CompileError
 from .importer.config import ModelConfig
@@ -25,7 +26,7 @@ from .importer.graph import (
 )
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import weight_pieces
-from .passes import OPENCL_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
+from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
 from .runtime.artifact import (
@@ -42,6 +43,12 @@ from .runtime.artifact import (
 from .targets import Target, TargetError
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 
+# By what executes the artifact: how kernels are lowered for it, and what makes its library.
+BUILDS = {
+    "tvm": (VARIANT_PASSES, build_library),
+    "opencl": (LAUNCH_PASSES, build_opencl),
+    "cuda": (LAUNCH_PASSES, build_cuda),
+}
 GATHERED = ("rope", "embed.")  # beginnings of the names of weights that are read row by row
 OTHER_FILES_BYTES = 64 << 20  # room for library, tokenizer and manifest
 
@@ -152,9 +159,7 @@ def _build_libraries(
 ) -> dict[str, int]:
     """Schedule and compile the packed module for each of them; returns the workspace of each
     function in bytes, which is the same for all."""
-    passes, build = VARIANT_PASSES, build_library
-    if machines[0].runtime == "opencl":
-        passes, build = OPENCL_PASSES, build_opencl
+    passes, build = BUILDS[machines[0].runtime]
     lowered = []
     for machine in machines:
         phases = dump / machine.variant if dump is not None else None

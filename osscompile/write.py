@@ -31,7 +31,7 @@ from .runtime.artifact import (
     Tensor,
 )
 
-LIBRARY_SUFFIXES = (".so", ".dylib", ".cl", PROGRAMS_SUFFIX)
+LIBRARY_SUFFIXES = (".so", ".dylib", ".cl", ".fatbin", PROGRAMS_SUFFIX)
 # Threads that make weights; one more hashes and writes them and keeps up with no more than these.
 # Each has up to 40 MB in hand: an expert as it is read, in another order, and packed.
 NUM_MAKERS = min(8, os.cpu_count() or 1)

@@ -24,7 +24,9 @@ WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 PROGRAMS_SUFFIX = ".launches"  # in place of a library's: what launches its kernels (`program.py`)
 ANY = "any"  # system and architecture of an artifact whose code the device's driver compiles
-RUNTIMES = ("tvm", "opencl")  # a library that TVM's runtime loads, or OpenCL C and its programs
+# A library that TVM's runtime loads; or kernels and the programs that launch them: as OpenCL C, or
+# as machine code that CUDA's driver loads.
+RUNTIMES = ("tvm", "opencl", "cuda")
 ALIGNMENT = 64  # bytes; kernels read aligned vectors, and an unaligned one is a crash
 PADDING = "__padding__"  # prefix of the tensors that align the others: the format forbids holes
 
@@ -63,7 +65,7 @@ class Variant:
 
     @property
     def programs(self) -> str:
-        """File name of what launches the kernels of the library, if that is OpenCL C."""
+        """File name of what launches the kernels, if the library does not."""
         return self.library.rpartition(".")[0] + PROGRAMS_SUFFIX
 
     def missing_features(self) -> list[str]:
@@ -267,7 +269,7 @@ def _check_files(
     check_entry(WEIGHTS)
     for variant in manifest.variants:
         check_entry(variant.library)
-        if manifest.runtime == "opencl":
+        if manifest.runtime != "tvm":
             check_entry(variant.programs)
     for name, expected in manifest.files.items():
         file = path / name

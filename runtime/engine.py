@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .artifact import Artifact, Manifest, open_artifact
+from .cuda import CudaDevice
 from .device import Device
 from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
@@ -69,7 +70,7 @@ def memory_bytes(manifest: Manifest, context: int) -> dict[str, int]:
     An OpenCL device holds all weights and caches from the beginning, and mostly in the memory of
     the machine; on a CPU, what a run does not use of them takes none.
     """
-    whole = manifest.runtime == "opencl"
+    whole = manifest.runtime != "tvm"
     weights = 0
     for weight in manifest.weights:
         gathered = weight.name in manifest.gathered and not whole
@@ -272,6 +273,8 @@ class Model:
         return ids
 
     def _check_memory(self) -> None:
+        if self.manifest.runtime == "cuda":  # in the GPU's memory, which tells when it is full
+            return
         needed = memory_bytes(self.manifest, self.context)
         private = needed["KV cache"] + needed["workspace"]
         if self.manifest.runtime == "opencl":  # copied, not mapped
@@ -292,10 +295,11 @@ class Model:
         return self.tokenizer
 
 
-def _open_device(artifact: Artifact, threads: int | None) -> Device | OpenCLDevice:
-    if artifact.manifest.runtime == "opencl":
-        return OpenCLDevice(artifact.library, read_programs(artifact))
-    return Device(artifact.library, threads or physical_cores())
+def _open_device(artifact: Artifact, threads: int | None) -> Device | OpenCLDevice | CudaDevice:
+    if artifact.manifest.runtime == "tvm":
+        return Device(artifact.library, threads or physical_cores())
+    device = {"opencl": OpenCLDevice, "cuda": CudaDevice}[artifact.manifest.runtime]
+    return device(artifact.library, read_programs(artifact))
 
 
 def _pieces(tokens: Iterator[GeneratedToken], parser: ChannelParser) -> Iterator[Piece]:

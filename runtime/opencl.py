@@ -1,7 +1,6 @@
 """Run the functions of an OpenCL artifact: launch after launch, through pyopencl."""
 
 import importlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from .device_array import DeviceArray, allocate, clear_ranges
 from .errors import ArtifactError, OsscompileError
 from .program import ITEM_BYTES, MEMORY, Launch, Program, evaluate
 
 BUILD_OPTIONS = ["-cl-kernel-arg-info"]  # to check what programs say
 SCALAR_TYPES = {"int32": "int", "int64": "long"}  # of numpy and of OpenCL C
-
-
-@dataclass(frozen=True)
-class _CacheArray:
-    """An array in the device's memory."""
-
-    buffer: Any
-    shape: tuple[int, ...]
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -57,32 +48,30 @@ class OpenCLDevice:
 
     def tensor(self, array: Any) -> Any:
         """Memory of the device: a copy of a numpy array's, or that of an array from `zeros`."""
-        if isinstance(array, _CacheArray):
-            return array.buffer
+        if isinstance(array, DeviceArray):
+            return array.memory
         buffer = self._buffer(array.nbytes)
         self._cl.enqueue_copy(self._queue, buffer, array)
         return buffer
 
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> _CacheArray:
-        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        array = _CacheArray(self._buffer(num_bytes), shape, num_bytes)
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+        array = allocate(shape, dtype, self._buffer)
         self.clear(array, shape[1])
         return array
 
-    def copy(self, array: _CacheArray) -> _CacheArray:
-        saved = _CacheArray(self._buffer(array.num_bytes), array.shape, array.num_bytes)
+    def copy(self, array: DeviceArray) -> DeviceArray:
+        saved = DeviceArray(self._buffer(array.num_bytes), array.shape, array.num_bytes)
         self.restore(saved, array)
         return saved
 
-    def restore(self, array: _CacheArray, saved: _CacheArray) -> None:
-        self._cl.enqueue_copy(self._queue, array.buffer, saved.buffer)
+    def restore(self, array: DeviceArray, saved: DeviceArray) -> None:
+        self._cl.enqueue_copy(self._queue, array.memory, saved.memory)
 
-    def clear(self, array: _CacheArray, count: int) -> None:
+    def clear(self, array: DeviceArray, count: int) -> None:
         """Set the first `count` along axis 1 to zero, or all if there are fewer."""
-        row_bytes = array.num_bytes // array.shape[0]
-        zero, size = np.zeros(1, np.uint8), row_bytes // array.shape[1] * min(count, array.shape[1])
-        for offset in range(0, array.num_bytes if size else 0, row_bytes):
-            self._cl.enqueue_fill_buffer(self._queue, array.buffer, zero, offset, size)
+        zero = np.zeros(1, np.uint8)
+        for offset, size in clear_ranges(array, count):
+            self._cl.enqueue_fill_buffer(self._queue, array.memory, zero, offset, size)
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
         """Call a function with small inputs, int32, and memory bound before -> float32."""

@@ -23,7 +23,7 @@ class Target:
     description: str
     checked: str  # what ran on such a machine, what under emulation, what was only compiled
     family: str  # which schedules apply: "cpu" or "gpu"
-    runtime: str  # what executes its artifacts: "tvm" (a shared library) or "opencl"
+    runtime: str  # what executes its artifacts: "tvm" (a shared library), "opencl" or "cuda"
     tvm: dict[str, Any]  # the TVM target
     system: str  # platform.system() where artifacts run, or "any"
     architecture: str  # platform.machine() where artifacts run, or "any"
@@ -36,6 +36,7 @@ class Target:
     int8_dot: str | None  # instruction that sums products of bytes
     dtypes: tuple[str, ...]  # legal for kernel arguments
     has_exp: bool
+    has_half: bool  # arithmetic in float16
     link_triple: str  # for the linker: architecture, system, C library and its oldest version
     link_flags: tuple[str, ...]  # for the linker of that system
     library: str  # file name of the compiled library
@@ -86,6 +87,7 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             int8_dot=capabilities.get("int8_dot"),
             dtypes=tuple(capabilities["dtypes"]),
             has_exp=capabilities["exp"],
+            has_half=capabilities.get("half", True),
             link_triple=link["triple"],
             link_flags=tuple(link["flags"]),
             library=link["library"],

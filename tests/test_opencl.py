@@ -26,7 +26,7 @@ from osscompile import cli
 from osscompile.build_opencl import opencl_source
 from osscompile.importer.graph import build_graph
 from osscompile.importer.synthetic import gpt_oss_config
-from osscompile.passes import OPENCL_PASSES, SHARED_PASSES, run_passes
+from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
 from osscompile.programs import build_programs
 from osscompile.runtime import load
 from osscompile.runtime.artifact import open_artifact
@@ -169,7 +169,7 @@ def test_kernels_of_gpt_oss(num_experts: int, profile: str) -> None:
     """Two layers have every kernel. Where there is a device, its compiler takes the source."""
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)
     module = build_graph(config, profile, 131072, 512).module
-    module = run_passes(module, OPENCL, SHARED_PASSES + OPENCL_PASSES)
+    module = run_passes(module, OPENCL, SHARED_PASSES + LAUNCH_PASSES)
     source, programs = opencl_source(module, OPENCL), build_programs(module)
     launched = {launch.kernel for program in programs.values() for launch in program.launches}
     assert launched == set(re.findall(r"^__kernel void (\w+)\(.*\{$", source, re.MULTILINE))

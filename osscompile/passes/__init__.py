@@ -28,7 +28,7 @@ VARIANT_PASSES: tuple[Pass, ...] = (
     lower_graph,
 )
 # For each variant of a target that the runtime drives launch by launch.
-OPENCL_PASSES: tuple[Pass, ...] = (
+LAUNCH_PASSES: tuple[Pass, ...] = (
     schedule_kernels,
     expand_exp,
     plan_memory,

@@ -16,7 +16,10 @@ FLOAT_TO_HALF = "float_to_half"  # float32 -> uint16 bits, rounded to the neares
 
 
 def store_halves(module: ir.IRModule, target: Target) -> ir.IRModule:
-    """Rewrite the kernels of `module`: their float16 parameters become uint16."""
+    """Rewrite the kernels of `module`: their float16 parameters become uint16. Where the device
+    computes with float16, nothing is to do."""
+    if target.has_half:
+        return module
     rewritten = ir.IRModule({}, attrs=module.attrs)
     for name, function in module.functions_items():
         rewritten[name] = _rewrite(function) if isinstance(function, PrimFunc) else function

@@ -1,0 +1,70 @@
+"""Turn lowered IR into machine code for an NVIDIA GPU, and the programs that launch it.
+
+CUDA's compiler is needed here, and nothing of CUDA but the driver where the artifact runs.
+"""
+
+import importlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import tvm
+from tvm import ir
+from tvm.target import Target as TvmTarget
+from tvm.tirx import PrimFunc
+from tvm.tirx import transform as tirx
+
+from .errors import CompileError
+from .programs import build_programs
+from .runtime.artifact import PROGRAMS_SUFFIX
+from .runtime.program import write_programs
+from .targets import Target
+
+
+def build_cuda(module: ir.IRModule, target: Target, output: Path) -> None:
+    """Write a fat binary as `output`, and what launches its kernels beside it. Raises CompileError
+    without CUDA's compiler, or if it fails."""
+    programs = write_programs(build_programs(module))
+    compile_cuda(cuda_source(module, target), target, output)
+    output.with_suffix(PROGRAMS_SUFFIX).write_text(programs, encoding="utf-8")
+
+
+def cuda_source(module: ir.IRModule, target: Target) -> str:
+    """CUDA C++ of all functions of the device."""
+    lower = tvm.transform.Sequential([tirx.StmtSimplify(), tirx.LowerIntrin()])
+    # of the module, not of the function of this name in tvm.tirx
+    codegen_build = importlib.import_module("tvm.tirx.build").codegen_build
+    functions = {
+        name: function
+        for name, function in sorted(module.functions_items(), key=lambda item: item[0].name_hint)
+        if isinstance(function, PrimFunc) and "calling_conv" in function.attrs
+    }
+    return str(codegen_build(lower(ir.IRModule(functions)), TvmTarget(target.tvm)).inspect_source())
+
+
+def compile_cuda(source: str, target: Target, output: Path) -> None:
+    compiler = find_nvcc()
+    if compiler is None:
+        raise CompileError(
+            f"target {target.name}: expected CUDA's compiler, found no nvcc on the path or under "
+            "CUDA_HOME; install the CUDA toolkit, 12.4 or later"
+        )
+    # beside the output: the next compile removes what a killed one leaves there
+    with tempfile.TemporaryDirectory(dir=output.parent) as workspace:
+        file = Path(workspace, "kernels.cu")
+        file.write_text(source, encoding="utf-8")
+        command = [compiler, f"-arch={target.tvm['arch']}", "-fatbin", "-o", str(output), str(file)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=workspace)
+    if result.returncode != 0:
+        raise CompileError(
+            f"compiling {output.name}: expected nvcc to succeed, it ended with status "
+            f"{result.returncode} and said: {result.stderr.strip()[-2000:] or 'nothing'}"
+        )
+
+
+def find_nvcc() -> str | None:
+    """On the path, or under CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)

@@ -1,0 +1,207 @@
+"""CUDA: what is compiled for it, and that the driver is called as it wants to be. No GPU is at hand
+where this runs, and so kernels are not; a stand-in for the driver does what it is told."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import osscompile
+from osscompile import build_cuda, targets
+from osscompile.errors import CompileError
+from osscompile.importer.graph import build_graph
+from osscompile.importer.synthetic import gpt_oss_config
+from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
+from osscompile.programs import build_programs
+from osscompile.runtime import cuda
+from osscompile.runtime.artifact import read_manifest
+from osscompile.runtime.cuda import CudaDevice
+from osscompile.runtime.errors import ArtifactError, OsscompileError
+from osscompile.runtime.program import Launch, Program
+
+(H100,) = targets.load_variants("h100")
+needs_nvcc = pytest.mark.skipif(
+    build_cuda.find_nvcc() is None, reason="needs CUDA's compiler, nvcc"
+)
+
+# --- Compiling --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ["fast", "exact"])
+@pytest.mark.parametrize("num_experts", [32, 128], ids=["20b", "120b"])
+def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
+    """Two layers have every kernel."""
+    config = gpt_oss_config(num_layers=2, num_experts=num_experts)
+    module = build_graph(config, profile, 131072, 512).module
+    module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
+    source = build_cuda.cuda_source(module, H100)
+    for program in build_programs(module).values():
+        for launch in program.launches:
+            assert f" {launch.kernel}(" in source
+            assert np.prod(launch.threads) <= H100.max_threads
+
+
+@needs_nvcc
+def test_compile_20b_for_sm_90a(tmp_path: Path) -> None:
+    """Every kernel of the profile fast, and none spills registers."""
+    config = gpt_oss_config(num_layers=2, num_experts=32)
+    module = build_graph(config, "fast", 131072, 512).module
+    module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
+    (tmp_path / "kernels.cu").write_text(build_cuda.cuda_source(module, H100))
+    command = [str(build_cuda.find_nvcc()), f"-arch={H100.tvm['arch']}", "-fatbin", "-Xptxas=-v"]
+    result = subprocess.run([*command, "kernels.cu"], cwd=tmp_path, capture_output=True, text=True)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert result.returncode == 0 and len(spills) > 50, result.stderr
+    assert set(spills) == {("0", "0")}
+
+
+@needs_nvcc
+def test_nano_artifact(tmp_path: Path) -> None:
+    artifact = osscompile.compile("nano", "h100", tmp_path / "nano.osc", context=1024)
+    manifest = read_manifest(artifact)
+    assert manifest.runtime == "cuda" and {"lib.fatbin", "lib.launches"} <= set(manifest.files)
+
+
+def test_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    with pytest.raises(CompileError, match=r"expected CUDA's compiler, found no nvcc"):
+        osscompile.compile("nano", "h100", tmp_path / "nano.osc")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_nvcc
+def test_source_that_nvcc_refuses(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"expected nvcc to succeed, .*error"):
+        build_cuda.compile_cuda("int main( {", H100, tmp_path / "lib.fatbin")
+
+
+# --- Launching --------------------------------------------------------------------------------
+
+MODULE = Path(__file__).parent / "fake_cuda.c"
+VOCAB = 4
+OUT, IDS, POSITION, CACHE = ("storage", 0), ("input", 0), ("input", 1), ("bound", 0)
+COUNT = ("int64", "tokens")
+
+
+def program(max_tokens: int, *, add: tuple[Any, ...] = (OUT, POSITION, CACHE, COUNT)) -> Program:
+    """2 x ids + position + the number of calls before + 7."""
+    groups = ["//", ["+", "tokens", 1], 2]
+    launches = (
+        Launch("twice", (OUT, IDS, COUNT), (groups,), (2,)),
+        Launch("add", (*add, ("int32", 7)), (1, 1), (1, 1)),
+    )
+    return Program(max_tokens, ("tokens", 1), (max_tokens * 4,), launches, 0, ("tokens",))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
+    command = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC", "-w", "-fno-sanitize=all"]
+    subprocess.run([*command, "-o", str(output), str(MODULE)], check=True)
+    return output
+
+
+@pytest.fixture
+def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    monkeypatch.setattr(cuda, "DRIVER", str(library))
+    monkeypatch.setenv("FAKE_CUDA_MODULE", str(library))
+    ctypes.CDLL(None).setenv(b"FAKE_CUDA_MODULE", str(library).encode(), 1)  # for getenv of C
+    loaded = ctypes.CDLL(str(library))
+    for name, value in (("fake_launches", 0), ("fake_graph_launches", 0), ("fake_devices", 1)):
+        ctypes.c_int.in_dll(loaded, name).value = value
+    ctypes.c_size_t.in_dll(loaded, "fake_room").value = 1 << 20
+    return loaded
+
+
+def count(driver: ctypes.CDLL, name: str) -> int:
+    return ctypes.c_int.in_dll(driver, name).value
+
+
+def call(device: CudaDevice, function: str, bound: list[Any], *ids: int) -> list[float]:
+    inputs = [np.array(ids, np.int32), np.array([100], np.int32)]
+    result: list[float] = device.run(function, inputs, bound).tolist()
+    return result
+
+
+def test_one_token_is_a_graph(driver: ctypes.CDLL, library: Path) -> None:
+    device = CudaDevice(library, {"decode": program(1)})
+    bound = [device.tensor(device.zeros((1, 4), "float32"))]
+    assert [call(device, "decode", bound, n) for n in (1, 2, 30)] == [[109], [112], [169]]
+    assert count(driver, "fake_graph_launches") == 3 and count(driver, "fake_launches") == 0
+
+
+def test_many_tokens_are_launched(driver: ctypes.CDLL, library: Path) -> None:
+    device = CudaDevice(library, {"prefill": program(5)})
+    bound = [device.tensor(device.zeros((1, 4), "float32"))]
+    assert call(device, "prefill", bound, 1, 2, 3, 4, 5) == [109, 111, 113, 115, 117]
+    assert call(device, "prefill", bound, 1, 2) == [110, 112]
+    assert count(driver, "fake_graph_launches") == 0 and count(driver, "fake_launches") == 4
+
+
+def test_memory_bound_anew_is_used(driver: ctypes.CDLL, library: Path) -> None:
+    device = CudaDevice(library, {"decode": program(1)})
+    first = [device.tensor(np.float32([10, 0, 0, 0]))]
+    other = [device.tensor(np.float32([20, 0, 0, 0]))]
+    assert [call(device, "decode", b, 1) for b in (first, other, first)] == [[119], [129], [120]]
+
+
+def test_arrays_of_the_cache(driver: ctypes.CDLL, library: Path) -> None:
+    device = CudaDevice(library, {"decode": program(1)})
+    array = device.zeros((2, 3), "float32")
+    bound = [device.tensor(array)]
+    saved = device.copy(array)
+    assert [call(device, "decode", bound, 1) for _ in range(2)] == [[109], [110]]
+    device.restore(array, saved)
+    assert call(device, "decode", bound, 1) == [109]
+    device.clear(array, 0)
+    assert call(device, "decode", bound, 1) == [110]
+    device.clear(array, 1)
+    assert call(device, "decode", bound, 1) == [109]
+    device.clear(array, 9)
+    assert call(device, "decode", bound, 1) == [109]
+
+
+def test_kernel_that_takes_other_parameters(driver: ctypes.CDLL, library: Path) -> None:
+    for add in ((OUT, POSITION, CACHE), (OUT, POSITION, CACHE, COUNT, COUNT), (OUT,) * 3):
+        device = CudaDevice(library, {"decode": program(1, add=add)})
+        with pytest.raises(ArtifactError, match=r"add takes parameters of .* the program gives"):
+            call(device, "decode", [device.tensor(np.zeros(1, np.float32))], 1)
+
+
+def test_kernel_that_is_not_there(driver: ctypes.CDLL, library: Path) -> None:
+    launch = Launch("subtract", (), (1,), (1,))
+    device = CudaDevice(library, {"decode": Program(1, (1, 1), (4,), (launch,), 0, (1,))})
+    with pytest.raises(ArtifactError, match=r"subtract: .*not found.*compile the model again"):
+        call(device, "decode", [], 1)
+
+
+def test_image_that_is_none(driver: ctypes.CDLL, tmp_path: Path) -> None:
+    (tmp_path / "lib.fatbin").write_bytes(b"something else")
+    with pytest.raises(ArtifactError, match=r"lib.fatbin: expected kernels that this GPU can run"):
+        CudaDevice(tmp_path / "lib.fatbin", {})
+
+
+def test_too_little_room(driver: ctypes.CDLL, library: Path) -> None:
+    device = CudaDevice(library, {})
+    with pytest.raises(OsscompileError, match=r"expected room for 4.2 MB more, .*out of memory"):
+        device.zeros((1024, 1024), "float32")
+
+
+def test_no_gpu(driver: ctypes.CDLL, library: Path) -> None:
+    ctypes.c_int.in_dll(driver, "fake_devices").value = 0
+    with pytest.raises(OsscompileError, match=r"expected a GPU, found: .*no device"):
+        CudaDevice(library, {})
+
+
+def test_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cuda, "DRIVER", str(tmp_path / "libcuda.so.1"))
+    with pytest.raises(OsscompileError, match=r"expected the driver's .*install NVIDIA's driver"):
+        CudaDevice(tmp_path, {})
