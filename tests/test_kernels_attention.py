@@ -49,6 +49,10 @@ def test_rotate_queries_up_to_the_last_position(form: Form, position: int) -> No
 @both_dtypes
 @pytest.mark.parametrize("position", [0, 3, 31, 32, 47, 4095])
 def test_append_kv_around_the_wrap_of_a_ring_of_32(form: Form, dtype: str, position: int) -> None:
+    check_append(form, dtype, position)
+
+
+def check_append(form: Form, dtype: str, position: int, target: Target = HERE) -> None:
     capacity = 32
     qkv = new_qkv(10, form)
     _, k, v = split_qkv(qkv, HEADS, KV_HEADS, HEAD_DIM)
@@ -61,7 +65,7 @@ def test_append_kv_around_the_wrap_of_a_ring_of_32(form: Form, dtype: str, posit
         expected_keys[:, slot // KEYS_PER_TILE, :, slot % KEYS_PER_TILE] = rotated[token]
         expected_values[:, slot] = v[token].astype(dtype)
     kernel = kv_cache.append_kv(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, capacity, dtype)
-    run = build(kernel, HERE)
+    run = build(kernel, target)
     new_keys, new_values = run(keys, values, qkv, rope_of(CONTEXT), int32(position), in_place=2)
     np.testing.assert_array_equal(new_values, expected_values)  # also that no other slot changed
     rounding = 2.0**-11 if dtype == "float16" else 3e-7

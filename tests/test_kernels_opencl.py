@@ -29,7 +29,7 @@ from kernel_cases import (
     split_qkv,
 )
 from opencl_device import OPENCL, needs_opencl
-from test_kernels_attention import Layer, both_dtypes, every_window
+from test_kernels_attention import Layer, both_dtypes, check_append, every_window
 from test_kernels_routing import CHOICES, check_route, check_sort, choices
 from test_kernels_rows import check_digits, check_gather, check_norm_q8
 
@@ -99,6 +99,14 @@ def test_route_ties_go_to_the_lower_id() -> None:
 @pytest.mark.parametrize("kind", CHOICES)
 def test_sort_by_expert(form: Form, kind: str) -> None:
     check_sort(form, choices(kind, form, 8, 4), 8, OPENCL)
+
+
+@every_form
+@both_dtypes
+@pytest.mark.parametrize("position", [0, 31, 47])
+def test_append_kv_around_the_wrap_of_a_ring_of_32(form: Form, dtype: str, position: int) -> None:
+    """Halves are rounded as numpy rounds them."""
+    check_append(form, dtype, position, OPENCL)
 
 
 @every_window

@@ -21,12 +21,13 @@ def threads(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
     results = {sch.get(block).name_hint for block in sch.get_output_blocks(root)}
     for block in reversed(sch.get_child_blocks(root)):  # what needs a stage, before the stage
         if sch.get(block).name_hint in results:
-            needed = [b for b in sch.get_producers(block) if sch.get(b).name_hint not in results]
-            _launch(sch, block, _shared_axes(sch, block, needed), target)
-        elif _num_axes(sch, block) == len(sch.get_loops(block)):
-            sch.compute_inline(block)
-        else:
+            within = [b for b in sch.get_producers(block) if sch.get(b).name_hint not in results]
+            sums = [b for b in within if _is_sum(sch, b)]
+            _launch(sch, block, _shared_axes(sch, block, sums), target)
+        elif _is_sum(sch, block):
             _sum_where_needed(sch, block, target)
+        else:
+            sch.compute_inline(block)
     return sch
 
 
@@ -56,9 +57,13 @@ def _sum_where_needed(sch: Schedule, block: SBlockRV, target: Target) -> None:
 
 
 def _shared_axes(sch: Schedule, block: SBlockRV, producers: list[SBlockRV]) -> int:
-    """Axes of the sums among `producers` that several elements of `block` need; 0 without any."""
+    """Axes of a sum among `producers` that several elements of `block` share; 0 without one."""
     axes = (_num_axes(sch, producer) for producer in producers)
     return min((n for n in axes if n < _num_axes(sch, block)), default=0)
+
+
+def _is_sum(sch: Schedule, block: SBlockRV) -> bool:
+    return _num_axes(sch, block) < len(sch.get_loops(block))
 
 
 def _num_axes(sch: Schedule, block: SBlockRV) -> int:
