@@ -58,11 +58,7 @@ def bench_each(
     and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError,
     or BenchError for one that does not run on the CPU, before the first is measured."""
     for path in artifacts:
-        if open_artifact(path).manifest.runtime != "tvm":
-            raise BenchError(
-                f"{path}: expected an artifact for a CPU, whose limits are measured beside it, "
-                "found one for OpenCL; time `osscompile run`"
-            )
+        check_measurable(path, open_artifact(path).manifest)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         for path in artifacts:
@@ -150,6 +146,15 @@ def bench(
         decode=decode,
         other_processes=others.share(),
     )
+
+
+def check_measurable(path: str | Path, manifest: Manifest) -> None:
+    """Raise BenchError for an artifact that does not run on a CPU."""
+    if manifest.runtime != "tvm":
+        raise BenchError(
+            f"{path}: expected an artifact for a CPU, whose limits are measured beside it, found "
+            f"one for {manifest.runtime}; time `osscompile run`"
+        )
 
 
 def kv_bytes(manifest: Manifest) -> tuple[int, int]:

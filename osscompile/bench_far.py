@@ -21,6 +21,7 @@ from .bench import (
     DECODE_STEPS,
     REPEATS,
     WARMUP_STEPS,
+    check_measurable,
     kv_bytes,
     random_ids,
     timing,
@@ -46,12 +47,13 @@ def bench_far(
     decode_depths: Sequence[int],
     progress: Progress,
 ) -> Report:
-    """As `bench.bench`, of the best variant that works there. Raises ArtifactError, TargetError or
-    RemoteError."""
+    """As `bench.bench`, of the best variant that works there. Raises ArtifactError, BenchError,
+    TargetError or RemoteError."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    names = [v.name for v in read_manifest(Path(artifact)).variants]
+    manifest = read_manifest(Path(artifact))
+    check_measurable(artifact, manifest)
     reasons = []
-    for name in names:
+    for name in (variant.name for variant in manifest.variants):
         opened = open_artifact(artifact, variant=name, elsewhere=True)
         session = remote.session(SESSION_SECONDS)
         try:

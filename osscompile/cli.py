@@ -233,7 +233,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
         raise OsscompileError(f"context: expected 1 to {manifest.context}, found {context}")
     on_cpu = manifest.runtime == "tvm"
     here = manifest.variant_here() if on_cpu else None  # a device is asked when it is used
-    machine = f"{manifest.system} {manifest.architecture}" if on_cpu else "any OpenCL device"
+    machine = (
+        f"{manifest.system} {manifest.architecture}"
+        if on_cpu
+        else f"any device of {manifest.runtime}"
+    )
     _table(
         [
             ("model", f"{manifest.model}, profile {manifest.profile}"),

@@ -296,10 +296,13 @@ class Model:
 
 
 def _open_device(artifact: Artifact, threads: int | None) -> Device | OpenCLDevice | CudaDevice:
-    if artifact.manifest.runtime == "tvm":
-        return Device(artifact.library, threads or physical_cores())
-    device = {"opencl": OpenCLDevice, "cuda": CudaDevice}[artifact.manifest.runtime]
-    return device(artifact.library, read_programs(artifact))
+    match artifact.manifest.runtime:
+        case "opencl":
+            return OpenCLDevice(artifact.library, read_programs(artifact))
+        case "cuda":
+            return CudaDevice(artifact.library, read_programs(artifact))
+        case _:
+            return Device(artifact.library, threads or physical_cores())
 
 
 def _pieces(tokens: Iterator[GeneratedToken], parser: ChannelParser) -> Iterator[Piece]:

@@ -43,7 +43,7 @@ class There(Here):
 
     def seconds(self, kernel: Any, calls: Sequence[Sequence[Any]]) -> float:
         timer = kernel.time_evaluator(FUNCTION, self._device, number=1)
-        return sum(timer(*arguments).mean for arguments in calls) / len(calls)
+        return float(sum(timer(*arguments).mean for arguments in calls) / len(calls))
 
     def is_alive(self) -> bool:
         return is_alive(self._session)
