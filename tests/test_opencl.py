@@ -107,7 +107,7 @@ def test_runs_without_tvm(nano: Path, tmp_path: Path) -> None:
 
 def test_inspect_and_targets(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(nano)]) == 0
-    assert "OpenCL" in capsys.readouterr().out
+    assert "any device of opencl" in capsys.readouterr().out
     assert cli.main(["targets"]) == 0
     assert OPENCL.description in capsys.readouterr().out
 
@@ -151,7 +151,7 @@ def test_forgetting_sets_the_cache_to_zero(talker: Path) -> None:
         found = 0.0
         for array, cache in zip(model._cache.arrays, model.manifest.caches, strict=True):
             content = np.empty(cache.shape, cache.dtype)
-            device._cl.enqueue_copy(device._queue, content, array.buffer)
+            device._cl.enqueue_copy(device._queue, content, array.memory)
             found = max(found, float(np.abs(content).max()))
         return found
 
