@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,7 +44,9 @@ def a_tracker() -> Iterator[Remote]:
 
     def start(name: str, *arguments: str) -> None:
         command = [sys.executable, "-m", f"tvm.exec.{name}", "--host", "127.0.0.1", *arguments]
-        processes.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        processes.append(
+            subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        )
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,7 +66,7 @@ def a_tracker() -> Iterator[Remote]:
         yield remote
     finally:
         for process in processes:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)  # with the workers that it started
             process.wait()
 
 
