@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .device_array import DeviceArray, allocate, clear_ranges
+from .device_memory import DeviceMemory
 from .errors import ArtifactError, OsscompileError
-from .program import ITEM_BYTES, MEMORY, Launch, Program, evaluate
+from .program import MEMORY, Launch, Program, evaluate
 
 DRIVER = "libcuda.so.1"
 Handle = ctypes.c_void_p  # of a context, module, function, stream or graph
@@ -39,6 +39,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuFuncGetParamInfo": (Handle, _SIZE, _OUT, _OUT),
     "cuLaunchKernel": (Handle, *[_NUMBER] * 7, Handle, _OUT, _OUT),
     "cuMemAlloc_v2": (_OUT, _SIZE),
+    "cuMemFree_v2": (Address,),
     "cuMemsetD8_v2": (Address, ctypes.c_ubyte, _SIZE),
     "cuMemcpyHtoD_v2": (Address, _OUT, _SIZE),
     "cuMemcpyDtoD_v2": (Address, Address, _SIZE),
@@ -49,7 +50,7 @@ BLOCKING_STREAM = 0
 RELAXED = 2  # capture: other threads may do what they like
 
 
-class CudaDevice:
+class CudaDevice(DeviceMemory):
     """The kernels of an artifact on the first GPU that CUDA lists.
 
     `image`: machine code, `programs`: what launches its kernels. Raises OsscompileError where there
@@ -71,63 +72,32 @@ class CudaDevice:
             raise self._cannot_run(error) from error
         self._prepared: dict[str, _Prepared] = {}
 
-    def tensor(self, array: Any) -> int:
-        """Memory of the device: a copy of a numpy array's, or that of an array from `zeros`."""
-        if isinstance(array, DeviceArray):
-            return int(array.memory)
-        address = self._allocate(array.nbytes)
-        self._driver.call("cuMemcpyHtoD_v2", address, _pointer(array), array.nbytes)
-        return address
-
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-        array = allocate(shape, dtype, self._allocate)
-        self.clear(array, shape[1])
-        return array
-
-    def copy(self, array: DeviceArray) -> DeviceArray:
-        saved = DeviceArray(self._allocate(array.num_bytes), array.shape, array.num_bytes)
-        self.restore(saved, array)
-        return saved
-
-    def restore(self, array: DeviceArray, saved: DeviceArray) -> None:
-        self._driver.call("cuMemcpyDtoD_v2", array.memory, saved.memory, array.num_bytes)
-
-    def clear(self, array: DeviceArray, count: int) -> None:
-        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
-        for offset, size in clear_ranges(array, count):
-            self._driver.call("cuMemsetD8_v2", array.memory + offset, 0, size)
-
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
         """Call a function with small inputs, int32, and memory bound before -> float32."""
         program, driver = self._programs[function], self._driver
         prepared = self._prepared.get(function)
-        if prepared is None or prepared.bound is not bound:
+        if prepared is None or prepared.memory["bound"] is not bound:
             prepared = self._prepared[function] = self._prepare(program, bound)
         tokens = len(inputs[0])
         result = np.empty([evaluate(e, tokens) for e in program.result_shape], np.float32)
         try:
-            for address, array in zip(prepared.inputs, inputs, strict=True):
-                source = _pointer(array)
+            for memory, array in zip(prepared.memory["input"], inputs, strict=True):
+                address, source = memory.address, _pointer(array)
                 driver.call("cuMemcpyHtoDAsync_v2", address, source, array.nbytes, self._stream)
             if prepared.graph is not None:
                 driver.call("cuGraphLaunch", prepared.graph, self._stream)
             else:
                 self._launch_all(prepared, tokens)
-            logits, target = prepared.storages[program.result], _pointer(result)
+            logits, target = prepared.memory["storage"][program.result].address, _pointer(result)
             driver.call("cuMemcpyDtoHAsync_v2", target, logits, result.nbytes, self._stream)
             driver.call("cuStreamSynchronize", self._stream)
         except _DriverError as error:
             raise self._cannot_run(error) from error
         return result
 
-    def _prepare(self, program: Program, bound: Sequence[int]) -> "_Prepared":
+    def _prepare(self, program: Program, bound: Sequence[Any]) -> "_Prepared":
         prepared = _Prepared(
-            bound=bound,
-            inputs=[
-                self._allocate(evaluate(size, program.max_tokens) * ITEM_BYTES)
-                for size in program.inputs
-            ],
-            storages=[self._allocate(size) for size in program.storages],
+            memory=self.memory_of(program, bound),
             launches=[(launch, self._function(launch)) for launch in program.launches],
         )
         if program.max_tokens == 1:  # nothing changes from call to call
@@ -156,16 +126,11 @@ class CudaDevice:
         return function
 
     def _launch_all(self, prepared: "_Prepared", tokens: int) -> None:
-        memory = {
-            "input": prepared.inputs,
-            "bound": prepared.bound,
-            "storage": prepared.storages,
-        }
         for launch, function in prepared.launches:
             values: list[Any] = []
             for kind, value in launch.arguments:
                 if kind in MEMORY:
-                    values.append(Address(memory[kind][value]))
+                    values.append(Address(prepared.memory[kind][value].address))
                 else:
                     number = evaluate(value, tokens)
                     values.append((ctypes.c_int32 if kind == "int32" else ctypes.c_int64)(number))
@@ -175,7 +140,7 @@ class CudaDevice:
             sizes += [*launch.threads, *[1] * (3 - len(groups))]
             self._driver.call("cuLaunchKernel", function, *sizes, 0, self._stream, pointers, None)
 
-    def _allocate(self, num_bytes: int) -> int:
+    def _allocate(self, num_bytes: int) -> "_Memory":
         address = Address()
         try:
             self._driver.call("cuMemAlloc_v2", ctypes.byref(address), num_bytes)
@@ -184,7 +149,16 @@ class CudaDevice:
                 f"GPU: expected room for {num_bytes / 1e6:.1f} MB more, found: {error}; load with "
                 "a smaller context, or compile with a smaller prefill_chunk"
             ) from error
-        return address.value
+        return _Memory(self._driver, address.value)
+
+    def _write(self, memory: Any, array: np.ndarray) -> None:
+        self._driver.call("cuMemcpyHtoD_v2", memory.address, _pointer(array), array.nbytes)
+
+    def _copy(self, memory: Any, source: Any, num_bytes: int) -> None:
+        self._driver.call("cuMemcpyDtoD_v2", memory.address, source.address, num_bytes)
+
+    def _zero(self, memory: Any, offset: int, num_bytes: int) -> None:
+        self._driver.call("cuMemsetD8_v2", memory.address + offset, 0, num_bytes)
 
     def _cannot_run(self, found: object) -> ArtifactError:
         return ArtifactError(
@@ -197,14 +171,22 @@ class CudaDevice:
 class _Prepared:
     """A program with its memory and its kernels."""
 
-    bound: Sequence[int]
-    inputs: list[int]
-    storages: list[int]
+    memory: dict[str, Sequence[Any]]  # by kind of argument
     launches: list[tuple[Launch, Handle]]
     graph: Handle | None = None
 
 
-class _DriverError(Exception):
+class _Memory:
+    """Of the device, until this object goes."""
+
+    def __init__(self, driver: "_Driver", address: int) -> None:
+        self._driver, self.address = driver, address
+
+    def __del__(self) -> None:
+        self._driver.free(self.address)
+
+
+class _DriverError(OsscompileError):
     """What the driver said."""
 
 
@@ -228,7 +210,11 @@ class _Driver:
             text = ctypes.c_char_p()
             self._library.cuGetErrorString(status, ctypes.byref(text))
             said = (text.value or b"unknown error").decode(errors="replace")
-            raise _DriverError(f"{name}: {said} ({status})")
+            raise _DriverError(f"CUDA, {name}: {said} ({status})")
+
+    def free(self, address: int) -> None:
+        """Whatever the driver says: at the end of a process it may be gone before us."""
+        self._library.cuMemFree_v2(address)
 
     def open_first_device(self) -> None:
         device, context = ctypes.c_int(), Handle()

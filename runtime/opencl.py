@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .device_array import DeviceArray, allocate, clear_ranges
+from .device_memory import DeviceMemory
 from .errors import ArtifactError, OsscompileError
-from .program import ITEM_BYTES, MEMORY, Launch, Program, evaluate
+from .program import MEMORY, Launch, Program, evaluate
 
 BUILD_OPTIONS = ["-cl-kernel-arg-info"]  # to check what programs say
 SCALAR_TYPES = {"int32": "int", "int64": "long"}  # of numpy and of OpenCL C
@@ -25,7 +25,7 @@ class _Prepared:
     launches: list[tuple[Launch, Any]]
 
 
-class OpenCLDevice:
+class OpenCLDevice(DeviceMemory):
     """The kernels of an artifact on the first GPU that OpenCL lists, or else on its first device.
 
     `source`: OpenCL C, `programs`: what launches its kernels. Raises OsscompileError where there is
@@ -45,33 +45,6 @@ class OpenCLDevice:
         except (self._cl.Error, UnicodeDecodeError) as error:
             raise self._cannot_run(error) from error
         self._prepared: dict[str, _Prepared] = {}
-
-    def tensor(self, array: Any) -> Any:
-        """Memory of the device: a copy of a numpy array's, or that of an array from `zeros`."""
-        if isinstance(array, DeviceArray):
-            return array.memory
-        buffer = self._buffer(array.nbytes)
-        self._cl.enqueue_copy(self._queue, buffer, array)
-        return buffer
-
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-        array = allocate(shape, dtype, self._buffer)
-        self.clear(array, shape[1])
-        return array
-
-    def copy(self, array: DeviceArray) -> DeviceArray:
-        saved = DeviceArray(self._buffer(array.num_bytes), array.shape, array.num_bytes)
-        self.restore(saved, array)
-        return saved
-
-    def restore(self, array: DeviceArray, saved: DeviceArray) -> None:
-        self._cl.enqueue_copy(self._queue, array.memory, saved.memory)
-
-    def clear(self, array: DeviceArray, count: int) -> None:
-        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
-        zero = np.zeros(1, np.uint8)
-        for offset, size in clear_ranges(array, count):
-            self._cl.enqueue_fill_buffer(self._queue, array.memory, zero, offset, size)
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
         """Call a function with small inputs, int32, and memory bound before -> float32."""
@@ -100,14 +73,7 @@ class OpenCLDevice:
         self._cl.enqueue_nd_range_kernel(self._queue, kernel, work_items, launch.threads)
 
     def _prepare(self, program: Program, bound: Sequence[Any]) -> _Prepared:
-        memory: dict[str, Sequence[Any]] = {
-            "input": [
-                self._buffer(evaluate(size, program.max_tokens) * ITEM_BYTES)
-                for size in program.inputs
-            ],
-            "bound": bound,
-            "storage": [self._buffer(size) for size in program.storages],
-        }
+        memory = self.memory_of(program, bound)
         launches = []
         for launch in program.launches:
             try:
@@ -132,7 +98,7 @@ class OpenCLDevice:
         if wanted != found:
             raise ValueError(f"{launch.kernel} takes {wanted}, the program gives {found}")
 
-    def _buffer(self, num_bytes: int) -> Any:
+    def _allocate(self, num_bytes: int) -> Any:
         try:
             return self._cl.Buffer(self._context, self._cl.mem_flags.READ_WRITE, num_bytes)
         except self._cl.Error as error:
@@ -140,6 +106,16 @@ class OpenCLDevice:
                 f"{self._device.name}: expected room for {num_bytes / 1e6:.1f} MB more, found: "
                 f"{error}; load with a smaller context, or compile with a smaller prefill_chunk"
             ) from error
+
+    def _write(self, memory: Any, array: np.ndarray) -> None:
+        self._cl.enqueue_copy(self._queue, memory, array)
+
+    def _copy(self, memory: Any, source: Any, num_bytes: int) -> None:
+        self._cl.enqueue_copy(self._queue, memory, source)
+
+    def _zero(self, memory: Any, offset: int, num_bytes: int) -> None:
+        zero = np.zeros(1, np.uint8)
+        self._cl.enqueue_fill_buffer(self._queue, memory, zero, offset, num_bytes)
 
     def _cannot_run(self, error: Exception) -> ArtifactError:
         return ArtifactError(

@@ -13,7 +13,7 @@ typedef struct { Kernel run; const size_t *sizes; int count; } Function;
 typedef struct { Function *function; unsigned sizes[6]; void **parameters; } Call;
 typedef struct { Call calls[64]; int count; } Graph;
 
-int fake_launches, fake_graph_launches, fake_devices = 1;
+int fake_launches, fake_graph_launches, fake_freed, fake_devices = 1;
 size_t fake_room = 1 << 20;
 static Graph *capturing;
 
@@ -34,6 +34,11 @@ int cuMemAlloc_v2(uint64_t *address, size_t size) {
   fake_room -= size;
   *address = (uint64_t)malloc(size);
   memset((void *)*address, 0xCD, size);
+  return 0;
+}
+int cuMemFree_v2(uint64_t address) {
+  fake_freed++;
+  free((void *)address);
   return 0;
 }
 int cuMemsetD8_v2(uint64_t a, unsigned char value, size_t n) { memset((void *)a, value, n); return 0; }

@@ -115,8 +115,8 @@ def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     monkeypatch.setenv("FAKE_CUDA_MODULE", str(library))
     ctypes.CDLL(None).setenv(b"FAKE_CUDA_MODULE", str(library).encode(), 1)  # for getenv of C
     loaded = ctypes.CDLL(str(library))
-    for name, value in (("fake_launches", 0), ("fake_graph_launches", 0), ("fake_devices", 1)):
-        ctypes.c_int.in_dll(loaded, name).value = value
+    for name in ("fake_launches", "fake_graph_launches", "fake_freed", "fake_devices"):
+        ctypes.c_int.in_dll(loaded, name).value = int(name == "fake_devices")
     ctypes.c_size_t.in_dll(loaded, "fake_room").value = 1 << 20
     return loaded
 
@@ -167,6 +167,17 @@ def test_arrays_of_the_cache(driver: ctypes.CDLL, library: Path) -> None:
     assert call(device, "decode", bound, 1) == [109]
     device.clear(array, 9)
     assert call(device, "decode", bound, 1) == [109]
+
+
+def test_memory_that_nobody_holds_is_freed(driver: ctypes.CDLL, library: Path) -> None:
+    """As of the snapshots of a long chat."""
+    device = CudaDevice(library, {})
+    array = device.zeros((2, 3), "float32")
+    for _ in range(3):
+        device.copy(array)
+    assert count(driver, "fake_freed") == 3
+    del array
+    assert count(driver, "fake_freed") == 4
 
 
 def test_kernel_that_takes_other_parameters(driver: ctypes.CDLL, library: Path) -> None:
