@@ -114,29 +114,17 @@ def bench(
     variant = model.variant
     del model, reader
     say("int8 peak")
-    from .bench_int8 import int8_peak, token_macs
+    from .bench_int8 import int8_peak
 
-    full_kv_bytes, sliding_kv_bytes = kv_bytes(manifest)
     return Report(
-        model=manifest.model,
-        profile=manifest.profile,
-        target=manifest.target,
-        variant=variant,
-        manifest_sha256=json.loads(manifest.to_json())["manifest_sha256"],
+        **artifact_facts(manifest, variant),
         cpu=cpu_name(),
         cores=physical_cores(),
         memory_bytes=memory_bytes(),
-        versions=versions(),
-        commit=source_commit(),
         date=date,
         bandwidth=bandwidth,
         bandwidth_at=bandwidth_at,
         int8_peak=int8_peak(),
-        weight_bytes=manifest.decode_bytes,
-        token_macs=token_macs(manifest),
-        full_kv_bytes=full_kv_bytes,
-        sliding_kv_bytes=sliding_kv_bytes,
-        window=manifest.window,
         load_seconds=load_seconds,
         first_token_seconds=first_token_seconds,
         resident_bytes=resident,
@@ -146,6 +134,27 @@ def bench(
         decode=decode,
         other_processes=others.share(),
     )
+
+
+def artifact_facts(manifest: Manifest, variant: str) -> dict[str, Any]:
+    """The fields of a `Report` that tell what was measured, whatever the machine."""
+    from .bench_int8 import token_macs  # imports the compiler
+
+    full_kv_bytes, sliding_kv_bytes = kv_bytes(manifest)
+    return {
+        "model": manifest.model,
+        "profile": manifest.profile,
+        "target": manifest.target,
+        "variant": variant,
+        "manifest_sha256": json.loads(manifest.to_json())["manifest_sha256"],
+        "versions": versions(),
+        "commit": source_commit(),
+        "weight_bytes": manifest.decode_bytes,
+        "token_macs": token_macs(manifest),
+        "full_kv_bytes": full_kv_bytes,
+        "sliding_kv_bytes": sliding_kv_bytes,
+        "window": manifest.window,
+    }
 
 
 def check_measurable(path: str | Path, manifest: Manifest) -> None:

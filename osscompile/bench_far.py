@@ -3,7 +3,6 @@
 What only the machine itself knows (memory, load time, what else it did) is not in the report.
 """
 
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,14 +20,12 @@ from .bench import (
     DECODE_STEPS,
     REPEATS,
     WARMUP_STEPS,
+    artifact_facts,
     check_measurable,
-    kv_bytes,
     random_ids,
     timing,
 )
 from .bench_bandwidth import PREFETCH_BYTES, read_module, shapes
-from .bench_int8 import token_macs
-from .bench_machine import source_commit, versions
 from .bench_report import Report
 from .build import build_library
 from .errors import RemoteError
@@ -99,28 +96,16 @@ def _measure(
             decode[depth] = timing(seconds[WARMUP_STEPS:], None)
             bandwidth_at[depth] = statistics.median(reads[WARMUP_STEPS:])
             bandwidth = max(bandwidth, *reads)
-    full_kv_bytes, sliding_kv_bytes = kv_bytes(manifest)
     return Report(
-        model=manifest.model,
-        profile=manifest.profile,
-        target=manifest.target,
-        variant=artifact.variant.name,
-        manifest_sha256=json.loads(manifest.to_json())["manifest_sha256"],
+        **artifact_facts(manifest, artifact.variant.name),
         cpu=str(remote),
         cores=None,
         memory_bytes=None,
-        versions=versions(),
-        commit=source_commit(),
         date=date,
         other_processes=None,
         bandwidth=bandwidth,
         bandwidth_at=bandwidth_at,
         int8_peak=None,
-        weight_bytes=manifest.decode_bytes,
-        token_macs=token_macs(manifest),
-        full_kv_bytes=full_kv_bytes,
-        sliding_kv_bytes=sliding_kv_bytes,
-        window=manifest.window,
         load_seconds=None,
         first_token_seconds=None,
         resident_bytes=None,

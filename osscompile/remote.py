@@ -30,8 +30,8 @@ class Remote:
         return f"{self.key} at {self.host}:{self.port}"
 
     def session(self, seconds: float) -> Any:
-        """A new session, once the server is free, for so many seconds. It has a process of its own
-        there: what crashes it ends only it. Raises RemoteError."""
+        """A new session, once the server is free, for so many seconds. What crashes it ends the
+        server too (TVM 0.27). Raises RemoteError."""
         rpc = _import_rpc()
         try:
             socket.create_connection((self.host, self.port), CONNECT_SECONDS).close()
