@@ -22,12 +22,13 @@ from .formats import (
 )
 
 OPS = (
-    "moe_mxfp4_digits",
-    "moe_mxfp4_q8",
+    "moe_mxfp4_sum_digits",
+    "moe_mxfp4_sum_q8",
     "moe_mxfp4_swiglu_digits",
     "moe_mxfp4_swiglu_q8",
     "dense_q8",
     "dense_bf16",
+    "route_bf16",
 )
 
 

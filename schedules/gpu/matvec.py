@@ -23,6 +23,8 @@ from ..formats import (
 )
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
+from ..tail import split_tail
+from .tail import with_tail
 
 COLUMNS_TOGETHER = (1, 2, 4, 8, 16)  # subgroups of a work-group
 WORDS = 4  # of 32 bits: a load; vectors have 4 elements at most everywhere
@@ -35,7 +37,8 @@ def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
     product = Product(function)
     if not isinstance(product.num_rows, IntImm):
         return None
-    return Schedule(function.with_body(_body(product, target, choose)))
+    body = function.with_body(_body(product, target, choose))
+    return with_tail(body, split_tail(function)[1], target, choose)
 
 
 def _body(product: Product, target: Target, choose: Choose) -> Stmt:
