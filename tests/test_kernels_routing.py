@@ -110,7 +110,7 @@ def test_sort_by_expert_finds_every_choice_once(
 
 def check_sort(form: Form, ids: Array, num_experts: int, target: Target = HERE) -> None:
     kernel = experts.sort_by_expert(form.tokens, num_experts, ids.shape[1])
-    row_expert, row_token, slots, _ = build(kernel, target)(ids)
+    row_expert, row_token, slots = build(kernel, target)(ids)
     token = np.broadcast_to(np.arange(len(ids))[:, None], ids.shape)
     np.testing.assert_array_equal(np.sort(slots.reshape(-1)), np.arange(ids.size))
     np.testing.assert_array_equal(row_token[slots], token)
@@ -140,7 +140,7 @@ def test_moe_layer_of_all_its_kernels(form: Form, kind: str) -> None:
     route = build(matmul.route_bf16(form.tokens, hidden, num_experts, top_k), HERE)
     logits, _, ids, weights = route(x, router, router_bias)
     sort = experts.sort_by_expert(form.tokens, num_experts, top_k)
-    row_expert, row_token, slots, _ = build(sort, HERE)(ids)
+    row_expert, row_token, slots = build(sort, HERE)(ids)
     count = form.expert_rows(len(row_expert))
     gather = rows.gather_rows(kind, form.tokens, hidden, count)
     gathered = build(gather, HERE)(*activations(x, kind)[0], row_token)

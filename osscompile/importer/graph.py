@@ -2,16 +2,18 @@
 
 Every function takes (ids, position, [index,] caches.., weights..) and returns logits; the caches
 are updated in place. Activations are float32 [tokens, ...]: one token in decode, a symbolic number
-in the others.
+in the others. Where the host does not share the device's memory, `choose` takes the logits on to
+the next token.
 """
 
+import math
 from dataclasses import dataclass
 
 from tvm import ir, relax, tirx
 from tvm.relax import BlockBuilder, TensorType
 from tvm.tirx import PrimFunc
 
-from ..kernels import attention, experts, kv_cache, matmul, quantize, rows
+from ..kernels import attention, choose, experts, kv_cache, matmul, quantize, rows
 from ..runtime.kv_cache import KEYS_PER_TILE
 from ..schedules.formats import BLOCK, DIGITS, FP4_PER_WORD, INT8_PER_WORD, Index
 from .config import ModelConfig
@@ -21,6 +23,7 @@ SCORE_CHUNK = 64  # of one score call: it keeps 800 kB of logits a token
 TOKENS = tirx.Var("tokens", "int64")  # number of tokens within a kernel
 EXPERT_ROWS = tirx.Var("expert_rows", "int64")  # of rows of the experts' kernels: top_k a token
 PROFILES = ("fast", "exact")
+CANDIDATES_PER_TASK = 24  # of the vocabulary, when a token is chosen
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,32 @@ def build_graph(config: ModelConfig, profile: str, context: int, chunk: int) -> 
         tokens = 1 if name == "decode" else tirx.Var("tokens", "int64")
         _emit_function(builder, name, config, profile, (caches, weights), tokens, chunk)
     return Graph(builder.get(), caches, weights)
+
+
+def with_choose(module: ir.IRModule, vocab: int) -> ir.IRModule:
+    """The module and the function `choose` (options [3] int32, logits [1, vocab] float32, mask
+    [vocab] float32) -> the token and its logit [1, 2] float32: see `kernels/choose.py`."""
+    builder = BlockBuilder(module)
+    options = relax.Var("options", TensorType((3,), "int32"))
+    logits = relax.Var("logits", TensorType((1, vocab), "float32"))
+    mask = relax.Var("mask", TensorType((vocab,), "float32"))
+
+    def call(kernel: PrimFunc, args: list[relax.Var], count: int) -> list[relax.Var]:
+        types = [TensorType((count,), "float32"), TensorType((count,), "int32")]
+        name = builder.add_func(kernel, str(kernel.attrs["op"]))
+        results = builder.emit(relax.call_tir(name, args, types))
+        return [builder.emit(relax.TupleGetItem(results, i)) for i in (0, 1)]
+
+    parts = -(-vocab // CANDIDATES_PER_TASK)
+    fewer = math.isqrt(parts)
+    with builder.function("choose", [options, logits, mask], pure=False):
+        left = call(choose.draw(vocab, parts), [options, logits, mask], parts)
+        left = call(choose.narrow(parts, fewer), left, fewer)
+        _, token = call(choose.narrow(fewer, 1), left, 1)
+        name = builder.add_func(choose.choice(vocab), "choice")
+        chosen = relax.call_tir(name, [token, logits], TensorType((1, 2), "float32"))
+        builder.emit_func_output(builder.emit(chosen))
+    return builder.get()
 
 
 def cache_parameters(
@@ -243,14 +272,13 @@ class _Layers:
                 TensorType(choices, "float32"),
             ],
         )
-        row_expert, row_token, slots, _ = self._call_many(
+        row_expert, row_token, slots = self._call_many(
             experts.sort_by_expert(tokens, num_experts, top_k),
             [ids],
             [
                 TensorType((num_rows,), "int32"),
                 TensorType((num_rows,), "int32"),
                 TensorType(choices, "int32"),
-                TensorType((num_experts,), "int32"),
             ],
         )
         kind, limit = self.expert_activation, config.swiglu_limit

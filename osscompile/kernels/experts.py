@@ -61,8 +61,8 @@ def sort_by_expert(tokens: Index, experts: int, top_k: int) -> PrimFunc:
     """Sort (token, choice) pairs by expert, so that the rows of one expert follow each other.
 
     ids [tokens, top_k] int32 -> row_expert and row_token [tokens * top_k] int32: expert and token
-    of every row; slots [tokens, top_k] int32: the pair's row; and counters [experts] int32 that
-    nobody reads. Within an expert, rows keep the order of the tokens.
+    of every row; slots [tokens, top_k] int32: the pair's row. Within an expert, rows keep the order
+    of the tokens. Every expert looks through all pairs, and so needs no other.
     """
     num_tokens = extent(tokens)
     num_rows = num_tokens * top_k
@@ -73,23 +73,18 @@ def sort_by_expert(tokens: Index, experts: int, top_k: int) -> PrimFunc:
         row_expert: T.Buffer((num_rows,), "int32"),
         row_token: T.Buffer((num_rows,), "int32"),
         slots: T.Buffer((num_tokens, T.int64(top_k)), "int32"),
-        counters: T.Buffer((T.int64(experts),), "int32"),
     ) -> None:
         T.func_attr({"op": "sort_by_expert", "tirx.noalias": True})
-        before = T.alloc_buffer((2,), "int32", scope="local")
-        for e in range(T.int64(experts)):
-            counters[e] = 0
-        for t, k in T.grid(num_tokens, T.int64(top_k)):
-            counters[ids[t, k]] += 1
-        before[0] = 0
-        for e in range(T.int64(experts)):  # from counts to first rows
-            before[1] = before[0] + counters[e]
-            counters[e] = before[0]
-            before[0] = before[1]
-        for t, k in T.grid(num_tokens, T.int64(top_k)):
-            slots[t, k] = counters[ids[t, k]]
-            counters[ids[t, k]] += 1
-            row_expert[slots[t, k]] = ids[t, k]
-            row_token[slots[t, k]] = T.Cast("int32", t)
+        for task in range(T.int64(experts)):
+            row = T.alloc_buffer((1,), "int32", scope="local")
+            row[0] = 0
+            for t, k in T.grid(num_tokens, T.int64(top_k)):
+                row[0] += T.Cast("int32", ids[t, k] < T.Cast("int32", task))
+            for t, k in T.grid(num_tokens, T.int64(top_k)):
+                if ids[t, k] == T.Cast("int32", task):
+                    slots[t, k] = row[0]
+                    row_expert[row[0]] = ids[t, k]
+                    row_token[row[0]] = T.Cast("int32", t)
+                    row[0] += 1
 
     return sort

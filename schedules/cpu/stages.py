@@ -1,11 +1,23 @@
 """One stage of a kernel in vectors along its last loop."""
 
+import math
+from collections.abc import Sequence
+
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from ...targets import Target
+
+# Waking the other cores takes about as long as one core needs for so many elements.
+MIN_PARALLEL_ELEMENTS = 1 << 16
+
+
+def is_large(extents: Sequence[Expr]) -> bool:
+    """Whether so many elements, or an unknown number, are worth more than one core."""
+    known = [int(extent) for extent in extents if isinstance(extent, tirx.IntImm)]
+    return len(known) < len(extents) or math.prod(known) >= MIN_PARALLEL_ELEMENTS
 
 
 def vectorize(sch: Schedule, block: SBlockRV, target: Target) -> SBlockRV | None:

@@ -5,6 +5,7 @@ between is computed where it is needed.
 """
 
 from .attention import attention
+from .groups import groups
 from .matvec import matvec
 from .tasks import tasks
 from .threads import threads
@@ -17,5 +18,6 @@ GPU_RULES = (
     tiles_int8,  # takes what it can of what `tiles` takes
     tiles,
     tasks,  # kernels without blocks: no other rule can read them
+    groups,
     threads,  # takes everything that is left
 )

@@ -6,6 +6,7 @@ from tvm.tirx import PrimFunc
 from ...targets import Target
 from ..records import Choose
 from ..tail import parts_of_root, rooted
+from .groups import groups
 from .threads import threads
 
 
@@ -13,7 +14,7 @@ def with_tail(product: PrimFunc, tail: PrimFunc | None, target: Target, choose: 
     """The scheduled product, and after it the tail."""
     if tail is None:
         return Schedule(product)
-    scheduled = threads(tail, target, choose)
+    scheduled = groups(tail, target, choose) or threads(tail, target, choose)
     assert scheduled is not None
     statements, buffers = parts_of_root(product)
     more, more_buffers = parts_of_root(scheduled.mod["main"])

@@ -41,11 +41,11 @@ def _over_threads(loop: For, threads: int) -> Stmt:
 def _grid(groups: Expr, threads: Expr, body_of: Callable[[Expr, Expr], Stmt]) -> Stmt:
     """`body_of` (group, thread) for every thread of every group."""
     group, thread = tirx.Var("group", "int64"), tirx.Var("thread", "int64")
-    inner = _bound(thread, threads, "threadIdx.x", body_of(group, thread))
-    return _bound(group, groups, "blockIdx.x", inner)
+    inner = bound(thread, threads, "threadIdx.x", body_of(group, thread))
+    return bound(group, groups, "blockIdx.x", inner)
 
 
-def _bound(loop_var: Expr, extent: Expr, index: str, body: Stmt) -> For:
+def bound(loop_var: Expr, extent: Expr, index: str, body: Stmt) -> For:
     binding = IterVar(None, index, IterVar.ThreadIndex, index)
     zero = tirx.const(0, "int64")
     return For(loop_var, zero, extent, ForKind.THREAD_BINDING, body, thread_binding=binding)

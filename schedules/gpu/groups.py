@@ -1,0 +1,93 @@
+"""Kernels of several stages in one launch: a work-group computes all that belongs to the same row,
+or the same part of one, stage after stage.
+
+A group has the elements of all stages that agree in their first axes. What a later stage reads lies
+in shared memory; what is no sum is written into the expression that reads it. A sum that is alone
+in its group is found by all threads together.
+"""
+
+import math
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
+from tvm.tirx import IterVar, PrimFunc, SeqStmt
+from tvm_ffi import structural_equal, structural_map
+
+from ...targets import Target
+from ..records import Choose
+from ..tail import parts_of_root, rooted
+from .tasks import bound
+
+
+def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
+    """Schedule kernels with several stages that agree in their first axis; declines others."""
+    sch = Schedule(function)
+    root = sch.get_sblock("root")
+    results = {sch.get(block).name_hint for block in sch.get_output_blocks(root)}
+    for block in sch.get_child_blocks(root):
+        if sch.get(block).name_hint not in results and not _is_sum(sch, block):
+            sch.compute_inline(block)
+    stages = sch.get_child_blocks(root)
+    prefix = _common_prefix([_axes(sch, block) for block in stages])
+    alone = [block for block in stages if _is_alone(sch, block, prefix)]
+    # a sum of one number cannot be shared out
+    if len(stages) == 1 or prefix == 0 or any(_elements(sch, b, prefix) == 1 for b in alone):
+        return None
+    for block in stages:
+        consumers = sch.get_consumers(block)
+        if sch.get(block).name_hint not in results:
+            sch.set_scope(block, 0, "shared")
+        elif consumers:
+            sch.cache_write(block, 0, "shared", consumers)
+    most = max(_elements(sch, block, prefix) for block in stages)
+    threads = min(target.max_threads, -(-most // target.subgroup_size) * target.subgroup_size)
+    for block in sch.get_child_blocks(root):
+        loops = sch.get_loops(block)
+        num_axes = len(_axes(sch, block))
+        own = loops[num_axes:] if _is_alone(sch, block, prefix) else loops[prefix:num_axes]
+        _, unit = sch.split(sch.fuse(*loops[:prefix]), [None, 1])
+        shared = sch.fuse(*(own or [unit]))
+        _, thread = sch.split(shared, [None, threads])
+        sch.bind(thread, "threadIdx.x")
+    statements, buffers = parts_of_root(sch.mod["main"])
+    group = tirx.Var("group", "int64")
+    bodies = [
+        structural_map(s.body, (tirx.Var, lambda v, s=s: group if v.same_as(s.loop_var) else v))
+        for s in statements
+    ]
+    loop = bound(group, statements[0].extent, "blockIdx.x", SeqStmt(bodies))
+    return Schedule(function.with_body(rooted([loop], buffers)))
+
+
+def _is_sum(sch: Schedule, block: SBlockRV) -> bool:
+    return len(_axes(sch, block)) < len(sch.get_loops(block))
+
+
+def _axes(sch: Schedule, block: SBlockRV) -> list[Expr]:
+    """The extents of the tensor that a stage computes."""
+    return [a.dom.extent for a in sch.get(block).iter_vars if a.iter_type == IterVar.DataPar]
+
+
+def _common_prefix(axes: list[list[Expr]]) -> int:
+    count = 0
+    for extents in zip(*axes, strict=False):
+        if not all(structural_equal(e, extents[0]) for e in extents):
+            break
+        count += 1
+    return count
+
+
+def _elements(sch: Schedule, block: SBlockRV, prefix: int) -> int:
+    """Of a stage in a group; of a sum that is alone in it, what it sums."""
+    extents = _axes(sch, block)[prefix:]
+    if _is_alone(sch, block, prefix):
+        variables = sch.get(block).iter_vars
+        extents = [v.dom.extent for v in variables if v.iter_type == IterVar.CommReduce]
+    return math.prod(map(int, extents))
+
+
+def _is_alone(sch: Schedule, block: SBlockRV, prefix: int) -> bool:
+    """Whether a stage is one sum in a group."""
+    return _is_sum(sch, block) and math.prod(map(int, _axes(sch, block)[prefix:])) == 1
