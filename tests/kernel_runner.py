@@ -28,7 +28,7 @@ from osscompile.passes.split_launches import split_launches
 from osscompile.passes.store_halves import store_halves
 from osscompile.programs import launches_of
 from osscompile.runtime.opencl import OpenCLDevice
-from osscompile.runtime.program import Program
+from osscompile.runtime.program import Launches
 from osscompile.schedules.records import Choose, recorded
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target
@@ -132,7 +132,7 @@ class OpenCLKernel:
             for extent, size in zip(parameter.shape, argument.shape, strict=True)
             if isinstance(extent, tirx.Var)
         }
-        storages = [4]  # the first for a result that nobody reads
+        storages: list[int] = []
 
         def new_storage(num_bytes: int) -> tuple[str, int]:
             storages.append(num_bytes)
@@ -140,16 +140,16 @@ class OpenCLKernel:
 
         places = [("bound", i) for i in range(len(arguments))]
         launches = launches_of(self.host, places, symbols, new_storage)
-        program = Program(1, (1,), tuple(storages), tuple(launches), 0, (1,))
+        program = Launches(tuple(storages), tuple(launches))
         with tempfile.NamedTemporaryFile("w", suffix=".cl") as file:
             file.write(self.source)
             file.flush()
             device = OpenCLDevice(Path(file.name), {"main": program})
         arrays = [argument.numpy() for argument in arguments]
         bound = [device.tensor(array) for array in arrays]
-        device.run("main", [np.zeros(1, np.int32)], bound)
+        device.call("main", bound)
         for argument, array, memory in zip(arguments, arrays, bound, strict=True):
-            device._cl.enqueue_copy(device._queue, array, memory)
+            device.read(memory, array)
             argument.copyfrom(array)
 
 
