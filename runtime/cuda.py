@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .device_memory import DeviceMemory, Memory
+from .device_memory import DeviceMemory, Memory, Usage
 from .errors import ArtifactError, OsscompileError
 from .program import MEMORY, Launch, Launches, Program, evaluate
 
@@ -64,22 +64,18 @@ RELAXED = 2  # capture: other threads may do what they like
 class CudaDevice(DeviceMemory):
     """Kernels on the first GPU that CUDA lists.
 
-    `image`: machine code, or PTX, `programs`: what launches its kernels. `beside`: a device that is
-    open already. Raises OsscompileError where there is no GPU or no room, ArtifactError for kernels
-    that it cannot run or programs that do not fit them.
+    `image`: machine code, or PTX, `programs`: what launches its kernels. `opened`: of kernels
+    beside which these are loaded, for the same memory. Raises OsscompileError where there is no GPU
+    or no room, ArtifactError for kernels that it cannot run or programs that do not fit them.
     """
 
     def __init__(
-        self, image: Path, programs: Mapping[str, Launches], beside: "CudaDevice | None" = None
+        self, image: Path, programs: Mapping[str, Launches], opened: "_Opened | None" = None
     ) -> None:
-        super().__init__(programs, beside)
         self._image = image
-        if beside is not None:
-            self._driver, self._stream, self.name = beside._driver, beside._stream, beside.name
-        else:
-            self._driver, self._stream = _Driver(), Handle()
-            self.name = self._driver.open_first_device()
-            self._driver.call("cuStreamCreate", ctypes.byref(self._stream), BLOCKING_STREAM)
+        self.opened = opened if opened is not None else self.open()
+        super().__init__(programs, self.opened.usage)
+        self._driver, self._stream = self.opened.driver, self.opened.stream
         self._module = Handle()
         try:
             code = image.read_bytes()
@@ -87,6 +83,18 @@ class CudaDevice(DeviceMemory):
         except (OSError, _DriverError) as error:
             raise self._cannot_run(error) from error
         self._prepared: dict[str, _Prepared] = {}
+
+    @staticmethod
+    def open() -> "_Opened":
+        """The GPU, without kernels. Raises OsscompileError where there is none."""
+        driver, stream = _Driver(), Handle()
+        name = driver.open_first_device()
+        driver.call("cuStreamCreate", ctypes.byref(stream), BLOCKING_STREAM)
+        return _Opened(name, driver, stream, Usage())
+
+    @property
+    def name(self) -> str:
+        return self.opened.name
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
         """Call a function with small inputs, int32, and memory bound before -> float32."""
@@ -236,6 +244,16 @@ class CudaDevice(DeviceMemory):
             f"{self._image}: expected kernels that this GPU can run, found: {found}; compile them "
             "again for this GPU, or update its driver"
         )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A GPU, with the stream of everything that is done on it."""
+
+    name: str
+    driver: "_Driver"
+    stream: Handle
+    usage: Usage
 
 
 @dataclass

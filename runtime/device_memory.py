@@ -48,15 +48,10 @@ class DeviceArray:
 
 class DeviceMemory:
     """What programs and the KV cache do with a device's memory. How that is had, written, copied
-    and filled, a subclass says.
+    and filled, a subclass says. `usage`: where what is held is counted."""
 
-    `beside`: a device that is open already; both then take the same memory.
-    """
-
-    def __init__(
-        self, programs: Mapping[str, Launches], beside: "DeviceMemory | None" = None
-    ) -> None:
-        self.usage = beside.usage if beside is not None else Usage()
+    def __init__(self, programs: Mapping[str, Launches], usage: Usage) -> None:
+        self.usage = usage
         self._programs = programs
         self._own: dict[str, dict[str, Sequence[Memory]]] = {}  # by the name of its program
 

@@ -1,4 +1,4 @@
-"""Run kernels in OpenCL C, and the functions of an artifact: launch after launch, through pyopencl."""
+"""Run kernels in OpenCL C, and the functions of an artifact: launch after launch, by pyopencl."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .device_memory import DeviceMemory, Memory
+from .device_memory import DeviceMemory, Memory, Usage
 from .errors import ArtifactError, OsscompileError
 from .program import MEMORY, Launch, Launches, Program, evaluate
 
@@ -19,12 +19,13 @@ SCALAR_TYPES = {"int32": "int", "int64": "long"}  # of numpy and of OpenCL C
 
 @dataclass(frozen=True)
 class _Opened:
-    """A device, with the queue of everything that is done on it."""
+    """A device, with the queue of all but what is timed."""
 
     cl: ModuleType
     device: Any
     context: Any
     queue: Any
+    usage: Usage
 
 
 @dataclass
@@ -38,31 +39,39 @@ class _Prepared:
 class OpenCLDevice(DeviceMemory):
     """Kernels on the first GPU that OpenCL lists, or else on its first device.
 
-    `source`: OpenCL C, `programs`: what launches its kernels. `beside`: a device that is open
-    already. Raises OsscompileError where there is no device or no room, ArtifactError for kernels
-    that it cannot compile or programs that do not fit them.
+    `source`: OpenCL C, `programs`: what launches its kernels. `opened`: of kernels beside which
+    these are loaded, for the same memory. Raises OsscompileError where there is no device or no
+    room, ArtifactError for kernels that it cannot compile or programs that do not fit them.
     """
 
     def __init__(
         self,
         source: Path,
         programs: Mapping[str, Launches],
-        beside: "OpenCLDevice | None" = None,
+        opened: _Opened | None = None,
     ) -> None:
-        super().__init__(programs, beside)
         self._source = source
-        self._opened = beside._opened if beside is not None else _open_first_device()
-        self._cl, self._queue = self._opened.cl, self._opened.queue
+        self.opened = opened if opened is not None else self.open()
+        super().__init__(programs, self.opened.usage)
+        self._cl, self._queue = self.opened.cl, self.opened.queue
         try:
             text = source.read_text(encoding="utf-8")
-            self._kernels = self._cl.Program(self._opened.context, text).build(BUILD_OPTIONS)
+            self._kernels = self._cl.Program(self.opened.context, text).build(BUILD_OPTIONS)
         except (self._cl.Error, OSError, UnicodeDecodeError) as error:
             raise self._cannot_run(error) from error
         self._prepared: dict[str, _Prepared] = {}
 
+    @staticmethod
+    def open() -> _Opened:
+        """The device, without kernels. Raises OsscompileError where there is none."""
+        cl = _import_pyopencl()
+        device = _first_device(cl)
+        context = cl.Context([device])
+        return _Opened(cl, device, context, cl.CommandQueue(context), Usage())
+
     @property
     def name(self) -> str:
-        device = self._opened.device
+        device = self.opened.device
         return f"{device.name.strip()} ({device.version.strip()}, driver {device.driver_version})"
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
@@ -93,7 +102,7 @@ class OpenCLDevice(DeviceMemory):
         """A call of what takes no inputs, on average, each bound to memory of its own: what the
         device's clock says that its kernels took, without what lies between them."""
         profiling = self._cl.command_queue_properties.PROFILING_ENABLE
-        queue = self._cl.CommandQueue(self._opened.context, properties=profiling)
+        queue = self._cl.CommandQueue(self.opened.context, properties=profiling)
         events = []
         try:
             for bound in calls:
@@ -164,7 +173,7 @@ class OpenCLDevice(DeviceMemory):
     def _allocate(self, num_bytes: int) -> Memory:
         flags = self._cl.mem_flags.READ_WRITE
         try:
-            buffer = self._cl.Buffer(self._opened.context, flags, num_bytes)
+            buffer = self._cl.Buffer(self.opened.context, flags, num_bytes)
         except self._cl.Error as error:
             raise OsscompileError(
                 f"{self.name}: expected room for {num_bytes / 1e6:.1f} MB more, found: "
@@ -187,13 +196,6 @@ class OpenCLDevice(DeviceMemory):
             f"{self._source}: expected kernels that {self.name} can run, found: {error}; compile "
             "them again, or update the device's driver"
         )
-
-
-def _open_first_device() -> _Opened:
-    cl = _import_pyopencl()
-    device = _first_device(cl)
-    context = cl.Context([device])
-    return _Opened(cl, device, context, cl.CommandQueue(context))
 
 
 def _import_pyopencl() -> ModuleType:

@@ -16,7 +16,7 @@ typedef struct { Call calls[4096]; int count; } Graph;
 
 int fake_launches, fake_graph_launches, fake_freed, fake_devices = 1;
 int fake_graphs, fake_events;  /* that were not destroyed */
-size_t fake_room = 1 << 20;
+size_t fake_room = 1 << 30;
 static Graph *capturing;
 static int dead;  /* since a kernel used an address that is none */
 

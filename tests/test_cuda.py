@@ -194,7 +194,7 @@ def test_memory_that_is_held_is_counted(driver: ctypes.CDLL, library: Path) -> N
     array = device.zeros((2, 3), "float32")
     call(device, "decode", [device.tensor(array)], 1)
     assert device.usage.num_bytes == 24 + 4 + 4 + 4  # the inputs, and the storage
-    beside = CudaDevice(library, {}, device)
+    beside = CudaDevice(library, {}, device.opened)
     copied = beside.copy(array)
     assert beside.usage.num_bytes == device.usage.num_bytes == 60
     del copied

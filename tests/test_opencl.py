@@ -112,13 +112,9 @@ def test_inspect_and_targets(nano: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert OPENCL.description in capsys.readouterr().out
 
 
-def test_bench_and_tune_say_that_they_measure_cpus(
-    nano: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_says_that_it_measures_cpus(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", str(nano)]) == 1
     assert "expected an artifact for a CPU" in capsys.readouterr().err
-    assert cli.main(["tune", "--target", OPENCL.name]) == 1
-    assert "expected a target of CPUs" in capsys.readouterr().err
 
 
 # --- The cache in the device's memory ---------------------------------------------------------

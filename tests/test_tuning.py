@@ -35,6 +35,7 @@ from osscompile.passes.schedule_kernels import schedule_kernels
 from osscompile.runtime import inputs, measure
 from osscompile.runtime.errors import OsscompileError, TuningError
 from osscompile.runtime.measure import Attempt, attempt_here, measure_kernel
+from osscompile.runtime.trial_machines import FUNCTION
 from osscompile.runtime.trials import Plan, Trial, read_plan, read_trials
 from osscompile.schedules import records as schedule_records
 from osscompile.schedules import rule as schedule_rule
@@ -316,7 +317,7 @@ def test_candidates_that_fail_in_any_way_are_told_and_not_kept(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def build(module: ir.IRModule, target: Target, file: Path) -> None:
-        if "unbuildable" in module[measure.FUNCTION].attrs:
+        if "unbuildable" in module[FUNCTION].attrs:
             raise CompileError("linking failed")
         build_library(module, target, file)
 
@@ -495,7 +496,7 @@ def change(file: Path, *path: Any, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("format_version",), 2),
+        (("format_version",), 1),
         (("cpu_features",), None),
         (("arguments",), []),
         (("candidates",), []),
@@ -543,7 +544,7 @@ def test_library_that_was_swapped_is_not_loaded(copy: Path) -> None:
 
 
 def test_library_that_is_missing(copy: Path) -> None:
-    (copy / read_plan(copy).reference.library).unlink()
+    (copy / read_plan(copy).default.library).unlink()
     with pytest.raises(TuningError, match="found no such file"):
         measure_kernel(copy)
 
