@@ -72,7 +72,7 @@ class OpenCLDevice(DeviceMemory):
     @property
     def name(self) -> str:
         device = self.opened.device
-        return f"{device.name.strip()} ({device.version.strip()}, driver {device.driver_version})"
+        return f"{device.name.strip()} (OpenCL driver {device.driver_version.strip()})"
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
         """Call a function with small inputs, int32, and memory bound before -> float32."""

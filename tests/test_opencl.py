@@ -112,11 +112,6 @@ def test_inspect_and_targets(nano: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert OPENCL.description in capsys.readouterr().out
 
 
-def test_bench_says_that_it_measures_cpus(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", str(nano)]) == 1
-    assert "expected an artifact for a CPU" in capsys.readouterr().err
-
-
 # --- The cache in the device's memory ---------------------------------------------------------
 
 
