@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from .device import aligned_copy
-from .errors import OsscompileError, TuningError
+from .errors import DefaultError, OsscompileError, TuningError
 from .inputs import Arrays, checked_inputs, timed_inputs
 from .machine import physical_cores
 from .trial_machines import TrialMachine, open_machine
@@ -72,7 +72,8 @@ def measure_kernel(
 
     `attempt`: on which machine (default: this one, on its physical cores). `progress` hears the
     candidates done and the best ratio to the default so far; `report` hears of each candidate that
-    fails. Raises TuningError if the folder is damaged or for another machine, or the default fails.
+    fails. Raises DefaultError if the default fails, TuningError if the folder is damaged or for
+    another machine.
     """
     plan = read_plan(folder)
     check_files(folder, plan)
@@ -105,7 +106,7 @@ def _measure_batch(
         failures += failed
         for failure in failed:
             if failure.library == default:
-                raise TuningError(
+                raise DefaultError(
                     f"{folder}: expected the kernel's default to work, found: {failure.reason}; "
                     "if the machine lacks nothing, this is an error in its schedule: run the "
                     "kernels' tests"
@@ -300,23 +301,29 @@ def _time_in_turns(
 
 
 def main() -> int:
-    """Measure a folder of `osscompile tune --emit`; 1 after an error of ours."""
+    """Measure a folder of `osscompile tune --emit`; 1 after an error of ours. A kernel whose
+    default fails is told, and does not keep others from being measured."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     arguments = parser.parse_args()
+    failed = False
     try:
         folders = kernel_folders(arguments.directory)
         for number, folder in enumerate(folders, start=1):
             print(f"kernel {number} of {len(folders)}, {folder.name}", flush=True)
-            measure_kernel(folder, attempt_here(arguments.threads), _print_progress)
+            try:
+                measure_kernel(folder, attempt_here(arguments.threads), _print_progress)
+            except DefaultError as error:
+                print(f"measure: {error}", file=sys.stderr, flush=True)
+                failed = True
     except OsscompileError as error:
         print(f"measure: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: run it again to go on", file=sys.stderr)
         return 130
-    return 0
+    return int(failed)
 
 
 def _print_progress(done: int, best: float) -> None:

@@ -359,6 +359,31 @@ def test_wrong_default_stops_the_tuning(
         measure_kernel(folder)
 
 
+def test_kernel_whose_default_is_wrong_does_not_keep_others_from_being_measured(
+    this_machine: Target,
+    offer: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    offer(WRONG, FAST, default=WRONG)
+    bad = emit_tiny(tmp_path / "bad", this_machine)
+    offer(SLOW, FAST)
+    good = emit_tiny(tmp_path / "good", this_machine)
+    both = tmp_path / "both"
+    for name, folder in (("a", bad), ("b", good)):
+        shutil.copytree(folder, both / name)
+    assert cli.main(["tune", "--measure", str(both)]) == 1
+    captured = capsys.readouterr()
+    assert "default to work, found: wrong" in captured.out and "told above: a;" in captured.err
+    assert measured_ways(both / "b") == {FAST} and not (both / "a" / "results.json").exists()
+    (both / "b" / "results.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["measure", str(both)])
+    assert measure.main() == 1
+    assert "default to work, found: wrong" in capsys.readouterr().err
+    assert measured_ways(both / "b") == {FAST}
+
+
 def test_slower_candidate_gives_no_record(
     this_machine: Target, offer: Callable[..., None], tmp_path: Path
 ) -> None:
