@@ -20,7 +20,21 @@ from .errors import CompileError
 from .programs import build_programs
 from .runtime.artifact import PROGRAMS_SUFFIX
 from .runtime.program import write_programs
+from .schedules.gpu.dot4 import DOT
+from .schedules.gpu.mma import MMA
 from .targets import Target
+
+PRELUDE = f"""\
+static __device__ int {DOT}(unsigned a, unsigned b) {{ return __dp4a(int(a), int(b), 0); }}
+static __device__ void {MMA}(int* c0, int* c1, int* c2, int* c3, unsigned a0, unsigned a1,
+                                   unsigned a2, unsigned a3, unsigned b0, unsigned b1) {{
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
+      : "+r"(*c0), "+r"(*c1), "+r"(*c2), "+r"(*c3)
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}}
+
+"""
 
 
 def build_cuda(module: ir.IRModule, target: Target, output: Path) -> None:
@@ -46,7 +60,8 @@ def cuda_source(module: ir.IRModule, target: Target) -> str:
         for name, function in sorted(module.functions_items(), key=lambda item: item[0].name_hint)
         if isinstance(function, PrimFunc) and "calling_conv" in function.attrs
     }
-    return str(codegen_build(lower(ir.IRModule(functions)), TvmTarget(target.tvm)).inspect_source())
+    built = codegen_build(lower(ir.IRModule(functions)), TvmTarget(target.tvm))
+    return PRELUDE + str(built.inspect_source())
 
 
 def compile_cuda(source: str, target: Target, output: Path) -> None:

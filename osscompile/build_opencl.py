@@ -13,15 +13,24 @@ from .passes.store_halves import FLOAT_TO_HALF, HALF_TO_FLOAT
 from .programs import build_programs
 from .runtime.artifact import PROGRAMS_SUFFIX
 from .runtime.program import write_programs
+from .schedules.gpu.dot4 import DOT
 from .targets import Target
 
 # Of values, not of pointers: then it does not matter which memory holds the half.
-HALVES = f"""\
+PRELUDE = f"""\
 static float {HALF_TO_FLOAT}(ushort bits) {{ return vload_half(0, (const half *)&bits); }}
 static ushort {FLOAT_TO_HALF}(float x) {{
   ushort bits;
   vstore_half_rte(x, 0, (half *)&bits);
   return bits;
+}}
+static int {DOT}(uint a, uint b) {{
+#ifdef __opencl_c_integer_dot_product_input_4x8bit_packed
+  return dot_4x8packed_ss_int(a, b);
+#else
+  int4 products = convert_int4(as_char4(a)) * convert_int4(as_char4(b));
+  return products.x + products.y + products.z + products.w;
+#endif
 }}
 
 """
@@ -47,7 +56,7 @@ def opencl_source(module: ir.IRModule, target: Target) -> str:
     lower = tvm.transform.Sequential([tirx.StmtSimplify(), tirx.LowerIntrin()])
     # of the module, not of the function of this name in tvm.tirx
     codegen_build = importlib.import_module("tvm.tirx.build").codegen_build
-    parts = [HALVES]
+    parts = [PRELUDE]
     for name, function in sorted(module.functions_items(), key=lambda item: item[0].name_hint):
         if isinstance(function, PrimFunc) and "calling_conv" in function.attrs:
             # one by one: before each function TVM declares all others of its module

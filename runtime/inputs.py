@@ -72,11 +72,17 @@ def _set_offsets(arguments: Sequence[Argument], arrays: Arrays) -> None:
     numbers of one digit, or on its last axis but one their digits to the base `low`."""
     for argument, offsets in zip(arguments, arrays, strict=True):
         if argument.fill == "offsets":
-            numbers = next(a for a in arrays if a.dtype == np.int8).astype(np.int32)
-            if numbers.ndim > offsets.ndim + 1:
-                places = argument.low ** np.arange(numbers.shape[-2])[::-1, None]
-                numbers = np.sum(numbers * places, axis=-2)
+            numbers = whole_numbers(next(a for a in arrays if a.dtype == np.int8), argument.low)
             offsets[...] = argument.high * numbers.sum(axis=-1)
+
+
+def whole_numbers(array: np.ndarray, base: int) -> np.ndarray:
+    """int8 [rows, blocks, 32] as int32, or of digits [rows, blocks, digits, 32] what they mean."""
+    numbers = array.astype(np.int32)
+    if numbers.ndim == 4:
+        places = base ** np.arange(numbers.shape[-2])[::-1, None]
+        numbers = np.sum(numbers * places, axis=-2)
+    return numbers
 
 
 def make_array(argument: Argument, shape: tuple[int, ...]) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 
 from .device import aligned_copy
 from .errors import DefaultError, OsscompileError, TuningError
-from .inputs import Arrays, checked_inputs, timed_inputs
+from .inputs import Arrays, checked_inputs, timed_inputs, whole_numbers
 from .machine import physical_cores
 from .trial_machines import TrialMachine, open_machine
 from .trials import (
@@ -224,7 +224,7 @@ def _compare(
 ) -> Iterator[tuple[str, Any]]:
     """Each library with its kernel, or with what is wrong with it."""
     inputs = checked_inputs(plan.arguments, timed)
-    expected = read_answer(folder, plan)
+    expected = _whole(plan, read_answer(folder, plan))
     candidates = {candidate.library: candidate for candidate in plan.candidates}
 
     def answer(kernel: Any) -> Arrays:
@@ -242,7 +242,7 @@ def _compare(
         tell(("running", library))
         try:
             kernel = machine.load(folder, candidates[library])
-            error = _error(answer(kernel), expected)
+            error = _error(_whole(plan, answer(kernel)), expected)
         except Exception as failure:  # a kernel raises whatever it was made to
             if not machine.is_alive():
                 raise
@@ -257,8 +257,15 @@ def _compare(
             )
 
 
+def _whole(plan: Plan, written: Arrays) -> Arrays:
+    """What a kernel wrote, and of digits the numbers that they mean."""
+    pairs = zip((a for a in plan.arguments if a.written), written, strict=True)
+    return [whole_numbers(x, a.low) if x.dtype == np.int8 else x for a, x in pairs]
+
+
 def _error(found: Arrays, expected: Arrays) -> float:
-    """The largest difference over the rms of what is expected; NaN if either is not finite."""
+    """The largest difference over the rms of what is expected; NaN if either is not finite. Of
+    whole numbers the mean difference: sums of float32 in another order are rounded to others."""
     errors = []
     for actual, right in zip(found, expected, strict=True):
         squares, difference = 0.0, np.float64(0.0)
@@ -266,7 +273,11 @@ def _error(found: Arrays, expected: Arrays) -> float:
             part = slice(start, start + COMPARED_ELEMENTS)
             wanted = right.reshape(-1)[part].astype(np.float64)
             squares += float(wanted @ wanted)
-            difference = np.maximum(difference, np.abs(actual.reshape(-1)[part] - wanted).max())
+            differences = np.abs(actual.reshape(-1)[part] - wanted)
+            if right.dtype.kind == "f":
+                difference = np.maximum(difference, differences.max())
+            else:
+                difference += differences.sum() / right.size
         errors.append(difference / max(np.sqrt(squares / right.size), np.finfo(np.float32).tiny))
     return float(np.max(errors))
 

@@ -26,8 +26,8 @@ PLAN = "plan.json"
 RESULTS = "results.json"
 DTYPES = ("float32", "float16", "int8", "int32", "uint8", "uint16", "uint32")
 # What an argument holds. "integers": from `low` up to, not including, `high`; "experts": one of
-# `high` experts a row; "offsets": see `inputs._set_offsets`; "output": nothing yet; "small": the
-# scales of int8 weights.
+# `high` experts a row; "offsets": see `inputs._set_offsets`; "output": nothing yet, and if it is of
+# digits, to the base `low`; "small": the scales of int8 weights.
 FILLS = ("bits", "bfloat16", "experts", "integers", "normal", "offsets", "output", "small")
 MAX_BYTES = 2 << 30  # of all arguments together
 CHECKED, TIMED = "checked", "timed"  # calls: with the arguments' `check_shape`, and with `shape`

@@ -50,6 +50,21 @@ def fp4_offset_by_12(word: Expr, position: Expr) -> Expr:
     return sign * magnitude.astype("int32") + const(FP4_OFFSET, "int32")
 
 
+def fp4_bytes_offset_by_12(word: Expr, half: Expr) -> Expr:
+    """Inputs 4 `half` to 4 `half` + 3 of a uint32 word of fp4 in its four bytes: 2 x value + 12."""
+
+    def bits(place: int) -> Expr:
+        return (codes >> const(place, "uint32")) & const(0x01010101, "uint32")
+
+    codes = (word >> (half * 4).astype("uint32")) & const(0x0F0F0F0F, "uint32")
+    low, both = bits(0), bits(1) & bits(2)
+    # 4 to 7 stand for 4, 6, 8, 12
+    more = (low & bits(2)) + ((both + (both & low)) << const(1, "uint32"))
+    magnitude = (codes & const(0x07070707, "uint32")) + more
+    negative = magnitude & (bits(3) * const(255, "uint32"))
+    return const(0x0C0C0C0C, "uint32") + magnitude - (negative << const(1, "uint32"))
+
+
 def int8_of_word(word: Expr, position: Expr) -> Expr:
     """The int8 at byte `position` 0..3 of a uint32 word, as int32."""
     shift = (position * 8).astype("uint32")

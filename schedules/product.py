@@ -10,6 +10,7 @@ from tvm_ffi import structural_map
 
 from .formats import (
     BLOCK,
+    DIGITS,
     FP4_OFFSET,
     FP4_PER_WORD,
     INT8_PER_WORD,
@@ -22,12 +23,13 @@ from .formats import (
 )
 
 OPS = (
-    "moe_mxfp4_digits",
-    "moe_mxfp4_q8",
+    "moe_mxfp4_sum_digits",
+    "moe_mxfp4_sum_q8",
     "moe_mxfp4_swiglu_digits",
     "moe_mxfp4_swiglu_q8",
     "dense_q8",
     "dense_bf16",
+    "route_bf16",
 )
 
 
@@ -49,6 +51,8 @@ class Product:
         self.out = self.tensors["out"]
         self.num_rows, self.columns = self.out.shape[0], int(self.out.shape[1])
         self.expert = self.tensors.get("row_expert")
+        in_digits = "xq" in self.tensors and len(self.tensors["xq"].shape) == 4
+        self.digits = DIGITS if in_digits else 1  # of a whole number, each an int8
         self.halves = 2 if "swiglu" in str(function.attrs["op"]) else 1  # gate and up
         if "xq" in self.tensors:
             self.blocks = int(self.tensors["xq"].shape[1])
@@ -82,9 +86,16 @@ class Product:
     def whole_activation(self, row: Expr, block: Expr, k: Expr) -> Expr:
         """Input k of a block of quantised activations, in int32 and without its scale."""
         xq = self.tensors["xq"]
-        if len(xq.shape) == 4:
+        if self.digits > 1:
             return sum_of_digits(lambda digit: xq[row, block, digit, k])
         return xq[row, block, k].astype("int32")
+
+    def four_activations(self, row: Expr, block: Expr, k: Expr, digit: Expr) -> Expr:
+        """Inputs k to k + 3 of a block of quantised activations in the bytes of a uint32: as they
+        are, or one digit of each."""
+        place = (digit,) if self.digits > 1 else ()
+        four = self.tensors["xq"].vload([row, block, *place, k], "int8x4")
+        return T.reinterpret("uint32", four)
 
     def activation(self, row: Expr, block: Expr, k: Expr) -> Expr:
         """Input k of a block as float32."""

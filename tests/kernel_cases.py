@@ -7,6 +7,7 @@ importing this module skips the tests of the importing one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -20,7 +21,8 @@ from tvm.tirx import PrimFunc
 from osscompile import targets
 from osscompile.importer.graph import EXPERT_ROWS, TOKENS
 from osscompile.importer.weights import mxfp4_words
-from osscompile.kernels import experts, matmul, rows
+from osscompile.kernels import matmul, rows
+from osscompile.kernels.quantize import quantize
 from osscompile.runtime.machine import Machine
 from osscompile.schedules.formats import FP4_OFFSET, Index
 from osscompile.targets import Target
@@ -65,11 +67,17 @@ every_form = pytest.mark.parametrize("form", FORMS, ids=repr)
 class Case:
     kernel: PrimFunc
     inputs: tuple[Array, ...]
-    expected: F64
+    expected: F64  # of the first result
     tolerance: float = CLOSE
+    check_rest: Callable[..., None] | None = None  # called with all results, if there are several
 
     def check(self, target: Target = HERE, rule: Rule | None = None) -> None:
-        assert_close(build(self.kernel, target, rule=rule)(*self.inputs), self.expected, self)
+        results = build(self.kernel, target, rule=rule)(*self.inputs)
+        first, *rest = results if isinstance(results, tuple) else (results,)
+        assert_close(first, self.expected, self)
+        if self.check_rest is not None:
+            self.check_rest(first, *rest)
+        assert bool(rest) == (self.check_rest is not None)
 
 
 def assert_close(actual: Array, expected: Array, case: Case | float = CLOSE) -> None:
@@ -123,7 +131,7 @@ def mxfp4_weights(seed: int, inputs: int, *shape: int) -> tuple[Array, Array]:
 def activations(x: Array, kind: str) -> tuple[tuple[Array, ...], F64]:
     """Arguments of a kernel, and the numbers that they stand for."""
     if kind == "digits":
-        digits, scales, offsets = build(rows.quantize_digits(TOKENS, x.shape[-1]), HERE)(x)
+        digits, scales, offsets = build(quantize("digits", TOKENS, x.shape[-1]), HERE)(x)
         return (digits, scales, offsets), to_float64(x)
     codes, scales = reference.quantize_q8(x)
     blocks = codes.reshape(*scales.shape, 32)
@@ -171,7 +179,7 @@ ROW_CASES = [embed_bf16, embed_q8, rms_norm, take_row]
 def check_quantize(form: Form, x: Array, target: Target = HERE, rule: Rule | None = None) -> None:
     """Bit for bit: the format of the profile `fast` is defined, not approximated."""
     (codes, scales, offsets), _ = activations(x, "q8")
-    kernel = rows.quantize_q8(form.tokens, x.shape[-1])
+    kernel = quantize("q8", form.tokens, x.shape[-1])
     actual_codes, actual_scales, actual_offsets = build(kernel, target, rule=rule)(x)
     np.testing.assert_array_equal(actual_scales, scales)
     np.testing.assert_array_equal(actual_codes, codes)
@@ -216,23 +224,6 @@ def rotate_queries(form: Form, position: int = 11) -> Case:
     expected = reference.apply_rope(q, at, INV_FREQ, CONCENTRATION) / np.sqrt(HEAD_DIM)
     kernel = rows.rotate_queries(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT)
     return Case(kernel, (qkv, rope_of(CONTEXT), int32(position)), expected)
-
-
-# --- The sum over experts ---------------------------------------------------------------------
-
-
-def combine_experts(form: Form, top_k: int = 4) -> Case:
-    """The y of a row names its slot, so that a wrong row shows."""
-    expert_rows = form.count * top_k
-    y = numbers(22, expert_rows, 64)
-    rng = np.random.default_rng(23)
-    slots = rng.permutation(expert_rows).reshape(form.count, top_k)
-    weights = rng.dirichlet(np.ones(top_k), form.count).astype(np.float32)
-    residual = numbers(24, form.count, 64)
-    chosen = to_float64(y)[slots]
-    expected = to_float64(residual) + np.sum(chosen * to_float64(weights)[..., None], axis=1)
-    kernel = experts.combine_experts(form.tokens, 64, form.expert_rows(expert_rows), top_k)
-    return Case(kernel, (y, slots.astype(np.int32), weights, residual), expected)
 
 
 # --- Matrix products --------------------------------------------------------------------------
@@ -298,12 +289,24 @@ def moe_mxfp4_swiglu(
     )
     tokens = form.expert_rows(len(row_expert))
     kernel = matmul.moe_mxfp4_swiglu(kind, tokens, num_experts, inputs, num_rows, LIMIT)
-    return Case(kernel, (*x, mxfp4_words(blocks), scales, bias, row_expert), expected)
+    inputs_of_kernel = (*x, mxfp4_words(blocks), scales, bias, row_expert)
+
+    def check_quantized(out: Array, *quantized: Array) -> None:
+        for actual, wanted in zip(quantized, activations(out, kind)[0], strict=True):
+            np.testing.assert_array_equal(actual, wanted)
+
+    return Case(kernel, inputs_of_kernel, expected, check_rest=check_quantized)
 
 
-def moe_mxfp4(
-    form: Form, kind: str, inputs: int = 96, num_rows: int = 64, num_experts: int = 8
+def moe_mxfp4_sum(
+    form: Form,
+    kind: str,
+    inputs: int = 96,
+    num_rows: int = 64,
+    num_experts: int = 8,
+    top_k: int = 4,
 ) -> Case:
+    """The slots are any, so that a wrong one shows."""
     x, values = moe_activations(form, inputs, kind)
     blocks, scales = mxfp4_weights(34, inputs, num_experts, num_rows)
     bias = numbers(35, num_experts, num_rows)
@@ -312,9 +315,38 @@ def moe_mxfp4(
     expected = np.stack(
         [row @ used[e].T + bias[e] for row, e in zip(values, row_expert.tolist(), strict=True)]
     )
+    rng = np.random.default_rng(23)
+    slots = rng.integers(len(row_expert), size=(form.count, top_k), dtype=np.int32)
+    weights = rng.dirichlet(np.ones(top_k), form.count).astype(np.float32)
+    residual = numbers(24, form.count, num_rows)
+    sums = to_float64(residual) + np.einsum("tkh,tk->th", expected[slots], to_float64(weights))
+
+    def check_sums(out: Array, actual: Array) -> None:
+        assert_close(actual, sums)
+
     tokens = form.expert_rows(len(row_expert))
-    kernel = matmul.moe_mxfp4(kind, tokens, num_experts, inputs, num_rows)
-    return Case(kernel, (*x, mxfp4_words(blocks), scales, bias, row_expert), expected)
+    kernel = matmul.moe_mxfp4_sum(kind, form.tokens, tokens, num_experts, inputs, num_rows, top_k)
+    weights_of_kernel = (mxfp4_words(blocks), scales, bias)
+    rest = (row_expert, slots, weights, residual)
+    return Case(kernel, (*x, *weights_of_kernel, *rest), expected, check_rest=check_sums)
+
+
+def route_bf16(form: Form, inputs: int = 96, num_experts: int = 32, top_k: int = 4) -> Case:
+    x = numbers(27, form.count, inputs)
+    weight = bf16_bits(28, num_experts, inputs, scale=inputs**-0.5)
+    bias = numbers(29, num_experts)
+    expected = to_float64(x) @ to_float64(weight).T + to_float64(bias)
+    kernel = matmul.route_bf16(form.tokens, inputs, num_experts, top_k)
+    return Case(kernel, (x, weight, bias), expected, check_rest=check_choice)
+
+
+def check_choice(logits: Array, places: Array, ids: Array, weights: Array) -> None:
+    """What a router chose by its logits."""
+    order = np.argsort(-to_float64(logits), axis=-1, kind="stable")
+    np.testing.assert_array_equal(np.argsort(places, axis=-1), order)
+    expected_ids, expected_weights = reference.route(to_float64(logits), ids.shape[-1])
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-6, atol=1e-37)
 
 
 def moe_mxfp4_swiglu_q8(form: Form, *sizes: int) -> Case:
@@ -325,20 +357,15 @@ def moe_mxfp4_swiglu_digits(form: Form, *sizes: int) -> Case:
     return moe_mxfp4_swiglu(form, "digits", *sizes)
 
 
-def moe_mxfp4_q8(form: Form, *sizes: int) -> Case:
-    return moe_mxfp4(form, "q8", *sizes)
+def moe_mxfp4_sum_q8(form: Form, *sizes: int) -> Case:
+    return moe_mxfp4_sum(form, "q8", *sizes)
 
 
-def moe_mxfp4_digits(form: Form, *sizes: int) -> Case:
-    return moe_mxfp4(form, "digits", *sizes)
+def moe_mxfp4_sum_digits(form: Form, *sizes: int) -> Case:
+    return moe_mxfp4_sum(form, "digits", *sizes)
 
 
-MATMULS = [
-    dense_q8,
-    dense_bf16,
-    moe_mxfp4_swiglu_q8,
-    moe_mxfp4_swiglu_digits,
-    moe_mxfp4_q8,
-    moe_mxfp4_digits,
-]
+OF_ANY_WIDTH = [dense_q8, dense_bf16, moe_mxfp4_sum_q8, moe_mxfp4_sum_digits, route_bf16]
+MATMULS = [*OF_ANY_WIDTH, moe_mxfp4_swiglu_q8, moe_mxfp4_swiglu_digits]
 every_matmul = pytest.mark.parametrize("case", MATMULS, ids=lambda case: case.__name__)
+of_any_width = pytest.mark.parametrize("case", OF_ANY_WIDTH, ids=lambda case: case.__name__)

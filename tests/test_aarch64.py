@@ -28,7 +28,6 @@ from kernel_cases import (
     Case,
     Form,
     check_quantize,
-    combine_experts,
     dense_q8,
     every_matmul,
     moe_mxfp4_swiglu_q8,
@@ -86,9 +85,7 @@ def test_matmul_of_2880_inputs(target: Target, case: Callable[..., Case]) -> Non
 
 
 @on_variants
-@pytest.mark.parametrize(
-    "case", [*ROW_CASES, rotate_queries, combine_experts], ids=lambda case: case.__name__
-)
+@pytest.mark.parametrize("case", [*ROW_CASES, rotate_queries], ids=lambda case: case.__name__)
 @both_forms
 def test_row_kernel(target: Target, case: Callable[[Form], Case], form: Form) -> None:
     case(form).check(target)
@@ -151,8 +148,9 @@ class TestAgain:
         rows.test_quantize_digits_holds_20_bits_of_a_blocks_largest(1.0)
 
     @both_forms
-    def test_rms_norm_q8(self, form: Form) -> None:
-        rows.test_rms_norm_q8_is_the_norm_and_its_quantisation(form)
+    @pytest.mark.parametrize("kind", ["q8", "digits"])
+    def test_rms_norm_quantized(self, form: Form, kind: str) -> None:
+        rows.test_rms_norm_quantized_is_the_norm_and_its_quantisation(form, kind)
 
     @both_forms
     @attention.both_dtypes

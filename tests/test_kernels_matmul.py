@@ -21,13 +21,15 @@ from kernel_cases import (
     every_form,
     every_matmul,
     int32,
-    moe_mxfp4_q8,
+    moe_mxfp4_sum_q8,
     moe_mxfp4_swiglu,
     moe_mxfp4_swiglu_q8,
+    of_any_width,
+    route_bf16,
 )
-from kernel_runner import build
+from kernel_runner import Array, build
 
-from osscompile.importer.graph import EXPERT_ROWS
+from osscompile.importer.graph import EXPERT_ROWS, TOKENS
 from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import matmul
 from osscompile.schedules.formats import Index
@@ -48,12 +50,12 @@ def test_dense_without_bias_or_residual(
     case(form, bias=bias, residual=residual).check()
 
 
-@every_matmul
+@of_any_width
 def test_matmul_of_4_rows_does_not_fill_a_vector(case: Callable[..., Case]) -> None:
     case(DECODE, 64, 4).check()
 
 
-@pytest.mark.parametrize("case", [dense_bf16, moe_mxfp4_swiglu_q8], ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", [dense_bf16, moe_mxfp4_sum_q8], ids=lambda case: case.__name__)
 def test_matmul_of_12_rows_leaves_a_vector_half_empty(case: Callable[..., Case]) -> None:
     case(PREFILL, 64, 12).check()
 
@@ -61,11 +63,11 @@ def test_matmul_of_12_rows_leaves_a_vector_half_empty(case: Callable[..., Case])
 @pytest.mark.parametrize("num_experts", [4, 5, 128])
 @every_form
 def test_router_of_any_number_of_experts(form: Form, num_experts: int) -> None:
-    dense_bf16(form, 64, num_experts, residual=False).check()
+    route_bf16(form, 64, num_experts).check()
 
 
 @pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
-@pytest.mark.parametrize("case", [dense_q8, moe_mxfp4_q8], ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", [dense_q8, moe_mxfp4_sum_q8], ids=lambda case: case.__name__)
 def test_matmul_of_one_block_and_one_vector(case: Callable[..., Case], form: Form) -> None:
     case(form, 32, 8).check()
 
@@ -81,7 +83,7 @@ def test_dense_of_2880_for_one_token(case: Callable[..., Case]) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [moe_mxfp4_swiglu_q8, moe_mxfp4_q8], ids=lambda case: case.__name__
+    "case", [moe_mxfp4_swiglu_q8, moe_mxfp4_sum_q8], ids=lambda case: case.__name__
 )
 def test_expert_of_2880_for_one_token(case: Callable[..., Case]) -> None:
     case(DECODE, 2880, 2880, 1).check()
@@ -115,9 +117,17 @@ def test_mxfp4_products_at_their_extremes_do_not_overflow(
     blocks = np.full((1, 8, 2, 16), code, np.uint8)
     scales, bias = np.full((1, 8, 2), 127, np.uint8), np.full((1, 8), 0.5, np.float32)
     weight = reference.dequantize_mxfp4(blocks[0], scales[0])
-    kernel = matmul.moe_mxfp4("q8", tokens, 1, 64, 8)
-    inputs = (*x, mxfp4_words(blocks), scales, bias, int32(0, 0, 0, 0))
-    Case(kernel, inputs, values @ weight.T + 0.5).check()
+    num_tokens = 1 if isinstance(tokens, int) else TOKENS
+    kernel = matmul.moe_mxfp4_sum("q8", num_tokens, tokens, 1, 64, 8, 4)
+    rest = (int32(0, 0, 0, 0), int32([0, 1, 2, 3]), np.ones((1, 4), np.float32))
+    residual = np.zeros((1, 8), np.float32)
+    expected = values @ weight.T + 0.5
+
+    def check_sum(out: Array, sums: Array) -> None:
+        assert_close(sums, expected.sum(axis=0, keepdims=True))
+
+    inputs = (*x, mxfp4_words(blocks), scales, bias, *rest, residual)
+    Case(kernel, inputs, expected, check_rest=check_sum).check()
 
 
 @pytest.mark.parametrize("kind", ["q8", "digits"])
@@ -129,7 +139,7 @@ def test_swiglu_clamps_beyond_7_and_survives_hugely_negative_gates(kind: str) ->
     case = moe_mxfp4_swiglu(PREFILL, kind, bias=bias)
     expected = case.expected
     assert np.ptp(expected[..., 0::8]) == np.ptp(expected[..., 2::8]) == 0  # both are clamped
-    out = build(case.kernel, HERE)(*case.inputs)
+    out, *_ = build(case.kernel, HERE)(*case.inputs)
     for column in (0, 2, 4, 5, 6, 7):
         assert_close(out[..., column::8], expected[..., column::8], 1e-5)
     for column in (1, 3):

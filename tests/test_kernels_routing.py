@@ -1,9 +1,10 @@
-"""Routing tokens to experts, sorting them, summing what comes back, and all of it as one layer."""
+"""Routing tokens to experts, sorting them, and all that experts do as one layer."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -16,7 +17,8 @@ from kernel_cases import (
     Form,
     activations,
     assert_close,
-    combine_experts,
+    bf16_bits,
+    check_choice,
     every_form,
     mxfp4_weights,
     numbers,
@@ -24,18 +26,22 @@ from kernel_cases import (
 from kernel_runner import Array, build
 from reference import F64, to_float64
 
-from osscompile.importer.graph import TOKENS
 from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import experts, matmul, rows
 from osscompile.targets import Target
 
 
 def check_route(form: Form, logits: Array, top_k: int, target: Target = HERE) -> None:
-    kernel = experts.route(form.tokens, logits.shape[-1], top_k)
-    ids, weights = build(kernel, target)(logits)
-    expected_ids, expected_weights = reference.route(to_float64(logits), top_k)
-    np.testing.assert_array_equal(ids, expected_ids)
-    np.testing.assert_allclose(weights, expected_weights, rtol=1e-6, atol=1e-37)
+    """Of a router that gives these logits."""
+    num_experts = logits.shape[-1]
+    inputs = -(-num_experts // 32) * 32
+    x = np.zeros((form.count, inputs), np.float32)
+    x[:, :num_experts] = logits
+    weight = np.eye(num_experts, inputs, dtype=ml_dtypes.bfloat16).view(np.uint16)
+    kernel = matmul.route_bf16(form.tokens, inputs, num_experts, top_k)
+    found, *choice = build(kernel, target)(x, weight, np.zeros(num_experts, np.float32))
+    np.testing.assert_array_equal(found, logits)
+    check_choice(found, *choice)
 
 
 @every_form
@@ -59,15 +65,24 @@ def test_route_huge_logits(scale: float) -> None:
     check_route(PREFILL, logits, 4)
 
 
-def test_route_without_numbers_still_names_different_experts() -> None:
+@every_form
+def test_route_without_numbers_still_names_different_experts(form: Form) -> None:
     """Later kernels use the ids as addresses: a broken model must not crash the process."""
-    logits = numbers(20, 21, 8)
-    logits[0] = np.nan
-    logits[9, 2:] = np.nan
-    logits[18] = -np.inf
-    ids, _ = build(experts.route(TOKENS, 8, 4), HERE)(logits)
-    assert ids.min() >= 0 and ids.max() < 8
-    assert all(len(set(choice)) == 4 for choice in ids.tolist())
+    check_broken_route(form)
+
+
+def check_broken_route(form: Form, target: Target = HERE) -> None:
+    x, weight = numbers(20, form.count, 32), bf16_bits(21, 8, 32)
+    kernel = build(matmul.route_bf16(form.tokens, 32, 8, 4), target)
+    for broken in (
+        [np.nan] * 8,
+        [np.nan, 1, np.nan] + [0] * 5,
+        [-np.inf] * 8,
+        [np.inf, -np.inf] * 4,
+    ):
+        _, _, ids, _ = kernel(x, weight, np.array(broken, np.float32))
+        assert ids.min() >= 0 and ids.max() < 8
+        assert all(len(set(choice)) == 4 for choice in ids.tolist())
 
 
 CHOICES = {
@@ -110,41 +125,36 @@ def test_sort_by_expert_of_512_tokens(kind: str) -> None:
     check_sort(form, choices(kind, form, 8, 4), 8)
 
 
-@every_form
-def test_combine_experts(form: Form) -> None:
-    combine_experts(form).check()
-
-
 @pytest.mark.parametrize("kind", ["q8", "digits"])
 @pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
 def test_moe_layer_of_all_its_kernels(form: Form, kind: str) -> None:
     """Route, sort, gather, both products and the sum, with an expert that nobody chose."""
     num_experts, top_k, hidden, inner = 8, 4, 64, 96
     x, residual = (numbers(seed, form.count, hidden) for seed in (36, 37))
-    logits = numbers(38, form.count, num_experts)
-    logits[..., 3] = -50
+    router, router_bias = bf16_bits(38, num_experts, hidden), numbers(43, num_experts)
+    router_bias[3] = -500
     gate_up, gate_up_scales = mxfp4_weights(39, hidden, num_experts, 2, inner)
     down, down_scales = mxfp4_weights(40, inner, num_experts, hidden)
     gate_up_bias, down_bias = numbers(41, num_experts, 2, inner), numbers(42, num_experts, hidden)
 
-    ids, weights = build(experts.route(form.tokens, num_experts, top_k), HERE)(logits)
+    route = build(matmul.route_bf16(form.tokens, hidden, num_experts, top_k), HERE)
+    logits, _, ids, weights = route(x, router, router_bias)
     sort = experts.sort_by_expert(form.tokens, num_experts, top_k)
     row_expert, row_token, slots, _ = build(sort, HERE)(ids)
     count = form.expert_rows(len(row_expert))
     gather = rows.gather_rows(kind, form.tokens, hidden, count)
     gathered = build(gather, HERE)(*activations(x, kind)[0], row_token)
     swiglu = matmul.moe_mxfp4_swiglu(kind, count, num_experts, hidden, inner, LIMIT)
-    act = build(swiglu, HERE)(
+    _, *act = build(swiglu, HERE)(
         *gathered,
         *(mxfp4_words(gate_up), gate_up_scales, gate_up_bias, row_expert),
     )
-    moe = matmul.moe_mxfp4(kind, count, num_experts, inner, hidden)
-    y = build(moe, HERE)(
-        *activations(act, kind)[0],
+    moe = matmul.moe_mxfp4_sum(kind, form.tokens, count, num_experts, inner, hidden, top_k)
+    _, out = build(moe, HERE)(
+        *act,
         *(mxfp4_words(down), down_scales, down_bias, row_expert),
+        *(slots, weights, residual),
     )
-    combine = experts.combine_experts(form.tokens, hidden, count, top_k)
-    out = build(combine, HERE)(y, slots, weights, residual)
 
     def interleaved(pairs: F64) -> F64:
         return np.swapaxes(pairs, 1, 2).reshape(num_experts, 2 * inner, *pairs.shape[3:])

@@ -29,6 +29,7 @@ from reference import to_float64
 
 from osscompile.importer.graph import TOKENS
 from osscompile.kernels import rows
+from osscompile.kernels.quantize import quantize
 from osscompile.schedules.formats import DIGIT, FP4_OFFSET
 from osscompile.targets import Target
 
@@ -96,7 +97,7 @@ def test_quantize_q8_of_hard_blocks(block: str) -> None:
 
 def check_digits(x: Array, target: Target = HERE) -> None:
     """Whole numbers in digits of -64..63 that are the nearest multiples of the scale."""
-    digits, scales, offsets = build(rows.quantize_digits(TOKENS, x.shape[-1]), target)(x)
+    digits, scales, offsets = build(quantize("digits", TOKENS, x.shape[-1]), target)(x)
     assert digits.min() >= -64 and digits.max() <= 63
     places = np.array([DIGIT**2, DIGIT, 1])[:, None]
     whole = (digits.astype(np.int64) * places).sum(axis=2)
@@ -133,13 +134,15 @@ def check_gather(form: Form, kind: str, target: Target = HERE) -> None:
 
 
 @every_form
-def test_rms_norm_q8_is_the_norm_and_its_quantisation(form: Form) -> None:
-    check_norm_q8(form)
+@pytest.mark.parametrize("kind", ["q8", "digits"])
+def test_rms_norm_quantized_is_the_norm_and_its_quantisation(form: Form, kind: str) -> None:
+    check_norm_quantized(form, kind)
 
 
-def check_norm_q8(form: Form, target: Target = HERE) -> None:
+def check_norm_quantized(form: Form, kind: str, target: Target = HERE) -> None:
     x, weight = rms_norm(form).inputs
-    normed, *quantized = build(rows.rms_norm_q8(form.tokens, 96, 1e-5), target)(x, weight)
+    kernel = rows.rms_norm_quantized(kind, form.tokens, 96, 1e-5)
+    normed, *quantized = build(kernel, target)(x, weight)
     assert_close(normed, rms_norm(form).expected)
-    for actual, expected in zip(quantized, activations(normed, "q8")[0], strict=True):
+    for actual, expected in zip(quantized, activations(normed, kind)[0], strict=True):
         np.testing.assert_array_equal(actual, expected)

@@ -15,13 +15,13 @@ from kernel_cases import (
     Case,
     Form,
     check_quantize,
-    combine_experts,
     dense_bf16,
     dense_q8,
     every_matmul,
-    moe_mxfp4_q8,
+    moe_mxfp4_sum_q8,
     moe_mxfp4_swiglu_q8,
     numbers,
+    of_any_width,
     rotate_queries,
 )
 
@@ -42,7 +42,7 @@ def test_matmul_under_the_fallback_rule(case: Callable[..., Case]) -> None:
         (dense_q8, DECODE),
         (dense_q8, PREFILL),
         (moe_mxfp4_swiglu_q8, DECODE),
-        (moe_mxfp4_q8, PREFILL),
+        (moe_mxfp4_sum_q8, PREFILL),
     ],
     ids=lambda value: getattr(value, "__name__", None) or value.name,
 )
@@ -50,12 +50,19 @@ def test_matmul_without_int8_products(case: Callable[..., Case], form: Form) -> 
     case(form).check(NO_INT8_DOT)
 
 
-@every_matmul
+@of_any_width
 def test_matmul_in_vectors_of_128_bits(case: Callable[..., Case]) -> None:
     case(DECODE, 64, 24).check(NARROW)
 
 
-@pytest.mark.parametrize("case", [dense_q8, dense_bf16, moe_mxfp4_q8], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("num_rows", [32, 128, 192])
+@pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
+def test_swiglu_in_vectors_of_128_bits(form: Form, num_rows: int) -> None:
+    """Of one task, and of as many blocks as fill vectors, which different tasks quantise."""
+    moe_mxfp4_swiglu_q8(form, 64, num_rows).check(NARROW)
+
+
+@pytest.mark.parametrize("case", [dense_q8, dense_bf16, moe_mxfp4_sum_q8], ids=lambda c: c.__name__)
 def test_matmul_of_tiles_in_vectors_of_128_bits(case: Callable[..., Case]) -> None:
     case(PREFILL, 64, 24).check(NARROW)
 
@@ -65,9 +72,7 @@ def test_matmul_rows_that_fill_narrow_vectors_only() -> None:
     dense_q8(DECODE, 64, 12).check(NARROW)
 
 
-@pytest.mark.parametrize(
-    "case", [*ROW_CASES, rotate_queries, combine_experts], ids=lambda case: case.__name__
-)
+@pytest.mark.parametrize("case", [*ROW_CASES, rotate_queries], ids=lambda case: case.__name__)
 def test_row_kernel_in_vectors_of_128_bits(case: Callable[[Form], Case]) -> None:
     case(PREFILL).check(NARROW)
 

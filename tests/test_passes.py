@@ -178,7 +178,6 @@ def test_loops_take_every_kernel_that_is_not_made_of_blocks() -> None:
     for kernel in (
         kv_cache.append_kv(TOKENS, *cache),
         attention.attention(TOKENS, 4, 2, 16, 64, None, "float32"),
-        experts.route(1, 8, 4),
         experts.sort_by_expert(TOKENS, 8, 4),
     ):
         assert loops(kernel, AVX2, recorded(kernel, AVX2)) is not None
@@ -263,8 +262,8 @@ def test_kernel_key_tells_operations_shapes_and_dtypes_apart() -> None:
             matmul.dense_bf16(1, 64, 32, False, False),
             matmul.dense_bf16(TOKENS, 32, 64, False, False),
             matmul.dense_bf16(1, 32, 64, True, False),
-            matmul.moe_mxfp4("q8", 1, 4, 32, 64),
-            matmul.moe_mxfp4("digits", 1, 4, 32, 64),
+            matmul.moe_mxfp4_swiglu("q8", 1, 4, 32, 64, 7.0),
+            matmul.moe_mxfp4_swiglu("digits", 1, 4, 32, 64, 7.0),
         )
     }
     assert len(keys) == 6

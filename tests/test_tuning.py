@@ -203,7 +203,7 @@ def test_large_models_are_tuned_without_kernels_twice(this_machine: Target) -> N
         keys = [workload.key for workload in found]
         assert len(keys) == len(set(keys)) >= 6
         ops = {str(workload.function.attrs["op"]) for workload in found}
-        assert ops >= {"dense_q8", "moe_mxfp4_q8", "moe_mxfp4_swiglu_q8"}
+        assert ops >= {"dense_q8", "moe_mxfp4_sum_q8", "moe_mxfp4_swiglu_q8"}
     assert {w.key for w in small} & {w.key for w in large}  # dense layers are the same
 
 
@@ -348,6 +348,22 @@ def test_wrong_candidate_beside_a_right_one_does_not_win(
     assert measured_ways(folder) == {FAST}
     (finding,) = read_findings([folder], this_machine)
     assert finding.constants == {KNOB: FAST} and finding.ratio < 0.9
+
+
+def test_whole_numbers_may_be_rounded_to_another_but_no_block_may_be_wrong() -> None:
+    right = np.random.default_rng(0).integers(-127, 128, (21, 90, 32)).astype(np.int8)
+    rounded, wrong = right.copy(), right.copy()
+    rounded[3, 5, 7] ^= 1
+    wrong[3, 5] = -wrong[3, 5]
+    assert (
+        0
+        < measure._error([rounded], [right])
+        < measure.TOLERANCE
+        < measure._error([wrong], [right])
+    )
+    digits = np.array([[[[1, -1], [-64, 63], [63, -64]]]], np.int8)
+    assert inputs.whole_numbers(digits, DIGIT).tolist() == [[[8255, -8384]]]
+    assert inputs.whole_numbers(right, DIGIT).dtype == np.int32
 
 
 def test_wrong_default_stops_the_tuning(

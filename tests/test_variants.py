@@ -31,11 +31,10 @@ from kernel_cases import (
     Case,
     Form,
     check_quantize,
-    combine_experts,
     dense_q8,
     every_matmul,
-    moe_mxfp4_digits,
-    moe_mxfp4_q8,
+    moe_mxfp4_sum_digits,
+    moe_mxfp4_sum_q8,
     moe_mxfp4_swiglu_q8,
     numbers,
     rotate_queries,
@@ -184,9 +183,7 @@ def test_matmul(target: Target, case: Callable[..., Case], form: Form) -> None:
 
 
 @on_others
-@pytest.mark.parametrize(
-    "case", [*ROW_CASES, rotate_queries, combine_experts], ids=lambda case: case.__name__
-)
+@pytest.mark.parametrize("case", [*ROW_CASES, rotate_queries], ids=lambda case: case.__name__)
 def test_row_kernel(target: Target, case: Callable[[Form], Case]) -> None:
     case(PREFILL).check(target)
 
@@ -233,8 +230,8 @@ def test_nano_with_one_to_four_threads(
 KERNELS = {
     "dense_q8_decode": matmul.dense_q8(1, 2880, 5120, True, False),
     "dense_q8_prefill": matmul.dense_q8(TOKENS, 2880, 5120, True, False),
-    "moe_mxfp4_q8_decode": matmul.moe_mxfp4("q8", 4, 32, 2880, 2880),
-    "moe_mxfp4_q8_prefill": matmul.moe_mxfp4("q8", EXPERT_ROWS, 32, 2880, 2880),
+    "moe_mxfp4_sum_q8_decode": matmul.moe_mxfp4_sum("q8", 1, 4, 32, 2880, 2880, 4),
+    "moe_mxfp4_sum_q8_prefill": matmul.moe_mxfp4_sum("q8", TOKENS, EXPERT_ROWS, 32, 2880, 2880, 4),
     "moe_mxfp4_swiglu_q8_decode": matmul.moe_mxfp4_swiglu("q8", 4, 32, 2880, 2880, LIMIT),
 }
 
@@ -323,7 +320,7 @@ def target_with_dpbusd_written_out() -> Iterator[Target]:
 @pytest.mark.parametrize("form", FORMS, ids=repr)
 @pytest.mark.parametrize(
     "case",
-    [dense_q8, moe_mxfp4_q8, moe_mxfp4_swiglu_q8, moe_mxfp4_digits],
+    [dense_q8, moe_mxfp4_sum_q8, moe_mxfp4_swiglu_q8, moe_mxfp4_sum_digits],
     ids=lambda case: case.__name__,
 )
 def test_dpbusd_written_out(

@@ -11,7 +11,7 @@ from tvm import ir, relax, tirx
 from tvm.relax import BlockBuilder, TensorType
 from tvm.tirx import PrimFunc
 
-from ..kernels import attention, experts, kv_cache, matmul, rows
+from ..kernels import attention, experts, kv_cache, matmul, quantize, rows
 from ..runtime.kv_cache import KEYS_PER_TILE
 from ..schedules.formats import BLOCK, DIGITS, FP4_PER_WORD, INT8_PER_WORD, Index
 from .config import ModelConfig
@@ -191,8 +191,7 @@ class _Layers:
         context = int(rope.ty.shape[0])
         capacity, dtype = int(values.ty.shape[1]), str(values.ty.dtype)
 
-        _, activation = self._norm(f"{layer}.attn_norm", x)
-        qkv = self._dense(f"{layer}.qkv", activation)
+        qkv = self._dense(f"{layer}.qkv", self._dense_activation(f"{layer}.attn_norm", x))
         queries = self._call(
             rows.rotate_queries(tokens, heads, kv_heads, dim, context),
             [qkv, rope, self.position],
@@ -216,7 +215,11 @@ class _Layers:
         )
         activation = [mixed]
         if self.quantized:
-            activation = self._quantize(mixed, tokens, config.q_size)
+            activation = self._call_many(
+                quantize.quantize("q8", tokens, config.q_size),
+                [mixed],
+                self._quantized_types("q8", self.tokens, config.q_size),
+            )
         return self._dense(f"{layer}.out", activation, residual=x)
 
     def experts(self, i: int, x: relax.Var) -> relax.Var:
@@ -229,17 +232,16 @@ class _Layers:
         # Within the experts' kernels the number of rows is a symbol of its own.
         symbol = num_rows if isinstance(num_rows, int) else EXPERT_ROWS
 
-        normed, activation = self._norm(f"{layer}.mlp_norm", x)
-        router = [self.variables[f"{layer}.router.{part}"] for part in ("weight", "bias")]
-        logits = self._call(
-            matmul.dense_bf16(tokens, hidden, num_experts, True, False),
-            [normed, *router],
-            [TensorType((self.tokens, num_experts), "float32")],
-        )
-        ids, weights = self._call_many(
-            experts.route(tokens, num_experts, top_k),
-            [logits],
-            [TensorType(choices, "int32"), TensorType(choices, "float32")],
+        normed, *activation = self._norm(f"{layer}.mlp_norm", x, self.expert_activation)
+        _, _, ids, weights = self._call_many(
+            matmul.route_bf16(tokens, hidden, num_experts, top_k),
+            [normed, *(self.variables[f"{layer}.router.{part}"] for part in ("weight", "bias"))],
+            [
+                TensorType((self.tokens, num_experts), "float32"),
+                TensorType((self.tokens, num_experts), "int32"),
+                TensorType(choices, "int32"),
+                TensorType(choices, "float32"),
+            ],
         )
         row_expert, row_token, slots, _ = self._call_many(
             experts.sort_by_expert(tokens, num_experts, top_k),
@@ -251,35 +253,26 @@ class _Layers:
                 TensorType((num_experts,), "int32"),
             ],
         )
-        if not self.quantized:
-            activation = self._quantize(normed, tokens, hidden)
+        kind, limit = self.expert_activation, config.swiglu_limit
         gathered = self._call_many(
-            rows.gather_rows(self.expert_activation, tokens, hidden, symbol),
+            rows.gather_rows(kind, tokens, hidden, symbol),
             [*activation, row_token],
-            self._quantized_types(num_rows, hidden),
+            self._quantized_types(kind, num_rows, hidden),
         )
-        limit = config.swiglu_limit
-        act = self._expert(
-            matmul.moe_mxfp4_swiglu(
-                self.expert_activation, symbol, num_experts, hidden, inner, limit
-            ),
-            f"{layer}.gate_up",
-            gathered,
-            row_expert,
-            TensorType((num_rows, inner), "float32"),
+        _, *act = self._call_many(
+            matmul.moe_mxfp4_swiglu(kind, symbol, num_experts, hidden, inner, limit),
+            [*gathered, *self._expert_weights(f"{layer}.gate_up"), row_expert],
+            [
+                TensorType((num_rows, inner), "float32"),
+                *self._quantized_types(kind, num_rows, inner),
+            ],
         )
-        y = self._expert(
-            matmul.moe_mxfp4(self.expert_activation, symbol, num_experts, inner, hidden),
-            f"{layer}.down",
-            self._quantize(act, symbol, inner),
-            row_expert,
-            TensorType((num_rows, hidden), "float32"),
+        _, out = self._call_many(
+            matmul.moe_mxfp4_sum(kind, tokens, symbol, num_experts, inner, hidden, top_k),
+            [*act, *self._expert_weights(f"{layer}.down"), row_expert, slots, weights, x],
+            [TensorType((num_rows, hidden), "float32"), self._hidden()],
         )
-        return self._call(
-            experts.combine_experts(tokens, hidden, symbol, top_k),
-            [y, slots, weights, x],
-            [self._hidden()],
-        )
+        return out
 
     def take_row(self, x: relax.Var, index: relax.Var) -> relax.Var:
         """The row of one token; what follows sees it alone."""
@@ -288,30 +281,24 @@ class _Layers:
         return self._call(kernel, [x, index], [self._hidden()])
 
     def head(self, x: relax.Var) -> relax.Var:
-        _, activation = self._norm("norm", x)
-        return self._dense("lm_head", activation)
+        return self._dense("lm_head", self._dense_activation("norm", x))
 
-    def _norm(self, name: str, x: relax.Var) -> tuple[relax.Var, list[relax.Var]]:
-        """The normed x as float32, and as the profile's dense layers take it: float32, or int8 with
-        scales and offsets."""
+    def _norm(self, name: str, x: relax.Var, kind: str | None) -> list[relax.Var]:
+        """The normed x, float32, and if there is a `kind`, what `quantized` makes of it."""
         size, weight = self.config.hidden_size, self.variables[f"{name}.weight"]
         shape = (self.kernel_tokens, size, self.config.norm_eps)
-        if self.quantized:
-            types = [self._hidden(), *self._quantized_types(self.tokens, size)]
-            normed, *activation = self._call_many(rows.rms_norm_q8(*shape), [x, weight], types)
-            return normed, activation
-        normed = self._call(rows.rms_norm(*shape), [x, weight], [self._hidden()])
-        return normed, [normed]
+        if kind is None:
+            return [self._call(rows.rms_norm(*shape), [x, weight], [self._hidden()])]
+        types = [self._hidden(), *self._quantized_types(kind, self.tokens, size)]
+        return self._call_many(rows.rms_norm_quantized(kind, *shape), [x, weight], types)
 
-    def _quantize(self, x: relax.Var, kernel_rows: Index, inputs: int) -> list[relax.Var]:
-        """x [rows, inputs] as the profile's products with experts take it."""
-        quantize = rows.quantize_q8 if self.quantized else rows.quantize_digits
-        types = self._quantized_types(x.ty.shape[0], inputs)
-        return self._call_many(quantize(kernel_rows, inputs), [x], types)
+    def _dense_activation(self, name: str, x: relax.Var) -> list[relax.Var]:
+        """The normed x as the profile's dense layers take it."""
+        return self._norm(name, x, "q8")[1:] if self.quantized else self._norm(name, x, None)
 
-    def _quantized_types(self, num_rows: Index, inputs: int) -> list[TensorType]:
+    def _quantized_types(self, kind: str, num_rows: Index, inputs: int) -> list[TensorType]:
         shape = (num_rows, inputs // BLOCK)
-        digits = () if self.quantized else (DIGITS,)
+        digits = (DIGITS,) if kind == "digits" else ()
         return [
             TensorType((*shape, *digits, BLOCK), "int8"),
             TensorType(shape, "float32"),
@@ -335,16 +322,8 @@ class _Layers:
         out = TensorType((self.tokens, num_rows), "float32")
         return self._call(kernel, [*activation, *weights, *extra], [out])
 
-    def _expert(
-        self,
-        kernel: PrimFunc,
-        name: str,
-        activation: list[relax.Var],
-        row_expert: relax.Var,
-        out: TensorType,
-    ) -> relax.Var:
-        weights = [self.variables[f"{name}.{part}"] for part in ("words", "scales", "bias")]
-        return self._call(kernel, [*activation, *weights, row_expert], [out])
+    def _expert_weights(self, name: str) -> list[relax.Var]:
+        return [self.variables[f"{name}.{part}"] for part in ("words", "scales", "bias")]
 
     def _dense_weights(self, name: str) -> list[relax.Var]:
         parts = ("words", "scales") if self.quantized else ("weight",)

@@ -1,57 +1,59 @@
-"""Routing: which experts a token goes to, the rows that each expert serves, and the sum.
+"""Routing: which experts a token goes to, and the rows that each expert serves.
 
 Loops are named as in `attention.py`: the iterations of `task` are independent.
 """
 
 from functools import cache
 
-from tvm import te
+from tvm import te, tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from ..schedules.formats import Index, extent
+from ..schedules.formats import Index, const, extent
 
 
-@cache
-def route(tokens: Index, experts: int, top_k: int) -> PrimFunc:
-    """logits [tokens, experts] float32 -> the top_k experts of each token [tokens, top_k] int32,
-    best first, ties to the lower id; and their softmax [tokens, top_k] float32."""
-    num_tokens = extent(tokens)
+def chosen(logits: te.Tensor, top_k: int) -> list[te.Tensor]:
+    """logits [tokens, experts] float32 -> tensors of these names: places [tokens, experts] int32 of
+    the experts in the order of their logits, the best first, ties to the lower id; ids [tokens,
+    top_k] int32 of the top_k; and weights [tokens, top_k] float32, their softmax.
 
-    @T.prim_func(private=True, s_tir=True)
-    def top_experts(
-        logits: T.Buffer((num_tokens, T.int64(experts)), "float32"),
-        ids: T.Buffer((num_tokens, T.int64(top_k)), "int32"),
-        weights: T.Buffer((num_tokens, T.int64(top_k)), "float32"),
-    ) -> None:
-        T.func_attr({"op": "route", "tirx.noalias": True})
-        for task in range(num_tokens):
-            total = T.alloc_buffer((1,), "float32", scope="local")
-            taken = T.alloc_buffer((1,), "int32", scope="local")
-            best = T.alloc_buffer((1,), "int32", scope="local")
-            for k in range(T.int64(top_k)):
-                best[0] = -1
-                for e in range(T.int64(experts)):
-                    taken[0] = 0
-                    for earlier in range(k):
-                        if ids[task, earlier] == T.Cast("int32", e):
-                            taken[0] = 1
-                    if taken[0] == 0:
-                        if best[0] < 0:
-                            best[0] = T.Cast("int32", e)
-                        else:
-                            if logits[task, e] > logits[task, best[0]]:
-                                best[0] = T.Cast("int32", e)
-                ids[task, k] = best[0]
-            total[0] = T.float32(0.0)
-            for k in range(T.int64(top_k)):
-                weights[task, k] = T.exp(logits[task, ids[task, k]] - logits[task, ids[task, 0]])
-                total[0] += weights[task, k]
-            for k in range(T.int64(top_k)):
-                weights[task, k] = weights[task, k] / total[0]
+    Numbers are compared by their bits, so that logits without a number have places too.
+    """
+    tokens, experts = logits.shape
+    top = (tokens, extent(top_k))
+    e = te.reduce_axis((extent(0), experts), name="e")
+    k = te.reduce_axis((extent(0), extent(top_k)), name="k")
 
-    return top_experts
+    def before(i: Expr, other: Expr, expert: Expr) -> Expr:
+        theirs, ours = (_ordered_bits(logits[i, x]) for x in (other, expert))
+        tie = tirx.all(theirs == ours, other < expert)
+        return tirx.any(theirs > ours, tie).astype("int32")
+
+    places = te.compute(
+        (tokens, experts), lambda i, r: te.sum(before(i, e, r), axis=e), name="places"
+    )
+    ids = te.compute(
+        top,
+        lambda i, j: te.sum(
+            tirx.Select(places[i, e] == j.astype("int32"), e.astype("int32"), const(0, "int32")),
+            axis=e,
+        ),
+        name="ids",
+    )
+    powers = te.compute(
+        top, lambda i, j: tirx.exp(logits[i, ids[i, j]] - logits[i, ids[i, 0]]), name="powers"
+    )
+    total = te.compute((tokens,), lambda i: te.sum(powers[i, k], axis=k), name="total")
+    weights = te.compute(top, lambda i, j: powers[i, j] / total[i], name="weights")
+    return [places, ids, weights]
+
+
+def _ordered_bits(x: Expr) -> Expr:
+    """An int32 that is greater the greater the float32 is; of both zeros the same."""
+    bits = tirx.reinterpret("int32", x)
+    magnitude = bits & const(0x7FFFFFFF, "int32")
+    return tirx.Select(bits < const(0, "int32"), -magnitude, bits)
 
 
 @cache
@@ -91,26 +93,3 @@ def sort_by_expert(tokens: Index, experts: int, top_k: int) -> PrimFunc:
             row_token[slots[t, k]] = T.Cast("int32", t)
 
     return sort
-
-
-@cache
-def combine_experts(tokens: Index, hidden: int, expert_rows: Index, top_k: int) -> PrimFunc:
-    """Expert outputs [expert_rows, hidden] float32, slots [tokens, top_k] int32, weights [tokens,
-    top_k], residual [tokens, hidden] float32 -> residual + the weighted sum of each token's experts
-    [tokens, hidden]."""
-    shape = (extent(tokens), extent(hidden))
-    y = te.placeholder((extent(expert_rows), extent(hidden)), "float32", name="y")
-    choices = (extent(tokens), extent(top_k))
-    slots = te.placeholder(choices, "int32", name="slots")
-    weights = te.placeholder(choices, "float32", name="weights")
-    residual = te.placeholder(shape, "float32", name="residual")
-
-    def total(i: Expr, h: Expr) -> Expr:
-        sum_of = residual[i, h]
-        for k in range(top_k):
-            sum_of = sum_of + y[slots[i, k], h] * weights[i, k]
-        return sum_of
-
-    out = te.compute(shape, total, name="out")
-    function = te.create_prim_func([y, slots, weights, residual, out])
-    return function.with_attr("op", "combine_experts")

@@ -5,7 +5,10 @@ Of the experts' kernels every row has its own expert, `row_expert`; equal expert
 block, word]; `passes/pack_weights.py` gives them the order that the target's vectors read.
 
 Every kernel has the stages `dot` (sum over one block of 32; absent for bfloat16 weights, which have
-no blocks), `acc` (float32 sum over blocks) and `out` (bias, residual, SwiGLU).
+no blocks), `acc` (float32 sum over blocks) and `out` (bias, residual, SwiGLU). Some go on with what
+is wanted of `out`; its attribute `columns_needed` says how many columns of a row those stages must
+see together: 1, `BLOCK`, or, if it is absent, all. Such kernels return `out` first, which takes the
+memory it needs and may stay unread.
 """
 
 from collections.abc import Callable
@@ -29,6 +32,8 @@ from ..schedules.formats import (
     int8_of_word,
     sum_of_digits,
 )
+from .experts import chosen
+from .quantize import quantized
 
 SWIGLU_ALPHA = 1.702  # of gpt-oss; not in its config.json
 
@@ -41,7 +46,8 @@ def moe_mxfp4_swiglu(
 
     activations (see `_activations`), words [expert, 2, rows, blocks, 4] uint32,
     scales [expert, 2, rows, blocks] uint8, bias [expert, 2, rows] float32, row_expert [tokens]
-    int32 -> [tokens, rows] float32. Axis 1 of the weights: 0 gate, 1 up.
+    int32 -> [tokens, rows] float32, and what `quantized` makes of it. Axis 1 of the weights: 0
+    gate, 1 up.
     """
     x = _activations(activation, tokens, inputs)
     words, scales, bias, expert = _expert_weights(tokens, (experts, 2, rows), inputs)
@@ -58,21 +64,63 @@ def moe_mxfp4_swiglu(
         return gate / (one + tirx.exp(-z)) * (up + one)
 
     out = te.compute(_shape(tokens, rows), swiglu, name="out")
-    return _prim_func(f"moe_mxfp4_swiglu_{activation}", [*x, words, scales, bias, expert, out], 2)
+    tensors = [*x, words, scales, bias, expert, out, *quantized(activation, out, "_out")]
+    return _prim_func(f"moe_mxfp4_swiglu_{activation}", tensors, 2, BLOCK)
 
 
 @cache
-def moe_mxfp4(activation: str, tokens: Index, experts: int, inputs: int, rows: int) -> PrimFunc:
-    """down projection by each row's expert, and bias.
+def moe_mxfp4_sum(
+    activation: str,
+    tokens: Index,
+    expert_rows: Index,
+    experts: int,
+    inputs: int,
+    rows: int,
+    top_k: int,
+) -> PrimFunc:
+    """down projection by each row's expert, bias, and residual + the weighted sum of each token's
+    experts.
 
-    activations, words [expert, rows, blocks, 4] uint32, scales [expert, rows, blocks] uint8,
-    bias [expert, rows] float32, row_expert [tokens] int32 -> [tokens, rows] float32.
+    activations of the `expert_rows`, words [expert, rows, blocks, 4] uint32, scales [expert, rows,
+    blocks] uint8, bias [expert, rows] float32, row_expert [expert_rows] int32; slots [tokens,
+    top_k] int32, a token's rows; weights [tokens, top_k], residual [tokens, rows] float32 ->
+    [expert_rows, rows] and the sums [tokens, rows] float32.
     """
-    x = _activations(activation, tokens, inputs)
-    words, scales, bias, expert = _expert_weights(tokens, (experts, rows), inputs)
-    acc = _expert_sum(x, words, scales, expert, (tokens, rows), inputs)
-    out = te.compute(_shape(tokens, rows), lambda i, r: acc[i, r] + bias[expert[i], r], name="out")
-    return _prim_func(f"moe_mxfp4_{activation}", [*x, words, scales, bias, expert, out], 1)
+    x = _activations(activation, expert_rows, inputs)
+    words, scales, bias, expert = _expert_weights(expert_rows, (experts, rows), inputs)
+    acc = _expert_sum(x, words, scales, expert, (expert_rows, rows), inputs)
+    out = te.compute(
+        _shape(expert_rows, rows), lambda i, r: acc[i, r] + bias[expert[i], r], name="out"
+    )
+    slots = te.placeholder(_shape(tokens, top_k), "int32", name="slots")
+    weights = te.placeholder(_shape(tokens, top_k), "float32", name="weights")
+    residual = te.placeholder(_shape(tokens, rows), "float32", name="residual")
+
+    def total(i: Expr, r: Expr) -> Expr:
+        sum_of = residual[i, r]
+        for k in range(top_k):
+            sum_of = sum_of + out[slots[i, k], r] * weights[i, k]
+        return sum_of
+
+    sums = te.compute(_shape(tokens, rows), total, name="sums")
+    tensors = [*x, words, scales, bias, expert, slots, weights, residual, out, sums]
+    return _prim_func(f"moe_mxfp4_sum_{activation}", tensors, 1, 1)
+
+
+@cache
+def route_bf16(tokens: Index, inputs: int, experts: int, top_k: int) -> PrimFunc:
+    """The router: which experts a token goes to, and with which weights.
+
+    x [tokens, inputs] float32, weight [experts, inputs] uint16 (bfloat16 bits), bias [experts]
+    float32 -> logits [tokens, experts] float32; the places of the experts in the order of their
+    logits, the best first, ties to the lower id, int32; the top_k experts of each token [tokens,
+    top_k] int32, the best first; and their softmax [tokens, top_k] float32.
+    """
+    x, weight, acc = _bf16_sum(tokens, inputs, experts)
+    bias = te.placeholder(_shape(experts), "float32", name="bias")
+    out = te.compute(_shape(tokens, experts), lambda i, e: acc[i, e] + bias[e], name="out")
+    tensors = [x, weight, bias, out, *chosen(out, top_k)]
+    return _prim_func("route_bf16", tensors, 0)
 
 
 @cache
@@ -115,21 +163,13 @@ def dense_bf16(tokens: Index, inputs: int, rows: int, bias: bool, residual: bool
     x [tokens, inputs] float32, weight [rows, inputs] uint16 (bfloat16 bits),
     (bias [rows] float32), (residual [tokens, rows] float32) -> [tokens, rows] float32.
     """
-    x = te.placeholder(_shape(tokens, inputs), "float32", name="x")
-    weight = te.placeholder(_shape(rows, inputs), "uint16", name="weight")
-    k = te.reduce_axis((extent(0), extent(inputs)), name="k")
-    acc = te.compute(
-        _shape(tokens, rows),
-        lambda i, r: te.sum(bf16_to_float32(weight[r, k]) * x[i, k], axis=k),
-        name="acc",
-    )
+    x, weight, acc = _bf16_sum(tokens, inputs, rows)
     extra, out = _dense_output(acc, tokens, rows, bias, residual)
     return _prim_func("dense_bf16", [x, weight, *extra, out], 0)
 
 
 def _activations(kind: str, tokens: Index, inputs: int) -> list[te.Tensor]:
-    """As `rows.quantize_q8` or `rows.quantize_digits` gives them: int8 [tokens, blocks, 32] ("q8")
-    or [tokens, blocks, 3, 32] ("digits"), scales float32 and offsets int32 [tokens, blocks]."""
+    """Tensors as `quantized` makes them."""
     blocks = inputs // BLOCK
     digits = (DIGITS,) if kind == "digits" else ()
     xq = te.placeholder(_shape(tokens, blocks, *digits, BLOCK), "int8", name="xq")
@@ -186,6 +226,19 @@ def _expert_sum(
     return te.compute(_shape(tokens, *rows), term, name="acc")
 
 
+def _bf16_sum(tokens: Index, inputs: int, rows: int) -> tuple[te.Tensor, te.Tensor, te.Tensor]:
+    """x, the weights, and the sums over the inputs [tokens, rows] float32."""
+    x = te.placeholder(_shape(tokens, inputs), "float32", name="x")
+    weight = te.placeholder(_shape(rows, inputs), "uint16", name="weight")
+    k = te.reduce_axis((extent(0), extent(inputs)), name="k")
+    acc = te.compute(
+        _shape(tokens, rows),
+        lambda i, r: te.sum(bf16_to_float32(weight[r, k]) * x[i, k], axis=k),
+        name="acc",
+    )
+    return x, weight, acc
+
+
 def _dense_output(
     acc: te.Tensor, tokens: Index, rows: int, bias: bool, residual: bool
 ) -> tuple[list[te.Tensor], te.Tensor]:
@@ -209,12 +262,17 @@ def _dense_output(
     return extra, te.compute(_shape(tokens, rows), output, name="out")
 
 
-def _prim_func(op: str, tensors: list[te.Tensor], row_axis: int) -> PrimFunc:
+def _prim_func(
+    op: str, tensors: list[te.Tensor], row_axis: int, columns_needed: int | None = None
+) -> PrimFunc:
     """`op` is what schedule rules match; `packed_params` are the weights that
     `passes/pack_weights.py` may reorder: (parameter, axis of its rows) pairs."""
     names = {"words", "scales", "weight"}
     packed = [[i, row_axis] for i, t in enumerate(tensors) if t.op.name in names]
-    return te.create_prim_func(tensors).with_attr({"op": op, "packed_params": packed})
+    attributes = {"op": op, "packed_params": packed}
+    if columns_needed is not None:
+        attributes["columns_needed"] = columns_needed
+    return te.create_prim_func(tensors).with_attr(attributes)
 
 
 def _shape(*extents: Index) -> tuple[Expr, ...]:

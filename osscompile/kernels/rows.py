@@ -1,6 +1,5 @@
-"""Kernels that treat every token's row by itself: embed, normalise, quantise, rotate, gather."""
+"""Kernels that treat every token's row by itself: embed, normalise, rotate, gather."""
 
-from collections.abc import Callable
 from functools import cache
 
 from tvm import te, tirx
@@ -9,9 +8,7 @@ from tvm.tirx import PrimFunc
 
 from ..schedules.formats import (
     BLOCK,
-    DIGIT,
     DIGITS,
-    FP4_OFFSET,
     INT8_PER_WORD,
     Index,
     bf16_to_float32,
@@ -19,9 +16,7 @@ from ..schedules.formats import (
     extent,
     int8_of_word,
 )
-
-# The largest whole number whose every digit is DIGIT / 2 - 1.
-DIGITS_MAX = sum((DIGIT // 2 - 1) * DIGIT**place for place in range(DIGITS))
+from .quantize import quantized
 
 
 @cache
@@ -62,10 +57,10 @@ def rms_norm(tokens: Index, hidden: int, eps: float) -> PrimFunc:
 
 
 @cache
-def rms_norm_q8(tokens: Index, hidden: int, eps: float) -> PrimFunc:
-    """`rms_norm` and `quantize_q8` of its result: float32, and int8 with scales and offsets."""
-    x, weight, normed = _rms_norm(tokens, hidden, eps)
-    return _row_func("rms_norm_q8", [x, weight, normed, *_quantize_q8(normed, tokens, hidden)])
+def rms_norm_quantized(kind: str, tokens: Index, hidden: int, eps: float) -> PrimFunc:
+    """`rms_norm`, float32 [tokens, hidden], and what `quantized` makes of it."""
+    tensors = _rms_norm(tokens, hidden, eps)
+    return _row_func(f"rms_norm_{kind}", [*tensors, *quantized(kind, tensors[-1])])
 
 
 @cache
@@ -78,51 +73,9 @@ def take_row(tokens: Index, hidden: int) -> PrimFunc:
 
 
 @cache
-def quantize_q8(tokens: Index, inputs: int) -> PrimFunc:
-    """x [tokens, inputs] float32 -> int8 [tokens, blocks, 32], and per block of 32 one float32
-    scale, and the int32 sum of the int8 values times `FP4_OFFSET`: what a product with offset
-    weights has too much.
-
-    scale = max |x| / 127; value = round half to even (x / scale); a block of zeros has scale 0.
-    """
-    x = te.placeholder((extent(tokens), extent(inputs)), "float32", name="x")
-    return _row_func("quantize_q8", [x, *_quantize_q8(x, tokens, inputs)])
-
-
-@cache
-def quantize_digits(tokens: Index, inputs: int) -> PrimFunc:
-    """x [tokens, inputs] float32 -> digits int8 [tokens, blocks, 3, 32], and per block of 32 one
-    float32 scale, and the int32 sum of the whole numbers times `FP4_OFFSET`.
-
-    A whole number of three digits, at most `DIGITS_MAX`, holds 20 bits of the largest x of a block.
-    """
-    x = te.placeholder((extent(tokens), extent(inputs)), "float32", name="x")
-    shape = (extent(tokens), extent(inputs // BLOCK))
-    xs, whole_of = _scaled(x, shape, DIGITS_MAX)
-    whole = te.compute((*shape, extent(BLOCK)), whole_of, name="whole")
-
-    def digit(i: Expr, g: Expr, j: Expr, k: Expr) -> Expr:
-        # the lowest digit first: each is taken off, centred, before the next
-        rest = whole[i, g, k]
-        digits: list[Expr] = []
-        half = const(DIGIT // 2, "int32")
-        for _ in range(DIGITS - 1):
-            low = ((rest + half) & const(DIGIT - 1, "int32")) - half
-            digits.insert(0, low)
-            rest = (rest - low) >> const(DIGIT.bit_length() - 1, "int32")
-        value = rest
-        for place, low in enumerate(digits, start=1):
-            value = tirx.Select(j == place, low, value)
-        return value.astype("int8")
-
-    xq = te.compute((*shape, extent(DIGITS), extent(BLOCK)), digit, name="xq")
-    return _row_func("quantize_digits", [x, xq, xs, _offset(whole, shape)])
-
-
-@cache
 def gather_rows(activation: str, tokens: Index, hidden: int, expert_rows: Index) -> PrimFunc:
-    """What `quantize_q8` ("q8") or `quantize_digits` ("digits") gives of x [tokens, hidden],
-    row_token [expert_rows] int32 -> the same of the rows of those tokens."""
+    """What `quantized` makes of x [tokens, hidden], row_token [expert_rows] int32 -> the same of
+    the rows of those tokens."""
     blocks = (extent(tokens), extent(hidden // BLOCK))
     digits = (extent(DIGITS),) if activation == "digits" else ()
     xq = te.placeholder((*blocks, *digits, extent(BLOCK)), "int8", name="xq")
@@ -196,45 +149,6 @@ def _rms_norm(tokens: Index, hidden: int, eps: float) -> list[te.Tensor]:
         name="out",
     )
     return [x, weight, out]
-
-
-def _quantize_q8(x: te.Tensor, tokens: Index, inputs: int) -> list[te.Tensor]:
-    shape = (extent(tokens), extent(inputs // BLOCK))
-    xs, whole_of = _scaled(x, shape, 127)
-    xq = te.compute((*shape, extent(BLOCK)), lambda *i: whole_of(*i).astype("int8"), name="xq")
-    return [xq, xs, _offset(xq, shape)]
-
-
-def _scaled(
-    x: te.Tensor, shape: tuple[Expr, Expr], most: int
-) -> tuple[te.Tensor, Callable[[Expr, Expr, Expr], Expr]]:
-    """Scales [tokens, blocks] float32 that make each block's largest x a whole number `most`; and
-    the whole number, int32, of (token, block, input)."""
-    k = te.reduce_axis((extent(0), extent(BLOCK)), name="k")
-    largest = te.compute(
-        shape, lambda i, g: te.max(tirx.abs(x[i, g * BLOCK + k]), axis=k), name="largest"
-    )
-    bound = const(float(most), "float32")
-    xs = te.compute(shape, lambda i, g: largest[i, g] / bound, name="xs")
-
-    def whole(i: Expr, g: Expr, k: Expr) -> Expr:
-        # a zero scale belongs to zeros: divide them by 1
-        zero = const(0.0, "float32")
-        scale = tirx.Select(xs[i, g] > zero, xs[i, g], const(1.0, "float32"))
-        rounded = tirx.nearbyint(x[i, g * BLOCK + k] / scale)
-        # a subnormal scale may be rounded so far down that the quotient exceeds the bound
-        return tirx.max(tirx.min(rounded, bound), -bound).astype("int32")
-
-    return xs, whole
-
-
-def _offset(whole: te.Tensor, shape: tuple[Expr, Expr]) -> te.Tensor:
-    k = te.reduce_axis((extent(0), extent(BLOCK)), name="k")
-    total = te.compute(
-        shape, lambda i, g: te.sum(whole[i, g, k].astype("int32"), axis=k), name="sum_of_whole"
-    )
-    offset = const(FP4_OFFSET, "int32")
-    return te.compute(shape, lambda i, g: total[i, g] * offset, name="xoffset")
 
 
 def _row_func(op: str, tensors: list[te.Tensor]) -> PrimFunc:

@@ -112,33 +112,32 @@ def _arguments(
     sizes = {p.name: shape for p, shape in zip(function.params, shapes, strict=True)}
     arguments = []
     for i, (parameter, shape) in enumerate(zip(function.params, shapes, strict=True)):
-        fill, low, high = _fill(parameter.name, str(parameter.dtype), sizes, position)
         is_output = i in written and i == len(shapes) - len(written) + sorted(written).index(i)
+        fill = _OUTPUT if is_output else _fill(parameter, sizes, position)
+        check_shape = _shape(parameter.shape, checked)
+        dtype = str(parameter.dtype)
         arguments.append(
-            Argument(
-                parameter.name,
-                str(parameter.dtype),
-                shape,
-                _shape(parameter.shape, checked),
-                "output" if is_output else fill,
-                low,
-                high,
-                i in written,
-            )
+            Argument(parameter.name, dtype, shape, check_shape, *fill, written=i in written)
         )
     return tuple(arguments)
 
 
+_OUTPUT = ("output", DIGIT, 0)
+
+
 def _fill(
-    name: str, dtype: str, sizes: dict[str, tuple[int, ...]], position: int
+    parameter: tirx.Buffer, sizes: dict[str, tuple[int, ...]], position: int
 ) -> tuple[str, int, int]:
     """What an argument holds: (one of `FILLS`, low, high). Results must be neither lost beside
     others nor clamped, and indices must exist."""
+    name, dtype = parameter.name, str(parameter.dtype)
     if dtype == "int32":
         if name == "row_expert":
             return "experts", 0, sizes["words"][0]
         if name == "position":
             return "integers", position, position + 1
+        if name == "slots":  # of the rows that are there also when the result is compared
+            return "integers", 0, min(CHECKED_ROWS, sizes["row_expert"][0])
         assert name == "xoffset", f"{name}: say here which int32 values it may hold"
         return "offsets", DIGIT, FP4_OFFSET
     if dtype == "uint8":

@@ -8,7 +8,6 @@ The weights' layout puts the same word of `vector_lanes` consecutive rows side b
 from collections.abc import Callable
 from types import ModuleType
 
-from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import PrimFunc
@@ -16,8 +15,11 @@ from tvm.tirx import PrimFunc
 from ...targets import Target
 from ..product import OPS, whole_parts
 from ..records import Choose
+from ..tail import split_tail
 from .blocks import mxfp4_block, mxfp4_digits_block, q8_block
 from .instructions import INSTRUCTIONS
+from .stages import zero_first
+from .tail import with_tail
 
 # Row groups (of vector_lanes rows) that one parallel task computes, at most: fewer leave the cores
 # waiting for each other, more leave some cores without work at the end.
@@ -34,7 +36,8 @@ def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
     op = str(function.attrs["op"])
     if op not in OPS:
         return None
-    sch = Schedule(function)
+    product, tail = split_tail(function)
+    sch = Schedule(product)
     acc, out = sch.get_sblock("acc"), sch.get_sblock("out")
     num_rows = sch.get(sch.get_loops(out)[-1]).extent.value
     if num_rows % target.vector_lanes:
@@ -58,7 +61,7 @@ def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
         _schedule_inputs(sch, acc, target)
     else:
         _schedule_blocks_of_32(sch, acc, block_of, target, choose)
-    return sch
+    return with_tail(sch.mod["main"], tail, num_rows, target, choose)
 
 
 def _schedule_blocks_of_32(
@@ -104,14 +107,6 @@ def _schedule_inputs(sch: Schedule, acc: SBlockRV, target: Target) -> None:
     sch.unroll(member)
     sch.vectorize(lane)
     zero_first(sch, acc, k)
-
-
-def zero_first(sch: Schedule, block: SBlockRV, loop: LoopRV) -> None:
-    """Set the accumulators to zero before `loop`, in vectors."""
-    init = sch.decompose_reduction(block, loop)
-    lane = sch.get_loops(init)[-1]
-    if sch.get(lane).kind == tirx.ForKind.SERIAL:
-        sch.vectorize(lane)
 
 
 def _own_loops(sch: Schedule, acc: SBlockRV) -> list[LoopRV]:

@@ -13,9 +13,11 @@ from tvm.tirx import PrimFunc
 from ...targets import Target
 from ..product import OPS, Product
 from ..records import Choose
+from ..tail import split_tail
 from .instructions import INSTRUCTIONS
 from .panel_float import float_panels
 from .panel_int8 import int8_panels
+from .tail import with_tail
 
 
 def panel(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -29,4 +31,5 @@ def panel(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None
         return None
     int8 = "xq" in product.tensors and target.int8_dot in INSTRUCTIONS
     panels = int8_panels if int8 else float_panels
-    return Schedule(function.with_body(panels(product, target, choose)))
+    scheduled = function.with_body(panels(product, target, choose))
+    return with_tail(scheduled, split_tail(function)[1], product.columns, target, choose)

@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, Stmt
 
 from ...targets import Target
-from ..formats import BLOCK, DIGIT, DIGITS, FP4_OFFSET, half_e8m0_to_float32
+from ..formats import BLOCK, DIGIT, FP4_OFFSET, half_e8m0_to_float32
 from ..product import Product, whole_parts
 from ..records import Choose
 from .instructions import INSTRUCTIONS
@@ -53,7 +53,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     rows = [count for count in ROWS_BY_TURNS if count % at_once == 0]
     turns = choose("rows_by_turns", *whole_parts(max(rows), rows, wanted))
     fp4 = product.expert is not None
-    digits = DIGITS if len(xq.shape) == 4 else 1
+    digits = product.digits
     vector_of = instructions.mxfp4_vector if fp4 else instructions.q8_vector
     dot_part = instructions.mxfp4_dot_part if fp4 else instructions.q8_dot_part
     parts = instructions.MXFP4_PARTS if fp4 else instructions.Q8_PARTS

@@ -9,10 +9,12 @@ from .matvec import matvec
 from .tasks import tasks
 from .threads import threads
 from .tiles import tiles
+from .tiles_int8 import tiles_int8
 
 GPU_RULES = (
     attention,
     matvec,
+    tiles_int8,  # takes what it can of what `tiles` takes
     tiles,
     tasks,  # kernels without blocks: no other rule can read them
     threads,  # takes everything that is left

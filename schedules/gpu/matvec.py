@@ -5,6 +5,9 @@ weights a load, and add up what they found. The subgroups of a work-group comput
 columns of one row, and so read the same activations.
 """
 
+from collections.abc import Iterable
+from functools import reduce
+
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
@@ -17,12 +20,17 @@ from ..formats import (
     INT8_PER_WORD,
     bf16_to_float32,
     const,
+    fp4_bytes_offset_by_12,
     fp4_offset_by_12,
     half_e8m0_to_float32,
     int8_of_word,
+    sum_of_digits,
 )
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
+from ..tail import split_tail
+from .dot4 import dot
+from .tail import with_tail
 
 COLUMNS_TOGETHER = (1, 2, 4, 8, 16)  # subgroups of a work-group
 WORDS = 4  # of 32 bits: a load; vectors have 4 elements at most everywhere
@@ -35,7 +43,8 @@ def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
     product = Product(function)
     if not isinstance(product.num_rows, IntImm):
         return None
-    return Schedule(function.with_body(_body(product, target, choose)))
+    body = function.with_body(_body(product, target, choose))
+    return with_tail(body, split_tail(function)[1], target, choose)
 
 
 def _body(product: Product, target: Target, choose: Choose) -> Stmt:
@@ -61,13 +70,30 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
         at = product.weight_at(product.expert_of(row), half, column, part)
         return tensors["words"].vload([*at, load * words], f"uint32x{words}")
 
-    def term(word: Expr, row: Expr, part: Expr, k: Expr) -> Expr:
-        """Input k of a part times its weight, in int32 or float32."""
+    def terms(word: Expr, row: Expr, part: Expr, k: Expr) -> Expr:
+        """The products of the inputs of a word, the k-th of a part, int32 or float32."""
         if dense:
-            bits = word >> (k % per_word * 16).astype("uint32")
-            return bf16_to_float32(bits.astype("uint16")) * tensors["x"][row, part * inputs + k]
-        weight = (fp4_offset_by_12 if fp4 else int8_of_word)(word, k % per_word)
-        return weight * product.whole_activation(row, part, k)
+            return _sum(
+                bf16_to_float32((word >> const(16 * j, "uint32")).astype("uint16"))
+                * tensors["x"][row, part * inputs + k * per_word + j]
+                for j in range(per_word)
+            )
+        if not by_fours:
+            weight = fp4_offset_by_12 if fp4 else int8_of_word
+            return _sum(
+                weight(word, const(j, "int64"))
+                * product.whole_activation(row, part, k * per_word + j)
+                for j in range(per_word)
+            )
+        fours = [fp4_bytes_offset_by_12(word, const(j, "int64")) for j in (0, 1)] if fp4 else [word]
+
+        def digit(place: int) -> Expr:
+            return _sum(
+                dot(four, product.four_activations(row, part, k * per_word + 4 * j, place))
+                for j, four in enumerate(fours)
+            )
+
+        return sum_of_digits(digit) if product.digits > 1 else digit(0)
 
     def scaled(total: Expr, row: Expr, half: Expr, column: Expr, part: Expr) -> Expr:
         if dense:
@@ -80,6 +106,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
             return unbiased.astype("float32") * scale * tensors["xs"][row, part]
         return total.astype("float32") * scale.astype("float32") * tensors["xs"][row, part]
 
+    by_fours = target.int8_dot is not None and not dense
     zero = const(0, "float32" if dense else "int32")
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
@@ -106,9 +133,9 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                                         load,
                                     )
                                 total[0] = zero
-                                for k in T.unroll(inputs):
-                                    total[0] += term(
-                                        word[k // per_word],
+                                for k in T.unroll(loads * words):
+                                    total[0] += terms(
+                                        word[k],
                                         group // groups,
                                         step * threads + thread,
                                         k,
@@ -132,6 +159,10 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                         )
 
     return body.body
+
+
+def _sum(terms: Iterable[Expr]) -> Expr:
+    return reduce(lambda x, y: x + y, terms)
 
 
 @T.macro

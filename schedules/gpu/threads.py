@@ -33,7 +33,7 @@ def threads(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
 
 def _launch(sch: Schedule, block: SBlockRV, row_axes: int, target: Target) -> None:
     """A thread an element; or, of rows along the first axes, a group a row."""
-    loops = sch.get_loops(block)
+    loops = sch.get_loops(block)[: _num_axes(sch, block)]  # a sum is the thread's own
     if row_axes:
         group = sch.fuse(*loops[:row_axes])
         _, thread = sch.split(sch.fuse(*loops[row_axes:]), [None, target.max_threads])

@@ -14,6 +14,8 @@ from ...targets import Target
 from ..formats import BLOCK
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
+from ..tail import split_tail
+from .tail import with_tail
 
 SIDE = 8  # threads of a work-group, in either direction
 ROWS_EACH = (1, 2, 4, 8)  # of a thread
@@ -28,7 +30,8 @@ def tiles(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None
     product = Product(function)
     if isinstance(product.num_rows, IntImm) or product.columns % SIDE:
         return None
-    return Schedule(function.with_body(_body(product, choose)))
+    body = function.with_body(_body(product, choose))
+    return with_tail(body, split_tail(function)[1], target, choose)
 
 
 def _body(product: Product, choose: Choose) -> Stmt:

@@ -24,6 +24,7 @@ from osscompile.importer.graph import TOKENS
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.importer.weights import pack_rows
 from osscompile.kernels import attention, experts, kv_cache, matmul, rows
+from osscompile.kernels.quantize import quantize as quantize_kernel
 from osscompile.runtime.kv_cache import KEYS_PER_TILE
 
 CONFIG = gpt_oss_config(num_layers=1, num_experts=4)
@@ -51,11 +52,11 @@ def embed(form: Form) -> Case:
 
 
 def rms_norm(form: Form) -> Case:
-    return Case(rows.rms_norm_q8(form.tokens, HIDDEN, 1e-5))
+    return Case(rows.rms_norm_quantized("q8", form.tokens, HIDDEN, 1e-5))
 
 
 def quantize(form: Form) -> Case:
-    return Case(rows.quantize_q8(form.tokens, HIDDEN))
+    return Case(quantize_kernel("q8", form.tokens, HIDDEN))
 
 
 def dense(form: Form, inputs: int, num_rows: int, bias: bool, residual: bool) -> Case:
@@ -102,12 +103,8 @@ def attention_sliding(form: Form) -> Case:
 
 
 def router(form: Form) -> Case:
-    kernel = matmul.dense_bf16(form.tokens, HIDDEN, 32, True, False)
+    kernel = matmul.route_bf16(form.tokens, HIDDEN, 32, TOP_K)
     return Case(kernel, macs=form.count * HIDDEN * 32)
-
-
-def route(form: Form) -> Case:
-    return Case(experts.route(form.tokens, 32, TOP_K))
 
 
 def sort_by_expert(form: Form) -> Case:
@@ -131,22 +128,17 @@ def moe_up(form: Form) -> Case:
 
 def moe_down(form: Form) -> Case:
     row_expert = row_experts(form)
-    sizes = (CONFIG.num_experts, INNER, HIDDEN)
-    kernel = matmul.moe_mxfp4("q8", form.expert_rows(len(row_expert)), *sizes)
-    return Case(kernel, len(row_expert) * HIDDEN * INNER, {"row_expert": row_expert})
+    slots = np.arange(len(row_expert), dtype=np.int32).reshape(form.count, TOP_K)
+    sizes = (CONFIG.num_experts, INNER, HIDDEN, TOP_K)
+    kernel = matmul.moe_mxfp4_sum("q8", form.tokens, form.expert_rows(len(row_expert)), *sizes)
+    addresses = {"row_expert": row_expert, "slots": slots}
+    return Case(kernel, len(row_expert) * HIDDEN * INNER, addresses)
 
 
 def row_experts(form: Form) -> Array:
     """Every expert has as many rows, side by side as `sort_by_expert` leaves them."""
     each = form.count * TOP_K // CONFIG.num_experts
     return np.repeat(np.arange(CONFIG.num_experts, dtype=np.int32), each)
-
-
-def combine_experts(form: Form) -> Case:
-    count = form.count * TOP_K
-    slots = np.arange(count, dtype=np.int32).reshape(form.count, TOP_K)
-    kernel = experts.combine_experts(form.tokens, HIDDEN, form.expert_rows(count), TOP_K)
-    return Case(kernel, addresses={"slots": slots})
 
 
 CASES = [
@@ -160,12 +152,10 @@ CASES = [
     attention_sliding,
     attention_out,
     router,
-    route,
     sort_by_expert,
     gather_rows,
     moe_up,
     moe_down,
-    combine_experts,
     lm_head,
 ]
 

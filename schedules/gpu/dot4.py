@@ -1,0 +1,65 @@
+"""Products of bytes by the instruction that sums four of them: a thread computes whole sums.
+
+`DOT` names a function int32 (uint32 a, uint32 b) that a target's source begins with: the sum of the
+products of the four signed bytes of each.
+"""
+
+from collections.abc import Callable
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer
+
+from .shared import WORDS, place
+
+DOT = "dot_4x8"
+SIDE = 8
+THREADS = SIDE * SIDE  # of a work-group that computes a tile
+ROWS_EACH = (1, 2, 4, 8)  # of a thread
+COLUMNS_EACH = (1, 2, 4, 8)
+COLUMNS_WANTED = 4  # of both halves together
+TILE_ROWS = SIDE  # of a tile, for each of a thread's
+TILE_COLUMNS = SIDE
+
+
+def dot(a: Expr, b: Expr) -> Expr:
+    return T.call_pure_extern("int32", DOT, a, b)
+
+
+def row(thread: Expr, r: Expr, rows: int) -> Expr:
+    """Of the tile: row `r` of the `rows` of a thread."""
+    return r * SIDE + thread // SIDE
+
+
+def column(thread: Expr, c: Expr, columns: int) -> Expr:
+    return c * SIDE + thread % SIDE
+
+
+def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
+    """Statements that add the products of a block to total [halves, rows, columns] int32.
+
+    `x` [depth, digits, rows of the tile, WORDS] and `weight` [depth, halves x columns of the tile,
+    WORDS] uint32 hold blocks, see `shared.py`.
+    """
+
+    def dot_of(x: Buffer, weight: Buffer, b: Expr, digit: Expr, *at: Expr) -> Expr:
+        t, w, k = at
+        return dot(x[b, digit, t, place(t, k)], weight[b, w, place(w, k)])
+
+    @T.macro
+    def multiply(total, x, weight, thread, b, digit):  # type: ignore[no-untyped-def]
+        for k in T.unroll(WORDS):
+            for h in T.unroll(halves):
+                for r in T.unroll(rows):
+                    for c in T.unroll(columns):
+                        total[h, r, c] += dot_of(
+                            x,
+                            weight,
+                            b,
+                            digit,
+                            row(thread, r, rows),
+                            h * columns * SIDE + column(thread, c, columns),
+                            k,
+                        )
+
+    return multiply  # type: ignore[no-any-return]

@@ -1,0 +1,11 @@
+"""Where blocks of 32 bytes lie in memory that a work-group shares."""
+
+from tvm.ir import Expr
+
+WORDS = 8  # of a block, uint32
+
+
+def place(row: Expr, word: Expr) -> Expr:
+    """Where a word of a row's block lies among its words: threads that read the same words of eight
+    neighbouring rows find them in different banks, of which there are 32."""
+    return (word + row // 4 * 4) % WORDS
