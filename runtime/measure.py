@@ -231,7 +231,7 @@ def _compare(
         """What one call writes; the inputs stay as they are."""
         arguments = list(zip(plan.arguments, inputs, strict=True))
         tensors = [
-            machine.tensor(aligned_copy(array)) if argument.written else placed(array)
+            machine.output(aligned_copy(array)) if argument.written else placed(array)
             for argument, array in arguments
         ]
         machine.call(kernel, tensors)

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from .device import load_function, tensor
+from .errors import TuningError
 from .launch_devices import LAUNCH_DEVICES, LaunchDevice
 from .trials import CHECKED, TIMED, Candidate
 
 FUNCTION = "kernel"  # in every library
+GUARD_BYTES = 1 << 20  # rows of a tile of activations that are not there
+GUARD = 0xA5
 
 
 class TrialMachine:
@@ -28,8 +31,13 @@ class TrialMachine:
         """Holds what the aligned array holds, perhaps in its memory."""
         raise NotImplementedError
 
+    def output(self, array: np.ndarray) -> Any:
+        """The same, for what a call is about to write."""
+        return self.tensor(array)
+
     def array(self, written: Any, like: np.ndarray) -> np.ndarray:
-        """What a tensor holds, of the shape and type of `like`."""
+        """What an output holds, of the shape and type of `like`; raises TuningError if more was
+        written than belongs to it, where that is seen."""
         raise NotImplementedError
 
     def call(self, kernel: Any, arguments: Sequence[Any]) -> None:
@@ -92,11 +100,18 @@ class Launched(TrialMachine):
         assert self._memory is not None, "a kernel is loaded first"
         return self._memory.tensor(array)
 
+    def output(self, array: np.ndarray) -> Any:
+        """With a guard behind it: a device does not fault at the end of its arrays."""
+        guard = np.full(GUARD_BYTES, GUARD, np.uint8)
+        return self.tensor(np.concatenate([array.reshape(-1).view(np.uint8), guard]))
+
     def array(self, written: Any, like: np.ndarray) -> np.ndarray:
         assert self._memory is not None
-        result = np.empty(like.shape, like.dtype)
-        self._memory.read(written, result)
-        return result
+        found = np.empty(like.nbytes + GUARD_BYTES, np.uint8)
+        self._memory.read(written, found)
+        if (found[like.nbytes :] != GUARD).any():
+            raise TuningError("writes beyond the end of its result")
+        return found[: like.nbytes].view(like.dtype).reshape(like.shape)
 
     def call(self, kernel: LaunchDevice, arguments: Sequence[Any]) -> None:
         kernel.call(CHECKED, arguments)

@@ -150,9 +150,14 @@ static void scale(void **p, const unsigned *sizes, float factor, int times) {
 static void run_slow(void **p, const unsigned *sizes) { scale(p, sizes, 2, 50); }
 static void run_quick(void **p, const unsigned *sizes) { scale(p, sizes, 2, 1); }
 static void run_wrong(void **p, const unsigned *sizes) { scale(p, sizes, 3, 1); }
+static void run_beyond(void **p, const unsigned *sizes) {
+  scale(p, sizes, 2, 1);
+  (*(float **)p[0])[*(int64_t *)p[2]] = 0;
+}
 static void run_faulty(void **p, const unsigned *sizes) { dead = 1; }
 Function slow = {run_slow, twice_sizes, 3}, quick = {run_quick, twice_sizes, 3};
-Function wrong = {run_wrong, twice_sizes, 3}, faulty = {run_faulty, twice_sizes, 3};
+Function wrong = {run_wrong, twice_sizes, 3}, beyond = {run_beyond, twice_sizes, 3};
+Function faulty = {run_faulty, twice_sizes, 3};
 
 /* What `bench_device_bandwidth.py` has in PTX. */
 static void run_read_memory(void **p, const unsigned *sizes) {

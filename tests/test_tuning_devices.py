@@ -182,6 +182,7 @@ def test_candidates_are_compiled_for_sm_90a(offer: Callable[..., None], tmp_path
 
 
 SIZE = 1000
+KERNELS = ("slow", "quick", "wrong", "beyond", "faulty", "missing")  # constants are numbers
 
 
 @pytest.fixture
@@ -202,7 +203,7 @@ def planned(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
         shutil.copyfile(library, file)
         arguments = (("bound", 1), ("bound", 0), ("int64", SIZE))
         launches = Launches((), (Launch(kernel, arguments, (SIZE // 10,), (threads,)),))
-        constants = {"kernel": len(kernel), "threads": threads}
+        constants = {"kernel": KERNELS.index(kernel), "threads": threads}
         return Candidate(
             file.name, sha256_of(file) or "", constants, {CHECKED: launches, TIMED: launches}
         )
@@ -221,6 +222,7 @@ def planned(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
             candidate("slow"),
             candidate("quick"),
             candidate("wrong"),
+            candidate("beyond"),
             candidate("quick", 2048),
             candidate("faulty"),
             candidate("missing"),
@@ -240,11 +242,14 @@ def test_device_that_a_candidate_spoils_serves_the_others(planned: Path) -> None
     assert trials["quick-10.fatbin"].ratio < 0.9
     for kernel, threads, reason in (
         ("wrong", 10, "wrong: off by"),
+        ("beyond", 10, "writes beyond the end"),
         ("quick", 2048, "too many resources"),
         ("faulty", 10, "ended the measuring: .*illegal address"),
         ("missing", 10, "missing: .*not found"),
     ):
-        line = re.escape(f"double with {{'kernel': {len(kernel)}, 'threads': {threads}}}: ")
+        line = re.escape(
+            f"double with {{'kernel': {KERNELS.index(kernel)}, 'threads': {threads}}}: "
+        )
         assert re.search(f"^{line}.*{reason}", "\n".join(told), re.MULTILINE), told
 
 
