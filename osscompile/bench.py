@@ -1,11 +1,11 @@
-"""Measure compiled models on this machine, beside what the machine itself can do.
+"""Measure compiled models on this machine, or a device of it, beside what that itself can do.
 
 Speeds are medians of repeated runs, with their spread. The limits are measured in the same run: a
 decode step reads its weights, keys and values once, and can be no faster than the memory is at that
-time (`Report.roofline`); a prefill can do no more multiply-adds than the int8 peak.
+time (`Report.roofline`); a prefill can do no more multiply-adds than the int8 peak, which is known
+of CPUs only. For a device nothing here needs the compiler.
 """
 
-import json
 import multiprocessing
 import statistics
 import time
@@ -14,27 +14,20 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from .bench_machine import (
-    OtherProcesses,
-    cpu_name,
-    memory_bytes,
-    process_bytes,
-    source_commit,
-    versions,
-)
-from .bench_report import FIRST_PROMPT, BenchError, Report, Timing
-from .runtime.artifact import Manifest, open_artifact
+from .bench_artifact import artifact_facts, random_ids
+from .bench_bandwidth_device import DeviceReader
+from .bench_machine import OtherProcesses, cpu_name, memory_bytes, process_bytes
+from .bench_report import FIRST_PROMPT, Report, Timing
+from .runtime.artifact import open_artifact
 from .runtime.device import Device
 from .runtime.engine import Model, load
 from .runtime.kv_cache import KEYS_PER_TILE
+from .runtime.launch_devices import LaunchDevice
 from .runtime.machine import physical_cores
-
-if TYPE_CHECKING:
-    from .bench_bandwidth import Reader
 
 PREFILL_LENGTHS = (16, 128, 512, 2048, 4096)
 DECODE_DEPTHS = (0, 2048, 16384)
@@ -48,6 +41,15 @@ STREAMS = 64  # at most, to see DECODE_STEPS streamed steps: a stop id may end e
 Progress = Callable[[str], object]
 
 
+class Reader(Protocol):
+    """Reads `num_bytes` of memory a call."""
+
+    num_bytes: int
+    best_seconds: float
+
+    def seconds(self) -> float: ...
+
+
 def bench_each(
     artifacts: Sequence[str | Path],
     prefill_lengths: Sequence[int] = PREFILL_LENGTHS,
@@ -55,10 +57,10 @@ def bench_each(
     progress: Progress | None = None,
 ) -> Iterator[Report]:
     """`bench` of one artifact after the other, each in a process of its own: the load is the first
-    and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError,
-    or BenchError for one that does not run on the CPU, before the first is measured."""
+    and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError
+    before the first is measured, OsscompileError for one whose device is not here."""
     for path in artifacts:
-        check_measurable(path, open_artifact(path).manifest)
+        open_artifact(path)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         for path in artifacts:
@@ -74,7 +76,7 @@ def bench(
     """Measure load, prefill of some lengths, decode after some depths, and the machine itself.
 
     Lengths and depths that do not fit the artifact's context are left out. `progress` hears what
-    is measured next. Raises ArtifactError.
+    is measured next. Raises ArtifactError, OsscompileError without the device or its memory.
     """
     say = progress or (lambda stage: None)
     date, others = datetime.now(UTC).isoformat(timespec="seconds"), OtherProcesses()
@@ -94,28 +96,35 @@ def bench(
             prefill[length] = _time_prefill(model, ids[:length])
     say("streaming")
     outside_share = _outside_share(model, ids)
-    depths = [d for d in decode_depths if d + WARMUP_STEPS + DECODE_STEPS <= model.context]
-    if depths:
-        _fill_cache(model, ids[: max(depths)])
-        model.decode(ids[max(depths)])
+    most = model.context - WARMUP_STEPS - DECODE_STEPS
+    depths = list(dict.fromkeys(depth for depth in decode_depths if depth <= most))
+    deepest = max(depths, default=0)
+    _fill_cache(model, ids[:deepest])
     resident, peak = process_bytes("VmRSS"), process_bytes("VmHWM")
+    device, device_bytes = None, None
+    if not isinstance(model._device, Device):
+        device, device_bytes = model._device.name, model._device.usage.num_bytes
 
     say("read bandwidth")
-    from .bench_bandwidth import Reader  # imports the compiler: after memory was read
-
-    reader = Reader()
+    reader = _open_reader(model)
     bandwidth = reader.num_bytes / reader.best_seconds
     decode, bandwidth_at = {}, {}
-    for depth in depths:
+    for depth in sorted(depths, reverse=True):
         say(f"decode at {depth}")
-        decode[depth], bandwidths = _time_decode(model, ids, depth, reader)
+        if depth < deepest:
+            _fill_cache(model, ids[:depth])
+        steps = ids[depth : depth + WARMUP_STEPS + DECODE_STEPS]
+        decode[depth], bandwidths = _time_decode(model, steps, reader)
         bandwidth_at[depth] = statistics.median(bandwidths)
         bandwidth = max(bandwidth, *bandwidths)
     variant = model.variant
     del model, reader
-    say("int8 peak")
-    from .bench_int8 import int8_peak
+    peak_macs = None
+    if device is None:
+        say("int8 peak")
+        from .bench_int8 import int8_peak  # imports the compiler
 
+        peak_macs = int8_peak()
     return Report(
         **artifact_facts(manifest, variant),
         cpu=cpu_name(),
@@ -123,57 +132,28 @@ def bench(
         memory_bytes=memory_bytes(),
         date=date,
         bandwidth=bandwidth,
-        bandwidth_at=bandwidth_at,
-        int8_peak=int8_peak(),
+        bandwidth_at={depth: bandwidth_at[depth] for depth in depths},
+        int8_peak=peak_macs,
         load_seconds=load_seconds,
         first_token_seconds=first_token_seconds,
         resident_bytes=resident,
         peak_bytes=peak,
         outside_share=outside_share,
         prefill=prefill,
-        decode=decode,
+        decode={depth: decode[depth] for depth in depths},
         other_processes=others.share(),
+        device=device,
+        device_bytes=device_bytes,
     )
 
 
-def artifact_facts(manifest: Manifest, variant: str) -> dict[str, Any]:
-    """The fields of a `Report` that tell what was measured, whatever the machine."""
-    from .bench_int8 import token_macs  # imports the compiler
+def _open_reader(model: Model) -> Reader:
+    """Of the memory that the model's kernels read."""
+    if not isinstance(model._device, Device):
+        return DeviceReader(model.manifest.runtime, model._device.opened)
+    from .bench_bandwidth import Reader  # imports the compiler: after memory was read
 
-    full_kv_bytes, sliding_kv_bytes = kv_bytes(manifest)
-    return {
-        "model": manifest.model,
-        "profile": manifest.profile,
-        "target": manifest.target,
-        "variant": variant,
-        "manifest_sha256": json.loads(manifest.to_json())["manifest_sha256"],
-        "versions": versions(),
-        "commit": source_commit(),
-        "weight_bytes": manifest.decode_bytes,
-        "token_macs": token_macs(manifest),
-        "full_kv_bytes": full_kv_bytes,
-        "sliding_kv_bytes": sliding_kv_bytes,
-        "window": manifest.window,
-    }
-
-
-def check_measurable(path: str | Path, manifest: Manifest) -> None:
-    """Raise BenchError for an artifact that does not run on a CPU."""
-    if manifest.runtime != "tvm":
-        raise BenchError(
-            f"{path}: expected an artifact for a CPU, whose limits are measured beside it, found "
-            f"one for {manifest.runtime}; time `osscompile run`"
-        )
-
-
-def kv_bytes(manifest: Manifest) -> tuple[int, int]:
-    """Keys and values of one position: in all full layers, and in all sliding layers."""
-    total = {False: 0, True: 0}
-    pairs = zip(manifest.caches[0::2], manifest.caches[1::2], manifest.sliding, strict=True)
-    for keys, values, sliding in pairs:
-        capacity = values.shape[1]
-        total[sliding] += (keys.num_bytes + values.num_bytes) // capacity
-    return total[False], total[True]
+    return Reader()
 
 
 def _time_prefill(model: Model, ids: list[int]) -> Timing:
@@ -190,15 +170,11 @@ def _time_prefill(model: Model, ids: list[int]) -> Timing:
     return timing(seconds[1:] or seconds, others)
 
 
-def _time_decode(
-    model: Model, ids: list[int], depth: int, reader: "Reader"
-) -> tuple[Timing, list[float]]:
-    """Single steps after `depth` tokens, without sampling; and bytes a second that `reader` read
-    between them."""
-    _fill_cache(model, ids[:depth])
+def _time_decode(model: Model, ids: list[int], reader: Reader) -> tuple[Timing, list[float]]:
+    """Single steps, without sampling; and bytes a second that `reader` read between them."""
     seconds, bandwidths = [], []
     others = OtherProcesses()
-    for token in ids[depth : depth + WARMUP_STEPS + DECODE_STEPS]:
+    for token in ids:
         bandwidths.append(reader.num_bytes / reader.seconds())
         start = time.perf_counter()
         model.decode(token)
@@ -212,16 +188,19 @@ def _fill_cache(model: Model, ids: list[int]) -> None:
     model.forget()
     cache, rng = model._cache, np.random.default_rng(0)
     cache.begin(len(ids))
-    for keys, values in zip(cache.arrays[0::2], cache.arrays[1::2], strict=True):
-        for part in (keys[:, : -(-len(ids) // KEYS_PER_TILE)], values[:, : len(ids)]):
-            part[...] = rng.standard_normal(part.shape, np.float32)
+    tiles = -(-len(ids) // KEYS_PER_TILE)
+    for i, (array, facts) in enumerate(zip(cache.arrays, model.manifest.caches, strict=True)):
+        count = min(len(ids) if i % 2 else tiles, facts.shape[1])  # keys lie in tiles
+        shape = (facts.shape[0], count, *facts.shape[2:])
+        if count:
+            part = rng.standard_normal(shape, np.float32).astype(facts.dtype)
+            model._device.write(array, part)
     cache.append(ids)
 
 
 def _outside_share(model: Model, ids: list[int]) -> float | None:
     """Share of a step of `generate` that passes outside the compiled function, where Python samples
     and makes text. None if the context, or a stop id each time, leaves no second token."""
-    assert isinstance(model._device, Device)  # as `bench_each` checked
     model.forget()
     shares: list[float] = []
     with _inside(model._device) as inside:
@@ -239,7 +218,7 @@ def _outside_share(model: Model, ids: list[int]) -> float | None:
 
 
 @contextmanager
-def _inside(device: Device) -> Iterator[list[float]]:
+def _inside(device: Device | LaunchDevice) -> Iterator[list[float]]:
     """Seconds of every call of a compiled function, in a list that grows."""
     seconds: list[float] = []
     run = device.run
@@ -255,14 +234,6 @@ def _inside(device: Device) -> Iterator[list[float]]:
         yield seconds
     finally:
         del vars(device)["run"]
-
-
-def random_ids(manifest: Manifest) -> list[int]:
-    """As many tokens as the context has positions."""
-    ids: list[int] = (
-        np.random.default_rng(0).integers(manifest.vocab_size, size=manifest.context).tolist()
-    )
-    return ids
 
 
 def timing(seconds: list[float], others: OtherProcesses | None) -> Timing:

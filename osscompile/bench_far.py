@@ -16,17 +16,10 @@ from tqdm import tqdm
 from tvm import relax
 
 from . import targets
-from .bench import (
-    DECODE_STEPS,
-    REPEATS,
-    WARMUP_STEPS,
-    artifact_facts,
-    check_measurable,
-    random_ids,
-    timing,
-)
+from .bench import DECODE_STEPS, REPEATS, WARMUP_STEPS, timing
+from .bench_artifact import artifact_facts, random_ids
 from .bench_bandwidth import PREFETCH_BYTES, read_module, shapes
-from .bench_report import Report
+from .bench_report import BenchError, Report
 from .build import build_library
 from .errors import RemoteError
 from .remote import Remote, is_alive, upload
@@ -48,7 +41,11 @@ def bench_far(
     TargetError or RemoteError."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = read_manifest(Path(artifact))
-    check_measurable(artifact, manifest)
+    if manifest.runtime != "tvm":
+        raise BenchError(
+            f"{artifact}: expected an artifact for a CPU, found one for {manifest.runtime}, which "
+            "TVM's servers do not run; run `osscompile bench` where its device is"
+        )
     reasons = []
     for name in (variant.name for variant in manifest.variants):
         opened = open_artifact(artifact, variant=name, elsewhere=True)

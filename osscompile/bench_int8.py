@@ -1,8 +1,7 @@
-"""Int8 arithmetic: what the machine can do, and what a token asks of it."""
+"""Int8 arithmetic: what the machine can do."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import tvm
@@ -13,10 +12,8 @@ from tvm.tirx import Buffer
 
 from . import targets
 from .bench_machine import best_seconds
-from .runtime.artifact import Manifest, Tensor
 from .runtime.machine import physical_cores
 from .schedules.cpu import dpbusd, maddubs
-from .schedules.formats import FP4_PER_WORD, INT8_PER_WORD
 
 STEPS = 1 << 22  # of every chain in one run: some 30 ms
 
@@ -58,41 +55,6 @@ def int8_peak() -> float | None:
     ]
     seconds = best_seconds(function, parts)
     return len(parts) * STEPS * loop.chains * loop.vectors * lanes * 4 / seconds
-
-
-def token_macs(manifest: Manifest) -> int:
-    """Multiply-adds of one token with the weights that it uses, those of its experts among them.
-
-    Without lm_head, which a prefill needs for its last token only, and without attention.
-    """
-    total = Fraction(0)
-    for weight in manifest.weights:
-        if weight.name in manifest.gathered or weight.name.startswith("lm_head."):
-            continue
-        size = int(np.prod(weight.shape, dtype=np.int64))
-        if weight.name.endswith(".words"):
-            size *= FP4_PER_WORD if _of_experts(weight) else INT8_PER_WORD
-        elif weight.dtype != "uint16":  # bfloat16; all other vectors are no factors of a product
-            continue
-        total += size * (_share_of_experts(manifest) if _of_experts(weight) else 1)
-    return int(total)
-
-
-def _share_of_experts(manifest: Manifest) -> Fraction:
-    """Of its experts that a token uses. The manifest implies it: by the bytes of a decode step."""
-    experts = [weight for weight in manifest.weights if _of_experts(weight)]
-    others = sum(
-        weight.num_bytes
-        for weight in manifest.weights
-        if weight.name not in manifest.gathered and not _of_experts(weight)
-    )
-    read = (manifest.decode_bytes - others) / sum(weight.num_bytes for weight in experts)
-    num_experts = experts[0].shape[0]
-    return Fraction(round(read * num_experts), num_experts)
-
-
-def _of_experts(weight: Tensor) -> bool:
-    return ".gate_up." in weight.name or ".down." in weight.name
 
 
 def _module(loop: _Loop, lanes: int) -> ir.IRModule:

@@ -1,5 +1,6 @@
 """The machine and the software that a measurement ran on, and what else the machine did."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -87,13 +88,12 @@ def process_bytes(field: str) -> int | None:
 
 
 def versions() -> dict[str, str]:
-    return {
-        "osscompile": __version__,
-        "tvm": metadata.version("apache-tvm"),
-        "tvm_ffi": metadata.version("apache-tvm-ffi"),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
+    """Of what may decide how fast it is, as far as it is installed."""
+    found = {"osscompile": __version__}
+    for name, package in (("tvm", "apache-tvm"), ("tvm_ffi", "apache-tvm-ffi")):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(package)
+    return found | {"numpy": np.__version__, "python": platform.python_version()}
 
 
 def source_commit() -> str | None:

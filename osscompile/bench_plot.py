@@ -104,9 +104,9 @@ def _caption(reports: Sequence[Report]) -> list[str]:
     """The conditions: what is the same in all reports once."""
     lines = []
     for report in reports:
-        busy = report.other_processes
+        busy, what = report.other_processes, report.device or report.cpu
         lines.append(
-            f"{report.model} {report.profile} on {report.cpu}: {report.date[:10]}, "
+            f"{report.model} {report.profile} on {what}: {report.date[:10]}, "
             f"{report.bandwidth / 1e9:.1f} GB/s read bandwidth"
             + (f", other processes used {busy * 100:.0f} % of the CPU" if busy is not None else "")
         )

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -39,14 +39,14 @@ class Report:
     target: str
     variant: str  # of the target: which library of the artifact ran
     manifest_sha256: str
-    cpu: str
+    cpu: str  # with a device, that of its host
     cores: int | None  # of a far machine nobody tells
     memory_bytes: int | None
     versions: dict[str, str]
     commit: str | None  # of the checkout that measured
     date: str  # ISO 8601, when the run began
     other_processes: float | None  # share of all CPU time that was not ours, over the whole run
-    bandwidth: float  # bytes a second, reading on all cores: the best of the whole run
+    bandwidth: float  # bytes a second, reading on all cores, or of the device's memory: the best
     bandwidth_at: dict[int, float]  # the median of reads by turns with the steps of `decode`
     int8_peak: float | None  # multiply-adds a second on all cores
     weight_bytes: int  # that one decode step reads
@@ -61,6 +61,8 @@ class Report:
     outside_share: float | None  # of a streamed decode step: not in the compiled function
     prefill: dict[int, Timing]
     decode: dict[int, Timing]
+    device: str | None = None  # that ran the kernels, if the CPU did not
+    device_bytes: int | None = None  # of its memory, held after all runs
 
     def step_bytes(self, depth: int) -> int:
         """Bytes that a decode step must read after `depth` tokens: weights, keys and values; its
@@ -87,7 +89,8 @@ class Row(NamedTuple):
 def rows(report: Report) -> Iterator[Row]:
     """All figures of a report, for people; what could not be measured is left out."""
     threads = f"{report.cores or 'all'} threads"
-    yield Row("read bandwidth", report.bandwidth / 1e9, "GB/s", f"{threads}, the best of this run")
+    memory = threads if report.device is None else "of the device's memory"
+    yield Row("read bandwidth", report.bandwidth / 1e9, "GB/s", f"{memory}, the best of this run")
     if report.int8_peak is not None:
         note = f"{threads}, registers only"
         yield Row("int8 arithmetic peak", report.int8_peak / 1e9, "GMAC/s", note)
@@ -116,6 +119,9 @@ def rows(report: Report) -> Iterator[Row]:
         yield Row("resident memory", report.resident_bytes / 1e9, "GB", "after these runs")
     if report.peak_bytes is not None:
         yield Row("peak memory", report.peak_bytes / 1e9, "GB")
+    if report.device_bytes is not None:
+        note = "weights, keys and values, workspace"
+        yield Row("device memory", report.device_bytes / 1e9, "GB", note)
 
 
 def table(report: Report) -> str:
@@ -133,14 +139,16 @@ def table(report: Report) -> str:
         note = ", ".join([*share, row.note]) if row.note else "".join(share)
         cells.append([row.name, number(row.value), row.unit, note])
     lines += ["", *_columns(cells, right={1})]
+    if report.int8_peak is None:
+        lines.append("int8 arithmetic peak: not measured on this machine")
     if busy := _busy(report):
         lines.append(f"warning: other processes used {busy} of the CPU: figures suffer")
     return "\n".join(lines)
 
 
 def machine(report: Report) -> str:
-    """The processor, with its cores and memory where they are known."""
-    parts = [report.cpu]
+    """The device, the processor, its cores and memory, as far as they are known."""
+    parts = [report.cpu] if report.device is None else [report.device, report.cpu]
     if report.cores is not None:
         parts.append(f"{report.cores} cores")
     if report.memory_bytes is not None:
@@ -154,6 +162,7 @@ def comparison(reports: Sequence[Report]) -> str:
         "model": [r.model for r in reports],
         "profile": [r.profile for r in reports],
         "target": [f"{r.target} {r.variant}" for r in reports],
+        "device": [r.device or "-" for r in reports],
         "CPU": [r.cpu for r in reports],
         "cores": [str(r.cores or "-") for r in reports],
         "osscompile": [r.versions.get("osscompile", "-") for r in reports],
@@ -189,9 +198,9 @@ def read_reports(path: Path) -> list[Report]:
         if not isinstance(objects, list) or not objects:
             raise TypeError("not a list of reports")
         reports: list[Report] = []
-        for fields in objects:
-            fields.pop("figures")
-            reports.append(_read(Report, fields, "report"))
+        for report in objects:
+            report.pop("figures")
+            reports.append(_read(Report, report, "report"))
             list(rows(reports[-1]))  # zeros where there is division
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise BenchError(
@@ -263,9 +272,10 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         return {key(k): _read(item, v, f"{name} {k}") for k, v in value.items()}
     if hasattr(kind, "__dataclass_fields__") and isinstance(value, dict):
         hints = get_type_hints(kind)
-        if value.keys() != hints.keys():
+        may_lack = {field.name for field in fields(kind) if field.default is not MISSING}
+        if not hints.keys() - may_lack <= value.keys() <= hints.keys():
             raise TypeError(f"{name} with other fields: {sorted(value.keys() ^ hints.keys())}")
-        return kind(**{field: _read(hints[field], value[field], field) for field in hints})
+        return kind(**{field: _read(hints[field], value[field], field) for field in value})
     if kind is float and type(value) in (int, float) and math.isfinite(value) and value >= 0:
         return float(value)
     if kind in (int, str) and type(value) is kind:

@@ -41,8 +41,13 @@ def build_cuda(module: ir.IRModule, target: Target, output: Path) -> None:
     """Write a fat binary as `output`, and what launches its kernels beside it. Raises CompileError
     without CUDA's compiler, or if it fails."""
     programs = write_programs(build_programs(module))
-    compile_cuda(cuda_source(module, target), target, output)
+    write_cuda(module, target, output)
     output.with_suffix(PROGRAMS_SUFFIX).write_text(programs, encoding="utf-8")
+
+
+def write_cuda(module: ir.IRModule, target: Target, output: Path) -> None:
+    """Write the kernels' fat binary alone. Raises CompileError as `build_cuda`."""
+    compile_cuda(cuda_source(module, target), target, output)
 
 
 def cuda_source(module: ir.IRModule, target: Target) -> str:

@@ -41,9 +41,14 @@ def build_opencl(module: ir.IRModule, target: Target, output: Path) -> None:
 
     The same module gives the same bytes.
     """
+    write_opencl(module, target, output)
     programs = write_programs(build_programs(module))
-    output.write_text(opencl_source(module, target), encoding="utf-8")
     output.with_suffix(PROGRAMS_SUFFIX).write_text(programs, encoding="utf-8")
+
+
+def write_opencl(module: ir.IRModule, target: Target, output: Path) -> None:
+    """Write the kernels' source alone."""
+    output.write_text(opencl_source(module, target), encoding="utf-8")
 
 
 def opencl_source(module: ir.IRModule, target: Target) -> str:

@@ -155,7 +155,7 @@ def _add_rpc(command: argparse.ArgumentParser) -> None:
 def _remote(arguments: argparse.Namespace) -> "Remote | None":
     from .remote import parse_remote
 
-    return parse_remote(arguments.rpc, arguments.key) if arguments.rpc is not None else None
+    return parse_remote(arguments.rpc, arguments.key)
 
 
 def _compile(arguments: argparse.Namespace) -> None:
@@ -337,6 +337,12 @@ def _tune(arguments: argparse.Namespace) -> None:
     from .tuning import records, tune
 
     remote = _remote(arguments)
+    if remote is not None and (arguments.emit or arguments.ingest):
+        step = "--emit" if arguments.emit else "--ingest"
+        raise OsscompileError(
+            f"{step}: expected no --rpc, because nothing is measured, found one; give it with "
+            "--measure"
+        )
     if remote is None:
         attempt = attempt_here(arguments.threads)
     else:

@@ -16,7 +16,15 @@ from tvm.sym import Analyzer
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
-from .runtime.program import ITEM_BYTES, TOKENS, Expression, Launch, Program, evaluate
+from .runtime.program import (
+    ITEM_BYTES,
+    TOKENS,
+    Expression,
+    Launch,
+    Launches,
+    Program,
+    evaluate,
+)
 
 INPUT_DTYPE = "int32"  # of what comes with every call; no cache or weight has it
 _OPERATORS = {
@@ -102,6 +110,25 @@ class _Extraction:
                     symbols[extent] = actual
         places = [self.places[argument] for argument in arguments]
         self.launches += launches_of(kernel, places, symbols, self._storage)
+
+
+def kernel_launches(kernel: PrimFunc, shapes: Sequence[Sequence[int]]) -> Launches:
+    """Of a single kernel that `split_launches` gave, bound to arguments of these shapes."""
+    symbols = {
+        extent: tirx.const(size, "int64")
+        for parameter, shape in zip(kernel.params, shapes, strict=True)
+        for extent, size in zip(parameter.shape, shape, strict=True)
+        if isinstance(extent, tirx.Var)
+    }
+    storages: list[int] = []
+
+    def new_storage(num_bytes: int) -> Place:
+        storages.append(num_bytes)
+        return "storage", len(storages) - 1
+
+    places = [("bound", i) for i in range(len(shapes))]
+    launches = launches_of(kernel, places, symbols, new_storage)
+    return Launches(tuple(storages), tuple(launches))
 
 
 def launches_of(

@@ -57,8 +57,12 @@ class Remote:
         return any(server["key"] == f"server:{self.key}" for server in servers)
 
 
-def parse_remote(address: str, key: str | None) -> Remote:
-    """HOST:PORT of the tracker, and the key. Raises RemoteError."""
+def parse_remote(address: str | None, key: str | None) -> Remote | None:
+    """HOST:PORT of the tracker, and the key; None without either. Raises RemoteError."""
+    if address is None:
+        if key is not None:
+            raise RemoteError("--key: expected --rpc HOST:PORT too, found none; it names a server")
+        return None
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise RemoteError(f"--rpc: expected HOST:PORT of a tracker, found {address!r}")

@@ -1,20 +1,20 @@
-"""Run the functions of a CUDA artifact, through the driver's own library.
+"""Run CUDA kernels, and the functions of an artifact, through the driver's own library.
 
 A function of one token is recorded as a CUDA graph when it is first called; from then on a call
 copies the token and its position to the device, launches the graph, and copies the logits back.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .device_memory import DeviceMemory
+from .device_memory import DeviceMemory, Memory, Usage
 from .errors import ArtifactError, OsscompileError
-from .program import MEMORY, Launch, Program, evaluate
+from .program import MEMORY, Launch, Launches, Program, evaluate
 
 DRIVER = "libcuda.so.1"
 Handle = ctypes.c_void_p  # of a context, module, function, stream or graph
@@ -24,7 +24,9 @@ _NUMBER, _SIZE, _OUT = ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p  # _OUT: 
 # Of the driver's functions: what they take. All return a status, 0 for success.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (_NUMBER,),
+    "cuDriverGetVersion": (_OUT,),
     "cuDeviceGet": (_OUT, ctypes.c_int),
+    "cuDeviceGetName": (_OUT, ctypes.c_int, ctypes.c_int),
     "cuDevicePrimaryCtxRetain": (_OUT, ctypes.c_int),
     "cuCtxSetCurrent": (Handle,),
     "cuGetErrorString": (ctypes.c_int, _OUT),
@@ -33,7 +35,14 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamBeginCapture_v2": (Handle, ctypes.c_int),
     "cuStreamEndCapture": (Handle, _OUT),
     "cuGraphInstantiateWithFlags": (_OUT, Handle, ctypes.c_ulonglong),
+    "cuGraphDestroy": (Handle,),
+    "cuGraphUpload": (Handle, Handle),
     "cuGraphLaunch": (Handle, Handle),
+    "cuGraphExecDestroy": (Handle,),
+    "cuEventCreate": (_OUT, _NUMBER),
+    "cuEventRecord": (Handle, Handle),
+    "cuEventElapsedTime": (_OUT, Handle, Handle),
+    "cuEventDestroy_v2": (Handle,),
     "cuModuleLoadData": (_OUT, ctypes.c_char_p),
     "cuModuleGetFunction": (_OUT, Handle, ctypes.c_char_p),
     "cuFuncGetParamInfo": (Handle, _SIZE, _OUT, _OUT),
@@ -47,23 +56,26 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemcpyDtoHAsync_v2": (_OUT, Address, _SIZE, Handle),
 }
 BLOCKING_STREAM = 0
+TIMING_EVENT = 0
+NAME_BYTES = 256  # of a device, at most
 RELAXED = 2  # capture: other threads may do what they like
 
 
 class CudaDevice(DeviceMemory):
-    """The kernels of an artifact on the first GPU that CUDA lists.
+    """Kernels on the first GPU that CUDA lists.
 
-    `image`: machine code, `programs`: what launches its kernels. Raises OsscompileError where there
-    is no GPU or no room, ArtifactError for kernels that it cannot run or programs that do not fit
-    them.
+    `image`: machine code, or PTX, `programs`: what launches its kernels. `opened`: of kernels
+    beside which these are loaded, for the same memory. Raises OsscompileError where there is no GPU
+    or no room, ArtifactError for kernels that it cannot run or programs that do not fit them.
     """
 
-    def __init__(self, image: Path, programs: dict[str, Program]) -> None:
-        self._image, self._programs = image, programs
-        self._driver = _Driver()
-        self._driver.open_first_device()
-        self._stream = Handle()
-        self._driver.call("cuStreamCreate", ctypes.byref(self._stream), BLOCKING_STREAM)
+    def __init__(
+        self, image: Path, programs: Mapping[str, Launches], opened: "_Opened | None" = None
+    ) -> None:
+        self._image = image
+        self.opened = opened if opened is not None else self.open()
+        super().__init__(programs, self.opened.usage)
+        self._driver, self._stream = self.opened.driver, self.opened.stream
         self._module = Handle()
         try:
             code = image.read_bytes()
@@ -72,42 +84,102 @@ class CudaDevice(DeviceMemory):
             raise self._cannot_run(error) from error
         self._prepared: dict[str, _Prepared] = {}
 
+    @staticmethod
+    def open() -> "_Opened":
+        """The GPU, without kernels. Raises OsscompileError where there is none."""
+        driver, stream = _Driver(), Handle()
+        name = driver.open_first_device()
+        driver.call("cuStreamCreate", ctypes.byref(stream), BLOCKING_STREAM)
+        return _Opened(name, driver, stream, Usage())
+
+    @property
+    def name(self) -> str:
+        return self.opened.name
+
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
         """Call a function with small inputs, int32, and memory bound before -> float32."""
         program, driver = self._programs[function], self._driver
-        prepared = self._prepared.get(function)
-        if prepared is None or prepared.memory["bound"] is not bound:
-            prepared = self._prepared[function] = self._prepare(program, bound)
+        assert isinstance(program, Program)
+        prepared = self._prepare(function, bound)
         tokens = len(inputs[0])
         result = np.empty([evaluate(e, tokens) for e in program.result_shape], np.float32)
         try:
             for memory, array in zip(prepared.memory["input"], inputs, strict=True):
-                address, source = memory.address, _pointer(array)
+                address, source = memory.handle, _pointer(array)
                 driver.call("cuMemcpyHtoDAsync_v2", address, source, array.nbytes, self._stream)
-            if prepared.graph is not None:
-                driver.call("cuGraphLaunch", prepared.graph, self._stream)
+            if program.max_tokens == 1:  # nothing changes from call to call
+                if prepared.graph is None:
+                    prepared.graph = self._record(lambda: self._launch_all(prepared, 1))
+                driver.call("cuGraphLaunch", prepared.graph.handle, self._stream)
             else:
                 self._launch_all(prepared, tokens)
-            logits, target = prepared.memory["storage"][program.result].address, _pointer(result)
-            driver.call("cuMemcpyDtoHAsync_v2", target, logits, result.nbytes, self._stream)
-            driver.call("cuStreamSynchronize", self._stream)
+            self.read(prepared.memory["storage"][program.result], result)
         except _DriverError as error:
             raise self._cannot_run(error) from error
         return result
 
-    def _prepare(self, program: Program, bound: Sequence[Any]) -> "_Prepared":
-        prepared = _Prepared(
-            memory=self.memory_of(program, bound),
-            launches=[(launch, self._function(launch)) for launch in program.launches],
-        )
-        if program.max_tokens == 1:  # nothing changes from call to call
-            driver, graph = self._driver, Handle()
-            driver.call("cuStreamBeginCapture_v2", self._stream, RELAXED)
-            self._launch_all(prepared, 1)
-            driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-            prepared.graph = Handle()
-            driver.call("cuGraphInstantiateWithFlags", ctypes.byref(prepared.graph), graph, 0)
+    def call(self, name: str, bound: Sequence[Any]) -> None:
+        """Launch what takes no inputs, and wait for it."""
+        try:
+            self._launch_all(self._prepare(name, bound), 1)
+            self._driver.call("cuStreamSynchronize", self._stream)
+        except _DriverError as error:
+            raise self._cannot_run(error) from error
+
+    def seconds(self, name: str, calls: Sequence[Sequence[Any]]) -> float:
+        """A call of what takes no inputs, on average, each bound to memory of its own: by the
+        device's clock, as one graph, so that what Python takes is not in it."""
+        self._prepare(name, calls[0])  # allocates, which a graph must not
+
+        def launch() -> None:
+            for bound in calls:
+                self._launch_all(self._prepare(name, bound), 1)
+
+        driver, stream = self._driver, self._stream
+        milliseconds = ctypes.c_float()
+        try:
+            graph, begin, end = self._record(launch), _Event(driver), _Event(driver)
+            driver.call("cuGraphUpload", graph.handle, stream)
+            driver.call("cuEventRecord", begin.handle, stream)
+            driver.call("cuGraphLaunch", graph.handle, stream)
+            driver.call("cuEventRecord", end.handle, stream)
+            driver.call("cuStreamSynchronize", stream)
+            elapsed = ctypes.byref(milliseconds), begin.handle, end.handle
+            driver.call("cuEventElapsedTime", *elapsed)
+        except _DriverError as error:
+            raise self._cannot_run(error) from error
+        return milliseconds.value * 1e-3 / len(calls)
+
+    def is_alive(self) -> bool:
+        """Whether it can still be used: an address that is none ends that."""
+        try:
+            self._driver.call("cuStreamSynchronize", self._stream)
+        except _DriverError:
+            return False
+        return True
+
+    def _prepare(self, name: str, bound: Sequence[Any]) -> "_Prepared":
+        prepared = self._prepared.get(name)
+        if prepared is None:
+            launches = [
+                (launch, self._function(launch)) for launch in self._programs[name].launches
+            ]
+            prepared = self._prepared[name] = _Prepared(launches, self.own_memory(name))
+        if prepared.memory.get("bound") is not bound:
+            prepared.memory, prepared.graph = prepared.memory | {"bound": bound}, None
         return prepared
+
+    def _record(self, launch: Callable[[], object]) -> "_Graph":
+        """What is launched meanwhile, to be launched at once."""
+        driver, graph = self._driver, Handle()
+        driver.call("cuStreamBeginCapture_v2", self._stream, RELAXED)
+        try:
+            launch()
+        except BaseException:
+            driver.ignoring("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+            raise
+        driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        return _Graph(driver, graph)
 
     def _function(self, launch: Launch) -> Handle:
         """The kernel of a launch; a driver would read arguments that are not there."""
@@ -130,7 +202,7 @@ class CudaDevice(DeviceMemory):
             values: list[Any] = []
             for kind, value in launch.arguments:
                 if kind in MEMORY:
-                    values.append(Address(prepared.memory[kind][value].address))
+                    values.append(Address(prepared.memory[kind][value].handle))
                 else:
                     number = evaluate(value, tokens)
                     values.append((ctypes.c_int32 if kind == "int32" else ctypes.c_int64)(number))
@@ -140,7 +212,13 @@ class CudaDevice(DeviceMemory):
             sizes += [*launch.threads, *[1] * (3 - len(groups))]
             self._driver.call("cuLaunchKernel", function, *sizes, 0, self._stream, pointers, None)
 
-    def _allocate(self, num_bytes: int) -> "_Memory":
+    def read(self, memory: Memory, array: np.ndarray) -> None:
+        target = _pointer(array)
+        copied = target, memory.handle, array.nbytes, self._stream
+        self._driver.call("cuMemcpyDtoHAsync_v2", *copied)
+        self._driver.call("cuStreamSynchronize", self._stream)
+
+    def _allocate(self, num_bytes: int) -> Memory:
         address = Address()
         try:
             self._driver.call("cuMemAlloc_v2", ctypes.byref(address), num_bytes)
@@ -149,41 +227,69 @@ class CudaDevice(DeviceMemory):
                 f"GPU: expected room for {num_bytes / 1e6:.1f} MB more, found: {error}; load with "
                 "a smaller context, or compile with a smaller prefill_chunk"
             ) from error
-        return _Memory(self._driver, address.value)
+        return Memory(address.value, num_bytes, self.usage, self._driver.free)
 
-    def _write(self, memory: Any, array: np.ndarray) -> None:
-        self._driver.call("cuMemcpyHtoD_v2", memory.address, _pointer(array), array.nbytes)
+    def _write(self, memory: Memory, array: np.ndarray, offset: int) -> None:
+        target = memory.handle + offset
+        self._driver.call("cuMemcpyHtoD_v2", target, _pointer(array), array.nbytes)
 
-    def _copy(self, memory: Any, source: Any, num_bytes: int) -> None:
-        self._driver.call("cuMemcpyDtoD_v2", memory.address, source.address, num_bytes)
+    def _copy(self, memory: Memory, source: Memory, num_bytes: int) -> None:
+        self._driver.call("cuMemcpyDtoD_v2", memory.handle, source.handle, num_bytes)
 
-    def _zero(self, memory: Any, offset: int, num_bytes: int) -> None:
-        self._driver.call("cuMemsetD8_v2", memory.address + offset, 0, num_bytes)
+    def _zero(self, memory: Memory, offset: int, num_bytes: int) -> None:
+        self._driver.call("cuMemsetD8_v2", memory.handle + offset, 0, num_bytes)
 
     def _cannot_run(self, found: object) -> ArtifactError:
         return ArtifactError(
-            f"{self._image}: expected kernels that this GPU can run, found: {found}; compile the "
-            "model again for this GPU, or update its driver"
+            f"{self._image}: expected kernels that this GPU can run, found: {found}; compile them "
+            "again for this GPU, or update its driver"
         )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A GPU, with the stream of everything that is done on it."""
+
+    name: str
+    driver: "_Driver"
+    stream: Handle
+    usage: Usage
 
 
 @dataclass
 class _Prepared:
     """A program with its memory and its kernels."""
 
-    memory: dict[str, Sequence[Any]]  # by kind of argument
     launches: list[tuple[Launch, Handle]]
-    graph: Handle | None = None
+    memory: dict[str, Sequence[Memory]]  # by kind of argument
+    graph: "_Graph | None" = None
 
 
-class _Memory:
-    """Of the device, until this object goes."""
+class _Graph:
+    """Ready to be launched, until this object goes. Takes what was captured."""
 
-    def __init__(self, driver: "_Driver", address: int) -> None:
-        self._driver, self.address = driver, address
+    def __init__(self, driver: "_Driver", captured: Handle) -> None:
+        self._driver, self.handle = driver, Handle()
+        try:
+            driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self.handle), captured, 0)
+        finally:
+            driver.ignoring("cuGraphDestroy", captured)
 
     def __del__(self) -> None:
-        self._driver.free(self.address)
+        if self.handle:
+            self._driver.ignoring("cuGraphExecDestroy", self.handle)
+
+
+class _Event:
+    """A time on the device's clock."""
+
+    def __init__(self, driver: "_Driver") -> None:
+        self._driver, self.handle = driver, Handle()
+        driver.call("cuEventCreate", ctypes.byref(self.handle), TIMING_EVENT)
+
+    def __del__(self) -> None:
+        if self.handle:
+            self._driver.ignoring("cuEventDestroy_v2", self.handle)
 
 
 class _DriverError(OsscompileError):
@@ -212,22 +318,31 @@ class _Driver:
             said = (text.value or b"unknown error").decode(errors="replace")
             raise _DriverError(f"CUDA, {name}: {said} ({status})")
 
-    def free(self, address: int) -> None:
+    def ignoring(self, name: str, *arguments: Any) -> None:
         """Whatever the driver says: at the end of a process it may be gone before us."""
-        self._library.cuMemFree_v2(address)
+        getattr(self._library, name)(*arguments)
 
-    def open_first_device(self) -> None:
-        device, context = ctypes.c_int(), Handle()
+    def free(self, address: int) -> None:
+        self.ignoring("cuMemFree_v2", address)
+
+    def open_first_device(self) -> str:
+        """Its name and the driver's version."""
+        device, context, version = ctypes.c_int(), Handle(), ctypes.c_int()
+        name = ctypes.create_string_buffer(NAME_BYTES)
         try:
             self.call("cuInit", 0)
             self.call("cuDeviceGet", ctypes.byref(device), 0)
             self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
             self.call("cuCtxSetCurrent", context)
+            self.call("cuDeviceGetName", name, NAME_BYTES, device)
+            self.call("cuDriverGetVersion", ctypes.byref(version))
         except _DriverError as error:
             raise OsscompileError(
                 f"CUDA: expected a GPU, found: {error}; is one there, and is its driver loaded "
                 "(`nvidia-smi`)?"
             ) from error
+        major, minor = version.value // 1000, version.value % 1000 // 10
+        return f"{name.value.decode(errors='replace')} (CUDA driver {major}.{minor})"
 
     def parameter_sizes(self, function: Handle, most: int) -> list[int]:
         """Bytes of every parameter of a kernel; of one more than `most` if it has them."""

@@ -1,44 +1,75 @@
 """Memory of a device that does not share it with the host."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .program import ITEM_BYTES, Program, evaluate
+from .program import ITEM_BYTES, Launches, Program, evaluate
+
+
+@dataclass
+class Usage:
+    """Bytes of a device's memory that are held now."""
+
+    num_bytes: int = 0
+
+
+class Memory:
+    """Memory of a device, until this object goes; `handle` is what the device's library calls
+    it."""
+
+    def __init__(
+        self, handle: Any, num_bytes: int, usage: Usage, free: Callable[[Any], object] | None = None
+    ) -> None:
+        self.handle, self.num_bytes = handle, num_bytes
+        self._usage, self._free = usage, free
+        usage.num_bytes += num_bytes
+
+    def __del__(self) -> None:
+        self._usage.num_bytes -= self.num_bytes
+        if self._free is not None:
+            self._free(self.handle)
 
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """An array in the device's memory; `memory` is what the device's library calls it."""
+    """An array in the device's memory."""
 
-    memory: Any
+    memory: Memory
     shape: tuple[int, ...]
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.memory.num_bytes
 
 
 class DeviceMemory:
     """What programs and the KV cache do with a device's memory. How that is had, written, copied
-    and filled, a subclass says: memory is freed with the last object that holds it."""
+    and filled, a subclass says. `usage`: where what is held is counted."""
 
-    def tensor(self, array: Any) -> Any:
+    def __init__(self, programs: Mapping[str, Launches], usage: Usage) -> None:
+        self.usage = usage
+        self._programs = programs
+        self._own: dict[str, dict[str, Sequence[Memory]]] = {}  # by the name of its program
+
+    def tensor(self, array: Any) -> Memory:
         """Memory of the device: a copy of a numpy array's, or that of an array from `zeros`."""
         if isinstance(array, DeviceArray):
             return array.memory
         memory = self._allocate(array.nbytes)
-        self._write(memory, array)
+        self._write(memory, array, 0)
         return memory
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        array = DeviceArray(self._allocate(num_bytes), shape, num_bytes)
+        array = DeviceArray(self._allocate(math.prod(shape) * np.dtype(dtype).itemsize), shape)
         self.clear(array, shape[1])
         return array
 
     def copy(self, array: DeviceArray) -> DeviceArray:
-        saved = DeviceArray(self._allocate(array.num_bytes), array.shape, array.num_bytes)
+        saved = DeviceArray(self._allocate(array.num_bytes), array.shape)
         self.restore(saved, array)
         return saved
 
@@ -53,24 +84,40 @@ class DeviceMemory:
             for offset in range(0, array.num_bytes, row_bytes):
                 self._zero(array.memory, offset, size)
 
-    def memory_of(self, program: Program, bound: Sequence[Any]) -> dict[str, Sequence[Any]]:
-        """All memory of a program, by the kind of a launch's argument."""
-        sizes = [evaluate(size, program.max_tokens) * ITEM_BYTES for size in program.inputs]
-        return {
-            "input": [self._allocate(size) for size in sizes],
-            "bound": bound,
-            "storage": [self._allocate(size) for size in program.storages],
-        }
+    def write(self, array: DeviceArray, part: np.ndarray) -> None:
+        """Set the first along axis 1 to those of `part`, which has the array's type and its other
+        extents."""
+        row_bytes = array.num_bytes // array.shape[0]
+        assert part.nbytes // part.shape[0] <= row_bytes, (part.shape, array.shape)
+        for i, row in enumerate(part):
+            self._write(array.memory, np.ascontiguousarray(row), i * row_bytes)
 
-    def _allocate(self, num_bytes: int) -> Any:
+    def own_memory(self, name: str) -> dict[str, Sequence[Memory]]:
+        """What a program has beside the memory that it is bound to, by the kind of a launch's
+        argument."""
+        if name not in self._own:
+            program = self._programs[name]
+            inputs = program.inputs if isinstance(program, Program) else ()
+            most = program.max_tokens if isinstance(program, Program) else 0
+            self._own[name] = {
+                "input": [self._allocate(evaluate(size, most) * ITEM_BYTES) for size in inputs],
+                "storage": [self._allocate(size) for size in program.storages],
+            }
+        return self._own[name]
+
+    def read(self, memory: Memory, array: np.ndarray) -> None:
+        """Copy to a contiguous array of as many bytes, after all that was launched."""
+        raise NotImplementedError
+
+    def _allocate(self, num_bytes: int) -> Memory:
         """Raises OsscompileError without room."""
         raise NotImplementedError
 
-    def _write(self, memory: Any, array: np.ndarray) -> None:
+    def _write(self, memory: Memory, array: np.ndarray, offset: int) -> None:
         raise NotImplementedError
 
-    def _copy(self, memory: Any, source: Any, num_bytes: int) -> None:
+    def _copy(self, memory: Memory, source: Memory, num_bytes: int) -> None:
         raise NotImplementedError
 
-    def _zero(self, memory: Any, offset: int, num_bytes: int) -> None:
+    def _zero(self, memory: Memory, offset: int, num_bytes: int) -> None:
         raise NotImplementedError

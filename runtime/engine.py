@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from .artifact import Artifact, Manifest, open_artifact
-from .cuda import CudaDevice
 from .device import Device
 from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
+from .launch_devices import LAUNCH_DEVICES, LaunchDevice
 from .machine import available_memory_bytes, physical_cores
-from .opencl import OpenCLDevice
 from .program import read_programs
 from .sampler import Sample, Sampler, SamplingOptions, reserved_ids
 from .tokenizer import StreamDecoder, Tokenizer
@@ -295,14 +294,11 @@ class Model:
         return self.tokenizer
 
 
-def _open_device(artifact: Artifact, threads: int | None) -> Device | OpenCLDevice | CudaDevice:
-    match artifact.manifest.runtime:
-        case "opencl":
-            return OpenCLDevice(artifact.library, read_programs(artifact))
-        case "cuda":
-            return CudaDevice(artifact.library, read_programs(artifact))
-        case _:
-            return Device(artifact.library, threads or physical_cores())
+def _open_device(artifact: Artifact, threads: int | None) -> Device | LaunchDevice:
+    launching = LAUNCH_DEVICES.get(artifact.manifest.runtime)
+    if launching is not None:
+        return launching(artifact.library, read_programs(artifact))
+    return Device(artifact.library, threads or physical_cores())
 
 
 def _pieces(tokens: Iterator[GeneratedToken], parser: ChannelParser) -> Iterator[Piece]:

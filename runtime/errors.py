@@ -15,3 +15,7 @@ class InputError(OsscompileError, ValueError):
 
 class TuningError(OsscompileError):
     """A folder of candidates cannot be measured or used: damaged, or made for another machine."""
+
+
+class DefaultError(TuningError):
+    """The candidate with the default constants fails: its kernel cannot be tuned, others can."""

@@ -49,16 +49,21 @@ def count_turns(arguments: Sequence[Argument]) -> tuple[int, float]:
     return min(wanted, int(copies / share), MAX_TURNS), share
 
 
-def checked_inputs(plan: Plan, timed: Sequence[np.ndarray]) -> Arrays:
-    """Arguments of the comparison; weights, which have the same shape, are those of `timed`."""
+def checked_inputs(
+    arguments: Sequence[Argument], timed: Sequence[np.ndarray] | None = None
+) -> Arrays:
+    """Arguments of the comparison. `timed`: those of a call that is timed, of which weights, which
+    have the same shape, are taken instead of being made again."""
     arrays = []
-    for argument, array in zip(plan.arguments, timed, strict=True):
+    for i, argument in enumerate(arguments):
         if argument.fill == "experts":
             array = _experts(argument, argument.check_shape, 0, repeated=True)
-        elif argument.written or argument.check_shape != argument.shape:
+        elif timed is None or argument.written or argument.check_shape != argument.shape:
             array = make_array(argument, argument.check_shape)
+        else:
+            array = timed[i]
         arrays.append(array)
-    _set_offsets(plan.arguments, arrays)
+    _set_offsets(arguments, arrays)
     return arrays
 
 

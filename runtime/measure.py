@@ -2,8 +2,8 @@
 DIR` where the runtime alone was copied to (`osscompile bundle`).
 
 Candidates run in a process of their own: one that crashes or hangs ends that process only. Each is
-compared with the reference before it is timed. A far machine measures alike: what this file asks of
-a machine is in `Here`.
+compared with the answer in the folder before it is timed, by the clock of the device where it has
+one. All machines measure alike: what this file asks of them is in `TrialMachine`.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import multiprocessing
 import signal
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,22 +21,23 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .device import aligned_copy, load_function, tensor
-from .errors import OsscompileError, TuningError
+from .device import aligned_copy
+from .errors import DefaultError, OsscompileError, TuningError
 from .inputs import Arrays, checked_inputs, timed_inputs, whole_numbers
 from .machine import physical_cores
+from .trial_machines import TrialMachine, open_machine
 from .trials import (
     Plan,
     Trial,
-    check_libraries,
+    check_files,
     check_machine,
     kernel_folders,
+    read_answer,
     read_plan,
     read_trials,
     write_trials,
 )
 
-FUNCTION = "kernel"  # in every library
 BATCH = 8  # candidates measured together, in turns; an interrupt loses one batch
 ROUNDS = (5, 15)  # at least and at most: medians of fewer are noise
 BURST_SECONDS = 0.02  # of calls of one candidate in a round
@@ -62,36 +62,6 @@ Attempt: TypeAlias = Callable[[Path, list[str]], tuple[Seconds | None, list[Fail
 Tell: TypeAlias = Callable[[tuple[Any, ...]], object]  # what the measuring does, as it begins
 
 
-class Here:
-    """This machine: loads kernels, makes their arguments, calls and times them."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-
-    def load(self, library: Path) -> Any:
-        return load_function(library, FUNCTION, self._threads)
-
-    def tensor(self, array: np.ndarray) -> Any:
-        """Holds what the aligned array holds."""
-        return tensor(array)
-
-    def array(self, written: Any) -> np.ndarray:
-        return np.from_dlpack(written)
-
-    def call(self, kernel: Any, arguments: Sequence[Any]) -> None:
-        kernel(*arguments)
-
-    def seconds(self, kernel: Any, calls: Sequence[Sequence[Any]]) -> float:
-        """A call, on average."""
-        start = time.perf_counter()
-        for arguments in calls:
-            kernel(*arguments)
-        return (time.perf_counter() - start) / len(calls)
-
-    def is_alive(self) -> bool:
-        return True
-
-
 def measure_kernel(
     folder: Path,
     attempt: Attempt | None = None,
@@ -102,10 +72,11 @@ def measure_kernel(
 
     `attempt`: on which machine (default: this one, on its physical cores). `progress` hears the
     candidates done and the best ratio to the default so far; `report` hears of each candidate that
-    fails. Raises TuningError if the folder is damaged or for another machine, or the default fails.
+    fails. Raises DefaultError if the default fails, TuningError if the folder is damaged or for
+    another machine.
     """
     plan = read_plan(folder)
-    check_libraries(folder, plan)
+    check_files(folder, plan)
     attempt = attempt or attempt_here(None)
     trials = read_trials(folder, plan)
     constants = {c.library: c.constants for c in plan.candidates}
@@ -134,11 +105,11 @@ def _measure_batch(
         seconds, failed = attempt(folder, left)
         failures += failed
         for failure in failed:
-            if failure.library in (default, plan.reference.library):
-                which = "default" if failure.library == default else "reference"
-                raise TuningError(
-                    f"{folder}: expected the kernel's {which} to work, found: {failure.reason}; "
-                    "this is an error in its schedule: run the kernels' tests"
+            if failure.library == default:
+                raise DefaultError(
+                    f"{folder}: expected the kernel's default to work, found: {failure.reason}; "
+                    "if the machine lacks nothing, this is an error in its schedule: run the "
+                    "kernels' tests"
                 )
             left.remove(failure.library)
         if seconds is not None:
@@ -158,8 +129,8 @@ def _trial(seconds: list[float], default_seconds: list[float]) -> Trial:
 
 
 def attempt_here(threads: int | None) -> Attempt:
-    """An attempt in a process of its own, with so many threads (default: the physical cores).
-    Raises TuningError."""
+    """An attempt in a process of its own, on the device of the plan or with so many threads
+    (default: the physical cores). Raises TuningError."""
     if threads is not None and threads < 1:
         raise TuningError(f"threads: expected at least 1, found {threads}")
 
@@ -172,7 +143,7 @@ def attempt_here(threads: int | None) -> Attempt:
         process = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        failures, running = [], plan.reference.library
+        failures, running = [], plan.default.library
         try:
             while ours.poll(TIMEOUT_SECONDS):
                 match ours.recv():
@@ -182,6 +153,10 @@ def attempt_here(threads: int | None) -> Attempt:
                         failures.append(Failure(library, reason))
                     case "measured", seconds:
                         return seconds, failures
+                    case "no machine", reason:
+                        raise TuningError(f"{folder}: cannot be measured here: {reason}")
+                    case "ended", reason:
+                        return None, [*failures, Failure(running, reason)]
             reason = f"no answer for {TIMEOUT_SECONDS} seconds"
         except EOFError:
             process.join()
@@ -198,23 +173,26 @@ def _work(connection: Connection, folder: Path, libraries: list[str], threads: i
     """The measuring process: tells what it does, so that its end can be blamed on someone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, who ends us
     with contextlib.suppress(BrokenPipeError):  # the parent was killed
-        seconds = compare_and_time(folder, libraries, Here(threads), connection.send)
+        try:
+            machine = open_machine(read_plan(folder).runtime, threads)
+        except OsscompileError as error:
+            connection.send(("no machine", str(error)))
+            return
+        try:
+            seconds = compare_and_time(folder, libraries, machine, connection.send)
+        except Exception as error:  # of a device that can no longer be used, for example
+            connection.send(("ended", f"ended the measuring: {error}"))
+            return
         connection.send(("measured", seconds))
 
 
-def compare_and_time(folder: Path, libraries: Sequence[str], machine: Here, tell: Tell) -> Seconds:
-    """Seconds of the libraries that compute what the reference does; none if the default, the
-    first, does not. `tell` hears ("running", library) and ("failed", library, reason)."""
+def compare_and_time(
+    folder: Path, libraries: Sequence[str], machine: TrialMachine, tell: Tell
+) -> Seconds:
+    """Seconds of the libraries that answer what is right; none if the default, the first, does not.
+    `tell` hears ("running", library) and ("failed", library, reason)."""
     plan = read_plan(folder)
     calls = timed_inputs(plan)
-    kernels = {}
-    for library, result in _compare(plan, folder, libraries, calls[0], machine, tell):
-        if isinstance(result, str):
-            tell(("failed", library, result))
-        else:
-            kernels[library] = result
-    if libraries[0] not in kernels:
-        return {}
     known: dict[int, Any] = {}  # of arrays that several calls share
 
     def placed(array: np.ndarray) -> Any:
@@ -222,6 +200,15 @@ def compare_and_time(folder: Path, libraries: Sequence[str], machine: Here, tell
             known[id(array)] = machine.tensor(array)
         return known[id(array)]
 
+    kernels = {}
+    for library, result in _compare(plan, folder, libraries, calls[0], machine, placed, tell):
+        if isinstance(result, str):
+            tell(("failed", library, result))
+        else:
+            kernels[library] = result
+    if libraries[0] not in kernels:
+        return {}
+    tell(("running", libraries[0]))  # whom a lack of room for all calls is blamed on
     tensors = [[placed(array) for array in arrays] for arrays in calls]
     return _time_in_turns(kernels, tensors, machine, tell)
 
@@ -231,22 +218,35 @@ def _compare(
     folder: Path,
     libraries: Sequence[str],
     timed: Arrays,
-    machine: Here,
+    machine: TrialMachine,
+    placed: Callable[[np.ndarray], Any],
     tell: Tell,
 ) -> Iterator[tuple[str, Any]]:
     """Each library with its kernel, or with what is wrong with it."""
-    inputs = checked_inputs(plan, timed)
-    reference = machine.load(folder / plan.reference.library)
-    expected = _results(reference, plan, inputs, machine)
+    inputs = checked_inputs(plan.arguments, timed)
+    expected = _whole(plan, read_answer(folder, plan))
+    candidates = {candidate.library: candidate for candidate in plan.candidates}
+
+    def answer(kernel: Any) -> Arrays:
+        """What one call writes; the inputs stay as they are."""
+        arguments = list(zip(plan.arguments, inputs, strict=True))
+        tensors = [
+            machine.output(aligned_copy(array)) if argument.written else placed(array)
+            for argument, array in arguments
+        ]
+        machine.call(kernel, tensors)
+        found = zip(arguments, tensors, strict=True)
+        return [machine.array(t, array) for (a, array), t in found if a.written]
+
     for library in libraries:
         tell(("running", library))
         try:
-            kernel = machine.load(folder / library)
-            error = _error(_results(kernel, plan, inputs, machine), expected)
+            kernel = machine.load(folder, candidates[library])
+            error = _error(_whole(plan, answer(kernel)), expected)
         except Exception as failure:  # a kernel raises whatever it was made to
             if not machine.is_alive():
                 raise
-            yield library, repr(failure)
+            yield library, str(failure) or repr(failure)
             continue
         if error <= TOLERANCE:  # false for NaN
             yield library, kernel
@@ -257,17 +257,10 @@ def _compare(
             )
 
 
-def _results(kernel: Any, plan: Plan, inputs: Arrays, machine: Here) -> Arrays:
-    """What one call writes; the inputs stay as they are."""
-    tensors = [
-        machine.tensor(aligned_copy(array) if argument.written else array)
-        for argument, array in zip(plan.arguments, inputs, strict=True)
-    ]
-    machine.call(kernel, tensors)
-    arrays = [
-        (a, machine.array(t)) for t, a in zip(tensors, plan.arguments, strict=True) if a.written
-    ]
-    return [whole_numbers(x, a.low) if x.dtype == np.int8 else x for a, x in arrays]
+def _whole(plan: Plan, written: Arrays) -> Arrays:
+    """What a kernel wrote, and of digits the numbers that they mean."""
+    pairs = zip((a for a in plan.arguments if a.written), written, strict=True)
+    return [whole_numbers(x, a.low) if x.dtype == np.int8 else x for a, x in pairs]
 
 
 def _error(found: Arrays, expected: Arrays) -> float:
@@ -290,7 +283,7 @@ def _error(found: Arrays, expected: Arrays) -> float:
 
 
 def _time_in_turns(
-    kernels: dict[str, Any], calls: list[list[Any]], machine: Here, tell: Tell
+    kernels: dict[str, Any], calls: list[list[Any]], machine: TrialMachine, tell: Tell
 ) -> Seconds:
     """Seconds a call of each kernel in each round. Kernels take turns, because a machine's speed
     changes over seconds: what counts is the ratio to the default, the first, in the same round."""
@@ -303,6 +296,7 @@ def _time_in_turns(
     default = next(iter(kernels))
     once = min(burst(default, 1) for _ in range(3))
     count = max(1, round(BURST_SECONDS / once))
+    count = min(count, machine.most_calls or count)
     least, most = ROUNDS
     rounds = min(most, max(least, round(CANDIDATE_SECONDS / (count * once))))
     seconds: Seconds = {}
@@ -318,23 +312,29 @@ def _time_in_turns(
 
 
 def main() -> int:
-    """Measure a folder of `osscompile tune --emit`; 1 after an error of ours."""
+    """Measure a folder of `osscompile tune --emit`; 1 after an error of ours. A kernel whose
+    default fails is told, and does not keep others from being measured."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     arguments = parser.parse_args()
+    failed = False
     try:
         folders = kernel_folders(arguments.directory)
         for number, folder in enumerate(folders, start=1):
             print(f"kernel {number} of {len(folders)}, {folder.name}", flush=True)
-            measure_kernel(folder, attempt_here(arguments.threads), _print_progress)
+            try:
+                measure_kernel(folder, attempt_here(arguments.threads), _print_progress)
+            except DefaultError as error:
+                print(f"measure: {error}", file=sys.stderr, flush=True)
+                failed = True
     except OsscompileError as error:
         print(f"measure: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: run it again to go on", file=sys.stderr)
         return 130
-    return 0
+    return int(failed)
 
 
 def _print_progress(done: int, best: float) -> None:

@@ -1,7 +1,7 @@
-"""Run the functions of an OpenCL artifact: launch after launch, through pyopencl."""
+"""Run kernels in OpenCL C, and the functions of an artifact: launch after launch, by pyopencl."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -9,83 +9,152 @@ from typing import Any
 
 import numpy as np
 
-from .device_memory import DeviceMemory
+from .device_memory import DeviceMemory, Memory, Usage
 from .errors import ArtifactError, OsscompileError
-from .program import MEMORY, Launch, Program, evaluate
+from .program import MEMORY, Launch, Launches, Program, evaluate
 
 BUILD_OPTIONS = ["-cl-kernel-arg-info"]  # to check what programs say
 SCALAR_TYPES = {"int32": "int", "int64": "long"}  # of numpy and of OpenCL C
 
 
 @dataclass(frozen=True)
+class _Opened:
+    """A device, with the queue of all but what is timed."""
+
+    cl: ModuleType
+    device: Any
+    context: Any
+    queue: Any
+    usage: Usage
+
+
+@dataclass
 class _Prepared:
     """A program with its memory, and for every launch a kernel that knows its buffers."""
 
-    memory: dict[str, Sequence[Any]]  # by kind of argument; a kernel does not keep it alive
     launches: list[tuple[Launch, Any]]
+    memory: dict[str, Sequence[Memory]]  # by kind of argument; a kernel does not keep it alive
 
 
 class OpenCLDevice(DeviceMemory):
-    """The kernels of an artifact on the first GPU that OpenCL lists, or else on its first device.
+    """Kernels on the first GPU that OpenCL lists, or else on its first device.
 
-    `source`: OpenCL C, `programs`: what launches its kernels. Raises OsscompileError where there is
-    no device or no room, ArtifactError for kernels that it cannot compile or programs that do not
-    fit them.
+    `source`: OpenCL C, `programs`: what launches its kernels. `opened`: of kernels beside which
+    these are loaded, for the same memory. Raises OsscompileError where there is no device or no
+    room, ArtifactError for kernels that it cannot compile or programs that do not fit them.
     """
 
-    def __init__(self, source: Path, programs: dict[str, Program]) -> None:
-        self._source, self._programs = source, programs
-        self._cl = _import_pyopencl()
-        self._device = _first_device(self._cl)
-        self._context = self._cl.Context([self._device])
-        self._queue = self._cl.CommandQueue(self._context)
+    def __init__(
+        self,
+        source: Path,
+        programs: Mapping[str, Launches],
+        opened: _Opened | None = None,
+    ) -> None:
+        self._source = source
+        self.opened = opened if opened is not None else self.open()
+        super().__init__(programs, self.opened.usage)
+        self._cl, self._queue = self.opened.cl, self.opened.queue
         try:
             text = source.read_text(encoding="utf-8")
-            self._kernels = self._cl.Program(self._context, text).build(BUILD_OPTIONS)
-        except (self._cl.Error, UnicodeDecodeError) as error:
+            self._kernels = self._cl.Program(self.opened.context, text).build(BUILD_OPTIONS)
+        except (self._cl.Error, OSError, UnicodeDecodeError) as error:
             raise self._cannot_run(error) from error
         self._prepared: dict[str, _Prepared] = {}
+
+    @staticmethod
+    def open() -> _Opened:
+        """The device, without kernels. Raises OsscompileError where there is none."""
+        cl = _import_pyopencl()
+        device = _first_device(cl)
+        context = cl.Context([device])
+        return _Opened(cl, device, context, cl.CommandQueue(context), Usage())
+
+    @property
+    def name(self) -> str:
+        device = self.opened.device
+        return f"{device.name.strip()} (OpenCL driver {device.driver_version.strip()})"
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
         """Call a function with small inputs, int32, and memory bound before -> float32."""
         program = self._programs[function]
-        prepared = self._prepared.get(function)
-        if prepared is None or prepared.memory["bound"] is not bound:
-            prepared = self._prepared[function] = self._prepare(program, bound)
+        assert isinstance(program, Program)
+        prepared = self._prepare(function, bound)
         tokens = len(inputs[0])
         result = np.empty([evaluate(e, tokens) for e in program.result_shape], np.float32)
         try:
-            for buffer, array in zip(prepared.memory["input"], inputs, strict=True):
-                self._cl.enqueue_copy(self._queue, buffer, array)
-            for launch, kernel in prepared.launches:
-                self._enqueue(launch, kernel, tokens)
-            self._cl.enqueue_copy(self._queue, result, prepared.memory["storage"][program.result])
+            for memory, array in zip(prepared.memory["input"], inputs, strict=True):
+                self._write(memory, array, 0)
+            self._launch_all(prepared, tokens, self._queue)
+            self.read(prepared.memory["storage"][program.result], result)
         except self._cl.Error as error:
             raise self._cannot_run(error) from error
         return result
 
-    def _enqueue(self, launch: Launch, kernel: Any, tokens: int) -> None:
-        for i, (kind, value) in enumerate(launch.arguments):
-            if kind not in MEMORY:
-                kernel.set_arg(i, np.dtype(kind).type(evaluate(value, tokens)))
-        counts = [evaluate(count, tokens) for count in launch.groups]
-        work_items = [n * threads for n, threads in zip(counts, launch.threads, strict=True)]
-        self._cl.enqueue_nd_range_kernel(self._queue, kernel, work_items, launch.threads)
+    def call(self, name: str, bound: Sequence[Any]) -> None:
+        """Launch what takes no inputs, and wait for it."""
+        try:
+            self._launch_all(self._prepare(name, bound), 1, self._queue)
+            self._queue.finish()
+        except self._cl.Error as error:
+            raise self._cannot_run(error) from error
 
-    def _prepare(self, program: Program, bound: Sequence[Any]) -> _Prepared:
-        memory = self.memory_of(program, bound)
-        launches = []
-        for launch in program.launches:
-            try:
-                kernel = self._cl.Kernel(self._kernels, launch.kernel)
-                self._check_arguments(launch, kernel)
-                for i, (kind, value) in enumerate(launch.arguments):
-                    if kind in MEMORY:
-                        kernel.set_arg(i, memory[kind][value])
-            except (self._cl.Error, ValueError) as error:
-                raise self._cannot_run(error) from error
-            launches.append((launch, kernel))
-        return _Prepared(memory, launches)
+    def seconds(self, name: str, calls: Sequence[Sequence[Any]]) -> float:
+        """A call of what takes no inputs, on average, each bound to memory of its own: what the
+        device's clock says that its kernels took, without what lies between them."""
+        profiling = self._cl.command_queue_properties.PROFILING_ENABLE
+        queue = self._cl.CommandQueue(self.opened.context, properties=profiling)
+        events = []
+        try:
+            for bound in calls:
+                events += self._launch_all(self._prepare(name, bound), 1, queue)
+            queue.finish()
+            nanoseconds = sum(event.profile.end - event.profile.start for event in events)
+        except self._cl.Error as error:
+            raise self._cannot_run(error) from error
+        return float(nanoseconds * 1e-9 / len(calls))
+
+    def is_alive(self) -> bool:
+        """Whether it can still be used: what a kernel did may have ended that."""
+        try:
+            self._queue.finish()
+        except self._cl.Error:
+            return False
+        return True
+
+    def _launch_all(self, prepared: _Prepared, tokens: int, queue: Any) -> list[Any]:
+        """The event of every launch."""
+        events = []
+        for launch, kernel in prepared.launches:
+            for i, (kind, value) in enumerate(launch.arguments):
+                if kind not in MEMORY:
+                    kernel.set_arg(i, np.dtype(kind).type(evaluate(value, tokens)))
+            counts = [evaluate(count, tokens) for count in launch.groups]
+            work_items = [n * threads for n, threads in zip(counts, launch.threads, strict=True)]
+            enqueue = self._cl.enqueue_nd_range_kernel
+            events.append(enqueue(queue, kernel, work_items, launch.threads))
+        return events
+
+    def _prepare(self, name: str, bound: Sequence[Any]) -> _Prepared:
+        prepared = self._prepared.get(name)
+        try:
+            if prepared is None:
+                kernels = [(n, self._kernel(n)) for n in self._programs[name].launches]
+                prepared = self._prepared[name] = _Prepared(kernels, self.own_memory(name))
+            if prepared.memory.get("bound") is not bound:
+                memory = prepared.memory | {"bound": bound}
+                for launch, kernel in prepared.launches:
+                    for i, (kind, value) in enumerate(launch.arguments):
+                        if kind in MEMORY:
+                            kernel.set_arg(i, memory[kind][value].handle)
+                prepared.memory = memory
+        except (self._cl.Error, ValueError) as error:
+            raise self._cannot_run(error) from error
+        return prepared
+
+    def _kernel(self, launch: Launch) -> Any:
+        kernel = self._cl.Kernel(self._kernels, launch.kernel)
+        self._check_arguments(launch, kernel)
+        return kernel
 
     def _check_arguments(self, launch: Launch, kernel: Any) -> None:
         """A driver may take a number for an address."""
@@ -98,30 +167,34 @@ class OpenCLDevice(DeviceMemory):
         if wanted != found:
             raise ValueError(f"{launch.kernel} takes {wanted}, the program gives {found}")
 
-    def _allocate(self, num_bytes: int) -> Any:
+    def read(self, memory: Memory, array: np.ndarray) -> None:
+        self._cl.enqueue_copy(self._queue, array, memory.handle)
+
+    def _allocate(self, num_bytes: int) -> Memory:
+        flags = self._cl.mem_flags.READ_WRITE
         try:
-            return self._cl.Buffer(self._context, self._cl.mem_flags.READ_WRITE, num_bytes)
+            buffer = self._cl.Buffer(self.opened.context, flags, num_bytes)
         except self._cl.Error as error:
             raise OsscompileError(
-                f"{self._device.name}: expected room for {num_bytes / 1e6:.1f} MB more, found: "
+                f"{self.name}: expected room for {num_bytes / 1e6:.1f} MB more, found: "
                 f"{error}; load with a smaller context, or compile with a smaller prefill_chunk"
             ) from error
+        return Memory(buffer, num_bytes, self.usage)
 
-    def _write(self, memory: Any, array: np.ndarray) -> None:
-        self._cl.enqueue_copy(self._queue, memory, array)
+    def _write(self, memory: Memory, array: np.ndarray, offset: int) -> None:
+        self._cl.enqueue_copy(self._queue, memory.handle, array, dst_offset=offset)
 
-    def _copy(self, memory: Any, source: Any, num_bytes: int) -> None:
-        self._cl.enqueue_copy(self._queue, memory, source)
+    def _copy(self, memory: Memory, source: Memory, num_bytes: int) -> None:
+        self._cl.enqueue_copy(self._queue, memory.handle, source.handle)
 
-    def _zero(self, memory: Any, offset: int, num_bytes: int) -> None:
+    def _zero(self, memory: Memory, offset: int, num_bytes: int) -> None:
         zero = np.zeros(1, np.uint8)
-        self._cl.enqueue_fill_buffer(self._queue, memory, zero, offset, num_bytes)
+        self._cl.enqueue_fill_buffer(self._queue, memory.handle, zero, offset, num_bytes)
 
     def _cannot_run(self, error: Exception) -> ArtifactError:
         return ArtifactError(
-            f"{self._source}: expected kernels that {self._device.name} "
-            f"({self._device.version}) can run, found: {error}; compile the model again, or "
-            "update the device's driver"
+            f"{self._source}: expected kernels that {self.name} can run, found: {error}; compile "
+            "them again, or update the device's driver"
         )
 
 

@@ -1,4 +1,4 @@
-"""A program: what a function of an OpenCL artifact launches, in order, and on which memory.
+"""A program: what a function of an artifact launches, in order, and on which memory.
 
 This file defines the format, JSON (`osscompile/programs.py` writes it), and checks all of it when
 it is read. Sizes that depend on the number of tokens are expressions: a whole number, "tokens", or
@@ -50,14 +50,21 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Program:
+class Launches:
+    """What is launched one after the other, and the memory that it needs beside what it is bound
+    to."""
+
+    storages: tuple[int, ...]  # bytes
+    launches: tuple[Launch, ...]
+
+
+@dataclass(frozen=True)
+class Program(Launches):
     """Inputs are int32 and come with every call, the first has one for each token; the result is
     float32."""
 
     max_tokens: int  # of a call
     inputs: tuple[Expression, ...]  # how many numbers each has
-    storages: tuple[int, ...]  # bytes
-    launches: tuple[Launch, ...]
     result: int  # the storage that holds it
     result_shape: tuple[Expression, ...]
 
@@ -91,18 +98,27 @@ def read_programs(artifact: Artifact) -> dict[str, Program]:
         ) from error
 
 
-def _program(name: str, fields: dict[str, Any], manifest: Manifest) -> Program:
+def parse_launches(name: str, fields: dict[str, Any], num_bound: int, inputs: int = 0) -> Launches:
+    """Of JSON; ValueError, KeyError or TypeError for what can be none. `num_bound`: arrays that the
+    launches are bound to; `inputs`: those that come with every call."""
     sizes = [_number(size, 1, f"{name}, a storage's size") for size in fields["storages"]]
-    counts = {
-        "input": NUM_INPUTS[name],
-        "bound": len(manifest.caches) + len(manifest.weights),
-        "storage": len(sizes),
-    }
+    counts = {"input": inputs, "bound": num_bound, "storage": len(sizes)}
+    launches = tuple(_launch(launch, counts) for launch in fields["launches"])
+    for launch in launches:
+        for expression in launch.groups:
+            _number(evaluate(expression, 1), 1, f"{name}, {expression} of 1 tokens")
+    return Launches(tuple(sizes), launches)
+
+
+def _program(name: str, fields: dict[str, Any], manifest: Manifest) -> Program:
+    num_bound = len(manifest.caches) + len(manifest.weights)
+    parsed = parse_launches(name, fields, num_bound, NUM_INPUTS[name])
+    sizes = parsed.storages
     program = Program(
+        storages=sizes,
+        launches=parsed.launches,
         max_tokens=_number(fields["max_tokens"], 1, f"{name}, the number of tokens"),
         inputs=tuple(_expression(size) for size in fields["inputs"]),
-        storages=tuple(sizes),
-        launches=tuple(_launch(launch, counts) for launch in fields["launches"]),
         result=_number(fields["result"], 0, f"{name}, the result's storage", len(sizes)),
         result_shape=tuple(_expression(extent) for extent in fields["result_shape"]),
     )

@@ -1,7 +1,8 @@
 """What `osscompile tune` measures, and what it found: the files of one kernel's folder.
 
-`plan.json` says how the kernel is called and which libraries hold it, `results.json` what they
-took. Both are checked when read. Libraries are code: measure only folders that you trust.
+`plan.json` says how the kernel is called, which libraries hold it and which file what it must
+answer; `results.json` what they took. Both are checked when read. Libraries are code: measure only
+folders that you trust.
 """
 
 import hashlib
@@ -14,10 +15,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from .artifact import ANY, RUNTIMES
 from .errors import TuningError
+from .launch_devices import LAUNCH_DEVICES
 from .machine import Machine
+from .program import Launches, parse_launches
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PLAN = "plan.json"
 RESULTS = "results.json"
 DTYPES = ("float32", "float16", "int8", "int32", "uint8", "uint16", "uint32")
@@ -26,6 +30,7 @@ DTYPES = ("float32", "float16", "int8", "int32", "uint8", "uint16", "uint32")
 # digits, to the base `low`; "small": the scales of int8 weights.
 FILLS = ("bits", "bfloat16", "experts", "integers", "normal", "offsets", "output", "small")
 MAX_BYTES = 2 << 30  # of all arguments together
+CHECKED, TIMED = "checked", "timed"  # calls: with the arguments' `check_shape`, and with `shape`
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,17 @@ class Candidate:
     library: str  # file name; it follows from the program, so that the same program has the same
     sha256: str
     constants: dict[str, int]
+    # What to launch for each kind of call, bound to the arguments; None for a library that does so.
+    programs: dict[str, Launches] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a right kernel writes when it is called to be checked: the arrays one after the
+    other."""
+
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -60,12 +76,13 @@ class Plan:
 
     target: str
     variant: str
+    runtime: str  # what executes them, as in an artifact's manifest
     system: str  # what a machine needs to measure it
     architecture: str
     cpu_features: tuple[str, ...]
     key: str  # of the kernel in the records
     arguments: tuple[Argument, ...]
-    reference: Candidate  # unscheduled: what it computes is right
+    answer: Answer
     candidates: tuple[Candidate, ...]
 
     @property
@@ -99,13 +116,20 @@ def read_plan(folder: Path) -> Plan:
             | {
                 "cpu_features": tuple(fields["cpu_features"]),
                 "arguments": tuple(_argument(a) for a in fields["arguments"]),
-                "reference": _candidate(fields["reference"]),
-                "candidates": tuple(_candidate(c) for c in fields["candidates"]),
+                "answer": Answer(**fields["answer"]),
+                "candidates": tuple(
+                    _candidate(c, len(fields["arguments"])) for c in fields["candidates"]
+                ),
             }
         )
         texts = (plan.target, plan.variant, plan.system, plan.architecture, plan.key)
         _check(all(isinstance(text, str) for text in (*texts, *plan.cpu_features)), "names")
         _check(plan.candidates and any(a.written for a in plan.arguments), "candidates, outputs")
+        _check(plan.runtime in RUNTIMES, f"runtime {plan.runtime!r}")
+        for candidate in plan.candidates:
+            launched = candidate.programs is not None
+            _check(launched == (plan.runtime in LAUNCH_DEVICES), f"programs of {candidate.library}")
+        _check_name(plan.answer.file)
         _check_offsets(plan.arguments)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         _damaged(file, "the fields of a plan", repr(error))
@@ -116,9 +140,10 @@ def read_plan(folder: Path) -> Plan:
 
 
 def check_machine(folder: Path, plan: Plan) -> None:
-    """Raises TuningError unless this machine can run the libraries."""
+    """Raises TuningError unless this machine can run the libraries, as far as that is known before
+    a device is opened."""
     here = Machine.here()
-    if (plan.system, plan.architecture) != (here.system, here.architecture):
+    if plan.system not in (ANY, here.system) or plan.architecture not in (ANY, here.architecture):
         raise TuningError(
             f"{folder}: made for {plan.system} on {plan.architecture}, this machine is "
             f"{here.system} on {here.architecture}; emit it for this machine's target"
@@ -130,16 +155,32 @@ def check_machine(folder: Path, plan: Plan) -> None:
         )
 
 
-def check_libraries(folder: Path, plan: Plan) -> None:
-    """Raises TuningError unless they are those planned."""
-    for library in (plan.reference, *plan.candidates):
-        file = folder / library.library
-        found = hash_library(file)
-        if found != library.sha256:
-            _damaged(file, f"sha256 {library.sha256}", found or "no such file")
+def check_files(folder: Path, plan: Plan) -> None:
+    """Raises TuningError unless the libraries and the answer are those planned."""
+    files = {plan.answer.file: plan.answer.sha256}
+    for name, sha256 in (files | {c.library: c.sha256 for c in plan.candidates}).items():
+        found = sha256_of(folder / name)
+        if found != sha256:
+            _damaged(folder / name, f"sha256 {sha256}", found or "no such file")
 
 
-def hash_library(file: Path) -> str | None:
+def read_answer(folder: Path, plan: Plan) -> list[np.ndarray]:
+    """What a right kernel writes, of every argument that is written, with its `check_shape`. Raises
+    TuningError if the file has another size."""
+    written = [a for a in plan.arguments if a.written]
+    file, num_bytes = folder / plan.answer.file, sum(a.num_bytes(a.check_shape) for a in written)
+    if file.stat().st_size != num_bytes:
+        _damaged(file, f"{num_bytes} bytes", f"{file.stat().st_size}")
+    arrays = []
+    with file.open("rb") as stream:
+        for argument in written:
+            count = math.prod(argument.check_shape)
+            array = np.fromfile(stream, np.dtype(argument.dtype), count)
+            arrays.append(array.reshape(argument.check_shape))
+    return arrays
+
+
+def sha256_of(file: Path) -> str | None:
     """sha256 of a file in hexadecimal; None if there is none."""
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
@@ -223,12 +264,20 @@ def _check_offsets(arguments: tuple[Argument, ...]) -> None:
                 _check(shape and shape in (of[:-1], of[:-2]), f"offsets {shape} of {of}")
 
 
-def _candidate(fields: dict[str, Any]) -> Candidate:
-    candidate = Candidate(**fields)
-    _check(Path(candidate.library).name == candidate.library, f"name {candidate.library!r}")
+def _candidate(fields: dict[str, Any], num_arguments: int) -> Candidate:
+    programs = fields["programs"]
+    if programs is not None:
+        programs = {c: parse_launches(c, programs[c], num_arguments) for c in (CHECKED, TIMED)}
+    candidate = Candidate(**fields | {"programs": programs})
+    _check_name(candidate.library)
     constants = candidate.constants.items()
     _check(all(isinstance(k, str) and type(v) is int for k, v in constants), "constants")
     return candidate
+
+
+def _check_name(file: str) -> None:
+    """Of a file in the folder itself."""
+    _check(file and Path(file).name == file, f"name {file!r}")
 
 
 def _check(condition: Any, what: str) -> None:

@@ -6,26 +6,32 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef void (*Kernel)(void **parameters, const unsigned *sizes);
 typedef struct { Kernel run; const size_t *sizes; int count; } Function;
 typedef struct { Function *function; unsigned sizes[6]; void **parameters; } Call;
-typedef struct { Call calls[64]; int count; } Graph;
+typedef struct { Call calls[4096]; int count; } Graph;
 
 int fake_launches, fake_graph_launches, fake_freed, fake_devices = 1;
-size_t fake_room = 1 << 20;
+int fake_graphs, fake_events;  /* that were not destroyed */
+size_t fake_room = 1 << 30;
 static Graph *capturing;
+static int dead;  /* since a kernel used an address that is none */
 
 int cuInit(unsigned flags) { return 0; }
 int cuDeviceGet(int *device, int number) { *device = number; return number < fake_devices ? 0 : 100; }
+int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "Stand-in"); return 0; }
+int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &capturing; return 0; }
 int cuCtxSetCurrent(void *context) { return 0; }
 int cuStreamCreate(void **stream, unsigned flags) { *stream = &fake_launches; return 0; }
-int cuStreamSynchronize(void *stream) { return 0; }
+int cuStreamSynchronize(void *stream) { return dead ? 700 : 0; }
 
 int cuGetErrorString(int status, const char **text) {
-  *text = status == 2 ? "out of memory" : status == 100 ? "no device" : "not found";
+  *text = status == 2 ? "out of memory" : status == 100 ? "no device" : status == 700 ? "illegal address"
+          : status == 701 ? "too many resources" : "not found";
   return 0;
 }
 
@@ -56,8 +62,9 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, void *stream) {
 }
 
 int cuModuleLoadData(void **module, const char *image) {
+  int is_code = !memcmp(image, "\x7f" "ELF", 4) || strstr(image, ".visible .entry");
   *module = dlopen(getenv("FAKE_CUDA_MODULE"), RTLD_NOW);
-  return memcmp(image, "\x7f" "ELF", 4) || !*module ? 200 : 0;
+  return is_code && *module ? 0 : 200;
 }
 int cuModuleGetFunction(void **function, void *module, const char *name) {
   *function = dlsym(module, name);
@@ -72,6 +79,7 @@ int cuFuncGetParamInfo(Function *f, size_t index, size_t *offset, size_t *size) 
 int cuLaunchKernel(Function *f, unsigned gx, unsigned gy, unsigned gz, unsigned tx, unsigned ty,
                    unsigned tz, unsigned shared, void *stream, void **parameters, void **extra) {
   Call call = {f, {gx, gy, gz, tx, ty, tz}, parameters};
+  if (tx * ty * tz > 1024) return 701;
   if (!capturing) {
     fake_launches++;
     f->run(call.parameters, call.sizes);
@@ -86,9 +94,13 @@ int cuLaunchKernel(Function *f, unsigned gx, unsigned gy, unsigned gz, unsigned 
 int cuStreamBeginCapture_v2(void *stream, int mode) { capturing = calloc(1, sizeof(Graph)); return 0; }
 int cuStreamEndCapture(void *stream, void **graph) { *graph = capturing; capturing = 0; return 0; }
 int cuGraphInstantiateWithFlags(void **instance, void *graph, unsigned long long flags) {
-  *instance = graph;
+  fake_graphs++;
+  *instance = memcpy(malloc(sizeof(Graph)), graph, sizeof(Graph));
   return 0;
 }
+int cuGraphDestroy(void *graph) { free(graph); return 0; }
+int cuGraphExecDestroy(void *instance) { fake_graphs--; free(instance); return 0; }
+int cuGraphUpload(void *instance, void *stream) { return 0; }
 int cuGraphLaunch(Graph *graph, void *stream) {
   fake_graph_launches++;
   for (int i = 0; i < graph->count; i++)
@@ -96,7 +108,19 @@ int cuGraphLaunch(Graph *graph, void *stream) {
   return 0;
 }
 
-/* --- The module: two kernels -------------------------------------------------------------------- */
+int cuEventCreate(void **event, unsigned flags) {
+  fake_events++;
+  *event = calloc(1, sizeof(struct timespec));
+  return 0;
+}
+int cuEventDestroy_v2(void *event) { fake_events--; free(event); return 0; }
+int cuEventRecord(struct timespec *event, void *stream) { return clock_gettime(CLOCK_MONOTONIC, event); }
+int cuEventElapsedTime(float *ms, struct timespec *a, struct timespec *b) {
+  *ms = (b->tv_sec - a->tv_sec) * 1e3 + (b->tv_nsec - a->tv_nsec) * 1e-6;
+  return dead ? 700 : 0;
+}
+
+/* --- The module: some kernels ------------------------------------------------------------------- */
 
 /* A thread a number: twice(out, ids, count) writes 2 x ids. */
 static void run_twice(void **p, const unsigned *sizes) {
@@ -115,3 +139,38 @@ static void run_add(void **p, const unsigned *sizes) {
 }
 static const size_t add_sizes[] = {8, 8, 8, 8, 4};
 Function add = {run_add, add_sizes, 5};
+
+/* A thread a number: slow(out, x, count) and quick(...) write 2 x; wrong(...) writes 3 x. */
+static void scale(void **p, const unsigned *sizes, float factor, int times) {
+  volatile float *out = *(float **)p[0];
+  const float *x = *(float **)p[1];
+  while (times--)
+    for (int64_t i = 0; i < (int64_t)sizes[0] * sizes[3] && i < *(int64_t *)p[2]; i++) out[i] = factor * x[i];
+}
+static void run_slow(void **p, const unsigned *sizes) { scale(p, sizes, 2, 50); }
+static void run_quick(void **p, const unsigned *sizes) { scale(p, sizes, 2, 1); }
+static void run_wrong(void **p, const unsigned *sizes) { scale(p, sizes, 3, 1); }
+static void run_beyond(void **p, const unsigned *sizes) {
+  scale(p, sizes, 2, 1);
+  (*(float **)p[0])[*(int64_t *)p[2]] = 0;
+}
+static void run_faulty(void **p, const unsigned *sizes) { dead = 1; }
+Function slow = {run_slow, twice_sizes, 3}, quick = {run_quick, twice_sizes, 3};
+Function wrong = {run_wrong, twice_sizes, 3}, beyond = {run_beyond, twice_sizes, 3};
+Function faulty = {run_faulty, twice_sizes, 3};
+
+/* What `bench_device_bandwidth.py` has in PTX. */
+static void run_read_memory(void **p, const unsigned *sizes) {
+  const uint32_t *data = *(uint32_t **)p[0];
+  uint32_t *sums = *(uint32_t **)p[1];
+  uint32_t steps = *(uint32_t *)p[2], width = sizes[3];
+  for (uint32_t group = 0; group < sizes[0]; group++)
+    for (uint32_t thread = 0; thread < width; thread++) {
+      uint32_t sum = 0;
+      for (uint32_t step = 0; step < steps; step++)
+        for (int k = 0; k < 4; k++) sum += data[(((uint64_t)group * steps + step) * width + thread) * 4 + k];
+      sums[group * width + thread] = sum;
+    }
+}
+static const size_t read_sizes[] = {8, 8, 4};
+Function read_memory = {run_read_memory, read_sizes, 3};

@@ -26,9 +26,8 @@ from osscompile.passes.expand_exp import expand_exp
 from osscompile.passes.pack_weights import pack_kernel, packable
 from osscompile.passes.split_launches import split_launches
 from osscompile.passes.store_halves import store_halves
-from osscompile.programs import launches_of
+from osscompile.programs import kernel_launches
 from osscompile.runtime.opencl import OpenCLDevice
-from osscompile.runtime.program import Program
 from osscompile.schedules.records import Choose, recorded
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target
@@ -126,30 +125,16 @@ class OpenCLKernel:
         self.host, self.source = module["main"], opencl_source(module, target)
 
     def __call__(self, *arguments: Any) -> None:
-        symbols = {
-            extent: tirx.const(size, "int64")
-            for parameter, argument in zip(self.host.params, arguments, strict=True)
-            for extent, size in zip(parameter.shape, argument.shape, strict=True)
-            if isinstance(extent, tirx.Var)
-        }
-        storages = [4]  # the first for a result that nobody reads
-
-        def new_storage(num_bytes: int) -> tuple[str, int]:
-            storages.append(num_bytes)
-            return "storage", len(storages) - 1
-
-        places = [("bound", i) for i in range(len(arguments))]
-        launches = launches_of(self.host, places, symbols, new_storage)
-        program = Program(1, (1,), tuple(storages), tuple(launches), 0, (1,))
+        launches = kernel_launches(self.host, [argument.shape for argument in arguments])
         with tempfile.NamedTemporaryFile("w", suffix=".cl") as file:
             file.write(self.source)
             file.flush()
-            device = OpenCLDevice(Path(file.name), {"main": program})
+            device = OpenCLDevice(Path(file.name), {"main": launches})
         arrays = [argument.numpy() for argument in arguments]
         bound = [device.tensor(array) for array in arrays]
-        device.run("main", [np.zeros(1, np.int32)], bound)
+        device.call("main", bound)
         for argument, array, memory in zip(arguments, arrays, bound, strict=True):
-            device._cl.enqueue_copy(device._queue, array, memory)
+            device.read(memory, array)
             argument.copyfrom(array)
 
 

@@ -13,9 +13,10 @@ import pytest
 import tvm
 from artifacts import copy_artifact, reseal
 
+from osscompile import bench as bench_module
 from osscompile import bench_bandwidth, bench_int8, bench_machine, bench_plot, cli
-from osscompile.bench import bench, kv_bytes
-from osscompile.bench_int8 import token_macs
+from osscompile.bench import bench
+from osscompile.bench_artifact import kv_bytes, token_macs
 from osscompile.bench_report import (
     BenchError,
     Report,
@@ -32,6 +33,7 @@ from osscompile.compiler import GATHERED, _decode_bytes
 from osscompile.importer.graph import cache_parameters, weight_parameters
 from osscompile.importer.synthetic import TINY, gpt_oss_config
 from osscompile.runtime.artifact import Manifest, Tensor, read_manifest
+from osscompile.runtime.engine import Model
 from osscompile.targets import Target
 
 # 100 GB/s, 1 TMAC/s; a step reads 2 GB of weights, and 1 MB a position in each kind of layer.
@@ -152,6 +154,24 @@ def test_report_of_a_small_model(tiny_artifact: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_cache_of_each_depth_is_filled_once(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deepest first, for the memory and for the time; the report keeps the order asked for."""
+    filled: list[int] = []
+    fill = bench_module._fill_cache
+
+    def counted(model: Model, ids: list[int]) -> None:
+        filled.append(len(ids))
+        fill(model, ids)
+
+    monkeypatch.setattr(bench_module, "_fill_cache", counted)
+    report = bench(tiny_artifact, (), (0, 64, 64, 32))
+    assert filled == [64, 32, 0]
+    assert list(report.decode) == list(report.bandwidth_at) == [0, 64, 32]
+
+
+@pytest.mark.usefixtures("quick")
 def test_context_too_short_to_measure_anything(tiny_artifact: Path, tmp_path: Path) -> None:
     short = copy_artifact(tiny_artifact, tmp_path)
     reseal(short, lambda manifest: manifest.update(context=1))
@@ -263,15 +283,40 @@ def test_comparison_of_two_reports() -> None:
     assert lines["prefill 64, tok/s"][3:] == ["128", "13", "%", "128", "1.00x"]
 
 
+def test_report_of_a_device() -> None:
+    report = dataclasses.replace(
+        REPORT, device="Loom (driver 1)", device_bytes=2_500_000_000, int8_peak=None
+    )
+    printed = table(report)
+    assert "Loom (driver 1), Abacus, 2 cores" in printed
+    assert "of the device's memory, the best of this run" in printed
+    assert "int8 arithmetic peak: not measured on this machine" in printed
+    assert "int8" not in printed.replace("int8 arithmetic peak: not measured", "")
+    assert "not measured" not in table(REPORT)
+    found = {row.name: row for row in rows(report)}
+    assert found["device memory"].value == 2.5 and found["prefill 64"].share is None
+    lines = {n.split("  ")[0]: n.split() for n in comparison([REPORT, report]).splitlines()}
+    assert lines["device"][1:] == ["-", "Loom", "(driver", "1)"]
+    assert lines["device memory, GB"][-2:] == ["-", "2.50"]
+
+
 # Files
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
-    other = dataclasses.replace(REPORT, commit="0" * 40, int8_peak=None, prefill={})
+    other = dataclasses.replace(REPORT, commit="0" * 40, int8_peak=None, prefill={}, device="Loom")
     write_reports(tmp_path / "r.json", [REPORT, other])
     assert read_reports(tmp_path / "r.json") == [REPORT, other]
     first, _ = json.loads((tmp_path / "r.json").read_text())
     assert first["figures"]["decode at 1899, tok/s"] == 20.0
+
+
+def test_json_from_before_devices(tmp_path: Path) -> None:
+    write_reports(tmp_path / "r.json", [REPORT])
+    reports = json.loads((tmp_path / "r.json").read_text())
+    del reports[0]["device"], reports[0]["device_bytes"]
+    (tmp_path / "r.json").write_text(json.dumps(reports))
+    assert read_reports(tmp_path / "r.json") == [REPORT]
 
 
 @pytest.mark.parametrize(
@@ -280,6 +325,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         lambda report: report.pop("bandwidth"),
         lambda report: report.update(more=1),
         lambda report: report.update(bandwidth="fast"),
+        lambda report: report.update(device=7),
         lambda report: report.update(bandwidth=float("nan")),
         lambda report: report.update(cores=True),
         lambda report: report.update(decode=[1]),

@@ -4,6 +4,8 @@ where this runs, and so kernels are not; a stand-in for the driver does what it 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import gc
 import re
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from osscompile.runtime import cuda
 from osscompile.runtime.artifact import read_manifest
 from osscompile.runtime.cuda import CudaDevice
 from osscompile.runtime.errors import ArtifactError, OsscompileError
-from osscompile.runtime.program import Launch, Program
+from osscompile.runtime.program import Launch, Launches, Program
 
 (H100,) = targets.load_variants("h100")
 needs_nvcc = pytest.mark.skipif(
@@ -98,7 +100,7 @@ def program(max_tokens: int, *, add: tuple[Any, ...] = (OUT, POSITION, CACHE, CO
         Launch("twice", (OUT, IDS, COUNT), (groups,), (2,)),
         Launch("add", (*add, ("int32", 7)), (1, 1), (1, 1)),
     )
-    return Program(max_tokens, ("tokens", 1), (max_tokens * 4,), launches, 0, ("tokens",))
+    return Program((max_tokens * 4,), launches, max_tokens, ("tokens", 1), 0, ("tokens",))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,14 @@ def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     monkeypatch.setenv("FAKE_CUDA_MODULE", str(library))
     ctypes.CDLL(None).setenv(b"FAKE_CUDA_MODULE", str(library).encode(), 1)  # for getenv of C
     loaded = ctypes.CDLL(str(library))
-    for name in ("fake_launches", "fake_graph_launches", "fake_freed", "fake_devices"):
+    for name in (
+        "fake_launches",
+        "fake_graph_launches",
+        "fake_freed",
+        "fake_devices",
+        "fake_graphs",
+        "fake_events",
+    ):
         ctypes.c_int.in_dll(loaded, name).value = int(name == "fake_devices")
     ctypes.c_size_t.in_dll(loaded, "fake_room").value = 1 << 20
     return loaded
@@ -180,6 +189,59 @@ def test_memory_that_nobody_holds_is_freed(driver: ctypes.CDLL, library: Path) -
     assert count(driver, "fake_freed") == 4
 
 
+def test_memory_that_is_held_is_counted(driver: ctypes.CDLL, library: Path) -> None:
+    device = CudaDevice(library, {"decode": program(1)})
+    array = device.zeros((2, 3), "float32")
+    call(device, "decode", [device.tensor(array)], 1)
+    assert device.usage.num_bytes == 24 + 4 + 4 + 4  # the inputs, and the storage
+    beside = CudaDevice(library, {}, device.opened)
+    copied = beside.copy(array)
+    assert beside.usage.num_bytes == device.usage.num_bytes == 60
+    del copied
+    assert device.usage.num_bytes == 36
+
+
+def test_part_of_an_array_is_written(driver: ctypes.CDLL, library: Path) -> None:
+    device = CudaDevice(library, {})
+    array, found = device.zeros((2, 3, 2), "float32"), np.empty((2, 3, 2), np.float32)
+    device.write(array, np.float32([[[1, 2], [3, 4]], [[5, 6], [7, 8]]]))
+    device.read(array.memory, found)
+    assert found.tolist() == [[[1, 2], [3, 4], [0, 0]], [[5, 6], [7, 8], [0, 0]]]
+
+
+TWICE = Launches((), (Launch("quick", (("bound", 0), ("bound", 1), ("int64", 3)), (2,), (2,)),))
+
+
+def test_calls_are_timed_as_one_graph(driver: ctypes.CDLL, library: Path) -> None:
+    """Each with its own memory; nothing of it is left."""
+    device = CudaDevice(library, {"twice": TWICE})
+    calls = [
+        [device.tensor(np.zeros(3, np.float32)), device.tensor(np.float32([n, 2, 3]))]
+        for n in range(5)
+    ]
+    assert 0 < device.seconds("twice", calls) < 1
+    assert count(driver, "fake_graph_launches") == 1 and count(driver, "fake_launches") == 0
+    found = np.empty(3, np.float32)
+    for n, (out, _) in enumerate(calls):
+        device.read(out, found)
+        assert found.tolist() == [2 * n, 4, 6]
+    gc.collect()
+    assert count(driver, "fake_graphs") == count(driver, "fake_events") == 0
+
+
+def test_graph_that_cannot_be_recorded_leaves_the_stream_as_it_was(
+    driver: ctypes.CDLL, library: Path
+) -> None:
+    (launch,) = TWICE.launches
+    too_many = dataclasses.replace(launch, threads=(2048,))
+    device = CudaDevice(library, {"twice": TWICE, "large": Launches((), (too_many,))})
+    bound = [device.tensor(np.zeros(3, np.float32)) for _ in range(2)]
+    with pytest.raises(ArtifactError, match=r"can run, found: .*too many resources"):
+        device.seconds("large", [bound])
+    device.call("twice", bound)
+    assert count(driver, "fake_launches") == 1 and device.is_alive()
+
+
 def test_kernel_that_takes_other_parameters(driver: ctypes.CDLL, library: Path) -> None:
     for add in ((OUT, POSITION, CACHE), (OUT, POSITION, CACHE, COUNT, COUNT), (OUT,) * 3):
         device = CudaDevice(library, {"decode": program(1, add=add)})
@@ -189,8 +251,8 @@ def test_kernel_that_takes_other_parameters(driver: ctypes.CDLL, library: Path) 
 
 def test_kernel_that_is_not_there(driver: ctypes.CDLL, library: Path) -> None:
     launch = Launch("subtract", (), (1,), (1,))
-    device = CudaDevice(library, {"decode": Program(1, (1, 1), (4,), (launch,), 0, (1,))})
-    with pytest.raises(ArtifactError, match=r"subtract: .*not found.*compile the model again"):
+    device = CudaDevice(library, {"decode": Program((4,), (launch,), 1, (1, 1), 0, (1,))})
+    with pytest.raises(ArtifactError, match=r"subtract: .*not found.*compile them again"):
         call(device, "decode", [], 1)
 
 

@@ -112,15 +112,6 @@ def test_inspect_and_targets(nano: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert OPENCL.description in capsys.readouterr().out
 
 
-def test_bench_and_tune_say_that_they_measure_cpus(
-    nano: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["bench", str(nano)]) == 1
-    assert "expected an artifact for a CPU" in capsys.readouterr().err
-    assert cli.main(["tune", "--target", OPENCL.name]) == 1
-    assert "expected a target of CPUs" in capsys.readouterr().err
-
-
 # --- The cache in the device's memory ---------------------------------------------------------
 
 
@@ -151,7 +142,7 @@ def test_forgetting_sets_the_cache_to_zero(talker: Path) -> None:
         found = 0.0
         for array, cache in zip(model._cache.arrays, model.manifest.caches, strict=True):
             content = np.empty(cache.shape, cache.dtype)
-            device._cl.enqueue_copy(device._queue, content, array.memory)
+            device.read(array.memory, content)
             found = max(found, float(np.abs(content).max()))
         return found
 

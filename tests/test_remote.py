@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from test_cuda import library as library  # a fixture
 from test_tuning import CRASHES, FAST, KNOB, SLOW, WRONG, emit_tiny, measured_ways
-from test_tuning import offer as offer  # a fixture
+from test_tuning import offer as offer
+from test_tuning_devices import planned as planned
 
 from osscompile import bench_bandwidth, cli
 from osscompile import remote as remote_module
@@ -127,6 +129,36 @@ def test_address_and_key() -> None:
             parse_remote(address, "k")
     with pytest.raises(RemoteError, match="expected --key K too"):
         parse_remote("phone:9190", None)
+    with pytest.raises(RemoteError, match="--key: expected --rpc"):
+        parse_remote(None, "k")
+    assert parse_remote(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["tune", "--emit", "never", "--rpc", "phone:1", "--key", "k"],
+            "--emit: expected no --rpc",
+        ),
+        (["tune", "--ingest", "never", "--rpc", "phone:1", "--key", "k"], "--ingest: expected no"),
+        (["tune", "--key", "k"], "--key: expected --rpc"),
+        (["bench", "never", "--key", "k"], "--key: expected --rpc"),
+        (["bench", "never", "--rpc", "phone:1"], "expected --key K too"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_kernels_of_a_device_are_not_sent(planned: Path) -> None:
+    """TVM's server could not launch them."""
+    far = Remote("127.0.0.1", 1, "far")
+    with pytest.raises(RemoteError, match=r"found those of cuda.*measure it without --rpc"):
+        measure_kernel(planned, attempt_there(far))
 
 
 def test_no_tracker() -> None:

@@ -35,6 +35,7 @@ from osscompile.passes.schedule_kernels import schedule_kernels
 from osscompile.runtime import inputs, measure
 from osscompile.runtime.errors import OsscompileError, TuningError
 from osscompile.runtime.measure import Attempt, attempt_here, measure_kernel
+from osscompile.runtime.trial_machines import FUNCTION
 from osscompile.runtime.trials import Plan, Trial, read_plan, read_trials
 from osscompile.schedules import records as schedule_records
 from osscompile.schedules import rule as schedule_rule
@@ -316,7 +317,7 @@ def test_candidates_that_fail_in_any_way_are_told_and_not_kept(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def build(module: ir.IRModule, target: Target, file: Path) -> None:
-        if "unbuildable" in module[measure.FUNCTION].attrs:
+        if "unbuildable" in module[FUNCTION].attrs:
             raise CompileError("linking failed")
         build_library(module, target, file)
 
@@ -372,6 +373,31 @@ def test_wrong_default_stops_the_tuning(
     folder = emit_tiny(tmp_path / "emitted", this_machine)
     with pytest.raises(TuningError, match="expected the kernel's default to work, found: wrong"):
         measure_kernel(folder)
+
+
+def test_kernel_whose_default_is_wrong_does_not_keep_others_from_being_measured(
+    this_machine: Target,
+    offer: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    offer(WRONG, FAST, default=WRONG)
+    bad = emit_tiny(tmp_path / "bad", this_machine)
+    offer(SLOW, FAST)
+    good = emit_tiny(tmp_path / "good", this_machine)
+    both = tmp_path / "both"
+    for name, folder in (("a", bad), ("b", good)):
+        shutil.copytree(folder, both / name)
+    assert cli.main(["tune", "--measure", str(both)]) == 1
+    captured = capsys.readouterr()
+    assert "default to work, found: wrong" in captured.out and "told above: a;" in captured.err
+    assert measured_ways(both / "b") == {FAST} and not (both / "a" / "results.json").exists()
+    (both / "b" / "results.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["measure", str(both)])
+    assert measure.main() == 1
+    assert "default to work, found: wrong" in capsys.readouterr().err
+    assert measured_ways(both / "b") == {FAST}
 
 
 def test_slower_candidate_gives_no_record(
@@ -511,7 +537,7 @@ def change(file: Path, *path: Any, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("format_version",), 2),
+        (("format_version",), 1),
         (("cpu_features",), None),
         (("arguments",), []),
         (("candidates",), []),
@@ -559,7 +585,7 @@ def test_library_that_was_swapped_is_not_loaded(copy: Path) -> None:
 
 
 def test_library_that_is_missing(copy: Path) -> None:
-    (copy / read_plan(copy).reference.library).unlink()
+    (copy / read_plan(copy).default.library).unlink()
     with pytest.raises(TuningError, match="found no such file"):
         measure_kernel(copy)
 

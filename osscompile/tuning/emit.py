@@ -3,17 +3,40 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
+import tvm
 from tvm import ir
 from tvm.tirx import PrimFunc
 
 from ..build import build_library
+from ..build_cuda import write_cuda
+from ..build_opencl import write_opencl
 from ..passes.expand_exp import expand_exp
+from ..passes.split_launches import split_launches
+from ..passes.store_halves import store_halves
+from ..programs import kernel_launches
+from ..runtime.device import tensor
 from ..runtime.errors import TuningError
-from ..runtime.measure import FUNCTION
-from ..runtime.trials import Candidate, Plan, hash_library, read_plan, write_plan
+from ..runtime.inputs import checked_inputs
+from ..runtime.program import Launches
+from ..runtime.trial_machines import FUNCTION
+from ..runtime.trials import (
+    CHECKED,
+    TIMED,
+    Answer,
+    Argument,
+    Candidate,
+    Plan,
+    read_plan,
+    sha256_of,
+    write_plan,
+)
 from ..targets import Target
 from .space import Point, Report, choose_points, name_program
 from .workloads import Workload
+
+HOST = {"kind": "llvm"}  # what the unscheduled kernel is compiled for
+WRITE_KERNELS = {"opencl": write_opencl, "cuda": write_cuda}  # by the target's `runtime`
 
 
 def folder_name(workload: Workload) -> str:
@@ -24,24 +47,26 @@ def folder_name(workload: Workload) -> str:
 def emit_kernel(
     folder: Path, workload: Workload, target: Target, most: int, report: Report = print
 ) -> None:
-    """Write the plan and the libraries: the reference, the default, up to `most` others.
+    """Write the plan, the answer and the libraries: the default, up to `most` others.
 
     What was built for an earlier plan is kept. `report` hears of candidates that do not build;
-    raises CompileError if the reference or the default does not.
+    raises CompileError if the default does not.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known = _known_libraries(folder)
+    known = _known_plan(folder)
+    known_candidates = {c.library: c for c in known.candidates} if known is not None else {}
 
-    def build(function: PrimFunc, program: str, constants: dict[str, int]) -> Candidate:
-        file = folder / f"{program}{Path(target.library).suffix}"
-        if known.get(file.name) is None or known[file.name] != hash_library(file):
-            module = ir.IRModule({FUNCTION: function.with_attr("global_symbol", FUNCTION)})
-            build_library(expand_exp(module, target), target, file)
-        return Candidate(file.name, hash_library(file) or "", constants)
+    def build(point: Point) -> Candidate:
+        file = folder / f"{point.program}{Path(target.library).suffix}"
+        built = known_candidates.get(file.name)
+        if built is not None and built.sha256 == sha256_of(file):
+            return Candidate(file.name, built.sha256, point.constants, built.programs)
+        programs = _build(point.function, workload.arguments, target, file)
+        return Candidate(file.name, sha256_of(file) or "", point.constants, programs)
 
     def try_build(point: Point) -> Candidate | None:
         try:
-            return build(point.function, point.program, point.constants)
+            return build(point)
         except Exception as error:  # LLVM's and the linker's are many
             report(f"{workload.function.attrs['op']} with {point.constants}: no library: {error}")
             return None
@@ -50,24 +75,58 @@ def emit_kernel(
     plan = Plan(
         target=target.name,
         variant=target.variant,
+        runtime=target.runtime,
         system=target.system,
         architecture=target.architecture,
         cpu_features=target.cpu_features,
         key=workload.key,
         arguments=workload.arguments,
-        reference=build(workload.function, name_program(workload.function, target), {}),
-        candidates=(
-            build(default.function, default.program, default.constants),
-            *filter(None, map(try_build, others)),
-        ),
+        answer=_write_answer(folder, workload, target, known),
+        candidates=(build(default), *filter(None, map(try_build, others))),
     )
     write_plan(folder, plan)
 
 
-def _known_libraries(folder: Path) -> dict[str, str]:
-    """sha256 by name; none if there is no plan, or a damaged one."""
+def compute_answer(workload: Workload) -> list[np.ndarray]:
+    """What the unscheduled kernel writes when it is called to be checked, on this machine, whatever
+    the target."""
+    arrays = checked_inputs(workload.arguments)
+    module = ir.IRModule({FUNCTION: workload.function.with_attr("global_symbol", FUNCTION)})
+    tvm.compile(module, tvm.target.Target(HOST))[FUNCTION](*map(tensor, arrays))
+    return [a for a, argument in zip(arrays, workload.arguments, strict=True) if argument.written]
+
+
+def _write_answer(folder: Path, workload: Workload, target: Target, known: Plan | None) -> Answer:
+    text = f"{name_program(workload.function, target)} {workload.arguments!r}"
+    file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.answer"
+    sha256 = sha256_of(file)
+    if known is None or known.answer != Answer(file.name, sha256 or ""):
+        file.write_bytes(b"".join(array.tobytes() for array in compute_answer(workload)))
+        sha256 = sha256_of(file)
+    return Answer(file.name, sha256 or "")
+
+
+def _build(
+    function: PrimFunc, arguments: tuple[Argument, ...], target: Target, file: Path
+) -> dict[str, Launches] | None:
+    """Write a scheduled kernel's library; what to launch of it, where the runtime does that."""
+    module = ir.IRModule({FUNCTION: function.with_attr("global_symbol", FUNCTION)})
+    module = expand_exp(module, target)
+    write_kernels = WRITE_KERNELS.get(target.runtime)
+    if write_kernels is None:
+        build_library(module, target, file)
+        return None
+    module = split_launches(store_halves(module, target), target)
+    write_kernels(module, target, file)
+    return {
+        CHECKED: kernel_launches(module[FUNCTION], [a.check_shape for a in arguments]),
+        TIMED: kernel_launches(module[FUNCTION], [a.shape for a in arguments]),
+    }
+
+
+def _known_plan(folder: Path) -> Plan | None:
+    """None if there is none, or a damaged one."""
     try:
-        plan = read_plan(folder)
+        return read_plan(folder)
     except TuningError:
-        return {}
-    return {c.library: c.sha256 for c in (plan.reference, *plan.candidates)}
+        return None

@@ -9,32 +9,26 @@ import tvm
 
 from ..errors import RemoteError
 from ..remote import Remote, is_alive, upload
-from ..runtime.measure import (
-    FUNCTION,
-    Attempt,
-    Failure,
-    Here,
-    Seconds,
-    compare_and_time,
-)
-from ..runtime.trials import read_plan
+from ..runtime.measure import Attempt, Failure, Seconds, compare_and_time
+from ..runtime.trial_machines import FUNCTION, TrialMachine
+from ..runtime.trials import Candidate, read_plan
 
 BATCH_SECONDS = 900  # of a batch of candidates, one of which may hang
 
 
-class There(Here):
+class There(TrialMachine):
     """A machine at the other end of a session; its clock times the calls, not ours."""
 
     def __init__(self, session: Any) -> None:
         self._session, self._device = session, session.cpu(0)
 
-    def load(self, library: Path) -> Any:
-        return upload(self._session, library)
+    def load(self, folder: Path, candidate: Candidate) -> Any:
+        return upload(self._session, folder / candidate.library)
 
     def tensor(self, array: np.ndarray) -> Any:
         return tvm.runtime.tensor(array, self._device)
 
-    def array(self, written: Any) -> np.ndarray:
+    def array(self, written: Any, like: np.ndarray) -> np.ndarray:
         result: np.ndarray = written.numpy()
         return result
 
@@ -55,7 +49,12 @@ def attempt_there(remote: Remote) -> Attempt:
 
     def attempt(folder: Path, libraries: list[str]) -> tuple[Seconds | None, list[Failure]]:
         plan = read_plan(folder)
-        failures, running = [], plan.reference.library
+        if plan.runtime != "tvm":
+            raise RemoteError(
+                f"{folder}: expected kernels of a CPU, found those of {plan.runtime}, which TVM's "
+                "servers do not run; copy the folder there and measure it without --rpc"
+            )
+        failures, running = [], plan.default.library
 
         def tell(message: tuple[Any, ...]) -> None:
             nonlocal running
@@ -72,7 +71,7 @@ def attempt_there(remote: Remote) -> Attempt:
             if is_alive(session):
                 raise
             constants = {c.library: c.constants for c in plan.candidates}
-            what = constants.get(running) or ("default" if running in constants else "reference")
+            what = constants[running] or "default"
             raise RemoteError(
                 f"{remote}: {plan.key.split()[0]} with {what} ended the session there: {error}; a "
                 "server of TVM's RPC ends too when what it runs crashes: start it again, and tune "

@@ -1,0 +1,128 @@
+"""What measures the candidates of a kernel: loads them, makes their arguments, calls and times
+them."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .device import load_function, tensor
+from .errors import TuningError
+from .launch_devices import LAUNCH_DEVICES, LaunchDevice
+from .trials import CHECKED, TIMED, Candidate
+
+FUNCTION = "kernel"  # in every library
+GUARD_BYTES = 1 << 20  # rows of a tile of activations that are not there
+GUARD = 0xA5
+
+
+class TrialMachine:
+    """A machine, or a device of one. Arguments of a kernel are what `tensor` gave."""
+
+    most_calls: int | None = None  # that `seconds` may be asked for
+
+    def load(self, folder: Path, candidate: Candidate) -> Any:
+        """The candidate's kernel; raises what it likes."""
+        raise NotImplementedError
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """Holds what the aligned array holds, perhaps in its memory."""
+        raise NotImplementedError
+
+    def output(self, array: np.ndarray) -> Any:
+        """The same, for what a call is about to write."""
+        return self.tensor(array)
+
+    def array(self, written: Any, like: np.ndarray) -> np.ndarray:
+        """What an output holds, of the shape and type of `like`; raises TuningError if more was
+        written than belongs to it, where that is seen."""
+        raise NotImplementedError
+
+    def call(self, kernel: Any, arguments: Sequence[Any]) -> None:
+        """With arguments of `check_shape`."""
+        raise NotImplementedError
+
+    def seconds(self, kernel: Any, calls: Sequence[Sequence[Any]]) -> float:
+        """A call, on average, with arguments of `shape`."""
+        raise NotImplementedError
+
+    def is_alive(self) -> bool:
+        """Whether another candidate can be measured after one that failed."""
+        return True
+
+
+class Cpu(TrialMachine):
+    """This machine; the clock is the host's."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+
+    def load(self, folder: Path, candidate: Candidate) -> Any:
+        return load_function(folder / candidate.library, FUNCTION, self._threads)
+
+    def tensor(self, array: np.ndarray) -> Any:
+        return tensor(array)
+
+    def array(self, written: Any, like: np.ndarray) -> np.ndarray:
+        result: np.ndarray = np.from_dlpack(written)
+        return result
+
+    def call(self, kernel: Any, arguments: Sequence[Any]) -> None:
+        kernel(*arguments)
+
+    def seconds(self, kernel: Any, calls: Sequence[Sequence[Any]]) -> float:
+        start = time.perf_counter()
+        for arguments in calls:
+            kernel(*arguments)
+        return (time.perf_counter() - start) / len(calls)
+
+
+class Launched(TrialMachine):
+    """A device of this machine that the runtime launches kernels on; the clock is the device's.
+    Raises OsscompileError without one."""
+
+    most_calls = 512  # Python prepares each in some 20 us
+
+    def __init__(self, runtime: str) -> None:
+        self._device = LAUNCH_DEVICES[runtime]
+        self._opened: Any = self._device.open()
+        self._memory: LaunchDevice | None = None  # any kernel's: all take the same
+
+    def load(self, folder: Path, candidate: Candidate) -> LaunchDevice:
+        assert candidate.programs is not None
+        kernel = self._device(folder / candidate.library, candidate.programs, self._opened)
+        self._memory = self._memory or kernel
+        return kernel
+
+    def tensor(self, array: np.ndarray) -> Any:
+        assert self._memory is not None, "a kernel is loaded first"
+        return self._memory.tensor(array)
+
+    def output(self, array: np.ndarray) -> Any:
+        """With a guard behind it: a device does not fault at the end of its arrays."""
+        guard = np.full(GUARD_BYTES, GUARD, np.uint8)
+        return self.tensor(np.concatenate([array.reshape(-1).view(np.uint8), guard]))
+
+    def array(self, written: Any, like: np.ndarray) -> np.ndarray:
+        assert self._memory is not None
+        found = np.empty(like.nbytes + GUARD_BYTES, np.uint8)
+        self._memory.read(written, found)
+        if (found[like.nbytes :] != GUARD).any():
+            raise TuningError("writes beyond the end of its result")
+        return found[: like.nbytes].view(like.dtype).reshape(like.shape)
+
+    def call(self, kernel: LaunchDevice, arguments: Sequence[Any]) -> None:
+        kernel.call(CHECKED, arguments)
+
+    def seconds(self, kernel: LaunchDevice, calls: Sequence[Sequence[Any]]) -> float:
+        return kernel.seconds(TIMED, calls)
+
+    def is_alive(self) -> bool:
+        return self._memory is None or self._memory.is_alive()
+
+
+def open_machine(runtime: str, threads: int) -> TrialMachine:
+    """That of a plan's `runtime`. Raises OsscompileError if there is none."""
+    return Launched(runtime) if runtime in LAUNCH_DEVICES else Cpu(threads)
