@@ -28,6 +28,7 @@ from .runtime.engine import Model, load
 from .runtime.kv_cache import KEYS_PER_TILE
 from .runtime.launch_devices import LaunchDevice
 from .runtime.machine import physical_cores
+from .runtime.sampler import Sampler, SamplingOptions
 
 PREFILL_LENGTHS = (16, 128, 512, 2048, 4096)
 DECODE_DEPTHS = (0, 2048, 16384)
@@ -171,13 +172,18 @@ def _time_prefill(model: Model, ids: list[int]) -> Timing:
 
 
 def _time_decode(model: Model, ids: list[int], reader: Reader) -> tuple[Timing, list[float]]:
-    """Single steps, without sampling; and bytes a second that `reader` read between them."""
+    """Single steps, without sampling but where the device chooses the token; and bytes a second
+    that `reader` read between them."""
+    sampler = Sampler(SamplingOptions(), model._reserved)
     seconds, bandwidths = [], []
     others = OtherProcesses()
     for token in ids:
         bandwidths.append(reader.num_bytes / reader.seconds())
         start = time.perf_counter()
-        model.decode(token)
+        if model._device.chooses:
+            model._sample(sampler, model._decode(token))
+        else:
+            model.decode(token)
         seconds.append(time.perf_counter() - start)
     return timing(seconds[WARMUP_STEPS:], others), bandwidths[WARMUP_STEPS:]
 
@@ -207,10 +213,12 @@ def _outside_share(model: Model, ids: list[int]) -> float | None:
         for token in ids[:STREAMS]:
             stream = model.generate([token], max_tokens=1 + DECODE_STEPS - len(shares))
             next(stream)
+            inside.clear()
             start = time.perf_counter()
             for _ in stream:
                 now = time.perf_counter()
-                shares.append(1 - inside[-1] / (now - start))
+                shares.append(1 - sum(inside) / (now - start))
+                inside.clear()
                 start = now
             if len(shares) >= DECODE_STEPS:
                 break
@@ -219,21 +227,26 @@ def _outside_share(model: Model, ids: list[int]) -> float | None:
 
 @contextmanager
 def _inside(device: Device | LaunchDevice) -> Iterator[list[float]]:
-    """Seconds of every call of a compiled function, in a list that grows."""
+    """Seconds of every call of a compiled function, and of every wait for what one returned, in a
+    list that grows."""
     seconds: list[float] = []
-    run = device.run
 
-    def timed(*arguments: Any) -> np.ndarray:
-        start = time.perf_counter()
-        result = run(*arguments)
-        seconds.append(time.perf_counter() - start)
-        return result
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = method(*arguments)
+            seconds.append(time.perf_counter() - start)
+            return result
 
-    vars(device)["run"] = timed  # hides the method
+        return call
+
+    hidden = {"run": timed(device.run), "numpy": timed(device.numpy)}
+    vars(device).update(hidden)  # they hide the methods
     try:
         yield seconds
     finally:
-        del vars(device)["run"]
+        for name in hidden:
+            del vars(device)[name]
 
 
 def timing(seconds: list[float], others: OtherProcesses | None) -> Timing:

@@ -23,6 +23,7 @@ from .importer.graph import (
     SCORE_CHUNK,
     Parameter,
     build_graph,
+    with_choose,
 )
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import weight_pieces
@@ -40,6 +41,7 @@ from .runtime.artifact import (
     hash_file,
     mark_verified,
 )
+from .runtime.launch_devices import LAUNCH_DEVICES
 from .targets import Target, TargetError
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 
@@ -88,7 +90,10 @@ def compile(
     _say(progress, f"building the graph: {config.num_layers} layers, {config.num_experts} experts")
     graph = build_graph(config, profile, context, prefill_chunk)
     dump = Path(dump) if dump is not None else None
-    module = run_passes(graph.module, machine, SHARED_PASSES, dump)
+    module = graph.module
+    if machine.runtime in LAUNCH_DEVICES:  # its logits are not in the host's memory
+        module = with_choose(module, config.vocab_size)
+    module = run_passes(module, machine, SHARED_PASSES, dump)
 
     packing = {name: (int(v[0]), int(v[1])) for name, v in module.attrs[PACKED_ROWS].items()}
     parameters = {p.name: p for p in graph.weights}

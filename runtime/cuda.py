@@ -1,7 +1,8 @@
 """Run CUDA kernels, and the functions of an artifact, through the driver's own library.
 
 A function of one token is recorded as a CUDA graph when it is first called; from then on a call
-copies the token and its position to the device, launches the graph, and copies the logits back.
+copies the token and its position to the device and launches the graph. Logits stay there, unless
+they are asked for.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .device_memory import DeviceMemory, Memory, Usage
+from .device_memory import DeviceArray, DeviceMemory, Memory, Usage
 from .errors import ArtifactError, OsscompileError
 from .program import MEMORY, Launch, Launches, Program, evaluate
 
@@ -96,13 +97,13 @@ class CudaDevice(DeviceMemory):
     def name(self) -> str:
         return self.opened.name
 
-    def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
-        """Call a function with small inputs, int32, and memory bound before -> float32."""
+    def run(
+        self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Memory]
+    ) -> DeviceArray:
         program, driver = self._programs[function], self._driver
         assert isinstance(program, Program)
         prepared = self._prepare(function, bound)
         tokens = len(inputs[0])
-        result = np.empty([evaluate(e, tokens) for e in program.result_shape], np.float32)
         try:
             for memory, array in zip(prepared.memory["input"], inputs, strict=True):
                 address, source = memory.handle, _pointer(array)
@@ -113,10 +114,10 @@ class CudaDevice(DeviceMemory):
                 driver.call("cuGraphLaunch", prepared.graph.handle, self._stream)
             else:
                 self._launch_all(prepared, tokens)
-            self.read(prepared.memory["storage"][program.result], result)
         except _DriverError as error:
             raise self._cannot_run(error) from error
-        return result
+        shape = tuple(evaluate(extent, tokens) for extent in program.result_shape)
+        return DeviceArray(prepared.memory["storage"][program.result], shape)
 
     def call(self, name: str, bound: Sequence[Any]) -> None:
         """Launch what takes no inputs, and wait for it."""
@@ -215,8 +216,11 @@ class CudaDevice(DeviceMemory):
     def read(self, memory: Memory, array: np.ndarray) -> None:
         target = _pointer(array)
         copied = target, memory.handle, array.nbytes, self._stream
-        self._driver.call("cuMemcpyDtoHAsync_v2", *copied)
-        self._driver.call("cuStreamSynchronize", self._stream)
+        try:
+            self._driver.call("cuMemcpyDtoHAsync_v2", *copied)
+            self._driver.call("cuStreamSynchronize", self._stream)
+        except _DriverError as error:  # of a kernel before too
+            raise self._cannot_run(error) from error
 
     def _allocate(self, num_bytes: int) -> Memory:
         address = Address()

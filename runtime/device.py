@@ -29,6 +29,8 @@ class Device:
     `threads`: CPU threads of every function of the process, as the last device was made with.
     """
 
+    chooses = False  # tokens from logits: they are here, the sampler does
+
     def __init__(self, library: Path, threads: int) -> None:
         self._machine = load_function(library, "vm_load_executable", threads)()
         # one device and the host, which is the same here: (type, id, allocator) each
@@ -60,13 +62,17 @@ class Device:
         """Set the first along axis 1 to those of `part`."""
         array[:, : part.shape[1]] = part
 
-    def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
+    def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> Any:
         """Call a function with small inputs, which are copied, and tensors bound before."""
         if function not in self._functions:
             self._functions[function] = self._machine[function]
         tensors = [tensor(aligned_copy(array)) for array in inputs]
-        result: np.ndarray = np.from_dlpack(self._functions[function](*tensors, *bound))
-        return result
+        return self._functions[function](*tensors, *bound)
+
+    def numpy(self, result: Any) -> np.ndarray:
+        """What a function returned, in the same memory."""
+        array: np.ndarray = np.from_dlpack(result)
+        return array
 
 
 def load_function(library: Path, name: str, threads: int) -> Any:

@@ -48,12 +48,16 @@ class DeviceArray:
 
 class DeviceMemory:
     """What programs and the KV cache do with a device's memory. How that is had, written, copied
-    and filled, a subclass says. `usage`: where what is held is counted."""
+    and filled, and how a program is run, a subclass says. `usage`: where what is held is
+    counted."""
+
+    chooses = True  # tokens from logits, which need not leave the device
 
     def __init__(self, programs: Mapping[str, Launches], usage: Usage) -> None:
         self.usage = usage
         self._programs = programs
         self._own: dict[str, dict[str, Sequence[Memory]]] = {}  # by the name of its program
+        self._choosing: list[Memory] = []  # what that program is bound to
 
     def tensor(self, array: Any) -> Memory:
         """Memory of the device: a copy of a numpy array's, or that of an array from `zeros`."""
@@ -62,6 +66,20 @@ class DeviceMemory:
         memory = self._allocate(array.nbytes)
         self._write(memory, array, 0)
         return memory
+
+    def numpy(self, result: DeviceArray) -> np.ndarray:
+        """A copy of what a function returned, float32."""
+        array = np.empty(result.shape, np.float32)
+        self.read(result.memory, array)
+        return array
+
+    def choose(self, logits: DeviceArray, mask: Memory, options: np.ndarray) -> tuple[int, float]:
+        """The next token and its logit, by the function `choose`: of what `prefill` or `decode`
+        returned, with a mask [vocab] float32 and int32 options (see `kernels/choose.py`)."""
+        if not (self._choosing and self._choosing[0] is logits.memory):
+            self._choosing = [logits.memory, mask]
+        ((token, logit),) = self.numpy(self.run("choose", [options], self._choosing)).tolist()
+        return int(token), logit
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         array = DeviceArray(self._allocate(math.prod(shape) * np.dtype(dtype).itemsize), shape)
@@ -104,6 +122,13 @@ class DeviceMemory:
                 "storage": [self._allocate(size) for size in program.storages],
             }
         return self._own[name]
+
+    def run(
+        self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Memory]
+    ) -> DeviceArray:
+        """Call a function with small inputs, int32, and memory bound before -> float32, until the
+        next call of the function."""
+        raise NotImplementedError
 
     def read(self, memory: Memory, array: np.ndarray) -> None:
         """Copy to a contiguous array of as many bytes, after all that was launched."""

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from .kv_cache import KVCache
 from .launch_devices import LAUNCH_DEVICES, LaunchDevice
 from .machine import available_memory_bytes, physical_cores
 from .program import read_programs
-from .sampler import Sample, Sampler, SamplingOptions, reserved_ids
+from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
 from .tokenizer import StreamDecoder, Tokenizer
 
 # Python, numpy, tokenizers and TVM's runtime, without a vocabulary.
@@ -109,6 +110,10 @@ class Model:
             size = self.tokenizer.vocab_size
             self._reserved = reserved_ids(self.tokenizer.special, self.vocab_size, size)
             self._stops |= stop_ids(self.tokenizer)
+        if self._device.chooses:
+            mask = np.zeros(self.vocab_size, np.float32)
+            mask[self._reserved] = -np.inf
+            self._mask = self._device.tensor(mask)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
@@ -118,7 +123,7 @@ class Model:
         rows = []
         for start in range(0, len(ids), self.manifest.score_chunk):
             part = ids[start : start + self.manifest.score_chunk]
-            rows.append(self._run("score", part).copy())
+            rows.append(self._device.numpy(self._run("score", part)).copy())
             self._cache.append(part)
         return np.concatenate(rows)
 
@@ -171,7 +176,7 @@ class Model:
         """
         ids = self._check_tokens(token_ids)
         self._turn += 1
-        return self._prefill(ids)
+        return self._device.numpy(self._prefill(ids)).reshape(-1)
 
     def decode(self, token_id: int) -> np.ndarray:
         """Logits [vocab] float32 after one more token. Raises InputError at the context's end."""
@@ -182,7 +187,7 @@ class Model:
                 "call `forget`, or load with a larger context"
             )
         self._turn += 1
-        return self._decode(checked)
+        return self._device.numpy(self._decode(checked)).reshape(-1)
 
     def forget(self) -> None:
         """Empty the KV cache; generations that are under way end."""
@@ -204,7 +209,7 @@ class Model:
         logits = self._prefill(ids)
         for count in range(1, limit + 1):
             try:
-                sample = sampler.sample(logits)
+                sample = self._sample(sampler, logits)
             except ArtifactError:  # not a number: what the cache holds would spoil the next answer
                 self.forget()
                 raise
@@ -223,10 +228,20 @@ class Model:
                 )
             logits = self._decode(sample.token_id)
 
-    def _prefill(self, ids: list[int]) -> np.ndarray:
-        """Extend the cache to `ids` -> logits [vocab] after the last. At least one is computed."""
+    def _sample(self, sampler: Sampler, logits: Any) -> Sample:
+        """The next token: chosen by the device where it can, so that its logits stay there."""
+        options = sampler.device_options() if self._device.chooses else None
+        if options is None:
+            return sampler.sample(self._device.numpy(logits).reshape(-1))
+        token, logit = self._device.choose(logits, self._mask, options)
+        check_logit(logit, token)
+        return Sample(token)
+
+    def _prefill(self, ids: list[int]) -> Any:
+        """Extend the cache to `ids` -> the device's logits [1, vocab] after the last. At least one
+        is computed."""
         kept = self._cache.reuse(ids[:-1])
-        logits = np.empty(0, np.float32)
+        logits = None
         for start in range(kept, len(ids), self.manifest.chunk):
             part = ids[start : start + self.manifest.chunk]
             if len(part) == 1:
@@ -236,15 +251,15 @@ class Model:
             logits = self._run("prefill", part, index)
             self._cache.append(part)
         self._cache.save()
-        return logits.reshape(-1)
+        return logits
 
-    def _decode(self, token_id: int) -> np.ndarray:
-        """Append one token -> logits [vocab]."""
+    def _decode(self, token_id: int) -> Any:
+        """Append one token -> the device's logits [1, vocab]."""
         logits = self._run("decode", [token_id])
         self._cache.append([token_id])
-        return logits.reshape(-1)
+        return logits
 
-    def _run(self, function: str, ids: Sequence[int], *more: np.ndarray) -> np.ndarray:
+    def _run(self, function: str, ids: Sequence[int], *more: np.ndarray) -> Any:
         position = np.array([self._cache.begin(len(ids))], np.int32)
         return self._device.run(function, [np.array(ids, np.int32), position, *more], self._bound)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .device_memory import DeviceMemory, Memory, Usage
+from .device_memory import DeviceArray, DeviceMemory, Memory, Usage
 from .errors import ArtifactError, OsscompileError
 from .program import MEMORY, Launch, Launches, Program, evaluate
 
@@ -74,21 +74,21 @@ class OpenCLDevice(DeviceMemory):
         device = self.opened.device
         return f"{device.name.strip()} (OpenCL driver {device.driver_version.strip()})"
 
-    def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> np.ndarray:
-        """Call a function with small inputs, int32, and memory bound before -> float32."""
+    def run(
+        self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Memory]
+    ) -> DeviceArray:
         program = self._programs[function]
         assert isinstance(program, Program)
         prepared = self._prepare(function, bound)
         tokens = len(inputs[0])
-        result = np.empty([evaluate(e, tokens) for e in program.result_shape], np.float32)
         try:
             for memory, array in zip(prepared.memory["input"], inputs, strict=True):
                 self._write(memory, array, 0)
             self._launch_all(prepared, tokens, self._queue)
-            self.read(prepared.memory["storage"][program.result], result)
         except self._cl.Error as error:
             raise self._cannot_run(error) from error
-        return result
+        shape = tuple(evaluate(extent, tokens) for extent in program.result_shape)
+        return DeviceArray(prepared.memory["storage"][program.result], shape)
 
     def call(self, name: str, bound: Sequence[Any]) -> None:
         """Launch what takes no inputs, and wait for it."""
@@ -168,7 +168,10 @@ class OpenCLDevice(DeviceMemory):
             raise ValueError(f"{launch.kernel} takes {wanted}, the program gives {found}")
 
     def read(self, memory: Memory, array: np.ndarray) -> None:
-        self._cl.enqueue_copy(self._queue, array, memory.handle)
+        try:
+            self._cl.enqueue_copy(self._queue, array, memory.handle)
+        except self._cl.Error as error:  # of a kernel before too
+            raise self._cannot_run(error) from error
 
     def _allocate(self, num_bytes: int) -> Memory:
         flags = self._cl.mem_flags.READ_WRITE

@@ -30,7 +30,8 @@ MEMORY = (
     "storage",
 )  # of a call; caches and weights; the function's own
 SCALARS = ("int32", "int64")
-NUM_INPUTS = {"prefill": 3, "decode": 2, "score": 2}  # of each function, see `importer/graph.py`
+# Of each function, see `importer/graph.py`; `choose` takes the result of the others on.
+NUM_INPUTS = {"prefill": 3, "decode": 2, "score": 2, "choose": 1}
 MAX_NUMBER = 1 << 48
 MAX_DEPTH = 8  # of an expression
 ITEM_BYTES = 4  # of an input's int32 and the result's float32
@@ -111,7 +112,7 @@ def parse_launches(name: str, fields: dict[str, Any], num_bound: int, inputs: in
 
 
 def _program(name: str, fields: dict[str, Any], manifest: Manifest) -> Program:
-    num_bound = len(manifest.caches) + len(manifest.weights)
+    num_bound = 2 if name == "choose" else len(manifest.caches) + len(manifest.weights)
     parsed = parse_launches(name, fields, num_bound, NUM_INPUTS[name])
     sizes = parsed.storages
     program = Program(
@@ -168,8 +169,9 @@ def _expression(value: Any, depth: int = 0) -> Expression:
 
 
 def _check_sizes(name: str, program: Program, manifest: Manifest) -> None:
-    """Of the least and the most tokens: what must be positive is, and the result is logits."""
-    most = {"prefill": manifest.chunk, "decode": 1, "score": manifest.score_chunk}[name]
+    """Of the least and the most tokens: what must be positive is, and the result is logits, or a
+    token and its logit."""
+    most = {"prefill": manifest.chunk, "score": manifest.score_chunk}.get(name, 1)
     if (program.max_tokens, len(program.inputs)) != (most, NUM_INPUTS[name]):
         raise ValueError(
             f"{name}: expected {NUM_INPUTS[name]} inputs and up to {most} tokens, found "
@@ -181,6 +183,7 @@ def _check_sizes(name: str, program: Program, manifest: Manifest) -> None:
             _number(evaluate(expression, tokens), 1, f"{name}, {expression} of {tokens} tokens")
         shape = [evaluate(extent, tokens) for extent in program.result_shape]
         rows = tokens if name == "score" else 1
+        columns = 2 if name == "choose" else manifest.vocab_size
         room = program.storages[program.result]
-        if shape != [rows, manifest.vocab_size] or rows * shape[1] * ITEM_BYTES > room:
-            raise ValueError(f"{name}: logits of shape {shape} in {room} bytes")
+        if shape != [rows, columns] or rows * columns * ITEM_BYTES > room:
+            raise ValueError(f"{name}: a result of shape {shape} in {room} bytes")

@@ -76,7 +76,8 @@ class Sample:
 
 
 class Sampler:
-    """Chooses tokens for one answer. The same seed and logits give the same tokens.
+    """Chooses tokens for one answer. The same seed and logits give the same tokens, on devices that
+    choose themselves as well, but not the same as elsewhere.
 
     reserved: integer [n], the ids that are never chosen (see reserved_ids). They are left out of
     every normalisation.
@@ -96,14 +97,9 @@ class Sampler:
         """
         scores = self._masked(logits)
         best = int(scores.argmax())  # the first NaN if there is one
-        if not math.isfinite(scores[best]):
-            raise ArtifactError(
-                f"logits: expected finite numbers, found {scores[best]} at token {best}; "
-                "are the weights damaged, or compiled for another machine?"
-            )
+        check_logit(float(scores[best]), best)
         options = self.options
-        greedy = options.temperature < GREEDY_BELOW or options.top_k == 1
-        token = best if greedy else self._draw(scores, scores[best])
+        token = best if self._is_greedy() else self._draw(scores, scores[best])
         if options.logprobs == 0:
             return Sample(token)
         weights = _exp_into(self._weights, scores, scores[best], 1.0)
@@ -114,6 +110,23 @@ class Sampler:
             float(scores[token]) - log_total,
             tuple((int(id), float(scores[id]) - log_total) for id in top),
         )
+
+    def device_options(self) -> NDArray[np.int32] | None:
+        """How a device is to choose the next token: int32 [3], see `kernels/choose.py`; None for
+        what it cannot: `sample` does."""
+        options = self.options
+        if options.logprobs:
+            return None
+        if self._is_greedy():
+            return np.zeros(3, np.int32)
+        if options.top_k or options.top_p < 1 or options.min_p > 0:
+            return None
+        scale = np.array([1 / options.temperature], np.float32).view(np.int32)
+        seed = self._random.integers(-(1 << 31), 1 << 31, 2).astype(np.int32)
+        return np.concatenate([scale, seed])
+
+    def _is_greedy(self) -> bool:
+        return self.options.temperature < GREEDY_BELOW or self.options.top_k == 1
 
     def _masked(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         assert logits.ndim == 1, logits.shape
@@ -159,6 +172,15 @@ class Sampler:
         block = _pick(block_sums, target)
         within = target - block_sums[:block].sum(dtype=np.float64)
         return block * BLOCK + _pick(blocks[block], max(within, 0.0))
+
+
+def check_logit(logit: float, token: int) -> None:
+    """Raises ArtifactError unless the logit of the token that was chosen is finite."""
+    if not math.isfinite(logit):
+        raise ArtifactError(
+            f"logits: expected finite numbers, found {logit} at token {token}; "
+            "are the weights damaged, or compiled for another machine?"
+        )
 
 
 def reserved_ids(

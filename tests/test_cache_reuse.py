@@ -98,7 +98,7 @@ def test_edit_before_a_snapshot_of_a_padded_prompt(model: Model, talker: Path, b
     """After the snapshot is restored, its padding still counts as written."""
     prompt = random_ids(89)
     list(model.generate(prompt, max_tokens=2 * CHUNK))
-    model._prefill([*prompt, 7])  # restores the snapshot
+    model.prefill([*prompt, 7])  # restores the snapshot
     check_against_fresh(model, talker, [*prompt[:-back], *random_ids(5, seed=1)], 3)
 
 

@@ -18,7 +18,7 @@ import pytest
 import osscompile
 from osscompile import build_cuda, targets
 from osscompile.errors import CompileError
-from osscompile.importer.graph import build_graph
+from osscompile.importer.graph import build_graph, with_choose
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
 from osscompile.programs import build_programs
@@ -41,7 +41,7 @@ needs_nvcc = pytest.mark.skipif(
 def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
     """Two layers have every kernel."""
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)
-    module = build_graph(config, profile, 131072, 512).module
+    module = with_choose(build_graph(config, profile, 131072, 512).module, config.vocab_size)
     module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
     source = build_cuda.cuda_source(module, H100)
     for program in build_programs(module).values():
@@ -54,13 +54,13 @@ def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
 def test_compile_20b_for_sm_90a(tmp_path: Path) -> None:
     """Every kernel of the profile fast, and none spills registers."""
     config = gpt_oss_config(num_layers=2, num_experts=32)
-    module = build_graph(config, "fast", 131072, 512).module
+    module = with_choose(build_graph(config, "fast", 131072, 512).module, config.vocab_size)
     module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
     (tmp_path / "kernels.cu").write_text(build_cuda.cuda_source(module, H100))
     command = [str(build_cuda.find_nvcc()), f"-arch={H100.tvm['arch']}", "-fatbin", "-Xptxas=-v"]
     result = subprocess.run([*command, "kernels.cu"], cwd=tmp_path, capture_output=True, text=True)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    assert result.returncode == 0 and len(spills) > 50, result.stderr
+    assert result.returncode == 0 and len(spills) > 30, result.stderr
     assert set(spills) == {("0", "0")}
 
 
@@ -136,7 +136,7 @@ def count(driver: ctypes.CDLL, name: str) -> int:
 
 def call(device: CudaDevice, function: str, bound: list[Any], *ids: int) -> list[float]:
     inputs = [np.array(ids, np.int32), np.array([100], np.int32)]
-    result: list[float] = device.run(function, inputs, bound).tolist()
+    result: list[float] = device.numpy(device.run(function, inputs, bound)).tolist()
     return result
 
 

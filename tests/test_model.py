@@ -114,15 +114,15 @@ def check_exact(compiled: Compiled, ids: list[int], record: Callable[[str, objec
     among many rows an error at the edge of a window would hide."""
     expected = compiled.reference(ids)
     scored = compiled.model.logits(ids)
-    prefilled = compiled.model._prefill(ids)
+    prefilled = compiled.model.prefill(ids)
     errors = {
         "all": relative_rms(scored, expected),
         "last": relative_rms(scored[-1], expected[-1]),
         "prefill": relative_rms(prefilled, expected[-1]),
     }
     if len(ids) > 1:
-        compiled.model._prefill(ids[:-1])
-        errors["decode"] = relative_rms(compiled.model._decode(ids[-1]), expected[-1])
+        compiled.model.prefill(ids[:-1])
+        errors["decode"] = relative_rms(compiled.model.decode(ids[-1]), expected[-1])
     for name, error in errors.items():
         record(f"relative_rms_{name}", error)
     print(f"{len(ids)} tokens:", " ".join(f"{name} {e:.1e}" for name, e in errors.items()))
@@ -164,7 +164,7 @@ def test_exact_is_far_from_every_mistake(small: Compiled, mistake: str) -> None:
     ids = small.random_ids(75)
     wrong = small.reference(ids, MISTAKES[mistake])
     assert relative_rms(small.model.logits(ids), wrong) > NOTICED
-    assert relative_rms(small.model._prefill(ids), wrong[-1]) > NOTICED
+    assert relative_rms(small.model.prefill(ids), wrong[-1]) > NOTICED
 
 
 # --- exact: the ways to the same logits -------------------------------------------------------
@@ -183,12 +183,12 @@ def test_prefill_at_once_in_chunks_and_token_by_token(
     small: Compiled, at_once: Model, count: int
 ) -> None:
     ids = small.random_ids(count)
-    expected = at_once._prefill(ids)
+    expected = at_once.prefill(ids)
     small.model._cache.reuse(())
-    assert relative_rms(small.model._prefill(ids), expected) < SAME
+    assert relative_rms(small.model.prefill(ids), expected) < SAME
     small.model._cache.reuse(())
     for token in ids:
-        stepped = small.model._decode(token)
+        stepped = small.model.decode(token)
     assert relative_rms(stepped, expected) < SAME
     assert relative_rms(small.model.logits(ids)[-1], expected) < SAME
 
@@ -196,9 +196,9 @@ def test_prefill_at_once_in_chunks_and_token_by_token(
 def test_last_position_of_the_context(small: Compiled) -> None:
     ids = small.random_ids(256)
     expected = small.reference(ids)[-1]
-    assert relative_rms(small.model._prefill(ids), expected) < EXACT
-    small.model._prefill(ids[:-1])
-    assert relative_rms(small.model._decode(ids[-1]), expected) < EXACT
+    assert relative_rms(small.model.prefill(ids), expected) < EXACT
+    small.model.prefill(ids[:-1])
+    assert relative_rms(small.model.decode(ids[-1]), expected) < EXACT
 
 
 def test_number_of_threads_changes_nothing(small: Compiled, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ from osscompile.runtime import load
 path, threads, out, *ids = sys.argv[1:]
 model = load(path, threads=int(threads))
 ids = [int(i) for i in ids]
-np.save(out, np.stack([*model.logits(ids), model._prefill(ids), model._decode(0)]))
+np.save(out, np.stack([*model.logits(ids), model.prefill(ids), model.decode(0)]))
 """
     results = []
     for threads in (1, 2, 3):

@@ -31,7 +31,7 @@ def check_fast(
 ) -> None:
     expected = judge.logits(ids)
     model._cache.reuse(())
-    decoded = np.stack([model._decode(token) for token in ids])
+    decoded = np.stack([model.decode(token) for token in ids])
     for name, logits in (("score", model.logits(ids)), ("decode", decoded)):
         kl, top1 = kl_divergence(expected, logits), top1_agreement(expected, logits)
         record(f"{name}_kl_divergence", kl)

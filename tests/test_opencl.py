@@ -24,7 +24,7 @@ from test_model_accuracy import NANO, NANO_QUESTIONS, check_fast, nano_answer
 import osscompile
 from osscompile import cli
 from osscompile.build_opencl import opencl_source
-from osscompile.importer.graph import build_graph
+from osscompile.importer.graph import build_graph, with_choose
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
 from osscompile.programs import build_programs
@@ -93,6 +93,47 @@ def test_command_line(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == "17 + 25 = 42."
 
 
+@needs_opencl
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_stay_on_the_device(
+    nano: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Greedy, or drawn from all of the softmax, as gpt-oss is meant to be used."""
+    model = load(nano)
+    device, shapes = model._device, []
+    numpy = device.numpy
+    monkeypatch.setattr(device, "numpy", lambda a: shapes.append(a.shape) or numpy(a))
+    options = {"max_tokens": 6, "temperature": temperature, "seed": 5}
+    first = [token.token_id for token in model.generate(range(20), **options)]
+    assert shapes == [(1, 2)] * len(first)
+    assert [token.token_id for token in model.generate(range(20), **options)] == first
+    assert not set(first) & set(model._reserved.tolist())
+    if temperature:
+        others = model.generate(range(20), **options | {"seed": 6})
+        assert [token.token_id for token in others] != first
+
+
+@needs_opencl
+@pytest.mark.parametrize("option", [{"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}, {"logprobs": 2}])
+def test_what_a_device_does_not_choose_the_sampler_does(nano: Path, option: object) -> None:
+    """From the same logits, up to rounding: what cannot differ is the same."""
+    tokens = list(load(nano).generate(range(20), max_tokens=4, temperature=1e-3, **option))
+    greedy = list(load(nano).generate(range(20), max_tokens=4))
+    assert [t.token_id for t in tokens] == [t.token_id for t in greedy]
+    assert all(len(t.top_logprobs) == (2 if "logprobs" in option else 0) for t in tokens)
+
+
+@needs_opencl
+def test_broken_weights_show_where_the_device_chooses(nano: Path) -> None:
+    model = load(nano)
+    names = [weight.name for weight in model.manifest.weights]
+    at = len(model.manifest.caches) + names.index("norm.weight")
+    broken = np.full(model.manifest.weights[names.index("norm.weight")].shape, np.nan, np.float32)
+    model._bound = [*model._bound[:at], model._device.tensor(broken), *model._bound[at + 1 :]]
+    with pytest.raises(ArtifactError, match="logits: expected finite numbers, found nan"):
+        list(model.generate(range(3)))
+
+
 ALONE = """
 import sys
 from osscompile.runtime import load
@@ -159,7 +200,7 @@ def test_forgetting_sets_the_cache_to_zero(talker: Path) -> None:
 def test_kernels_of_gpt_oss(num_experts: int, profile: str) -> None:
     """Two layers have every kernel. Where there is a device, its compiler takes the source."""
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)
-    module = build_graph(config, profile, 131072, 512).module
+    module = with_choose(build_graph(config, profile, 131072, 512).module, config.vocab_size)
     module = run_passes(module, OPENCL, SHARED_PASSES + LAUNCH_PASSES)
     source, programs = opencl_source(module, OPENCL), build_programs(module)
     launched = {launch.kernel for program in programs.values() for launch in program.launches}
@@ -200,8 +241,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "storage of too many": (lambda p: p["score"]["storages"].__setitem__(0, 1 << 60), "size"),
     "storage of true bytes": (lambda p: p["score"]["storages"].__setitem__(0, True), "True"),
     "result elsewhere": (lambda p: p["score"].update(result=999), "the result's storage"),
-    "result too large": (lambda p: p["score"].update(result_shape=[1 << 20, 1024]), "logits"),
-    "result in a small storage": (lambda p: p["decode"]["storages"].__setitem__(-1, 8), "logits"),
+    "result too large": (lambda p: p["score"].update(result_shape=[1 << 20, 1024]), "a result"),
+    "result in a small storage": (lambda p: p["decode"]["storages"].__setitem__(-1, 8), "a result"),
     "fewer tokens": (lambda p: p["prefill"].update(max_tokens=511), "up to 512 tokens"),
     "fewer inputs": (lambda p: p["prefill"]["inputs"].pop(), "3 inputs"),
     "empty input": (lambda p: p["prefill"].update(inputs=["tokens", 1, 0]), "found 0"),

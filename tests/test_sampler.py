@@ -242,3 +242,24 @@ def test_reserved_ids_are_unused_specials_and_padding() -> None:
     assert reserved_ids(specials, 105).tolist() == [100, 102, 104]
     # Tokens that a fine-tune added after the specials are not padding.
     assert reserved_ids(specials, 108, table_size=107).tolist() == [100, 102, 104, 107]
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [({}, 0.0), ({"temperature": 0.5}, 2.0), ({"temperature": 9, "top_k": 1}, 0)],
+)
+def test_options_that_a_device_takes(options: dict[str, Any], scale: float) -> None:
+    sampler, again = (Sampler(SamplingOptions(seed=3, **options), NO_IDS) for _ in range(2))
+    found = [sampler.device_options() for _ in range(2)]
+    for taken in found:
+        assert taken is not None and taken.dtype == np.int32 and taken.shape == (3,)
+        assert taken[:1].view(np.float32) == scale
+    first, second = (taken.tolist() for taken in found if taken is not None)
+    assert (first == second) == (scale == 0)  # other random bits for every token
+    repeated = again.device_options()
+    assert repeated is not None and repeated.tolist() == first
+
+
+@pytest.mark.parametrize("option", [{"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.1}, {"logprobs": 1}])
+def test_options_that_a_device_does_not_take(option: dict[str, Any]) -> None:
+    assert Sampler(SamplingOptions(temperature=1.0, **option), NO_IDS).device_options() is None
