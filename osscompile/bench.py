@@ -24,6 +24,7 @@ from .bench_machine import OtherProcesses, cpu_name, memory_bytes, process_bytes
 from .bench_report import FIRST_PROMPT, Report, Timing
 from .runtime.artifact import open_artifact
 from .runtime.device import Device
+from .runtime.device_memory import DeviceMemory
 from .runtime.engine import Model, load
 from .runtime.kv_cache import KEYS_PER_TILE
 from .runtime.launch_devices import LaunchDevice
@@ -180,7 +181,7 @@ def _time_decode(model: Model, ids: list[int], reader: Reader) -> tuple[Timing, 
     for token in ids:
         bandwidths.append(reader.num_bytes / reader.seconds())
         start = time.perf_counter()
-        if model._device.chooses:
+        if isinstance(model._device, DeviceMemory):
             model._sample(sampler, model._decode(token))
         else:
             model.decode(token)

@@ -29,8 +29,6 @@ class Device:
     `threads`: CPU threads of every function of the process, as the last device was made with.
     """
 
-    chooses = False  # tokens from logits: they are here, the sampler does
-
     def __init__(self, library: Path, threads: int) -> None:
         self._machine = load_function(library, "vm_load_executable", threads)()
         # one device and the host, which is the same here: (type, id, allocator) each

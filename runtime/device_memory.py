@@ -51,8 +51,6 @@ class DeviceMemory:
     and filled, and how a program is run, a subclass says. `usage`: where what is held is
     counted."""
 
-    chooses = True  # tokens from logits, which need not leave the device
-
     def __init__(self, programs: Mapping[str, Launches], usage: Usage) -> None:
         self.usage = usage
         self._programs = programs

@@ -11,6 +11,7 @@ import numpy as np
 
 from .artifact import Artifact, Manifest, open_artifact
 from .device import Device
+from .device_memory import DeviceMemory
 from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
@@ -110,7 +111,7 @@ class Model:
             size = self.tokenizer.vocab_size
             self._reserved = reserved_ids(self.tokenizer.special, self.vocab_size, size)
             self._stops |= stop_ids(self.tokenizer)
-        if self._device.chooses:
+        if isinstance(self._device, DeviceMemory):
             mask = np.zeros(self.vocab_size, np.float32)
             mask[self._reserved] = -np.inf
             self._mask = self._device.tensor(mask)
@@ -230,12 +231,14 @@ class Model:
 
     def _sample(self, sampler: Sampler, logits: Any) -> Sample:
         """The next token: chosen by the device where it can, so that its logits stay there."""
-        options = sampler.device_options() if self._device.chooses else None
-        if options is None:
-            return sampler.sample(self._device.numpy(logits).reshape(-1))
-        token, logit = self._device.choose(logits, self._mask, options)
-        check_logit(logit, token)
-        return Sample(token)
+        device = self._device
+        if isinstance(device, DeviceMemory):
+            options = sampler.device_options()
+            if options is not None:
+                token, logit = device.choose(logits, self._mask, options)
+                check_logit(logit, token)
+                return Sample(token)
+        return sampler.sample(device.numpy(logits).reshape(-1))
 
     def _prefill(self, ids: list[int]) -> Any:
         """Extend the cache to `ids` -> the device's logits [1, vocab] after the last. At least one

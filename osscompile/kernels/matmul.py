@@ -269,7 +269,7 @@ def _prim_func(
     `passes/pack_weights.py` may reorder: (parameter, axis of its rows) pairs."""
     names = {"words", "scales", "weight"}
     packed = [[i, row_axis] for i, t in enumerate(tensors) if t.op.name in names]
-    attributes = {"op": op, "packed_params": packed}
+    attributes: dict[str, object] = {"op": op, "packed_params": packed}
     if columns_needed is not None:
         attributes["columns_needed"] = columns_needed
     return te.create_prim_func(tensors).with_attr(attributes)
