@@ -5,6 +5,7 @@ from pathlib import Path
 
 from . import runtime
 from .errors import CompileError
+from .runtime.artifact import DEVICES
 from .runtime.device import find_runtime_library
 
 NAME = "osscompile_runtime"
@@ -31,6 +32,8 @@ def bundle_runtime(directory: Path) -> Path:
         raise CompileError(f"{folder}: expected a new folder, found one; remove it first")
     source = Path(runtime.__file__).parent
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(library, folder / library.name)
+    for file in (library, *map(find_runtime_library, DEVICES)):
+        if file is not None:
+            shutil.copyfile(file, folder / file.name)
     (folder / "README.txt").write_text(README, encoding="utf-8")
     return folder

@@ -119,6 +119,7 @@ def compile(
             profile=profile,
             target=machine.name,
             runtime=machine.runtime,
+            device=machine.device,
             system=machine.system,
             architecture=machine.architecture,
             variants=tuple(Variant(m.variant, m.cpu_features, m.library) for m in machines),

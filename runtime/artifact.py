@@ -18,7 +18,7 @@ from .errors import ArtifactError, InputError
 from .machine import Machine
 from .safetensors import FormatError, TensorEntry, map_tensors, read_header
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -27,6 +27,8 @@ ANY = "any"  # system and architecture of an artifact whose code the device's dr
 # A library that TVM's runtime loads; or kernels and the programs that launch them: as OpenCL C, or
 # as machine code that CUDA's driver loads.
 RUNTIMES = ("tvm", "opencl", "cuda")
+CPU = "cpu"
+DEVICES = (CPU, "metal")  # of TVM's runtime
 ALIGNMENT = 64  # bytes; kernels read aligned vectors, and an unaligned one is a crash
 PADDING = "__padding__"  # prefix of the tensors that align the others: the format forbids holes
 
@@ -82,6 +84,7 @@ class Manifest:
     profile: str
     target: str
     runtime: str  # what its libraries are: one of RUNTIMES
+    device: str  # of TVM's runtime, which the functions run on: one of DEVICES
     system: str  # platform.system() and platform.machine() where it runs, or ANY
     architecture: str
     variants: tuple[Variant, ...]  # best first; all read the same weights
@@ -98,6 +101,11 @@ class Manifest:
     gathered: tuple[str, ...]  # weights of which a run reads the rows of its tokens only
     eos_token_ids: tuple[int, ...]
     files: dict[str, File]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether its functions run on the CPU, and read weights where the file is mapped."""
+        return self.runtime == "tvm" and self.device == CPU
 
     def fits(self, here: Machine) -> bool:
         """Whether it was made for this system and architecture."""
@@ -237,6 +245,8 @@ def _choose_variant(path: Path, manifest: Manifest, name: str | None, elsewhere:
         )
     if manifest.runtime not in RUNTIMES:
         raise _damaged(path / MANIFEST, f"one of {RUNTIMES} as runtime", repr(manifest.runtime))
+    if manifest.runtime == "tvm" and manifest.device not in DEVICES:
+        raise _damaged(path / MANIFEST, f"one of {DEVICES} as device", repr(manifest.device))
     if not manifest.variants:
         raise _damaged(path / MANIFEST, "at least one variant", "none")
     candidates = [v for v in manifest.variants if name in (None, v.name)]

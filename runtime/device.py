@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ArtifactError
+from .errors import ArtifactError, OsscompileError
 
 CPU = 1  # DLPack's device type
 FAST_CORES = 1  # TVM's thread pool: prefer the cores with the highest frequency
@@ -78,7 +78,7 @@ def load_function(library: Path, name: str, threads: int) -> Any:
     # TVM would take half of the cores it sees. It reads this once, when its threads start; later
     # calls choose among those.
     os.environ.setdefault("TVM_NUM_THREADS", str(max(threads, os.cpu_count() or 1)))
-    ffi = _load_runtime()
+    ffi = load_runtime()
     ffi.get_global_func("runtime.config_threadpool")(FAST_CORES, threads)
     try:
         # a path without a folder would be searched for elsewhere
@@ -93,7 +93,7 @@ def load_function(library: Path, name: str, threads: int) -> Any:
 def tensor(array: np.ndarray) -> Any:
     """A device tensor over the memory of a C-contiguous, 64-byte aligned array."""
     assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
-    return _load_runtime().from_dlpack(array)
+    return load_runtime().from_dlpack(array)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -111,7 +111,7 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _load_runtime() -> ModuleType:
+def load_runtime() -> ModuleType:
     """Load tvm_ffi, then libtvm_runtime, whose symbols compiled libraries look for."""
     ffi = _import_ffi()
     library = find_runtime_library()
@@ -120,6 +120,31 @@ def _load_runtime() -> ModuleType:
             f"expected {RUNTIME_LIBRARY} beside the runtime or in an installed apache-tvm, found "
             "neither; run `osscompile bundle`, or set OSSCOMPILE_TVM_RUNTIME to its path"
         )
+    _load_globally(library)
+    return ffi
+
+
+@cache
+def load_device_runtime(device: str) -> ModuleType:
+    """Load what TVM's runtime has for a device (one of `artifact.DEVICES`), from beside it."""
+    ffi = load_runtime()
+    library = find_runtime_library(device)
+    if library is None:
+        raise OsscompileError(
+            f"{device}: expected {device_library(Path(RUNTIME_LIBRARY), device)} beside "
+            f"{RUNTIME_LIBRARY}, found none; install an apache-tvm that has it, or run `osscompile "
+            "bundle` again where one is installed"
+        )
+    _load_globally(library)
+    return ffi
+
+
+def device_library(runtime: Path, device: str) -> Path:
+    """Where a library of TVM's runtime has what belongs to a device."""
+    return runtime.with_stem(f"{runtime.stem}_{device}")
+
+
+def _load_globally(library: Path) -> None:
     try:
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     except OSError as error:
@@ -127,18 +152,22 @@ def _load_runtime() -> ModuleType:
             f"{library}: expected TVM's runtime for this machine, found: {error}; install the "
             "apache-tvm that the artifact was compiled with, or run `osscompile bundle` again"
         ) from error
-    return ffi
 
 
-def find_runtime_library() -> Path | None:
-    """OSSCOMPILE_TVM_RUNTIME, or a copy beside this file, or the one of an installed apache-tvm."""
+def find_runtime_library(device: str | None = None) -> Path | None:
+    """OSSCOMPILE_TVM_RUNTIME, or a copy beside this file, or the one of an installed apache-tvm;
+    of a `device`, what lies beside that."""
     candidates = [Path(__file__).parent / RUNTIME_LIBRARY]
     if named := os.environ.get("OSSCOMPILE_TVM_RUNTIME"):
         candidates.insert(0, Path(named))
     package = importlib.util.find_spec("tvm")  # finds it without importing it
     if package is not None and package.origin is not None:
         candidates.append(Path(package.origin).parent / "lib" / RUNTIME_LIBRARY)
-    return next((path for path in candidates if path.is_file()), None)
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None or device is None:
+        return found
+    beside = device_library(found, device)
+    return beside if beside.is_file() else None
 
 
 def _import_ffi() -> ModuleType:

@@ -19,6 +19,7 @@ from .launch_devices import LAUNCH_DEVICES, LaunchDevice
 from .machine import available_memory_bytes, physical_cores
 from .program import read_programs
 from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
+from .tensor_device import TensorDevice
 from .tokenizer import StreamDecoder, Tokenizer
 
 # Python, numpy, tokenizers and TVM's runtime, without a vocabulary.
@@ -68,10 +69,10 @@ def load(
 def memory_bytes(manifest: Manifest, context: int) -> dict[str, int]:
     """Memory that a run uses when `context` positions are full, by what it is for.
 
-    An OpenCL device holds all weights and caches from the beginning, and mostly in the memory of
-    the machine; on a CPU, what a run does not use of them takes none.
+    A GPU holds all weights and caches from the beginning, and mostly in the memory of the machine;
+    on a CPU, what a run does not use of them takes none.
     """
-    whole = manifest.runtime != "tvm"
+    whole = not manifest.on_cpu
     weights = 0
     for weight in manifest.weights:
         gathered = weight.name in manifest.gathered and not whole
@@ -102,7 +103,7 @@ class Model:
         self._check_memory()
         path = artifact.tokenizer
         self.tokenizer = Tokenizer(path) if path is not None else None
-        self._device = _open_device(artifact, threads)
+        self._device: Any = _open_device(artifact, context, threads)  # what bench asks of some
         self._cache = KVCache(self.manifest, self._device)
         self._turn = 0  # counts the calls that used the cache
         self._bound = [self._device.tensor(a) for a in (*self._cache.arrays, *artifact.weights)]
@@ -177,7 +178,8 @@ class Model:
         """
         ids = self._check_tokens(token_ids)
         self._turn += 1
-        return self._device.numpy(self._prefill(ids)).reshape(-1)
+        logits: np.ndarray = self._device.numpy(self._prefill(ids))
+        return logits.reshape(-1)
 
     def decode(self, token_id: int) -> np.ndarray:
         """Logits [vocab] float32 after one more token. Raises InputError at the context's end."""
@@ -188,7 +190,8 @@ class Model:
                 "call `forget`, or load with a larger context"
             )
         self._turn += 1
-        return self._device.numpy(self._decode(checked)).reshape(-1)
+        logits: np.ndarray = self._device.numpy(self._decode(checked))
+        return logits.reshape(-1)
 
     def forget(self) -> None:
         """Empty the KV cache; generations that are under way end."""
@@ -294,7 +297,7 @@ class Model:
             return
         needed = memory_bytes(self.manifest, self.context)
         private = needed["KV cache"] + needed["workspace"]
-        if self.manifest.runtime == "opencl":  # copied, not mapped
+        if not self.manifest.on_cpu:  # copied, not mapped
             private += needed["weights"]
         available = available_memory_bytes()
         if available is not None and private > available:
@@ -312,11 +315,17 @@ class Model:
         return self.tokenizer
 
 
-def _open_device(artifact: Artifact, threads: int | None) -> Device | LaunchDevice:
-    launching = LAUNCH_DEVICES.get(artifact.manifest.runtime)
+def _open_device(
+    artifact: Artifact, context: int, threads: int | None
+) -> Device | TensorDevice | LaunchDevice:
+    manifest, threads = artifact.manifest, threads or physical_cores()
+    launching = LAUNCH_DEVICES.get(manifest.runtime)
     if launching is not None:
         return launching(artifact.library, read_programs(artifact))
-    return Device(artifact.library, threads or physical_cores())
+    if manifest.on_cpu:
+        return Device(artifact.library, threads)
+    needed = sum(memory_bytes(manifest, context).values()) - PROCESS_BYTES
+    return TensorDevice(artifact.library, manifest.device, threads, needed)
 
 
 def _pieces(tokens: Iterator[GeneratedToken], parser: ChannelParser) -> Iterator[Piece]:

@@ -24,6 +24,7 @@ class Target:
     checked: str  # what ran on such a machine, what under emulation, what was only compiled
     family: str  # which schedules apply: "cpu" or "gpu"
     runtime: str  # what executes its artifacts: "tvm" (a shared library), "opencl" or "cuda"
+    device: str  # of TVM's runtime: "cpu" or "metal"; of other runtimes none
     tvm: dict[str, Any]  # the TVM target
     system: str  # platform.system() where artifacts run, or "any"
     architecture: str  # platform.machine() where artifacts run, or "any"
@@ -37,6 +38,7 @@ class Target:
     dtypes: tuple[str, ...]  # legal for kernel arguments
     has_exp: bool
     has_half: bool  # arithmetic in float16
+    nearest_even: str | None  # the function that rounds to it, where TVM does not know
     link_triple: str  # for the linker: architecture, system, C library and its oldest version
     link_flags: tuple[str, ...]  # for the linker of that system
     library: str  # file name of the compiled library
@@ -67,14 +69,15 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
     try:
         facts = tomllib.loads(path.read_text(encoding="utf-8"))
         machine, capabilities, link = facts["machine"], facts["capabilities"], facts["link"]
-        is_gpu = facts["family"] == "gpu"
+        is_gpu, runtime = facts["family"] == "gpu", facts.get("runtime", "tvm")
         target = Target(
             name=name,
             variant=name,
             description=facts["description"],
             checked=facts["checked"],
             family=facts["family"],
-            runtime=facts.get("runtime", "tvm"),
+            runtime=runtime,
+            device=facts.get("device", "cpu" if runtime == "tvm" else ""),
             tvm=facts["tvm"],
             system=machine["system"],
             architecture=machine["architecture"],
@@ -88,6 +91,7 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             dtypes=tuple(capabilities["dtypes"]),
             has_exp=capabilities["exp"],
             has_half=capabilities.get("half", True),
+            nearest_even=capabilities.get("nearest_even"),
             link_triple=link["triple"],
             link_flags=tuple(link["flags"]),
             library=link["library"],

@@ -24,7 +24,7 @@ AARCH64 = [
     target
     for name in targets.names()
     for target in targets.load_variants(name)
-    if target.architecture in ("aarch64", "arm64")
+    if target.architecture in ("aarch64", "arm64") and target.family == "cpu"
 ]
 on_aarch64 = pytest.mark.parametrize("target", AARCH64, ids=lambda t: f"{t.name}-{t.variant}")
 

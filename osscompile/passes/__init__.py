@@ -8,6 +8,7 @@ from tvm import ir
 from ..targets import Target
 from .expand_exp import expand_exp
 from .lower_graph import lower_graph
+from .name_rounding import name_rounding
 from .pack_weights import pack_weights
 from .plan_memory import plan_memory
 from .schedule_kernels import schedule_kernels
@@ -24,6 +25,7 @@ SHARED_PASSES: tuple[Pass, ...] = (pack_weights,)
 VARIANT_PASSES: tuple[Pass, ...] = (
     schedule_kernels,
     expand_exp,  # after scheduling: the primitives see a call, not twenty operations
+    name_rounding,  # after scheduling: TVM knows nothing of the function that it calls
     plan_memory,  # after all kernels are final: it fixes who owns which storage
     lower_graph,
 )
@@ -31,6 +33,7 @@ VARIANT_PASSES: tuple[Pass, ...] = (
 LAUNCH_PASSES: tuple[Pass, ...] = (
     schedule_kernels,
     expand_exp,
+    name_rounding,
     plan_memory,
     store_halves,  # after scheduling: rules see the graph's types
     split_launches,  # last: what it leaves are no kernels that a pass could read
