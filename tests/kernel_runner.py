@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aarch64
+import metal_device
 import numpy as np
 import tvm
 from numpy.typing import NDArray
@@ -20,13 +21,16 @@ from tvm.sym import Analyzer
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
+from osscompile.build import build_library
 from osscompile.build_opencl import opencl_source
 from osscompile.importer.weights import pack_rows
 from osscompile.passes.expand_exp import expand_exp
+from osscompile.passes.name_rounding import name_rounding
 from osscompile.passes.pack_weights import pack_kernel, packable
 from osscompile.passes.split_launches import split_launches
 from osscompile.passes.store_halves import store_halves
 from osscompile.programs import kernel_launches
+from osscompile.runtime.device import load_function
 from osscompile.runtime.opencl import OpenCLDevice
 from osscompile.schedules.records import Choose, recorded
 from osscompile.schedules.rule import schedule
@@ -68,7 +72,7 @@ class BuiltKernel:
             self.main = OpenCLKernel(function, target)
             return
         module = ir.IRModule({"main": function.with_attr("global_symbol", "main")})
-        module = expand_exp(module, target)
+        module = name_rounding(expand_exp(module, target), target)
         self.main = _main(module, target)
 
     def __call__(self, *inputs: Array, in_place: int = 0) -> Any:
@@ -104,6 +108,8 @@ class BuiltKernel:
 
 def _main(module: ir.IRModule, target: Target) -> Callable[..., object]:
     """The compiled function of that name, on tensors."""
+    if target.device == "metal":
+        return MetalKernel(module, target)
     if target.architecture != aarch64.ARCHITECTURE or target.architecture == platform.machine():
         return tvm.compile(module, target=tvm.target.Target(target.tvm))["main"]
     library = aarch64.kernels().build(module, target)
@@ -136,6 +142,24 @@ class OpenCLKernel:
         for argument, array, memory in zip(arguments, arrays, bound, strict=True):
             device.read(memory, array)
             argument.copyfrom(array)
+
+
+class MetalKernel:
+    """A scheduled kernel on the stand-in for Metal; takes what a function compiled by TVM takes."""
+
+    def __init__(self, module: ir.IRModule, target: Target) -> None:
+        metal_device.load_stand_in()
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder, target.library)
+            build_library(module, target, library)
+            self.function = load_function(library, "main", 1)
+
+    def __call__(self, *arguments: Any) -> None:
+        device = tvm.runtime.device("metal")
+        tensors = [argument.copyto(device) for argument in arguments]
+        self.function(*tensors)
+        for argument, tensor in zip(arguments, tensors, strict=True):
+            tensor.copyto(argument)
 
 
 def _poison(shape: tuple[int, ...], dtype: str) -> Array:

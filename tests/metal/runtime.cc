@@ -1,0 +1,334 @@
+// A stand-in for TVM's Metal runtime (libtvm_runtime_metal), for machines without Metal: kernels are
+// compiled by g++ as C++, see metal_stdlib, and run on the CPU. TVM's virtual machine, host code,
+// allocators and copies are the real ones.
+//
+// The threads of a threadgroup are fibres. One runs until it waits for others; barriers and shuffles
+// are done once all others wait too, so that a barrier that some threads miss is found.
+#include <dlfcn.h>
+#include <setjmp.h>
+#include <stdlib.h>
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/reflection/registry.h>
+#include <tvm/runtime/device_api.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <regex>
+#include <string>
+#include <vector>
+
+namespace ffi = tvm::ffi;
+using tvm::Device;
+
+namespace {
+
+constexpr unsigned kSimdWidth = 32;
+constexpr size_t kStackBytes = (32 << 10) + 192;  // so that they do not share lines of the cache
+constexpr unsigned kNoValue = 0x7fc00bad;  // not a number: of lanes that shuffle nothing
+
+// --- Threadgroups ----------------------------------------------------------------------------
+
+struct alignas(16) Index {  // laid out as uint3
+  unsigned x, y, z;
+};
+struct Thread {  // as in metal_stdlib
+  void* const* arguments;
+  Index group, thread;
+};
+using Kernel = void (*)(const Thread&);
+
+enum class State { kRunning, kBarrier, kShuffle, kDone };
+
+struct Fibre {
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  jmp_buf place;
+  Thread thread;
+  State state;
+  unsigned value, delta;  // of its shuffle
+};
+
+std::vector<std::unique_ptr<Fibre>> fibres;
+Fibre* current;
+Kernel current_kernel;
+jmp_buf scheduler;
+ucontext_t starter;
+
+void Leave(State state) {
+  current->state = state;
+  if (!_setjmp(current->place)) _longjmp(scheduler, 1);
+}
+
+void RunForever() {
+  while (true) {
+    current_kernel(current->thread);
+    Leave(State::kDone);
+  }
+}
+
+unsigned Wait(bool shuffle, unsigned value, unsigned delta) {
+  current->value = value;
+  current->delta = delta;
+  Leave(shuffle ? State::kShuffle : State::kBarrier);
+  return current->value;
+}
+
+// Memory of the threadgroup; what another left there is no value of this one.
+std::vector<void*> declared;
+
+void Declare(void* memory, size_t size) {
+  if (std::find(declared.begin(), declared.end(), memory) != declared.end()) return;
+  declared.push_back(memory);
+  memset(memory, 0xff, size);  // not a number
+}
+
+void MakeFibre() {
+  fibres.push_back(std::make_unique<Fibre>());
+  current = fibres.back().get();
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = current->stack.get();
+  context.uc_stack.ss_size = kStackBytes;
+  makecontext(&context, [] { Leave(State::kDone), RunForever(); }, 0);
+  if (!_setjmp(scheduler)) swapcontext(&starter, &context);
+}
+
+void Resume(Fibre* fibre) {
+  current = fibre;
+  fibre->state = State::kRunning;
+  if (!_setjmp(scheduler)) _longjmp(fibre->place, 1);
+}
+
+// Lanes that do not take part give no value.
+void Shuffle(size_t count) {
+  std::vector<unsigned> given(count, kNoValue);
+  for (size_t i = 0; i < count; ++i) {
+    if (fibres[i]->state == State::kShuffle) given[i] = fibres[i]->value;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    size_t lane = i % kSimdWidth + fibres[i]->delta, source = i + fibres[i]->delta;
+    if (fibres[i]->state != State::kShuffle) continue;
+    fibres[i]->value = lane < kSimdWidth && source < count ? given[source] : kNoValue;
+    fibres[i]->state = State::kRunning;
+  }
+}
+
+void RunGroup(const std::string& name, Kernel kernel, void* const* arguments, Index group,
+              Index size) {
+  size_t count = size_t(size.x) * size.y * size.z;
+  while (fibres.size() < count) MakeFibre();
+  static bool backwards = false;
+  backwards = !backwards;  // in turns, so that a barrier that is missing shows
+  current_kernel = kernel;
+  declared.clear();
+  for (size_t i = 0; i < count; ++i) {
+    unsigned n = unsigned(i);
+    Index thread{n % size.x, n / size.x % size.y, n / size.x / size.y};
+    fibres[i]->thread = {arguments, group, thread};
+    fibres[i]->state = State::kRunning;
+  }
+  while (true) {
+    size_t in[4] = {};
+    for (size_t n = 0; n < count; ++n) {
+      Fibre* fibre = fibres[backwards ? count - 1 - n : n].get();
+      if (fibre->state == State::kRunning) Resume(fibre);
+      ++in[int(fibre->state)];
+    }
+    if (in[int(State::kDone)] == count) return;
+    if (in[int(State::kShuffle)]) {
+      Shuffle(count);
+    } else if (in[int(State::kBarrier)] == count) {
+      for (size_t i = 0; i < count; ++i) fibres[i]->state = State::kRunning;
+    } else {
+      fibres.clear();
+      TVM_FFI_THROW(RuntimeError) << name << ": " << in[int(State::kBarrier)] << " of " << count
+                                  << " threads wait at a barrier that the others do not reach";
+    }
+  }
+}
+
+// --- Kernels ---------------------------------------------------------------------------------
+
+// What TVM writes of a kernel: see SaveToBytes of its Metal modules.
+struct Info {
+  std::string source;
+  std::vector<DLDataType> types;
+  std::vector<std::string> tags;  // of the numbers that follow the arguments
+};
+
+class Reader {
+ public:
+  explicit Reader(const ffi::Bytes& bytes) : at_(bytes.data()), end_(at_ + bytes.size()) {}
+  template <class T> T Read() {
+    T value;
+    Take(&value, sizeof(T));
+    return value;
+  }
+  std::string ReadString() {
+    std::string text(Read<uint64_t>(), '\0');
+    Take(text.data(), text.size());
+    return text;
+  }
+
+ private:
+  void Take(void* to, size_t size) {
+    TVM_FFI_ICHECK_LE(size, size_t(end_ - at_)) << "a module that is cut off";
+    memcpy(to, at_, size);
+    at_ += size;
+  }
+  const char *at_, *end_;
+};
+
+std::map<std::string, Info> ReadKernels(const ffi::Bytes& bytes) {
+  Reader reader(bytes);
+  std::string format = reader.ReadString();
+  TVM_FFI_ICHECK_EQ(format, "metal");
+  std::map<std::string, Info> kernels;
+  for (uint64_t n = reader.Read<uint64_t>(); n > 0; --n) {
+    Info& info = kernels[reader.ReadString()];
+    reader.ReadString();  // the name again
+    for (uint64_t i = reader.Read<uint64_t>(); i > 0; --i) {
+      info.types.push_back(reader.Read<DLDataType>());
+    }
+    for (uint64_t i = reader.Read<uint64_t>(); i > 0; --i) info.tags.push_back(reader.ReadString());
+    for (uint64_t i = reader.Read<uint64_t>(); i > 0; --i) reader.Read<int32_t>();
+  }
+  for (uint64_t n = reader.Read<uint64_t>(); n > 0; --n) {
+    Info& info = kernels.at(reader.ReadString());
+    info.source = reader.ReadString();
+  }
+  return kernels;
+}
+
+// Memory of a threadgroup, of which one runs at a time, is declared where a kernel begins.
+std::string ShareMemory(const std::string& source) {
+  static const std::regex declaration("\n  threadgroup (\\w+ (\\w+)\\[\\d+\\];)");
+  const char* shared = "\n  static $1 metal_declare($2, sizeof($2));";
+  return std::regex_replace(source, declaration, shared);
+}
+
+// All of them in one library; the same kernels once.
+void* Compile(const std::map<std::string, Info>& kernels) {
+  std::string text = "#include <metal_stdlib>\n";
+  for (const auto& [name, info] : kernels) {
+    text += "namespace of_" + name + " {\n" + ShareMemory(info.source) + "extern \"C\" void call_" +
+            name + "(const metal::Thread& t) { metal::call(" + name + ", t); }\n}\n";
+  }
+  static std::map<std::string, void*> compiled;
+  if (compiled.count(text)) return compiled[text];
+  std::string folder = std::filesystem::temp_directory_path() / "metal-XXXXXX";
+  TVM_FFI_ICHECK(mkdtemp(folder.data())) << "no temporary folder";
+  std::string base = folder + "/kernels";
+  std::ofstream(base + ".cc") << text;
+  std::string command = std::string(getenv("METAL_COMPILER")) + " -shared -fPIC -O1 -o " + base +
+                        ".so " + base + ".cc";
+  TVM_FFI_ICHECK_EQ(system(command.c_str()), 0) << "kernels that do not compile: " << base << ".cc";
+  void* library = dlopen((base + ".so").c_str(), RTLD_NOW);
+  TVM_FFI_ICHECK(library) << dlerror();
+  *static_cast<decltype(&Wait)*>(dlsym(library, "metal_wait")) = Wait;
+  *static_cast<decltype(&Declare)*>(dlsym(library, "metal_declare")) = Declare;
+  std::filesystem::remove_all(folder);
+  return compiled[text] = library;
+}
+
+// Memory of the device, which the host has but a handle of.
+struct Buffer {
+  std::vector<char> memory;
+};
+
+class MetalModule : public ffi::ModuleObj {
+ public:
+  explicit MetalModule(const ffi::Bytes& bytes) : kernels_(ReadKernels(bytes)) {}
+  const char* kind() const final { return "metal"; }
+  ffi::Optional<ffi::Function> GetFunction(const ffi::String& name) final {
+    auto found = kernels_.find(name);
+    if (found == kernels_.end()) return std::nullopt;
+    void* library = Compile(kernels_);
+    auto call = reinterpret_cast<Kernel>(dlsym(library, ("call_" + found->first).c_str()));
+    return ffi::Function::FromPacked([this, call, found](ffi::PackedArgs args, ffi::Any*) {
+      Launch(found->first, found->second, call, args);
+    });
+  }
+
+ private:
+  void Launch(const std::string& name, const Info& info, Kernel call, ffi::PackedArgs args) {
+    std::vector<void*> memory;
+    std::vector<int64_t> numbers;  // in one buffer, 8 bytes each
+    for (size_t i = 0; i < info.types.size(); ++i) {
+      if (info.types[i].code == kDLOpaqueHandle) {
+        TVM_FFI_ICHECK(numbers.empty()) << "a buffer after a number";
+        memory.push_back(static_cast<Buffer*>(args[i].cast<void*>())->memory.data());
+      } else {
+        numbers.push_back(args[i].cast<int64_t>());
+      }
+    }
+    memory.push_back(numbers.data());
+    std::map<std::string, unsigned> sizes;
+    for (size_t i = 0; i < info.tags.size(); ++i) {
+      sizes[info.tags[i]] = unsigned(args[info.types.size() + i].cast<int64_t>());
+    }
+    auto size = [&](const char* tag) { return sizes.count(tag) ? sizes[tag] : 1u; };
+    Index groups{size("blockIdx.x"), size("blockIdx.y"), size("blockIdx.z")};
+    Index threads{size("threadIdx.x"), size("threadIdx.y"), size("threadIdx.z")};
+    for (unsigned z = 0; z < groups.z; ++z) {
+      for (unsigned y = 0; y < groups.y; ++y) {
+        for (unsigned x = 0; x < groups.x; ++x) {
+          RunGroup(name, call, memory.data(), {x, y, z}, threads);
+        }
+      }
+    }
+  }
+
+  std::map<std::string, Info> kernels_;
+};
+
+// --- The device ------------------------------------------------------------------------------
+
+class MetalDevice final : public tvm::runtime::DeviceAPI {
+ public:
+  void SetDevice(Device) final {}
+  void GetAttr(Device, tvm::runtime::DeviceAttrKind kind, ffi::Any* value) final {
+    const char* room = getenv("METAL_ROOM");
+    if (kind == tvm::runtime::kExist) *value = getenv("METAL_NO_DEVICE") ? 0 : 1;
+    if (kind == tvm::runtime::kTotalGlobalMemory) *value = room ? atoll(room) : int64_t(1) << 40;
+  }
+  void* AllocDataSpace(Device, size_t size, size_t, DLDataType) final {
+    return new Buffer{std::vector<char>(size, char(0xff))};  // not a number
+  }
+  void FreeDataSpace(Device, void* buffer) final { delete static_cast<Buffer*>(buffer); }
+  void StreamSync(Device, TVMStreamHandle) final {}
+
+ protected:
+  void CopyDataFromTo(const void* from, size_t from_offset, void* to, size_t to_offset, size_t size,
+                      Device dev_from, Device dev_to, DLDataType, TVMStreamHandle) final {
+    memmove(Memory(to, to_offset, size, dev_to),
+            Memory(const_cast<void*>(from), from_offset, size, dev_from), size);
+  }
+
+ private:
+  static char* Memory(void* data, size_t offset, size_t size, Device device) {
+    if (device.device_type == kDLCPU) return static_cast<char*>(data) + offset;
+    std::vector<char>& memory = static_cast<Buffer*>(data)->memory;
+    TVM_FFI_ICHECK_LE(offset + size, memory.size()) << "a copy beyond the buffer";
+    return memory.data() + offset;
+  }
+};
+
+TVM_FFI_STATIC_INIT_BLOCK() {
+  ffi::reflection::GlobalDef()
+      .def("device_api.metal",
+           []() -> void* {
+             static auto* device = new MetalDevice();
+             return static_cast<tvm::runtime::DeviceAPI*>(device);
+           })
+      .def("ffi.Module.load_from_bytes.metal", [](const ffi::Bytes& bytes) {
+        return ffi::Module(ffi::make_object<MetalModule>(bytes));
+      });
+}
+
+}  // namespace

@@ -1,0 +1,394 @@
+"""Artifacts for Metal. No Mac is at hand where this runs: what is compiled for one is inspected,
+and its kernels are compiled as C++. With this machine's CPU for the host they run too, under TVM's
+own virtual machine, on a stand-in for TVM's Metal runtime (see `metal_device.py`)."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import test_cache_reuse
+import tvm
+import tvm_ffi
+from artifacts import copy_artifact, library_is_loaded, reseal, run_python
+from metal_device import COMPILER, METAL, load_stand_in, needs_gxx, on_this_machine, stand_in
+from random_model import random_model, read_checkpoint, write_checkpoint
+from reference import relative_rms
+from talker import CHUNK, compile_talker, random_ids
+from test_cross_compile import ARM64, CODE_SIGNATURE, DYLIB, ID_DYLIB, MACH_O_64, load_commands
+from test_model_accuracy import EXACT, NANO, NANO_QUESTIONS, check_fast, nano_answer
+
+import osscompile
+from osscompile import cli, targets
+from osscompile.build import build_library
+from osscompile.bundle import bundle_runtime
+from osscompile.importer.graph import build_graph
+from osscompile.importer.resolve import resolve_model
+from osscompile.importer.synthetic import gpt_oss_config
+from osscompile.passes import SHARED_PASSES, VARIANT_PASSES, run_passes
+from osscompile.runtime import load
+from osscompile.runtime.artifact import read_manifest
+from osscompile.runtime.device import device_library, find_runtime_library
+from osscompile.runtime.errors import ArtifactError, OsscompileError
+from osscompile.targets import Target
+
+MAX_BUFFERS = 31  # arguments of a kernel
+ITEM_BYTES = {"char": 1, "float": 4, "int": 4, "uint": 4}
+
+# --- What is compiled for a Mac ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("metal") / "nano.osc"
+    return osscompile.compile("nano", METAL.name, output, context=1024)
+
+
+def test_library_is_a_signed_dylib_with_kernels_inside(nano: Path) -> None:
+    manifest = read_manifest(nano)
+    assert (manifest.runtime, manifest.device) == ("tvm", "metal")
+    assert (manifest.system, manifest.architecture) == ("Darwin", "arm64")
+    check_library((nano / "lib.dylib").read_bytes())
+
+
+def check_library(library: bytes) -> None:
+    assert struct.unpack_from("<IIxxxxI", library) == (MACH_O_64, ARM64, DYLIB)
+    commands = load_commands(library)
+    assert CODE_SIGNATURE in commands and b"@rpath/lib.dylib\0" in commands[ID_DYLIB]
+    assert library.count(b"\nkernel void ") > 30
+
+
+def test_same_model_gives_the_same_bytes(nano: Path, tmp_path: Path) -> None:
+    """In another process too."""
+    code = "import osscompile, sys; osscompile.compile('nano', *sys.argv[1:], context=1024)"
+    run_python(code, METAL.name, tmp_path / "again.osc", cwd=tmp_path)
+    for file in nano.iterdir():
+        assert file.read_bytes() == (tmp_path / "again.osc" / file.name).read_bytes(), file.name
+
+
+def kernels_in(library: bytes) -> dict[str, str]:
+    """Sources by name."""
+    sources = re.findall(rb"#include <metal_stdlib>\n.*?\n}\n\n", library, re.DOTALL)
+    names = [re.findall(rb"^kernel void (\w+)\(", source, re.MULTILINE) for source in sources]
+    return {name.decode(): s.decode() for (name,), s in zip(names, sources, strict=True)}
+
+
+def check_compiles(kernels: Mapping[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    spaces = [f"namespace of_{name} {{\n{source}}}\n" for name, source in kernels.items()]
+    file = folder / "kernels.cc"
+    file.write_text("#include <metal_stdlib>\n" + "".join(spaces))
+    command = [*COMPILER, "-fsyntax-only", str(file)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@needs_gxx
+@pytest.mark.parametrize("profile", ["fast", "exact"])
+@pytest.mark.parametrize("model", ["nano", "20b", "120b"])
+def test_every_kernel_compiles(model: str, profile: str, tmp_path: Path) -> None:
+    """Two layers of the large models have every kernel. Within the limits of Metal, and as it wants
+    a threadgroup's memory declared: where the kernel begins."""
+    config = gpt_oss_config(num_layers=2, num_experts=32 if model == "20b" else 128)
+    if model == "nano":
+        config = resolve_model(model).source.config
+    module = build_graph(config, profile, min(config.max_context, 131072), 512).module
+    module = run_passes(module, METAL, SHARED_PASSES + VARIANT_PASSES)
+    build_library(module, METAL, tmp_path / METAL.library)
+    library = (tmp_path / METAL.library).read_bytes()
+    check_library(library)
+    kernels = kernels_in(library)
+    assert len(kernels) == library.count(b"\nkernel void ")
+    result = check_compiles(kernels, tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name, source in kernels.items():
+        shared = re.findall(r"^  threadgroup (\w+) \w+\[(\d+)\];", source, re.MULTILINE)
+        assert len(shared) == len(re.findall(r"threadgroup \w+ \w+\[", source)), name
+        most = METAL.tvm["max_shared_memory_per_block"]
+        assert sum(ITEM_BYTES[dtype] * int(size) for dtype, size in shared) <= most, name
+        assert max(map(int, re.findall(r"\[\[ buffer\((\d+)\) \]\]", source))) < MAX_BUFFERS, name
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("expression", "compiles"),
+    [
+        ("rint(out[0])", True),
+        ("nearbyint(out[0])", False),
+        ("exp(1)", False),
+        ("min(out[0], 1)", False),
+        ("simd_shuffle(out[0], 40)", False),
+    ],
+)
+def test_what_metal_does_not_have_does_not_compile(
+    expression: str, compiles: bool, tmp_path: Path
+) -> None:
+    result = check_compiles({"f": kernel(f"out[0] = {expression};")}, tmp_path)
+    assert (result.returncode == 0) == compiles, result.stderr
+
+
+def kernel(body: str) -> str:
+    indices = "uint blockIdx [[ a ]], uint threadIdx [[ a ]]"
+    return (
+        "#include <metal_stdlib>\nusing namespace metal;\n"
+        f"kernel void f(device float* out [[ buffer(0) ]], {indices}) {{\n  {body}\n}}\n"
+    )
+
+
+# --- Where it cannot run ----------------------------------------------------------------------
+
+
+def test_artifact_for_a_mac_on_another_machine(nano: Path, this_machine: Target) -> None:
+    if this_machine.system == METAL.system:
+        pytest.skip("this is a Mac")
+    with pytest.raises(ArtifactError, match=r"made for Darwin on arm64, this machine is"):
+        osscompile.load(nano)
+    assert not library_is_loaded(nano)
+
+
+def test_inspect(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(nano)]) == 0
+    assert "apple: Darwin arm64, metal" in " ".join(capsys.readouterr().out.split())
+
+
+def test_bench_and_tune_say_what_they_measure(
+    nano: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", str(nano)]) == 1
+    assert "bench: expected a CPU, or a device of another runtime" in capsys.readouterr().err
+    assert cli.main(["tune", "--target", METAL.name]) == 1
+    assert "tune: expected a CPU, or a device of another runtime" in capsys.readouterr().err
+
+
+def test_unknown_device(nano: Path, tmp_path: Path, this_machine: Target) -> None:
+    copy = copy_artifact(nano, tmp_path)
+    here = {"system": this_machine.system, "architecture": this_machine.architecture}
+    reseal(copy, lambda fields: fields.update(here, device="abacus"))
+    with pytest.raises(ArtifactError, match=r"expected one of .*metal.* as device, found 'abacus'"):
+        osscompile.load(copy)
+
+
+@pytest.fixture(scope="module")
+def for_here(this_machine: Target) -> Iterator[None]:
+    """Compiles for Metal take this machine for the host."""
+    here, load_variants = on_this_machine(this_machine), targets.load_variants
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            targets, "load_variants", lambda n: (here,) * (n == METAL.name) or load_variants(n)
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def nano_here(for_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("here") / "nano.osc"
+    return osscompile.compile("nano", METAL.name, output, context=1024)
+
+
+LOAD = """
+import sys
+from osscompile.runtime import OsscompileError, load
+try:
+    print(load(sys.argv[1]).logits([1]).shape)
+except OsscompileError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_without_the_metal_runtime(nano_here: Path, tmp_path: Path) -> None:
+    said = run_python(LOAD, nano_here, cwd=tmp_path).stdout
+    expected = r"metal: expected libtvm_runtime_metal\.\w+ beside libtvm_runtime\.\w+, found none"
+    assert re.match(f"OsscompileError {expected}; install an apache-tvm", said), said
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "(1, 1024)"),
+        ({"METAL_NO_DEVICE": "1"}, "OsscompileError metal: expected a device, found none"),
+        (
+            {"METAL_ROOM": "1000000"},
+            "OsscompileError metal: expected .* GB that the device may use",
+        ),
+        (
+            {"METAL_COMPILER": "false"},
+            "ArtifactError .* expected kernels that the metal device can",
+        ),
+    ],
+    ids=["with all", "no device", "no room", "kernels that do not compile"],
+)
+def test_with_the_runtime(
+    nano_here: Path, tmp_path: Path, environment: dict[str, str], said: str
+) -> None:
+    output = run_python(LOAD, nano_here, cwd=tmp_path, env=stand_in() | environment).stdout
+    assert re.match(re.escape(said).replace(r"\.\*", ".*"), output), output
+
+
+def test_metal_runtime_that_is_no_library(nano_here: Path, tmp_path: Path) -> None:
+    library = runtime_with_metal(tmp_path / "libtvm_runtime.so", b"no library")
+    environment = {"OSSCOMPILE_TVM_RUNTIME": str(library)}
+    said = run_python(LOAD, nano_here, cwd=tmp_path, env=environment).stdout
+    assert "ArtifactError" in said and "expected TVM's runtime for this machine" in said
+
+
+def runtime_with_metal(library: Path, content: bytes) -> Path:
+    """This machine's libtvm_runtime by that name, with something beside it."""
+    installed = find_runtime_library()
+    assert installed is not None
+    library.symlink_to(installed)
+    device_library(library, "metal").write_bytes(content)
+    return library
+
+
+def test_bundle_for_a_mac_has_the_metal_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = runtime_with_metal(tmp_path / "libtvm_runtime.dylib", b"for Metal")
+    monkeypatch.setenv("OSSCOMPILE_TVM_RUNTIME", str(library))
+    folder = bundle_runtime(tmp_path / "bundle")
+    assert (folder / "libtvm_runtime_metal.dylib").read_bytes() == b"for Metal"
+    assert (folder / "libtvm_runtime.dylib").stat().st_size > 1 << 20
+
+
+# --- What it computes, on the stand-in --------------------------------------------------------
+
+
+@needs_gxx
+def test_nano_is_close_to_float64_and_says_what_a_cpu_says(
+    nano_here: Path, nano_artifact: Path, record_property: Any
+) -> None:
+    load_stand_in()
+    model, on_cpu = load(nano_here), load(nano_artifact)
+    prompt, answer = nano_answer(model, *NANO_QUESTIONS[0])
+    assert len(answer) > 3 and (prompt, answer) == nano_answer(on_cpu, *NANO_QUESTIONS[0])
+    judge, ids = reference.Model(*read_checkpoint(NANO)), (prompt + answer)[:48]
+    check_fast(model, judge, ids, record_property)
+
+
+@needs_gxx
+def test_exact_is_the_reference(for_here: None, tmp_path: Path) -> None:
+    """Score, prefill and decode of random weights, past the window and around the rings."""
+    load_stand_in()
+    config, tensors = random_model(0, window=16)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config, tensors)
+    options: dict[str, Any] = {"profile": "exact", "context": 256, "prefill_chunk": 32}
+    with pytest.warns(UserWarning, match="no tokenizer.json"):
+        path = osscompile.compile(checkpoint, METAL.name, tmp_path / "model.osc", **options)
+    model = load(path)
+    ids = [i % model.vocab_size for i in random_ids(150, seed=3)]
+    expected = reference.Model(config, tensors).logits(ids)
+    assert relative_rms(model.logits(ids), expected) < EXACT
+    assert relative_rms(model.prefill(ids[:149]), expected[148]) < EXACT
+    assert relative_rms(model.decode(ids[149]), expected[149]) < EXACT
+
+
+@pytest.fixture(scope="module")
+def talker(for_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    load_stand_in()
+    return compile_talker(METAL.name, tmp_path_factory.mktemp("talker"), None)
+
+
+@needs_gxx
+def test_long_answer_goes_back_by_the_snapshot(talker: Path) -> None:
+    model, prompt = load(talker), random_ids(60)
+    list(model.generate(prompt, max_tokens=3 * CHUNK))
+    test_cache_reuse.check_against_fresh(model, talker, prompt + random_ids(20, seed=1), 3)
+
+
+@needs_gxx
+def test_forgetting_sets_what_was_written_to_zero(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces that divide no row."""
+    monkeypatch.setattr("osscompile.runtime.tensor_device.PIECE_BYTES", 1000)
+    model = load(talker)
+    model.prefill(random_ids(100))
+
+    def largest() -> float:
+        copies = [tensor.copyto(tvm.cpu()).numpy() for tensor in model._cache.arrays]
+        return max(float(np.abs(copy).max()) for copy in copies)
+
+    assert largest() > 0
+    model.forget()
+    assert largest() == 0
+
+
+@needs_gxx
+def test_without_room_on_the_device(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise RuntimeError("no buffer")
+
+    device = load(talker)._device
+    monkeypatch.setattr(device, "_allocate", full)
+    with pytest.raises(OsscompileError, match=r"metal: expected room for 0.5 MB more, .*no buffer"):
+        device.zeros((2, 1024, 64), "float32")
+
+
+# --- The stand-in itself ----------------------------------------------------------------------
+
+
+def run_kernel(body: str, threads: int) -> list[float]:
+    """A kernel that fills out[threads], in one threadgroup."""
+    load_stand_in()
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    handle = struct.pack("<QBBH", 1, 3, 64, 1)  # types of arguments
+    information = text("f") + handle + struct.pack("<Q", 1) + text("threadIdx.x")
+    information += struct.pack("<Q", 0)
+    one = struct.pack("<Q", 1) + text("f")
+    module = text("metal") + one + information + one + text(kernel(body))
+    loaded = tvm_ffi.get_global_func("ffi.Module.load_from_bytes.metal")(module)
+    out = tvm.runtime.empty((threads,), "float32", tvm.runtime.device("metal"))
+    loaded["f"](ctypes.c_void_p(out.data_ptr()), threads)
+    values: list[float] = out.numpy().tolist()
+    return values
+
+
+@needs_gxx
+def test_threads_wait_for_each_other() -> None:
+    body = """threadgroup float last[1];
+  if (threadIdx == 39) { last[0] = 7.0f; }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  out[threadIdx] = last[0];"""
+    assert run_kernel(body, 40) == [7.0] * 40
+
+
+@needs_gxx
+@pytest.mark.parametrize("turn", ["forwards", "backwards"])
+def test_barrier_that_is_missing(turn: str) -> None:
+    """Memory of a threadgroup begins as not-a-numbers, and its threads start at either end."""
+    body = """threadgroup float x[40];
+  x[threadIdx] = 1.0f;
+  out[threadIdx] = x[39 - threadIdx];"""
+    assert np.isnan(run_kernel(body, 40)).sum() == 20
+
+
+@needs_gxx
+def test_lanes_that_give_nothing_are_not_a_number() -> None:
+    """Beyond a SIMD-group of 32, and those that do not take part."""
+    body = """out[threadIdx] = -1.0f;
+  if (threadIdx % 4 != 2) { out[threadIdx] = simd_shuffle_down((float)threadIdx, 1); }"""
+    found = run_kernel(body, 40)
+    for i, value in enumerate(found):
+        if i % 4 == 2:
+            assert value == -1
+        elif i % 4 == 1 or i in (31, 39):
+            assert np.isnan(value)
+        else:
+            assert value == i + 1
+
+
+@needs_gxx
+def test_barrier_that_some_threads_miss() -> None:
+    body = "if (threadIdx < 3) { threadgroup_barrier(mem_flags::mem_threadgroup); }"
+    with pytest.raises(Exception, match=r"3 of 40 threads wait at a barrier"):
+        run_kernel(body, 40)
