@@ -175,55 +175,17 @@ def _compile(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from .chat import answer, converse
+
     model = _load(arguments)
+    names = ("reasoning", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+    options = {name: getattr(arguments, name) for name in names}
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    if arguments.prompt is not None:
-        _answer(model, [*messages, {"role": "user", "content": arguments.prompt}], arguments)
+    if arguments.prompt is None:
+        converse(model, messages, arguments.hide_analysis, options)
         return
-    print("Ask something; an empty line or Ctrl-D ends the chat.")
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        if not question:
-            return
-        messages.append({"role": "user", "content": question})
-        try:
-            messages += _answer(model, messages, arguments)
-        except KeyboardInterrupt:  # ends the answer, not the chat
-            print()
-            messages.pop()
-
-
-def _answer(
-    model: Model, messages: list[dict[str, str]], arguments: argparse.Namespace
-) -> list[dict[str, str]]:
-    """Print an answer as it comes; return it as messages of the history."""
-    dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    answer: list[dict[str, str]] = []
-    for piece in model.chat(
-        messages,
-        reasoning=arguments.reasoning,
-        max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-        seed=arguments.seed,
-    ):
-        if not answer or answer[-1]["channel"] != piece.channel:
-            if answer and not (arguments.hide_analysis and answer[-1]["channel"] == "analysis"):
-                print(plain)
-            answer.append({"role": "assistant", "channel": piece.channel, "content": ""})
-            if piece.channel == "analysis" and not arguments.hide_analysis:
-                print(dim, end="")
-        answer[-1]["content"] += piece.text
-        if piece.channel != "analysis" or not arguments.hide_analysis:
-            print(piece.text, end="", flush=True)
-    print(plain)
-    return answer
+    messages.append({"role": "user", "content": arguments.prompt})
+    answer(model, messages, arguments.hide_analysis, options)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -392,6 +354,7 @@ def _bundle(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    from .chat import answer
     from .compiler import compile
 
     print("nano, a tiny gpt-oss that ships with osscompile, is compiled for this machine.")
@@ -401,8 +364,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
     model = load(output)
     print(f"\n> {DEMO_QUESTION}")
-    options = _parser().parse_args(["run", str(output), DEMO_QUESTION])
-    _answer(model, [{"role": "user", "content": DEMO_QUESTION}], options)
+    answer(model, [{"role": "user", "content": DEMO_QUESTION}], False, {})
     print(
         f"\nChat with it: osscompile run {output}    Compile the real one: osscompile compile "
         "openai/gpt-oss-20b"
