@@ -24,7 +24,7 @@ from tvm_ffi import structural_equal, structural_walk
 
 from osscompile.importer.graph import TOKENS, build_graph
 from osscompile.importer.synthetic import gpt_oss_config
-from osscompile.kernels import attention, experts, kv_cache, matmul, rows
+from osscompile.kernels import attention, experts, matmul, rows
 from osscompile.passes import SHARED_PASSES, VARIANT_PASSES, run_passes
 from osscompile.passes.expand_exp import expand_exp
 from osscompile.passes.pack_weights import PACKED_ROWS, pack_weights
@@ -174,9 +174,7 @@ def test_last_rule_takes_every_kernel_made_of_blocks(profile: str) -> None:
 
 
 def test_loops_take_every_kernel_that_is_not_made_of_blocks() -> None:
-    cache = (4, 2, 16, 64, 64, "float32")
     for kernel in (
-        kv_cache.append_kv(TOKENS, *cache),
         attention.attention(TOKENS, 4, 2, 16, 64, None, "float32"),
         experts.sort_by_expert(TOKENS, 8, 4),
     ):

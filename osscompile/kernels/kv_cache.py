@@ -61,16 +61,18 @@ def append_kv(
         position: T.Buffer((T.int64(1),), "int32"),
     ) -> None:
         T.func_attr({"op": "append_kv", "tirx.noalias": True})
-        for task in range(num_tokens):
-            for h in range(T.int64(kv_heads)):
-                for d in range(T.int64(head_dim)):
-                    keys[
-                        h,
-                        slot(position, task) // KEYS_PER_TILE,
-                        d,
-                        slot(position, task) % KEYS_PER_TILE,
-                    ] = rotated_key(qkv, rope, position, task, h, d)
-                for lane in range(T.int64(head_dim)):
-                    values[h, slot(position, task), lane] = value(qkv, task, h, lane)
+        for i, h, d in T.grid(num_tokens, T.int64(kv_heads), T.int64(head_dim)):
+            with T.sblock("keys"):
+                token, head, k = T.axis.remap("SSS", [i, h, d])
+                keys[
+                    head,
+                    slot(position, token) // KEYS_PER_TILE,
+                    k,
+                    slot(position, token) % KEYS_PER_TILE,
+                ] = rotated_key(qkv, rope, position, token, head, k)
+        for i, h, d in T.grid(num_tokens, T.int64(kv_heads), T.int64(head_dim)):
+            with T.sblock("values"):
+                token, head, k = T.axis.remap("SSS", [i, h, d])
+                values[head, slot(position, token), k] = value(qkv, token, head, k)
 
     return append

@@ -31,6 +31,8 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
             sch.compute_inline(block)
     stages = sch.get_child_blocks(root)
     prefix = _common_prefix([_axes(sch, block) for block in stages])
+    while prefix > 1 and _most(sch, stages, prefix) < target.subgroup_size:
+        prefix -= 1  # threads without work are worse than fewer groups
     alone = [block for block in stages if _is_alone(sch, block, prefix)]
     # a sum of one number cannot be shared out
     if len(stages) == 1 or prefix == 0 or any(_elements(sch, b, prefix) == 1 for b in alone):
@@ -41,8 +43,8 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
             sch.set_scope(block, 0, "shared")
         elif consumers:
             sch.cache_write(block, 0, "shared", consumers)
-    most = max(_elements(sch, block, prefix) for block in stages)
-    threads = min(target.max_threads, -(-most // target.subgroup_size) * target.subgroup_size)
+    subgroups = -(-_most(sch, stages, prefix) // target.subgroup_size)
+    threads = min(target.max_threads, subgroups * target.subgroup_size)
     for block in sch.get_child_blocks(root):
         loops = sch.get_loops(block)
         num_axes = len(_axes(sch, block))
@@ -77,6 +79,10 @@ def _common_prefix(axes: list[list[Expr]]) -> int:
             break
         count += 1
     return count
+
+
+def _most(sch: Schedule, stages: list[SBlockRV], prefix: int) -> int:
+    return max(_elements(sch, block, prefix) for block in stages)
 
 
 def _elements(sch: Schedule, block: SBlockRV, prefix: int) -> int:
