@@ -24,6 +24,7 @@ from ..product import OPS, Product, whole_parts
 from ..records import Choose
 from ..tail import split_tail
 from . import dot4, mma
+from .row_tiles import RowTiles
 from .shared import WORDS, place
 from .tail import with_tail
 
@@ -51,7 +52,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     xs, xoffset, words, scales, out = (
         product.tensors[n] for n in ("xs", "xoffset", "words", "scales", "out")
     )
-    num_rows, halves, threads = product.num_rows, product.halves, instruction.THREADS
+    halves, threads = product.halves, instruction.THREADS
     fp4, digits = product.expert is not None, product.digits
     rows = choose("rows_each", instruction.ROWS_EACH, 4)
     columns = choose(
@@ -65,32 +66,13 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     depth = choose("blocks_together", *whole_parts(product.blocks, DEPTHS, 2))
     tile_rows, tile_columns = rows * instruction.TILE_ROWS, columns * instruction.TILE_COLUMNS
     weight_rows = halves * tile_columns
+    tiles = RowTiles(product, tile_rows)
     multiply = instruction.multiply(halves, rows, columns)
     row_at, column_at = instruction.row, instruction.column
 
-    def row_of(tile: Expr, t: Expr) -> Expr:
-        """Rows beyond the last are computed as the last, and not kept."""
-        return T.min(tile * tile_rows + t, num_rows - 1)
-
-    def begins(tile: Expr, t: Expr) -> Expr:
-        """Whether row t of a tile is the first there of its expert."""
-        row = tile * tile_rows + t
-        if product.expert is None:
-            return t == 0
-        before = product.expert[row_of(tile, T.max(t - 1, T.int64(0)))]
-        return T.And(row < num_rows, T.Or(t == 0, product.expert[row_of(tile, t)] != before))
-
-    def belongs(tile: Expr, t: Expr, first: Expr) -> Expr:
-        """Whether row t is a row that has the expert of row `first`."""
-        exists = tile * tile_rows + t < num_rows
-        if product.expert is None:
-            return exists
-        same = product.expert[row_of(tile, t)] == product.expert[row_of(tile, first)]
-        return T.And(exists, same)
-
     def weight_at(tile: Expr, first: Expr, group: Expr, r: Expr, block: Expr) -> tuple[Expr, ...]:
         """The first indices of a block of row r of the weights of a tile."""
-        expert = product.expert_of(row_of(tile, first))
+        expert = product.expert_of(tiles.row(tile, first))
         column = group * tile_columns + r % tile_columns
         return product.weight_at(expert, r // tile_columns, column, block)
 
@@ -109,9 +91,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
-        for tile in T.thread_binding(
-            (num_rows + (tile_rows - 1)) // tile_rows, thread="blockIdx.y"
-        ):
+        for tile in T.thread_binding(tiles.count(), thread="blockIdx.y"):
             for group in T.thread_binding(
                 T.int64(product.columns // tile_columns), thread="blockIdx.x"
             ):
@@ -128,7 +108,9 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                             acc[h, r, c] = T.float32(0)
                         for step in range(
                             T.if_then_else(
-                                begins(tile, first), T.int64(product.blocks // depth), T.int64(0)
+                                tiles.begins(tile, first),
+                                T.int64(product.blocks // depth),
+                                T.int64(0),
                             )
                         ):
                             for i in range(T.int64(-(-num_weights * WORDS // threads))):
@@ -176,7 +158,9 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                                             (i * threads + thread) % WORDS,
                                         ),
                                     ] = product.four_activations(
-                                        row_of(tile, (i * threads + thread) // WORDS % tile_rows),
+                                        tiles.row(
+                                            tile, (i * threads + thread) // WORDS % tile_rows
+                                        ),
                                         step * depth
                                         + (i * threads + thread) // WORDS // tile_rows // digits,
                                         (i * threads + thread) % WORDS * 4,
@@ -188,14 +172,14 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                                         (i * threads + thread) // tile_rows,
                                         (i * threads + thread) % tile_rows,
                                     ] = xs[
-                                        row_of(tile, (i * threads + thread) % tile_rows),
+                                        tiles.row(tile, (i * threads + thread) % tile_rows),
                                         step * depth + (i * threads + thread) // tile_rows,
                                     ]
                                     x_offset[
                                         (i * threads + thread) // tile_rows,
                                         (i * threads + thread) % tile_rows,
                                     ] = offset(
-                                        row_of(tile, (i * threads + thread) % tile_rows),
+                                        tiles.row(tile, (i * threads + thread) % tile_rows),
                                         step * depth + (i * threads + thread) // tile_rows,
                                     )
                             for b in range(T.int64(depth)):
@@ -225,9 +209,9 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                                                 ]
                                                 * x_scale[b, row_at(thread, r, rows)]
                                             )
-                        if begins(tile, first):
+                        if tiles.begins(tile, first):
                             for r in T.unroll(rows):
-                                if belongs(tile, row_at(thread, r, rows), first):
+                                if tiles.belongs(tile, row_at(thread, r, rows), first):
                                     for c in T.unroll(columns):
                                         out[
                                             tile * tile_rows + row_at(thread, r, rows),
