@@ -249,6 +249,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     if bool(arguments.artifacts) == bool(arguments.compare):
         given = "both" if arguments.compare else "neither"
         raise BenchError(f"bench: expected artifacts or --compare with files, found {given}")
+    remote = _remote(arguments)
     if arguments.plot:
         check_plotting()
     for file in filter(None, (arguments.json, arguments.plot)):
@@ -262,7 +263,6 @@ def _bench(arguments: argparse.Namespace) -> None:
     else:
         lengths = arguments.prefill or bench.PREFILL_LENGTHS
         depths = arguments.decode or bench.DECODE_DEPTHS
-        remote = _remote(arguments)
         if remote is None:
             found = bench.bench_each(arguments.artifacts, lengths, depths, _say_stage)
         else:
