@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aarch64
+import cuda_device
 import metal_device
 import numpy as np
 import tvm
@@ -22,6 +23,7 @@ from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
 from osscompile.build import build_library
+from osscompile.build_cuda import cuda_source
 from osscompile.build_opencl import opencl_source
 from osscompile.importer.weights import pack_rows
 from osscompile.passes.expand_exp import expand_exp
@@ -30,8 +32,11 @@ from osscompile.passes.pack_weights import pack_kernel, packable
 from osscompile.passes.split_launches import split_launches
 from osscompile.passes.store_halves import store_halves
 from osscompile.programs import kernel_launches
+from osscompile.runtime.cuda import CudaDevice
 from osscompile.runtime.device import load_function
+from osscompile.runtime.launch_devices import LAUNCH_DEVICES, LaunchDevice
 from osscompile.runtime.opencl import OpenCLDevice
+from osscompile.runtime.program import Launches
 from osscompile.schedules.records import Choose, recorded
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target
@@ -68,8 +73,8 @@ class BuiltKernel:
         elif scheduled:
             function = schedule(function, target)
         self.function = function
-        if target.runtime == "opencl":
-            self.main = OpenCLKernel(function, target)
+        if target.runtime in LAUNCH_DEVICES:
+            self.main = LaunchedKernel(function, target)
             return
         module = ir.IRModule({"main": function.with_attr("global_symbol", "main")})
         module = name_rounding(expand_exp(module, target), target)
@@ -122,20 +127,35 @@ def _main(module: ir.IRModule, target: Target) -> Callable[..., object]:
     return main
 
 
-class OpenCLKernel:
-    """A scheduled kernel on the OpenCL device; takes what a function compiled by TVM takes."""
+class LaunchedKernel:
+    """A scheduled kernel on the OpenCL device, or on the stand-in for CUDA; takes what a function
+    compiled by TVM takes."""
 
     def __init__(self, function: PrimFunc, target: Target) -> None:
         module = ir.IRModule({"main": function.without_attr("global_symbol")})
         module = split_launches(store_halves(module, target), target)
-        self.host, self.source = module["main"], opencl_source(module, target)
+        self.host, self.runtime = module["main"], target.runtime
+        if self.runtime == "opencl":
+            self.source = opencl_source(module, target)
+            self.image = self.source.encode()
+            return
+        self.source = cuda_source(module, target)
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, target.library)
+            cuda_device.compile_here(self.source, target, output)
+            self.image = output.read_bytes()
+
+    def load(self, launches: Launches) -> LaunchDevice:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(self.image)
+            file.flush()
+            image, programs = Path(file.name), {"main": launches}
+            if self.runtime == "opencl":
+                return OpenCLDevice(image, programs)
+            return CudaDevice(image, programs, cuda_device.open_here())
 
     def __call__(self, *arguments: Any) -> None:
-        launches = kernel_launches(self.host, [argument.shape for argument in arguments])
-        with tempfile.NamedTemporaryFile("w", suffix=".cl") as file:
-            file.write(self.source)
-            file.flush()
-            device = OpenCLDevice(Path(file.name), {"main": launches})
+        device = self.load(kernel_launches(self.host, [a.shape for a in arguments]))
         arrays = [argument.numpy() for argument in arguments]
         bound = [device.tensor(array) for array in arrays]
         device.call("main", bound)

@@ -12,7 +12,7 @@ import pytest
 from artifacts import run_python
 from opencl_device import OPENCL, needs_opencl
 from test_cuda import driver as driver  # a fixture
-from test_cuda import library as library
+from test_cuda import image as image
 from test_cuda import needs_nvcc
 
 import osscompile

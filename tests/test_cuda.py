@@ -1,5 +1,5 @@
 """CUDA: what is compiled for it, and that the driver is called as it wants to be. No GPU is at hand
-where this runs, and so kernels are not; a stand-in for the driver does what it is told."""
+where this runs; a stand-in for the driver does what it is told (see `cuda_device.py`)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import dataclasses
 import gc
 import re
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cuda_device
 import numpy as np
 import pytest
+from cuda_device import H100, compile_here
+from metal_device import needs_gxx
 
 import osscompile
-from osscompile import build_cuda, targets
+from osscompile import build_cuda
 from osscompile.errors import CompileError
 from osscompile.importer.graph import build_graph, with_choose
 from osscompile.importer.synthetic import gpt_oss_config
@@ -28,7 +31,6 @@ from osscompile.runtime.cuda import CudaDevice
 from osscompile.runtime.errors import ArtifactError, OsscompileError
 from osscompile.runtime.program import Launch, Launches, Program
 
-(H100,) = targets.load_variants("h100")
 needs_nvcc = pytest.mark.skipif(
     build_cuda.find_nvcc() is None, reason="needs CUDA's compiler, nvcc"
 )
@@ -87,7 +89,6 @@ def test_source_that_nvcc_refuses(tmp_path: Path) -> None:
 
 # --- Launching --------------------------------------------------------------------------------
 
-MODULE = Path(__file__).parent / "fake_cuda.c"
 VOCAB = 4
 OUT, IDS, POSITION, CACHE = ("storage", 0), ("input", 0), ("input", 1), ("bound", 0)
 COUNT = ("int64", "tokens")
@@ -103,31 +104,32 @@ def program(max_tokens: int, *, add: tuple[Any, ...] = (OUT, POSITION, CACHE, CO
     return Program((max_tokens * 4,), launches, max_tokens, ("tokens", 1), 0, ("tokens",))
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
-    command = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC", "-w", "-fno-sanitize=all"]
-    subprocess.run([*command, "-o", str(output), str(MODULE)], check=True)
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the kernels in `cuda/kernels.cu`."""
+    if needs_gxx.args[0]:
+        pytest.skip(str(needs_gxx.kwargs["reason"]))
+    output = tmp_path_factory.mktemp("cuda") / "lib.fatbin"
+    compile_here((cuda_device.SHIM / "kernels.cu").read_text(), H100, output)
     return output
 
 
+COUNTS = ("launches", "graph_launches", "freed", "graphs", "events")
+
+
 @pytest.fixture
-def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    monkeypatch.setattr(cuda, "DRIVER", str(library))
-    monkeypatch.setenv("FAKE_CUDA_MODULE", str(library))
-    ctypes.CDLL(None).setenv(b"FAKE_CUDA_MODULE", str(library).encode(), 1)  # for getenv of C
-    loaded = ctypes.CDLL(str(library))
-    for name in (
-        "fake_launches",
-        "fake_graph_launches",
-        "fake_freed",
-        "fake_devices",
-        "fake_graphs",
-        "fake_events",
-    ):
-        ctypes.c_int.in_dll(loaded, name).value = int(name == "fake_devices")
-    ctypes.c_size_t.in_dll(loaded, "fake_room").value = 1 << 20
-    return loaded
+def driver(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+    """The stand-in, which has counted nothing, of a GPU with little memory."""
+    library = str(cuda_device.driver())
+    monkeypatch.setattr(cuda, "DRIVER", library)
+    loaded = ctypes.CDLL(library)
+    for name in COUNTS:
+        ctypes.c_int.in_dll(loaded, f"fake_{name}").value = 0
+    room = ctypes.c_size_t.in_dll(loaded, "fake_room")
+    before, room.value = room.value, 1 << 20
+    yield loaded
+    room.value = before
+    ctypes.c_int.in_dll(loaded, "fake_devices").value = 1
 
 
 def count(driver: ctypes.CDLL, name: str) -> int:
@@ -140,30 +142,30 @@ def call(device: CudaDevice, function: str, bound: list[Any], *ids: int) -> list
     return result
 
 
-def test_one_token_is_a_graph(driver: ctypes.CDLL, library: Path) -> None:
-    device = CudaDevice(library, {"decode": program(1)})
+def test_one_token_is_a_graph(driver: ctypes.CDLL, image: Path) -> None:
+    device = CudaDevice(image, {"decode": program(1)})
     bound = [device.tensor(device.zeros((1, 4), "float32"))]
     assert [call(device, "decode", bound, n) for n in (1, 2, 30)] == [[109], [112], [169]]
     assert count(driver, "fake_graph_launches") == 3 and count(driver, "fake_launches") == 0
 
 
-def test_many_tokens_are_launched(driver: ctypes.CDLL, library: Path) -> None:
-    device = CudaDevice(library, {"prefill": program(5)})
+def test_many_tokens_are_launched(driver: ctypes.CDLL, image: Path) -> None:
+    device = CudaDevice(image, {"prefill": program(5)})
     bound = [device.tensor(device.zeros((1, 4), "float32"))]
     assert call(device, "prefill", bound, 1, 2, 3, 4, 5) == [109, 111, 113, 115, 117]
     assert call(device, "prefill", bound, 1, 2) == [110, 112]
     assert count(driver, "fake_graph_launches") == 0 and count(driver, "fake_launches") == 4
 
 
-def test_memory_bound_anew_is_used(driver: ctypes.CDLL, library: Path) -> None:
-    device = CudaDevice(library, {"decode": program(1)})
+def test_memory_bound_anew_is_used(driver: ctypes.CDLL, image: Path) -> None:
+    device = CudaDevice(image, {"decode": program(1)})
     first = [device.tensor(np.float32([10, 0, 0, 0]))]
     other = [device.tensor(np.float32([20, 0, 0, 0]))]
     assert [call(device, "decode", b, 1) for b in (first, other, first)] == [[119], [129], [120]]
 
 
-def test_arrays_of_the_cache(driver: ctypes.CDLL, library: Path) -> None:
-    device = CudaDevice(library, {"decode": program(1)})
+def test_arrays_of_the_cache(driver: ctypes.CDLL, image: Path) -> None:
+    device = CudaDevice(image, {"decode": program(1)})
     array = device.zeros((2, 3), "float32")
     bound = [device.tensor(array)]
     saved = device.copy(array)
@@ -178,9 +180,9 @@ def test_arrays_of_the_cache(driver: ctypes.CDLL, library: Path) -> None:
     assert call(device, "decode", bound, 1) == [109]
 
 
-def test_memory_that_nobody_holds_is_freed(driver: ctypes.CDLL, library: Path) -> None:
+def test_memory_that_nobody_holds_is_freed(driver: ctypes.CDLL, image: Path) -> None:
     """As of the snapshots of a long chat."""
-    device = CudaDevice(library, {})
+    device = CudaDevice(image, {})
     array = device.zeros((2, 3), "float32")
     for _ in range(3):
         device.copy(array)
@@ -189,32 +191,32 @@ def test_memory_that_nobody_holds_is_freed(driver: ctypes.CDLL, library: Path) -
     assert count(driver, "fake_freed") == 4
 
 
-def test_memory_that_is_held_is_counted(driver: ctypes.CDLL, library: Path) -> None:
-    device = CudaDevice(library, {"decode": program(1)})
+def test_memory_that_is_held_is_counted(driver: ctypes.CDLL, image: Path) -> None:
+    device = CudaDevice(image, {"decode": program(1)})
     array = device.zeros((2, 3), "float32")
     call(device, "decode", [device.tensor(array)], 1)
     assert device.usage.num_bytes == 24 + 4 + 4 + 4  # the inputs, and the storage
-    beside = CudaDevice(library, {}, device.opened)
+    beside = CudaDevice(image, {}, device.opened)
     copied = beside.copy(array)
     assert beside.usage.num_bytes == device.usage.num_bytes == 60
     del copied
     assert device.usage.num_bytes == 36
 
 
-def test_part_of_an_array_is_written(driver: ctypes.CDLL, library: Path) -> None:
-    device = CudaDevice(library, {})
+def test_part_of_an_array_is_written(driver: ctypes.CDLL, image: Path) -> None:
+    device = CudaDevice(image, {})
     array, found = device.zeros((2, 3, 2), "float32"), np.empty((2, 3, 2), np.float32)
     device.write(array, np.float32([[[1, 2], [3, 4]], [[5, 6], [7, 8]]]))
     device.read(array.memory, found)
     assert found.tolist() == [[[1, 2], [3, 4], [0, 0]], [[5, 6], [7, 8], [0, 0]]]
 
 
-TWICE = Launches((), (Launch("quick", (("bound", 0), ("bound", 1), ("int64", 3)), (2,), (2,)),))
+TWICE = Launches((), (Launch("quick", (("bound", 0), ("bound", 1), ("int64", 3)), (1,), (10,)),))
 
 
-def test_calls_are_timed_as_one_graph(driver: ctypes.CDLL, library: Path) -> None:
+def test_calls_are_timed_as_one_graph(driver: ctypes.CDLL, image: Path) -> None:
     """Each with its own memory; nothing of it is left."""
-    device = CudaDevice(library, {"twice": TWICE})
+    device = CudaDevice(image, {"twice": TWICE})
     calls = [
         [device.tensor(np.zeros(3, np.float32)), device.tensor(np.float32([n, 2, 3]))]
         for n in range(5)
@@ -230,11 +232,11 @@ def test_calls_are_timed_as_one_graph(driver: ctypes.CDLL, library: Path) -> Non
 
 
 def test_graph_that_cannot_be_recorded_leaves_the_stream_as_it_was(
-    driver: ctypes.CDLL, library: Path
+    driver: ctypes.CDLL, image: Path
 ) -> None:
     (launch,) = TWICE.launches
     too_many = dataclasses.replace(launch, threads=(2048,))
-    device = CudaDevice(library, {"twice": TWICE, "large": Launches((), (too_many,))})
+    device = CudaDevice(image, {"twice": TWICE, "large": Launches((), (too_many,))})
     bound = [device.tensor(np.zeros(3, np.float32)) for _ in range(2)]
     with pytest.raises(ArtifactError, match=r"can run, found: .*too many resources"):
         device.seconds("large", [bound])
@@ -242,16 +244,16 @@ def test_graph_that_cannot_be_recorded_leaves_the_stream_as_it_was(
     assert count(driver, "fake_launches") == 1 and device.is_alive()
 
 
-def test_kernel_that_takes_other_parameters(driver: ctypes.CDLL, library: Path) -> None:
+def test_kernel_that_takes_other_parameters(driver: ctypes.CDLL, image: Path) -> None:
     for add in ((OUT, POSITION, CACHE), (OUT, POSITION, CACHE, COUNT, COUNT), (OUT,) * 3):
-        device = CudaDevice(library, {"decode": program(1, add=add)})
+        device = CudaDevice(image, {"decode": program(1, add=add)})
         with pytest.raises(ArtifactError, match=r"add takes parameters of .* the program gives"):
             call(device, "decode", [device.tensor(np.zeros(1, np.float32))], 1)
 
 
-def test_kernel_that_is_not_there(driver: ctypes.CDLL, library: Path) -> None:
+def test_kernel_that_is_not_there(driver: ctypes.CDLL, image: Path) -> None:
     launch = Launch("subtract", (), (1,), (1,))
-    device = CudaDevice(library, {"decode": Program((4,), (launch,), 1, (1, 1), 0, (1,))})
+    device = CudaDevice(image, {"decode": Program((4,), (launch,), 1, (1, 1), 0, (1,))})
     with pytest.raises(ArtifactError, match=r"subtract: .*not found.*compile them again"):
         call(device, "decode", [], 1)
 
@@ -262,16 +264,16 @@ def test_image_that_is_none(driver: ctypes.CDLL, tmp_path: Path) -> None:
         CudaDevice(tmp_path / "lib.fatbin", {})
 
 
-def test_too_little_room(driver: ctypes.CDLL, library: Path) -> None:
-    device = CudaDevice(library, {})
+def test_too_little_room(driver: ctypes.CDLL, image: Path) -> None:
+    device = CudaDevice(image, {})
     with pytest.raises(OsscompileError, match=r"expected room for 4.2 MB more, .*out of memory"):
         device.zeros((1024, 1024), "float32")
 
 
-def test_no_gpu(driver: ctypes.CDLL, library: Path) -> None:
+def test_no_gpu(driver: ctypes.CDLL, image: Path) -> None:
     ctypes.c_int.in_dll(driver, "fake_devices").value = 0
     with pytest.raises(OsscompileError, match=r"expected a GPU, found: .*no device"):
-        CudaDevice(library, {})
+        CudaDevice(image, {})
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """Every kernel, scheduled for GPUs, against the float64 reference: on this machine's OpenCL device,
-and on the stand-in for Metal, which runs what Metal would compile.
+and on the stand-ins for Metal and CUDA, which run what Metal and CUDA would compile.
 
 Cases and checks are those of the kernels for CPUs.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import reference
+from cuda_device import H100
 from kernel_cases import (
     DECODE,
     HERE,
@@ -42,6 +43,7 @@ from osscompile.targets import Target
 GPUS = [
     pytest.param(OPENCL, id="opencl", marks=needs_opencl),
     pytest.param(on_this_machine(HERE), id="metal", marks=needs_gxx),
+    pytest.param(H100, id="cuda", marks=needs_gxx),
 ]
 
 

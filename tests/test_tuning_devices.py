@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cuda_device
 import numpy as np
 import pytest
 from opencl_device import OPENCL, needs_opencl
 from test_cuda import H100, needs_nvcc
-from test_cuda import library as library  # a fixture
+from test_cuda import image as image  # a fixture
 from test_tuning import KNOB, emit_tiny, way_of
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
@@ -186,10 +187,9 @@ KERNELS = ("slow", "quick", "wrong", "beyond", "faulty", "missing")  # constants
 
 
 @pytest.fixture
-def planned(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def planned(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose candidates are kernels of the stand-in, which the measuring process loads."""
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(library.parent))
-    monkeypatch.setenv("FAKE_CUDA_MODULE", str(library))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(cuda_device.driver().parent))
     folder = tmp_path / "doubled"
     folder.mkdir()
     shape = (1, SIZE)
@@ -200,7 +200,7 @@ def planned(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
     def candidate(kernel: str, threads: int = 10) -> Candidate:
         file = folder / f"{kernel}-{threads}.fatbin"
-        shutil.copyfile(library, file)
+        shutil.copyfile(image, file)
         arguments = (("bound", 1), ("bound", 0), ("int64", SIZE))
         launches = Launches((), (Launch(kernel, arguments, (SIZE // 10,), (threads,)),))
         constants = {"kernel": KERNELS.index(kernel), "threads": threads}

@@ -1,19 +1,13 @@
 // A stand-in for TVM's Metal runtime (libtvm_runtime_metal), for machines without Metal: kernels are
 // compiled by g++ as C++, see metal_stdlib, and run on the CPU. TVM's virtual machine, host code,
 // allocators and copies are the real ones.
-//
-// The threads of a threadgroup are fibres. One runs until it waits for others; barriers and shuffles
-// are done once all others wait too, so that a barrier that some threads miss is found.
 #include <dlfcn.h>
-#include <setjmp.h>
 #include <stdlib.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/reflection/registry.h>
 #include <tvm/runtime/device_api.h>
-#include <ucontext.h>
 
-#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -23,133 +17,60 @@
 #include <string>
 #include <vector>
 
+#include "../fibres.h"
+
 namespace ffi = tvm::ffi;
 using tvm::Device;
 
 namespace {
 
-constexpr unsigned kSimdWidth = 32;
-constexpr size_t kStackBytes = (32 << 10) + 192;  // so that they do not share lines of the cache
 constexpr unsigned kNoValue = 0x7fc00bad;  // not a number: of lanes that shuffle nothing
 
 // --- Threadgroups ----------------------------------------------------------------------------
 
-struct alignas(16) Index {  // laid out as uint3
-  unsigned x, y, z;
+using fibres::Index;  // laid out as the first numbers of uint3
+
+struct alignas(16) Index3 {  // laid out as uint3
+  Index index;
 };
 struct Thread {  // as in metal_stdlib
   void* const* arguments;
-  Index group, thread;
+  Index3 group, thread;
 };
 using Kernel = void (*)(const Thread&);
 
-enum class State { kRunning, kBarrier, kShuffle, kDone };
-
-struct Fibre {
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  jmp_buf place;
-  Thread thread;
-  State state;
-  unsigned value, delta;  // of its shuffle
+struct Shuffle {
+  unsigned value, delta;
 };
 
-std::vector<std::unique_ptr<Fibre>> fibres;
-Fibre* current;
-Kernel current_kernel;
-jmp_buf scheduler;
-ucontext_t starter;
-
-void Leave(State state) {
-  current->state = state;
-  if (!_setjmp(current->place)) _longjmp(scheduler, 1);
-}
-
-void RunForever() {
-  while (true) {
-    current_kernel(current->thread);
-    Leave(State::kDone);
-  }
-}
-
 unsigned Wait(bool shuffle, unsigned value, unsigned delta) {
-  current->value = value;
-  current->delta = delta;
-  Leave(shuffle ? State::kShuffle : State::kBarrier);
-  return current->value;
-}
-
-// Memory of the threadgroup; what another left there is no value of this one.
-std::vector<void*> declared;
-
-void Declare(void* memory, size_t size) {
-  if (std::find(declared.begin(), declared.end(), memory) != declared.end()) return;
-  declared.push_back(memory);
-  memset(memory, 0xff, size);  // not a number
-}
-
-void MakeFibre() {
-  fibres.push_back(std::make_unique<Fibre>());
-  current = fibres.back().get();
-  ucontext_t context;
-  getcontext(&context);
-  context.uc_stack.ss_sp = current->stack.get();
-  context.uc_stack.ss_size = kStackBytes;
-  makecontext(&context, [] { Leave(State::kDone), RunForever(); }, 0);
-  if (!_setjmp(scheduler)) swapcontext(&starter, &context);
-}
-
-void Resume(Fibre* fibre) {
-  current = fibre;
-  fibre->state = State::kRunning;
-  if (!_setjmp(scheduler)) _longjmp(fibre->place, 1);
+  Shuffle request{value, delta};
+  shuffle ? fibres::Ask(&request) : fibres::Barrier();
+  return request.value;
 }
 
 // Lanes that do not take part give no value.
-void Shuffle(size_t count) {
-  std::vector<unsigned> given(count, kNoValue);
-  for (size_t i = 0; i < count; ++i) {
-    if (fibres[i]->state == State::kShuffle) given[i] = fibres[i]->value;
+unsigned ShuffleDown(void* const* requests, unsigned num_lanes) {
+  std::vector<unsigned> given(num_lanes, kNoValue);
+  unsigned answered = 0;
+  for (unsigned i = 0; i < num_lanes; ++i) {
+    if (requests[i]) given[i] = static_cast<Shuffle*>(requests[i])->value, answered |= 1u << i;
   }
-  for (size_t i = 0; i < count; ++i) {
-    size_t lane = i % kSimdWidth + fibres[i]->delta, source = i + fibres[i]->delta;
-    if (fibres[i]->state != State::kShuffle) continue;
-    fibres[i]->value = lane < kSimdWidth && source < count ? given[source] : kNoValue;
-    fibres[i]->state = State::kRunning;
+  for (unsigned i = 0; i < num_lanes; ++i) {
+    auto* request = static_cast<Shuffle*>(requests[i]);
+    if (!request) continue;
+    request->value = i + request->delta < num_lanes ? given[i + request->delta] : kNoValue;
   }
+  return answered;
 }
 
 void RunGroup(const std::string& name, Kernel kernel, void* const* arguments, Index group,
               Index size) {
-  size_t count = size_t(size.x) * size.y * size.z;
-  while (fibres.size() < count) MakeFibre();
-  static bool backwards = false;
-  backwards = !backwards;  // in turns, so that a barrier that is missing shows
-  current_kernel = kernel;
-  declared.clear();
-  for (size_t i = 0; i < count; ++i) {
-    unsigned n = unsigned(i);
-    Index thread{n % size.x, n / size.x % size.y, n / size.x / size.y};
-    fibres[i]->thread = {arguments, group, thread};
-    fibres[i]->state = State::kRunning;
-  }
-  while (true) {
-    size_t in[4] = {};
-    for (size_t n = 0; n < count; ++n) {
-      Fibre* fibre = fibres[backwards ? count - 1 - n : n].get();
-      if (fibre->state == State::kRunning) Resume(fibre);
-      ++in[int(fibre->state)];
-    }
-    if (in[int(State::kDone)] == count) return;
-    if (in[int(State::kShuffle)]) {
-      Shuffle(count);
-    } else if (in[int(State::kBarrier)] == count) {
-      for (size_t i = 0; i < count; ++i) fibres[i]->state = State::kRunning;
-    } else {
-      fibres.clear();
-      TVM_FFI_THROW(RuntimeError) << name << ": " << in[int(State::kBarrier)] << " of " << count
-                                  << " threads wait at a barrier that the others do not reach";
-    }
-  }
+  auto run = [kernel, arguments] {
+    kernel({arguments, {fibres::current->group}, {fibres::current->thread}});
+  };
+  std::string wrong = fibres::RunGroup(run, group, size, ShuffleDown);
+  TVM_FFI_CHECK(wrong.empty(), RuntimeError) << name << ": " << wrong;
 }
 
 // --- Kernels ---------------------------------------------------------------------------------
@@ -231,7 +152,8 @@ void* Compile(const std::map<std::string, Info>& kernels) {
   void* library = dlopen((base + ".so").c_str(), RTLD_NOW);
   TVM_FFI_ICHECK(library) << dlerror();
   *static_cast<decltype(&Wait)*>(dlsym(library, "metal_wait")) = Wait;
-  *static_cast<decltype(&Declare)*>(dlsym(library, "metal_declare")) = Declare;
+  *static_cast<decltype(&fibres::Declare)*>(dlsym(library, "metal_declare")) =
+      fibres::Declare;
   std::filesystem::remove_all(folder);
   return compiled[text] = library;
 }

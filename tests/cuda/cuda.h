@@ -1,0 +1,1 @@
+// TVM includes this header of CUDA, and uses nothing of it.

@@ -1,0 +1,261 @@
+// A stand-in for NVIDIA's driver (libcuda.so.1), for machines without a GPU. A module is a shared
+// library: kernels compiled by g++ as C++, see nvcc.h. What is launched while a stream is captured is
+// kept, and done when the graph is launched. Memory ends before a page that nobody may use, so that
+// most kernels that use what lies beyond are found.
+#include <dlfcn.h>
+#include <elf.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <map>
+
+#include "../fibres.h"
+#include "warp.h"
+
+using cuda::Function;
+using fibres::Index;
+
+namespace {
+
+enum { kSuccess, kInvalidValue, kOutOfMemory, kNoDevice = 100, kInvalidImage = 200, kNotFound = 500,
+       kIllegalAddress = 700, kTooManyResources = 701, kLaunchFailed = 719 };
+
+constexpr unsigned kMaxThreads = 1024;      // of a block
+constexpr size_t kSharedBytes = 48 << 10;  // of a block
+constexpr size_t kAlignment = 256;          // of memory
+
+struct Memory {
+  void* pages;
+  size_t num_bytes;
+};
+struct Call {
+  const Function* function;
+  Index groups, threads;
+  std::vector<uint64_t> values;  // of the parameters
+};
+using Graph = std::vector<Call>;
+
+std::map<uint64_t, Memory> memories;
+Graph* capturing;
+int broken;  // since a kernel failed
+std::string why;
+struct sigaction python_handler;
+
+const char kIllegal[] = "illegal address";
+
+void OnFault(int, siginfo_t*, void*) {
+  if (fibres::current) fibres::Fail(kIllegal);
+  sigaction(SIGSEGV, &python_handler, nullptr);  // it comes again
+}
+
+void Declare(void* memory, size_t size) {
+  fibres::Declare(memory, size);
+  if (fibres::declared_bytes > kSharedBytes) fibres::Fail("a block with too much shared memory");
+}
+
+// Blocks come in any order, and so last first.
+void Run(const Call& call) {
+  if (broken) return;
+  std::vector<void*> parameters;
+  for (const uint64_t& value : call.values) parameters.push_back(const_cast<uint64_t*>(&value));
+  auto run = [&] { call.function->run(parameters.data()); };
+  for (unsigned i = call.groups.x * call.groups.y * call.groups.z; i-- > 0;) {
+    Index group = {i % call.groups.x, i / call.groups.x % call.groups.y,
+                   i / call.groups.x / call.groups.y};
+    why = fibres::RunGroup(run, group, call.threads, cuda::Exchange);
+    if (why.empty()) continue;
+    broken = why == kIllegal ? kIllegalAddress : kLaunchFailed;
+    return;
+  }
+}
+
+// A shared library knows its size.
+size_t SizeOf(const char* image) {
+  const auto* header = reinterpret_cast<const Elf64_Ehdr*>(image);
+  return header->e_shoff + size_t(header->e_shnum) * header->e_shentsize;
+}
+
+void* Load(const char* image) {
+  char name[] = "/tmp/cuda-module-XXXXXX";
+  int file = mkstemp(name);
+  size_t size = SizeOf(image);
+  bool whole = file >= 0 && write(file, image, size) == ssize_t(size);
+  void* module = whole ? dlopen(name, RTLD_NOW | RTLD_LOCAL) : nullptr;
+  if (file >= 0) close(file), unlink(name);
+  return module;
+}
+
+template <class T> bool Set(void* module, const char* name, T value) {
+  void* variable = dlsym(module, name);
+  if (variable) *static_cast<T*>(variable) = value;
+  return variable;
+}
+
+// --- For osscompile/bench_bandwidth_device.py, whose kernel is PTX: the same written again --------
+
+template <class T> T At(void* const* parameters, int i) { return *static_cast<T*>(parameters[i]); }
+
+void ReadMemory(void* const* parameters) {
+  const auto* data = At<const uint32_t*>(parameters, 0);
+  uint32_t steps = At<uint32_t>(parameters, 2), sum = 0;
+  unsigned group = fibres::current->group.x, thread = fibres::current->thread.x;
+  constexpr unsigned kThreads = 256;
+  for (uint32_t step = 0; step < steps; ++step) {
+    size_t first = ((size_t(group) * steps + step) * kThreads + thread) * 4;
+    for (int i = 0; i < 4; ++i) sum += data[first + i];
+  }
+  At<uint32_t*>(parameters, 1)[group * kThreads + thread] = sum;
+}
+const size_t kReadSizes[] = {8, 8, 4};
+const Function kReadMemory = {ReadMemory, kReadSizes, 3, kMaxThreads};
+int ptx_module;
+
+}  // namespace
+
+extern "C" {
+
+int fake_launches, fake_graph_launches, fake_freed, fake_devices = 1;
+int fake_graphs, fake_events;  // that were not destroyed
+size_t fake_room = size_t(1) << 40;
+
+int cuInit(unsigned) {  // nothing is broken in a new process
+  broken = kSuccess;
+  return kSuccess;
+}
+int cuDeviceGet(int* device, int number) {
+  *device = number;
+  return number < fake_devices ? kSuccess : kNoDevice;
+}
+int cuDeviceGetName(char* name, int size, int) { return snprintf(name, size, "Stand-in") < 0; }
+int cuDriverGetVersion(int* version) { return *version = 12040, kSuccess; }
+int cuDevicePrimaryCtxRetain(void** context, int) { return *context = &memories, kSuccess; }
+int cuCtxSetCurrent(void*) { return kSuccess; }
+int cuStreamCreate(void** stream, unsigned) { return *stream = &capturing, kSuccess; }
+int cuStreamSynchronize(void*) { return broken; }
+
+int cuGetErrorString(int status, const char** text) {
+  static const std::map<int, const char*> texts = {
+      {kInvalidValue, "invalid value"}, {kOutOfMemory, "out of memory"},
+      {kNoDevice, "no device"},         {kInvalidImage, "no kernels"},
+      {kNotFound, "not found"},         {kTooManyResources, "too many resources"}};
+  *text = status == broken ? why.c_str() : texts.at(status);
+  return kSuccess;
+}
+
+int cuMemAlloc_v2(uint64_t* address, size_t size) {
+  if (size > fake_room) return kOutOfMemory;
+  size_t page = size_t(sysconf(_SC_PAGESIZE)), used = (size + page - 1) / page * page;
+  int access = PROT_READ | PROT_WRITE, kind = MAP_PRIVATE | MAP_ANONYMOUS;
+  void* pages = mmap(nullptr, used + page, access, kind, -1, 0);
+  if (pages == MAP_FAILED) return kOutOfMemory;
+  fake_room -= size;
+  memset(pages, 0xff, used);  // not a number
+  mprotect(static_cast<char*>(pages) + used, page, PROT_NONE);
+  *address = uint64_t(pages) + used - (size + kAlignment - 1) / kAlignment * kAlignment;
+  memories[*address] = {pages, used + page};
+  return kSuccess;
+}
+int cuMemFree_v2(uint64_t address) {
+  Memory memory = memories.at(address);
+  memories.erase(address);
+  ++fake_freed;
+  return munmap(memory.pages, memory.num_bytes) ? kInvalidValue : kSuccess;
+}
+int cuMemsetD8_v2(uint64_t to, unsigned char value, size_t n) {
+  return memset(reinterpret_cast<void*>(to), value, n), broken;
+}
+int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) {
+  return memcpy(reinterpret_cast<void*>(to), from, n), broken;
+}
+int cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t n) {
+  return cuMemcpyHtoD_v2(to, reinterpret_cast<void*>(from), n);
+}
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void*) {
+  return cuMemcpyHtoD_v2(to, from, n);
+}
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void*) {
+  return cuMemcpyHtoD_v2(uint64_t(to), reinterpret_cast<void*>(from), n);
+}
+
+int cuModuleLoadData(void** module, const char* image) {
+  bool is_code = !memcmp(image, ELFMAG, SELFMAG);
+  *module = is_code ? Load(image) : strstr(image, ".visible .entry") ? &ptx_module : nullptr;
+  if (!*module || *module == &ptx_module) return *module ? kSuccess : kInvalidImage;
+  bool set = Set(*module, "cuda_barrier", fibres::Barrier) && Set(*module, "cuda_ask", fibres::Ask) &&
+             Set(*module, "cuda_declare", Declare) && Set(*module, "cuda_position", &fibres::current);
+  struct sigaction handler = {};
+  handler.sa_sigaction = OnFault;
+  handler.sa_flags = SA_SIGINFO | SA_NODEFER;
+  struct sigaction before;
+  sigaction(SIGSEGV, &handler, &before);
+  if (before.sa_sigaction != OnFault) python_handler = before;
+  return set ? kSuccess : kInvalidImage;
+}
+int cuModuleGetFunction(const void** function, void* module, const char* name) {
+  bool is_read = module == &ptx_module && !strcmp(name, "read_memory");
+  std::string entry = std::string("entry_") + name;
+  *function = is_read ? &kReadMemory : module == &ptx_module ? nullptr : dlsym(module, entry.c_str());
+  return *function ? kSuccess : kNotFound;
+}
+int cuFuncGetParamInfo(const Function* function, size_t index, size_t*, size_t* size) {
+  if (index >= size_t(function->count)) return kInvalidValue;
+  *size = function->sizes[index];
+  return kSuccess;
+}
+
+int cuLaunchKernel(const Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned tx,
+                   unsigned ty, unsigned tz, unsigned, void*, void** parameters, void**) {
+  if (tx * ty * tz > function->max_threads) return kTooManyResources;
+  Call call = {function, {gx, gy, gz}, {tx, ty, tz}, std::vector<uint64_t>(function->count)};
+  for (int i = 0; i < function->count; ++i) {
+    memcpy(&call.values[i], parameters[i], function->sizes[i]);
+  }
+  if (capturing) return capturing->push_back(call), kSuccess;
+  ++fake_launches;
+  Run(call);
+  return kSuccess;  // that it fails is told later
+}
+int cuStreamBeginCapture_v2(void*, int) { return capturing = new Graph, kSuccess; }
+int cuStreamEndCapture(void*, Graph** graph) {
+  *graph = capturing;
+  capturing = nullptr;
+  return kSuccess;
+}
+int cuGraphInstantiateWithFlags(Graph** instance, Graph* graph, unsigned long long) {
+  ++fake_graphs;
+  *instance = new Graph(*graph);
+  return kSuccess;
+}
+int cuGraphDestroy(Graph* graph) { return delete graph, kSuccess; }
+int cuGraphExecDestroy(Graph* instance) {
+  --fake_graphs;
+  return delete instance, kSuccess;
+}
+int cuGraphUpload(Graph*, void*) { return kSuccess; }
+int cuGraphLaunch(Graph* graph, void*) {
+  ++fake_graph_launches;
+  for (const Call& call : *graph) Run(call);
+  return kSuccess;
+}
+
+int cuEventCreate(timespec** event, unsigned) {
+  ++fake_events;
+  *event = new timespec();
+  return kSuccess;
+}
+int cuEventDestroy_v2(timespec* event) {
+  --fake_events;
+  return delete event, kSuccess;
+}
+int cuEventRecord(timespec* event, void*) { return clock_gettime(CLOCK_MONOTONIC, event); }
+int cuEventElapsedTime(float* milliseconds, const timespec* a, const timespec* b) {
+  *milliseconds = float((b->tv_sec - a->tv_sec) * 1e3 + (b->tv_nsec - a->tv_nsec) * 1e-6);
+  return broken;
+}
+
+}  // extern "C"

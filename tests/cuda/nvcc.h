@@ -1,0 +1,143 @@
+// What our kernels use of CUDA C++, as C++17 for g++, and no more: what CUDA does not have must not
+// compile here either. nvcc knows all this without an include. Threads of a block take turns, see
+// driver.cc; so that they find each other's memory, `__shared__` is rewritten (`cuda_device.py`).
+#ifndef NVCC
+#define NVCC
+
+#include <cstddef>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(threads)
+#define __align__(bytes) alignas(bytes)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) ushort4 {
+  unsigned short x, y, z, w;
+};
+
+namespace cuda {
+
+struct Position {  // as in fibres.h
+  uint3 group, thread;
+};
+
+// What a lane gives to its warp, and gets from it: answered in driver.cc.
+struct Request {
+  enum Kind { kActiveMask, kShuffleDown, kShuffle, kMultiply } kind;
+  unsigned mask, value;
+  int lane, width;      // of a shuffle: by how many, or which
+  unsigned a[4], b[2];  // of a product
+  int c[4];
+};
+
+}  // namespace cuda
+
+extern "C" {  // set by driver.cc
+void (*cuda_barrier)();
+void (*cuda_ask)(void* request);
+void (*cuda_declare)(void* shared_memory, std::size_t size);
+const cuda::Position* const* cuda_position;
+}
+
+#define blockIdx (*cuda_position)->group
+#define threadIdx (*cuda_position)->thread
+
+inline void __syncthreads() { cuda_barrier(); }
+
+inline unsigned __activemask() {
+  cuda::Request request{cuda::Request::kActiveMask};
+  cuda_ask(&request);
+  return request.mask;
+}
+
+namespace cuda {
+template <class T> T shuffle(Request::Kind kind, unsigned mask, T x, int lane, int width) {
+  Request request{kind, mask, __builtin_bit_cast(unsigned, x), lane, width};
+  cuda_ask(&request);
+  return __builtin_bit_cast(T, request.value);
+}
+}  // namespace cuda
+template <class T> T __shfl_sync(unsigned mask, T x, int lane, int width) {
+  return cuda::shuffle(cuda::Request::kShuffle, mask, x, lane, width);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width) {
+  return cuda::shuffle(cuda::Request::kShuffleDown, mask, x, int(delta), width);
+}
+
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
+  return c;
+}
+
+// An instruction of PTX, by its name.
+inline void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(
+    int& d0, int& d1, int& d2, int& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+    unsigned b0, unsigned b1, int c0, int c1, int c2, int c3) {
+  cuda::Request request{cuda::Request::kMultiply, ~0u, 0, 0, 0, {a0, a1, a2, a3}, {b0, b1},
+                        {c0, c1, c2, c3}};
+  cuda_ask(&request);
+  d0 = request.c[0];
+  d1 = request.c[1];
+  d2 = request.c[2];
+  d3 = request.c[3];
+}
+
+// Types must agree, unless CUDA has the overload; of a number and none, the number.
+#define CUDA_MIN_MAX(T) \
+  inline T min(T x, T y) { return y < x ? y : x; } \
+  inline T max(T x, T y) { return x < y ? y : x; }
+CUDA_MIN_MAX(int)
+CUDA_MIN_MAX(unsigned)
+CUDA_MIN_MAX(long)
+CUDA_MIN_MAX(long long)
+#undef CUDA_MIN_MAX
+inline float min(float x, float y) { return __builtin_fminf(x, y); }
+inline float max(float x, float y) { return __builtin_fmaxf(x, y); }
+
+extern "C" {
+float expf(float);
+float logf(float);
+float sqrtf(float);
+float fabsf(float);
+float nearbyintf(float);
+}
+
+// --- How driver.cc finds a kernel -----------------------------------------------------------
+
+namespace cuda {
+
+struct Function {
+  void (*run)(void* const* parameters);
+  const std::size_t* sizes;  // of the parameters
+  int count;
+  unsigned max_threads;
+};
+
+template <auto kernel> struct Entry;
+template <class... A, void (*kernel)(A...)> struct Entry<kernel> {
+  static constexpr std::size_t sizes[] = {sizeof(A)..., 0};
+  static constexpr int count = sizeof...(A);
+  template <std::size_t... I> static void call(void* const* p, std::index_sequence<I...>) {
+    kernel(*static_cast<A*>(p[I])...);
+  }
+  static void run(void* const* parameters) { call(parameters, std::index_sequence_for<A...>()); }
+};
+
+}  // namespace cuda
+
+#define CUDA_ENTRY(kernel, max_threads)                                                        \
+  extern "C" const cuda::Function entry_##kernel = {                                           \
+      cuda::Entry<kernel>::run, cuda::Entry<kernel>::sizes, cuda::Entry<kernel>::count, max_threads};
+
+#endif

@@ -1,0 +1,81 @@
+// What the lanes of a warp do together: the answers to their requests.
+#ifndef WARP
+#define WARP
+
+#include "nvcc.h"
+
+#undef blockIdx
+#undef threadIdx
+
+namespace cuda {
+
+constexpr unsigned kNoValue = 0x7fc00bad;  // not a number: of lanes that give nothing
+constexpr unsigned kLanes = 32;
+
+// mma.m16n8k32 of signed bytes. Which lane holds what: NVIDIA's description of PTX, "Matrix Fragments
+// for mma.m16n8k32".
+inline void Multiply(Request* const* lanes) {
+  signed char a[16][32], b[8][32];  // b: by columns
+  auto byte = [](unsigned word, int i) { return (signed char)(word >> 8 * i); };
+  for (int lane = 0; lane < int(kLanes); ++lane) {
+    int group = lane >> 2, in_group = lane % 4;
+    for (int i = 0; i < 16; ++i) {
+      int row = (0 <= i && i < 4) || (8 <= i && i < 12) ? group : group + 8;
+      int column = in_group * 4 + (i & 3) + (i >= 8 ? 16 : 0);
+      a[row][column] = byte(lanes[lane]->a[i / 4], i % 4);
+    }
+    for (int i = 0; i < 8; ++i) {
+      int row = in_group * 4 + (i & 3) + (i >= 4 ? 16 : 0);
+      b[group][row] = byte(lanes[lane]->b[i / 4], i % 4);
+    }
+  }
+  for (int lane = 0; lane < int(kLanes); ++lane) {
+    int group = lane >> 2, in_group = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
+      for (int k = 0; k < 32; ++k) lanes[lane]->c[i] += a[row][k] * b[column][k];
+    }
+  }
+}
+
+// Which lane's value one gets; beyond its part of the warp, its own.
+inline unsigned Source(const Request& request, unsigned lane) {
+  unsigned width = unsigned(request.width), first = lane / width * width, at = unsigned(request.lane);
+  if (request.kind == Request::kShuffle) return first + at % width;
+  return lane - first + at < width ? lane + at : lane;
+}
+
+// What other lanes give is known when all that a mask names have come, with the same mask.
+inline bool HaveCome(Request* const* lanes, const Request& request) {
+  for (unsigned i = 0; i < kLanes; ++i) {
+    if (!(request.mask >> i & 1)) continue;
+    if (!lanes[i] || lanes[i]->kind != request.kind || lanes[i]->mask != request.mask) return false;
+  }
+  return true;
+}
+
+inline unsigned Exchange(void* const* requests, unsigned num_lanes) {
+  Request* lanes[kLanes] = {};
+  unsigned given[kLanes], answered = 0, active = 0;
+  for (unsigned i = 0; i < num_lanes; ++i) {
+    lanes[i] = static_cast<Request*>(requests[i]);
+    given[i] = lanes[i] ? lanes[i]->value : kNoValue;
+    if (lanes[i] && lanes[i]->kind == Request::kActiveMask) active |= 1u << i;
+  }
+  for (unsigned i = 0; i < num_lanes; ++i) {
+    if (!lanes[i] || (active | answered) >> i & 1) continue;
+    if ((lanes[i]->mask >> i & 1) && HaveCome(lanes, *lanes[i])) answered |= lanes[i]->mask;
+  }
+  for (unsigned i = 0; i < num_lanes; ++i) {
+    if (active >> i & 1) lanes[i]->mask = active;
+    if (!(answered >> i & 1) || lanes[i]->kind == Request::kMultiply) continue;
+    unsigned source = Source(*lanes[i], i);
+    lanes[i]->value = lanes[i]->mask >> source & 1 ? given[source] : kNoValue;
+  }
+  if (answered && lanes[__builtin_ctz(answered)]->kind == Request::kMultiply) Multiply(lanes);
+  return answered | active;
+}
+
+}  // namespace cuda
+
+#endif

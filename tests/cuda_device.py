@@ -1,0 +1,73 @@
+"""The target h100, and its kernels on this machine: compiled by g++ with `cuda/nvcc.h`, launched by
+a stand-in for NVIDIA's driver, `cuda/driver.cc`."""
+
+from __future__ import annotations
+
+import atexit
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+from metal_device import NO_WARNINGS
+
+from osscompile import targets
+from osscompile.errors import CompileError
+from osscompile.runtime import cuda
+from osscompile.targets import Target
+
+(H100,) = targets.load_variants("h100")
+SHIM = Path(__file__).parent / "cuda"
+COMPILER = ["g++", "-std=c++17", "-Wall", "-Werror", *NO_WARNINGS, "-shared", "-fPIC"]
+KERNEL = r'^extern "C" __global__ void (?:__launch_bounds__\((\d+)\) )?(\w+)\(.*\{$'
+SHARED = re.compile(r"^( *)__shared__ (alignas\(\d+\)) (.* (\w+)\[\d+\];)$", re.MULTILINE)
+ASM = re.compile(r'\basm\(((?:\s*"[^"]*")+)\s*:([^;]*)\);')
+
+
+@cache
+def driver() -> Path:
+    """The stand-in's library."""
+    folder = Path(tempfile.mkdtemp(prefix="cuda-"))
+    atexit.register(shutil.rmtree, folder)
+    output = folder / "libcuda.so.1"
+    subprocess.run([*COMPILER, "-O2", str(SHIM / "driver.cc"), "-o", str(output)], check=True)
+    return output
+
+
+def open_here() -> cuda._Opened:
+    """The stand-in's GPU."""
+    with mock.patch.object(cuda, "DRIVER", str(driver())):
+        return cuda.CudaDevice.open()
+
+
+def compile_here(source: str, target: Target, output: Path) -> None:
+    """In place of `build_cuda.compile_cuda`: a module of the stand-in."""
+    entries = "".join(
+        f"CUDA_ENTRY({name}, {threads or H100.max_threads})\n"
+        for threads, name in re.findall(KERNEL, source, re.MULTILINE)
+    )
+    source = SHARED.sub(r"\1\2 static \3 cuda_declare(\4, sizeof(\4));", ASM.sub(_call, source))
+    flags = ["-O1", f"-I{SHIM}", "-include", "nvcc.h", "-xc++", "-"]
+    flags.append("-fno-strict-aliasing")  # TVM reads numbers' bits through pointers of other types
+    flags.append("-fno-gnu-unique")  # modules have kernels of the same names
+    flags.append("-Wframe-larger-than=16384")  # a fibre's stack has twice as many bytes
+    result = subprocess.run(
+        [*COMPILER, *flags, "-o", str(output)],
+        input=source + entries,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode != 0:
+        raise CompileError(f"g++ refuses the source for {target.name}: {result.stderr[-3000:]}")
+
+
+def _call(match: re.Match[str]) -> str:
+    """An instruction of PTX as the call of a function of its name."""
+    text = "".join(re.findall(r'"(.*?)"', match[1]))
+    operands = re.findall(r'"\+?r"\(([^()]*)\)', match[2])
+    name, numbers = text.split(" ", 1)
+    arguments = ", ".join(operands[int(number)] for number in re.findall(r"%(\d+)", numbers))
+    return f"{name.replace('.', '_')}({arguments});"

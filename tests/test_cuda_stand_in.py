@@ -1,0 +1,147 @@
+"""What stands in for an NVIDIA GPU (`cuda_device.py`) does what one does, and finds what one would
+not forgive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_device import H100, compile_here, open_here
+from metal_device import needs_gxx
+
+from osscompile.build_cuda import PRELUDE
+from osscompile.errors import CompileError
+from osscompile.runtime.cuda import CudaDevice
+from osscompile.runtime.errors import ArtifactError
+from osscompile.runtime.program import Launch, Launches
+
+pytestmark = needs_gxx
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return tmp_path / "lib.fatbin"
+
+
+def run_kernel(image: Path, body: str, threads: int, *inputs: np.ndarray) -> np.ndarray:
+    """A kernel that fills out[threads x 4] int32, in one block; `inputs`: int32, a, b and c."""
+    pointers = "int* out, int* a, int* b, int* c"
+    head = f'extern "C" __global__ void __launch_bounds__({threads}) f({pointers}) {{'
+    compile_here(f"{PRELUDE}{head}\n{body}\n}}\n", H100, image)
+    arguments = tuple(("bound", i) for i in range(4))
+    launches = Launches((), (Launch("f", arguments, (1,), (threads,)),))
+    device = CudaDevice(image, {"f": launches}, open_here())
+    out = np.full(threads * 4, -1, np.int32)
+    arrays = [*inputs, *[np.zeros(1, np.int32)] * (3 - len(inputs))]
+    bound = [device.tensor(array) for array in (out, *arrays)]
+    device.call("f", bound)
+    device.read(bound[0], out)
+    return out
+
+
+def test_matrix_units_multiply_signed_bytes(image: Path) -> None:
+    """16 x 32 by 32 x 8, and what is added, as NVIDIA lays them out over a warp's registers."""
+    rng = np.random.default_rng(0)
+    a = rng.integers(-128, 128, (16, 32), dtype=np.int8)
+    b = rng.integers(-128, 128, (32, 8), dtype=np.int8)
+    c = rng.integers(-(1 << 20), 1 << 20, (16, 8), dtype=np.int32)
+    body = """  int lane = threadIdx.x, row = lane >> 2, quad = lane % 4;
+  int sums[4] = {c[row * 8 + quad * 2], c[row * 8 + quad * 2 + 1],
+                 c[(row + 8) * 8 + quad * 2], c[(row + 8) * 8 + quad * 2 + 1]};
+  mma_16x8x32(sums, sums + 1, sums + 2, sums + 3, a[row * 8 + quad], a[(row + 8) * 8 + quad],
+              a[row * 8 + quad + 4], a[(row + 8) * 8 + quad + 4], b[row * 8 + quad],
+              b[row * 8 + quad + 4]);
+  for (int i = 0; i < 4; ++i) out[lane * 4 + i] = sums[i];"""
+    words = a.reshape(-1).view(np.int32), np.ascontiguousarray(b.T).reshape(-1).view(np.int32)
+    out = run_kernel(image, body, 32, *words, c.reshape(-1))
+    of_lanes = out.reshape(8, 4, 2, 2)  # row, quad, row + 8 or not, column
+    found = of_lanes.transpose(2, 0, 1, 3).reshape(16, 8)
+    np.testing.assert_array_equal(found, a.astype(np.int32) @ b.astype(np.int32) + c)
+
+
+def test_matrix_units_need_the_whole_warp(image: Path) -> None:
+    body = "  if (threadIdx.x != 3) mma_16x8x32(out, out, out, out, 0, 0, 0, 0, 0, 0);"
+    with pytest.raises(ArtifactError, match=r"31 of 32 threads wait for lanes of their SIMD-group"):
+        run_kernel(image, body, 32)
+
+
+def test_four_bytes_at_a_time(image: Path) -> None:
+    body = "  out[threadIdx.x] = dot_4x8(0x80ff017f, 0x8002fd7f);"
+    assert run_kernel(image, body, 1)[0] == 128 * 128 - 2 - 3 + 127 * 127
+
+
+def test_lanes_shuffle_what_the_mask_names(image: Path) -> None:
+    """Beyond the warp a lane keeps its own; of lanes without a place in the mask it gets none."""
+    body = """  int lane = threadIdx.x;
+  if (lane % 4 != 2) {
+    unsigned mask = __activemask();
+    out[lane * 4] = mask;
+    out[lane * 4 + 1] = __shfl_down_sync(mask, lane, 1, 32);
+    out[lane * 4 + 2] = __shfl_sync(mask, lane, 37, 32);
+  }"""
+    out = run_kernel(image, body, 64).reshape(64, 4)
+    for lane, (mask, down, fifth, _) in enumerate(out.tolist()):
+        if lane % 4 == 2:
+            assert (mask, down, fifth) == (-1, -1, -1)
+        else:
+            assert mask & 0xFFFFFFFF == 0xBBBBBBBB
+            assert fifth == lane // 32 * 32 + 5
+            nobody = lane % 4 == 1
+            assert down == (0x7FC00BAD if nobody else lane if lane % 32 == 31 else lane + 1)
+
+
+def test_shuffle_that_a_named_lane_misses(image: Path) -> None:
+    body = "  if (threadIdx.x > 3) out[threadIdx.x] = __shfl_down_sync(0xffffffff, 1, 1, 32);"
+    with pytest.raises(ArtifactError, match=r"28 of 32 threads wait for lanes"):
+        run_kernel(image, body, 32)
+
+
+def test_barrier_that_some_threads_miss(image: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"3 of 40 threads wait at a barrier"):
+        run_kernel(image, "  if (threadIdx.x < 3) __syncthreads();", 40)
+
+
+@pytest.mark.parametrize("turn", ["forwards", "backwards"])
+def test_barrier_that_is_missing(image: Path, turn: str) -> None:
+    """What a block shares begins as no value, and its threads start at either end."""
+    body = """  __shared__ alignas(64) int x[40];
+  x[threadIdx.x] = 7;
+BARRIER
+  out[threadIdx.x] = x[39 - threadIdx.x];"""
+    found = run_kernel(image, body.replace("BARRIER", ""), 40)[:40]
+    assert (found == 7).sum() == 20
+    found = run_kernel(image, body.replace("BARRIER", "  __syncthreads();"), 40)[:40]
+    assert (found == 7).all()
+
+
+def test_too_much_shared_memory(image: Path) -> None:
+    body = "  __shared__ alignas(64) int x[{}];\n  x[threadIdx.x] = 0;"
+    run_kernel(image, body.format(12 << 10), 32)
+    with pytest.raises(ArtifactError, match=r"a block with too much shared memory"):
+        run_kernel(image, body.format((12 << 10) + 1), 32)
+
+
+@pytest.mark.parametrize("use", ["out[300] = 1", "out[0] = a[300]", "out[0] = a[-(1L << 40)]"])
+def test_address_beyond_what_was_allocated(image: Path, use: str) -> None:
+    """The device is lost; a new process has it again."""
+    with pytest.raises(ArtifactError, match=r"illegal address"):
+        run_kernel(image, f"  {use};", 32)
+    assert run_kernel(image, "  out[threadIdx.x] = 1;", 32).sum() == 32 - 96
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "max(1, 2.0f)",
+        "min(threadIdx.x, (long)1)",
+        "exp(1.0f)",
+        "rint(1.5f)",
+        "__shfl_down(1, 1, 32)",
+        "get_group_id(0)",
+        'asm("bar.sync %0;" : : "r"(a0))',
+    ],
+)
+def test_what_cuda_does_not_have_or_we_do_not_use(image: Path, use: str) -> None:
+    with pytest.raises(CompileError, match="g\\+\\+ refuses the source"):
+        run_kernel(image, f"  unsigned a0 = 0;\n  out[a0] = {use};", 1)
