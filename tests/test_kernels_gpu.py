@@ -34,7 +34,12 @@ from metal_device import needs_gxx, on_this_machine
 from opencl_device import OPENCL, needs_opencl
 from test_kernels_attention import Layer, both_dtypes, check_append, every_window
 from test_kernels_routing import CHOICES, check_broken_route, check_route, check_sort, choices
-from test_kernels_rows import check_digits, check_gather, check_norm_quantized
+from test_kernels_rows import (
+    check_digits,
+    check_gather,
+    check_no_number,
+    check_norm_quantized,
+)
 
 from osscompile.schedules.gpu.tasks import tasks
 from osscompile.schedules.gpu.threads import threads
@@ -90,6 +95,11 @@ def test_quantize_q8_is_exact(gpu: Target, form: Form, scale: float) -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
 def test_quantize_digits(gpu: Target, scale: float) -> None:
     check_digits(numbers(9, 21, 96, scale=scale), gpu)
+
+
+@pytest.mark.parametrize("kind", ["q8", "digits"])
+def test_quantize_of_what_is_no_number_shows(gpu: Target, kind: str) -> None:
+    check_no_number(kind, gpu)
 
 
 @every_form

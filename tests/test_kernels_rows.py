@@ -119,6 +119,22 @@ def test_quantize_digits_of_hard_blocks(block: str) -> None:
     check_digits(x)
 
 
+@pytest.mark.parametrize("kind", ["q8", "digits"])
+def test_quantize_of_what_is_no_number_shows(kind: str) -> None:
+    check_no_number(kind)
+
+
+def check_no_number(kind: str, target: Target = HERE) -> None:
+    """In the scale, wherever it lies among the 32."""
+    x = numbers(12, 21, 96)
+    rows_of, inputs = np.arange(10), np.resize([32, 40, 63], 10)
+    x[rows_of, inputs] = np.resize([np.nan, -np.nan], 10)
+    _, scales, _ = build(quantize(kind, TOKENS, 96), target)(x)
+    shows = np.zeros(scales.shape, bool)
+    shows[rows_of, 1] = True
+    np.testing.assert_array_equal(np.isnan(scales), shows)
+
+
 @every_form
 @pytest.mark.parametrize("kind", ["q8", "digits"])
 def test_gather_rows(form: Form, kind: str) -> None:

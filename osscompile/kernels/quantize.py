@@ -31,7 +31,8 @@ def quantized(kind: str, x: te.Tensor, suffix: str = "") -> list[te.Tensor]:
     weights has too much.
 
     scale = max |x| / the largest whole number (127, or `DIGITS_MAX`); whole number = round half
-    to even (x / scale); a block of zeros has scale 0. Digits hold 20 bits of a block's largest x.
+    to even (x / scale); a block of zeros has scale 0; one with an x that is no number has such a
+    scale, so that it shows. Digits hold 20 bits of a block's largest x.
     """
     assert kind in ("q8", "digits")
     tokens, inputs = x.shape
@@ -73,10 +74,12 @@ def _scaled(
     the whole number, int32, of (token, block, input)."""
     k = te.reduce_axis((extent(0), extent(BLOCK)), name="k")
     largest = te.compute(
-        shape, lambda i, g: te.max(tirx.abs(x[i, g * BLOCK + k]), axis=k), name="largest"
+        shape, lambda i, g: te.max(_magnitude(x[i, g * BLOCK + k]), axis=k), name="largest"
     )
     bound = const(float(most), "float32")
-    xs = te.compute(shape, lambda i, g: largest[i, g] / bound, name=name)
+    xs = te.compute(
+        shape, lambda i, g: tirx.reinterpret("float32", largest[i, g]) / bound, name=name
+    )
 
     def whole(i: Expr, g: Expr, k: Expr) -> Expr:
         # a zero scale belongs to zeros: divide them by 1
@@ -87,6 +90,12 @@ def _scaled(
         return tirx.max(tirx.min(rounded, bound), -bound).astype("int32")
 
     return xs, whole
+
+
+def _magnitude(x: Expr) -> Expr:
+    """The bits of |x|, ordered as |x| is; those of what is no number are greater than all, where a
+    maximum of floats may pass over it."""
+    return tirx.reinterpret("uint32", x) & const(0x7FFFFFFF, "uint32")
 
 
 def _offset(whole: te.Tensor, shape: tuple[Expr, Expr], name: str) -> te.Tensor:
