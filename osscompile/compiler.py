@@ -31,6 +31,7 @@ from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
 from .runtime.artifact import (
+    CPU,
     MANIFEST,
     TOKENIZER,
     WEIGHTS,
@@ -41,7 +42,6 @@ from .runtime.artifact import (
     hash_file,
     mark_verified,
 )
-from .runtime.launch_devices import LAUNCH_DEVICES
 from .targets import Target, TargetError
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 
@@ -91,7 +91,7 @@ def compile(
     graph = build_graph(config, profile, context, prefill_chunk)
     dump = Path(dump) if dump is not None else None
     module = graph.module
-    if machine.runtime in LAUNCH_DEVICES:  # its logits are not in the host's memory
+    if machine.device != CPU:  # its logits are not in the host's memory
         module = with_choose(module, config.vocab_size)
     module = run_passes(module, machine, SHARED_PASSES, dump)
 

@@ -55,10 +55,9 @@ class DeviceMemory:
         self.usage = usage
         self._programs = programs
         self._own: dict[str, dict[str, Sequence[Memory]]] = {}  # by the name of its program
-        self._choosing: list[Memory] = []  # what that program is bound to
 
     def tensor(self, array: Any) -> Memory:
-        """Memory of the device: a copy of a numpy array's, or that of an array from `zeros`."""
+        """Memory of the device: a copy of a numpy array's, or that of an array of the device."""
         if isinstance(array, DeviceArray):
             return array.memory
         memory = self._allocate(array.nbytes)
@@ -70,14 +69,6 @@ class DeviceMemory:
         array = np.empty(result.shape, np.float32)
         self.read(result.memory, array)
         return array
-
-    def choose(self, logits: DeviceArray, mask: Memory, options: np.ndarray) -> tuple[int, float]:
-        """The next token and its logit, by the function `choose`: of what `prefill` or `decode`
-        returned, with a mask [vocab] float32 and int32 options (see `kernels/choose.py`)."""
-        if not (self._choosing and self._choosing[0] is logits.memory):
-            self._choosing = [logits.memory, mask]
-        ((token, logit),) = self.numpy(self.run("choose", [options], self._choosing)).tolist()
-        return int(token), logit
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         array = DeviceArray(self._allocate(math.prod(shape) * np.dtype(dtype).itemsize), shape)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from .artifact import Artifact, Manifest, open_artifact
+from .chooser import Chooser
 from .device import Device
-from .device_memory import DeviceMemory
 from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
@@ -103,7 +103,7 @@ class Model:
         self._check_memory()
         path = artifact.tokenizer
         self.tokenizer = Tokenizer(path) if path is not None else None
-        self._device: Any = _open_device(artifact, context, threads)  # what bench asks of some
+        self._device = _open_device(artifact, context, threads)
         self._cache = KVCache(self.manifest, self._device)
         self._turn = 0  # counts the calls that used the cache
         self._bound = [self._device.tensor(a) for a in (*self._cache.arrays, *artifact.weights)]
@@ -112,10 +112,9 @@ class Model:
             size = self.tokenizer.vocab_size
             self._reserved = reserved_ids(self.tokenizer.special, self.vocab_size, size)
             self._stops |= stop_ids(self.tokenizer)
-        if isinstance(self._device, DeviceMemory):
-            mask = np.zeros(self.vocab_size, np.float32)
-            mask[self._reserved] = -np.inf
-            self._mask = self._device.tensor(mask)
+        self._chooser: Chooser | None = None  # where the logits are in the host's memory
+        if not isinstance(self._device, Device):
+            self._chooser = Chooser(self._device, self.vocab_size, self._reserved)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
@@ -234,14 +233,12 @@ class Model:
 
     def _sample(self, sampler: Sampler, logits: Any) -> Sample:
         """The next token: chosen by the device where it can, so that its logits stay there."""
-        device = self._device
-        if isinstance(device, DeviceMemory):
-            options = sampler.device_options()
-            if options is not None:
-                token, logit = device.choose(logits, self._mask, options)
-                check_logit(logit, token)
-                return Sample(token)
-        return sampler.sample(device.numpy(logits).reshape(-1))
+        options = sampler.device_options() if self._chooser is not None else None
+        if self._chooser is None or options is None:
+            return sampler.sample(self._device.numpy(logits).reshape(-1))
+        token, logit = self._chooser.choose(logits, options)
+        check_logit(logit, token)
+        return Sample(token)
 
     def _prefill(self, ids: list[int]) -> Any:
         """Extend the cache to `ids` -> the device's logits [1, vocab] after the last. At least one

@@ -1,7 +1,8 @@
 """Run the functions of a compiled library on a device that has memory of its own: TVM's virtual
 machine, and TVM's runtime for that device.
 
-Weights, caches and activations are tensors in that memory; only token ids and logits are copied.
+Weights, caches and activations are tensors in that memory; what is copied are token ids, and what
+the host asks for of a result.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from .errors import ArtifactError, OsscompileError
 EXISTS, TOTAL_MEMORY = 0, 14  # attributes of a device; the second in bytes that it may use
 # TVM's runtime copies through a buffer as large as the largest piece, and keeps the buffer.
 PIECE_BYTES = 64 << 20
+MOST_INPUTS = 4  # of calls that nobody waited for: of a prefill, and of the choice of a token
 
 
 class TensorDevice:
@@ -55,10 +57,10 @@ class TensorDevice:
         # the device and the host, where shapes are computed: (type, id, allocator) each
         self._machine["vm_initialization"](kind, 0, POOLED, CPU, 0, POOLED)
         self._functions: dict[str, Any] = {}
-        self._inputs: list[Any] = []  # of the last run
+        self._inputs: list[Any] = []  # of the last calls
 
     def tensor(self, array: Any) -> Any:
-        """A tensor of the device: a copy of a numpy array, or one that `zeros` gave."""
+        """A tensor of the device: a copy of a numpy array, or one that it is already."""
         if not isinstance(array, np.ndarray):
             return array
         held = self._empty(array.shape, str(array.dtype))
@@ -94,18 +96,21 @@ class TensorDevice:
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> Any:
         """Call a function with small inputs, which are copied, and tensors bound before -> what it
         returns, a tensor of the device."""
-        self._inputs.clear()  # first: to free memory waits for all that the device was told
+        if len(self._inputs) + len(inputs) > MOST_INPUTS:
+            self._inputs.clear()  # first: to free memory waits for all that the device was told
         with self._report():
             if function not in self._functions:
                 self._functions[function] = self._machine[function]
-            self._inputs += map(self._input, inputs)
-            return self._functions[function](*self._inputs, *bound)
+            tensors = [self._input(array) for array in inputs]
+            self._inputs += tensors
+            return self._functions[function](*tensors, *bound)
 
     def numpy(self, result: Any) -> np.ndarray:
         """A copy of what a function returned; it waits for the device."""
         array = np.empty(tuple(result.shape), str(result.dtype))
         with self._report():
             self._read(result, _address(array), array.nbytes)
+        self._inputs.clear()  # which need not be waited for now
         return array
 
     @contextlib.contextmanager

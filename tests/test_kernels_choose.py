@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from kernel_cases import HERE
 from kernel_runner import Array, build
+from metal_device import needs_gxx, on_this_machine
 from opencl_device import OPENCL, needs_opencl
 from reference import F64, to_float64
 
@@ -15,7 +16,13 @@ from osscompile.targets import Target
 VOCAB, PARTS, FEWER = 1000, 42, 6  # no part divides another
 
 on_targets = pytest.mark.parametrize(
-    "target", [HERE, pytest.param(OPENCL, marks=needs_opencl)], ids=lambda t: t.name
+    "target",
+    [
+        HERE,
+        pytest.param(OPENCL, marks=needs_opencl),
+        pytest.param(on_this_machine(HERE), marks=needs_gxx),
+    ],
+    ids=lambda target: target.name,
 )
 
 

@@ -19,6 +19,13 @@ import test_cache_reuse
 import tvm
 import tvm_ffi
 from artifacts import copy_artifact, library_is_loaded, reseal, run_python
+from device_choices import (
+    check_broken_weights_show,
+    check_logits_stay,
+    check_sampler_does_the_rest,
+    every_option_of_the_sampler,
+    every_temperature,
+)
 from metal_device import COMPILER, METAL, load_stand_in, needs_gxx, on_this_machine, stand_in
 from random_model import random_model, read_checkpoint, write_checkpoint
 from reference import relative_rms
@@ -30,7 +37,7 @@ import osscompile
 from osscompile import cli, targets
 from osscompile.build import build_library
 from osscompile.bundle import bundle_runtime
-from osscompile.importer.graph import build_graph
+from osscompile.importer.graph import build_graph, with_choose
 from osscompile.importer.resolve import resolve_model
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import SHARED_PASSES, VARIANT_PASSES, run_passes
@@ -98,7 +105,8 @@ def test_every_kernel_compiles(model: str, profile: str, tmp_path: Path) -> None
     config = gpt_oss_config(num_layers=2, num_experts=32 if model == "20b" else 128)
     if model == "nano":
         config = resolve_model(model).source.config
-    module = build_graph(config, profile, min(config.max_context, 131072), 512).module
+    graph = build_graph(config, profile, min(config.max_context, 131072), 512)
+    module = with_choose(graph.module, config.vocab_size)
     module = run_passes(module, METAL, SHARED_PASSES + VARIANT_PASSES)
     build_library(module, METAL, tmp_path / METAL.library)
     library = (tmp_path / METAL.library).read_bytes()
@@ -270,6 +278,28 @@ def test_nano_is_close_to_float64_and_says_what_a_cpu_says(
     assert len(answer) > 3 and (prompt, answer) == nano_answer(on_cpu, *NANO_QUESTIONS[0])
     judge, ids = reference.Model(*read_checkpoint(NANO)), (prompt + answer)[:48]
     check_fast(model, judge, ids, record_property)
+
+
+@needs_gxx
+@every_temperature
+def test_logits_stay_on_the_device(nano_here: Path, temperature: float) -> None:
+    load_stand_in()
+    check_logits_stay(nano_here, temperature)
+
+
+@needs_gxx
+@every_option_of_the_sampler
+def test_what_a_device_does_not_choose_the_sampler_does(
+    nano_here: Path, option: dict[str, Any]
+) -> None:
+    load_stand_in()
+    check_sampler_does_the_rest(nano_here, option)
+
+
+@needs_gxx
+def test_broken_weights_show_where_the_device_chooses(nano_here: Path) -> None:
+    load_stand_in()
+    check_broken_weights_show(nano_here)
 
 
 @needs_gxx

@@ -15,6 +15,13 @@ import pytest
 import reference
 import test_cache_reuse
 from artifacts import copy_artifact, flip_byte, reseal, run_python
+from device_choices import (
+    check_broken_weights_show,
+    check_logits_stay,
+    check_sampler_does_the_rest,
+    every_option_of_the_sampler,
+    every_temperature,
+)
 from opencl_device import MISSING, OPENCL, needs_opencl
 from random_model import random_model, read_checkpoint, write_checkpoint
 from reference import relative_rms
@@ -94,44 +101,20 @@ def test_command_line(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_opencl
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_stay_on_the_device(
-    nano: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
-) -> None:
-    """Greedy, or drawn from all of the softmax, as gpt-oss is meant to be used."""
-    model = load(nano)
-    device, shapes = model._device, []
-    numpy = device.numpy
-    monkeypatch.setattr(device, "numpy", lambda a: shapes.append(a.shape) or numpy(a))
-    options = {"max_tokens": 6, "temperature": temperature, "seed": 5}
-    first = [token.token_id for token in model.generate(range(20), **options)]
-    assert shapes == [(1, 2)] * len(first)
-    assert [token.token_id for token in model.generate(range(20), **options)] == first
-    assert not set(first) & set(model._reserved.tolist())
-    if temperature:
-        others = model.generate(range(20), **options | {"seed": 6})
-        assert [token.token_id for token in others] != first
+@every_temperature
+def test_logits_stay_on_the_device(nano: Path, temperature: float) -> None:
+    check_logits_stay(nano, temperature)
 
 
 @needs_opencl
-@pytest.mark.parametrize("option", [{"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}, {"logprobs": 2}])
-def test_what_a_device_does_not_choose_the_sampler_does(nano: Path, option: object) -> None:
-    """From the same logits, up to rounding: what cannot differ is the same."""
-    tokens = list(load(nano).generate(range(20), max_tokens=4, temperature=1e-3, **option))
-    greedy = list(load(nano).generate(range(20), max_tokens=4))
-    assert [t.token_id for t in tokens] == [t.token_id for t in greedy]
-    assert all(len(t.top_logprobs) == (2 if "logprobs" in option else 0) for t in tokens)
+@every_option_of_the_sampler
+def test_what_a_device_does_not_choose_the_sampler_does(nano: Path, option: dict[str, Any]) -> None:
+    check_sampler_does_the_rest(nano, option)
 
 
 @needs_opencl
 def test_broken_weights_show_where_the_device_chooses(nano: Path) -> None:
-    model = load(nano)
-    names = [weight.name for weight in model.manifest.weights]
-    at = len(model.manifest.caches) + names.index("norm.weight")
-    broken = np.full(model.manifest.weights[names.index("norm.weight")].shape, np.nan, np.float32)
-    model._bound = [*model._bound[:at], model._device.tensor(broken), *model._bound[at + 1 :]]
-    with pytest.raises(ArtifactError, match="logits: expected finite numbers, found nan"):
-        list(model.generate(range(3)))
+    check_broken_weights_show(nano)
 
 
 ALONE = """

@@ -69,7 +69,7 @@ def with_choose(module: ir.IRModule, vocab: int) -> ir.IRModule:
     mask = relax.Var("mask", TensorType((vocab,), "float32"))
 
     def call(kernel: PrimFunc, args: list[relax.Var], count: int) -> list[relax.Var]:
-        types = [TensorType((count,), "float32"), TensorType((count,), "int32")]
+        types = [TensorType((count,), "int32")] * 2  # scores and ids
         name = builder.add_func(kernel, str(kernel.attrs["op"]))
         results = builder.emit(relax.call_tir(name, args, types))
         return [builder.emit(relax.TupleGetItem(results, i)) for i in (0, 1)]

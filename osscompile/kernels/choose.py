@@ -3,9 +3,11 @@
 Adding to every logit a random number of Gumbel's distribution and taking the greatest draws from
 the softmax. Every kernel narrows down: a `task` looks at every `parts`-th candidate, so that
 neighbouring tasks read neighbouring numbers. A logit that is no number wins, and shows.
+
+Scores are whole numbers, ordered as the floats are: compilers that take all floats for finite
+(Metal's, as TVM calls it) do not change which wins.
 """
 
-import math
 from functools import cache
 
 from tvm import tirx
@@ -14,37 +16,41 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from ..schedules.formats import const
+from .experts import ordered_bits
 
 _INFINITY = 0x7F800000  # its bits; greater ones, without the sign, are no number
+_MOST = 0x7FFFFFFF  # beyond what the bits of a number can be, either way
 
 
 @cache
 def draw(vocab: int, parts: int) -> PrimFunc:
     """options [3] int32: the bits of the float32 1 / temperature, or 0 for the most probable token;
     and 64 random bits; logits [1, vocab] float32; mask [vocab] float32: 0, or -inf of tokens never
-    to be chosen -> of each part the greatest score and its id, [parts] float32 and int32. Of equal
-    scores the lowest id counts."""
+    to be chosen -> of each part the greatest score and its id, [parts] int32 each. Of equal scores
+    the lowest id counts."""
 
     def score_of(options: Buffer, logits: Buffer, mask: Buffer, token: Expr) -> Expr:
-        logit = logits[0, token] + mask[token]
+        logit = logits[0, token]
         scaled = logit * tirx.reinterpret("float32", options[0])
         drawn = scaled + gumbel(options[1], options[2], token)
-        score = tirx.Select(options[0] == const(0, "int32"), logit, drawn)
-        magnitude = tirx.reinterpret("int32", logits[0, token]) & const(0x7FFFFFFF, "int32")
+        score = ordered_bits(tirx.Select(options[0] == const(0, "int32"), logit, drawn))
+        may_be = tirx.reinterpret("int32", mask[token]) == const(0, "int32")
+        magnitude = tirx.reinterpret("int32", logit) & const(0x7FFFFFFF, "int32")
         is_number = magnitude <= const(_INFINITY, "int32")
-        return tirx.Select(is_number, score, const(math.inf, "float32"))
+        allowed = tirx.Select(may_be, score, const(-_MOST, "int32"))
+        return tirx.Select(is_number, allowed, const(_MOST, "int32"))
 
     @T.prim_func(private=True, s_tir=True)
     def draw(
         options: T.Buffer((T.int64(3),), "int32"),
         logits: T.Buffer((T.int64(1), T.int64(vocab)), "float32"),
         mask: T.Buffer((T.int64(vocab),), "float32"),
-        scores: T.Buffer((T.int64(parts),), "float32"),
+        scores: T.Buffer((T.int64(parts),), "int32"),
         ids: T.Buffer((T.int64(parts),), "int32"),
     ) -> None:
         T.func_attr({"op": "draw", "tirx.noalias": True})
         for task in range(T.int64(parts)):
-            score = T.alloc_buffer((1,), "float32", scope="local")
+            score = T.alloc_buffer((1,), "int32", scope="local")
             scores[task] = score_of(options, logits, mask, task)
             ids[task] = T.Cast("int32", task)
             for step in range(T.int64((vocab - 1) // parts)):
@@ -63,9 +69,9 @@ def narrow(count: int, parts: int) -> PrimFunc:
 
     @T.prim_func(private=True, s_tir=True)
     def narrow(
-        scores: T.Buffer((T.int64(count),), "float32"),
+        scores: T.Buffer((T.int64(count),), "int32"),
         ids: T.Buffer((T.int64(count),), "int32"),
-        best_scores: T.Buffer((T.int64(parts),), "float32"),
+        best_scores: T.Buffer((T.int64(parts),), "int32"),
         best_ids: T.Buffer((T.int64(parts),), "int32"),
     ) -> None:
         T.func_attr({"op": "narrow", "tirx.noalias": True})

@@ -26,7 +26,7 @@ def chosen(logits: te.Tensor, top_k: int) -> list[te.Tensor]:
     k = te.reduce_axis((extent(0), extent(top_k)), name="k")
 
     def before(i: Expr, other: Expr, expert: Expr) -> Expr:
-        theirs, ours = (_ordered_bits(logits[i, x]) for x in (other, expert))
+        theirs, ours = (ordered_bits(logits[i, x]) for x in (other, expert))
         tie = tirx.all(theirs == ours, other < expert)
         return tirx.any(theirs > ours, tie).astype("int32")
 
@@ -49,7 +49,7 @@ def chosen(logits: te.Tensor, top_k: int) -> list[te.Tensor]:
     return [places, ids, weights]
 
 
-def _ordered_bits(x: Expr) -> Expr:
+def ordered_bits(x: Expr) -> Expr:
     """An int32 that is greater the greater the float32 is; of both zeros the same."""
     bits = tirx.reinterpret("int32", x)
     magnitude = bits & const(0x7FFFFFFF, "int32")
