@@ -35,6 +35,7 @@ class Target:
     max_threads: int  # of a work-group; 0 for a CPU, and so the size
     subgroup_size: int  # threads that execute an instruction together
     int8_dot: str | None  # instruction that sums products of bytes
+    matrix: str | None  # instruction that multiplies matrices of float32
     dtypes: tuple[str, ...]  # legal for kernel arguments
     has_exp: bool
     has_half: bool  # arithmetic in float16
@@ -88,6 +89,7 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             max_threads=capabilities["max_threads"] if is_gpu else 0,
             subgroup_size=capabilities["subgroup_size"] if is_gpu else 0,
             int8_dot=capabilities.get("int8_dot"),
+            matrix=capabilities.get("matrix"),
             dtypes=tuple(capabilities["dtypes"]),
             has_exp=capabilities["exp"],
             has_half=capabilities.get("half", True),

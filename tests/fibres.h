@@ -36,6 +36,7 @@ struct Fibre : Position {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   jmp_buf place;
   State state;
+  unsigned lane;  // of its SIMD-group
   void* request;  // of its exchange
 };
 
@@ -159,6 +160,7 @@ std::string RunGroup(std::function<void()> run, Index group, Index size, Exchang
     Position position = {group, {i % size.x, i / size.x % size.y, i / size.x / size.y}};
     static_cast<Position&>(*all[i]) = position;
     all[i]->state = State::kRunning;
+    all[i]->lane = i % kSimdWidth;
   }
   std::string wrong = RunAll(count, exchange);
   current = nullptr;

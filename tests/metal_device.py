@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -70,3 +71,11 @@ def _build_runtime() -> Path:
     output = device_library(library, "metal")
     subprocess.run([*command, str(SHIM / "runtime.cc"), "-o", str(output)], check=True)
     return library
+
+
+def check_compiles(kernels: Mapping[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    spaces = [f"namespace of_{name} {{\n{source}}}\n" for name, source in kernels.items()]
+    file = folder / "kernels.cc"
+    file.write_text("#include <metal_stdlib>\n" + "".join(spaces))
+    command = [*COMPILER, "-fsyntax-only", str(file)]
+    return subprocess.run(command, capture_output=True, text=True)

@@ -21,9 +21,11 @@ from kernel_cases import (
     Form,
     assert_close,
     check_quantize,
+    dense_bf16,
     dense_q8,
     every_form,
     every_matmul,
+    moe_mxfp4_sum_digits,
     moe_mxfp4_swiglu_q8,
     numbers,
     rms_norm,
@@ -41,6 +43,7 @@ from test_kernels_rows import (
     check_norm_quantized,
 )
 
+from osscompile.importer.graph import TOKENS
 from osscompile.schedules.gpu.tasks import tasks
 from osscompile.schedules.gpu.threads import threads
 from osscompile.targets import Target
@@ -67,6 +70,22 @@ def test_matmul(gpu: Target, case: Callable[..., Case], form: Form) -> None:
 @pytest.mark.parametrize("case", [dense_q8, moe_mxfp4_swiglu_q8], ids=lambda case: case.__name__)
 def test_matmul_of_2880(gpu: Target, case: Callable[..., Case]) -> None:
     case(PREFILL, 2880, 64).check(gpu)
+
+
+MORE_ROWS = Form("prefill", TOKENS, 70)  # than a tile has, and no multiple of any; see row_experts
+
+
+@pytest.mark.parametrize("columns", [24, 48, 192])
+@pytest.mark.parametrize(
+    "case", [dense_bf16, dense_q8, moe_mxfp4_sum_digits], ids=lambda case: case.__name__
+)
+def test_matmul_of_several_tiles(gpu: Target, case: Callable[..., Case], columns: int) -> None:
+    """Of columns that fill the tiles of single threads only, or those of matrices too."""
+    case(MORE_ROWS, 64, columns).check(gpu)
+
+
+def test_matmul_of_several_tiles_of_both_halves(gpu: Target) -> None:
+    moe_mxfp4_swiglu_q8(MORE_ROWS, 64, 192).check(gpu)
 
 
 @every_form

@@ -1,9 +1,14 @@
 """Matrix products of many rows of activations: a work-group computes a tile of rows x columns.
 
 It goes through the inputs a block of 32 at a time: weights and activations are unpacked to float32
-into shared memory, and every thread adds their products to some sums in its registers. Rows of
-several experts in a tile are taken one expert after the other.
+into shared memory, and the threads add up their products. Rows of several experts in a tile are
+taken one expert after the other.
+
+How a work-group multiplies and which sums a thread holds is up to the instruction (`fma.py`,
+`simdgroup.py`).
 """
+
+from types import ModuleType
 
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
@@ -15,11 +20,11 @@ from ..formats import BLOCK
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
 from ..tail import split_tail
+from . import fma, simdgroup
+from .row_tiles import RowTiles
 from .tail import with_tail
 
-SIDE = 8  # threads of a work-group, in either direction
-ROWS_EACH = (1, 2, 4, 8)  # of a thread
-COLUMNS_EACH = (1, 2, 4, 8)
+INSTRUCTIONS = {"simdgroup": simdgroup}  # by what `Target.matrix` calls them
 
 
 def tiles(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -28,104 +33,99 @@ def tiles(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None
     if str(function.attrs["op"]) not in OPS:
         return None
     product = Product(function)
-    if isinstance(product.num_rows, IntImm) or product.columns % SIDE:
+    instruction = _instruction(product, target)
+    if isinstance(product.num_rows, IntImm) or instruction is None:
         return None
-    body = function.with_body(_body(product, choose))
+    body = function.with_body(_body(product, instruction, choose))
     return with_tail(body, split_tail(function)[1], target, choose)
 
 
-def _body(product: Product, choose: Choose) -> Stmt:
-    out, num_rows, halves = product.out, product.num_rows, product.halves
-    rows = choose("rows_each", ROWS_EACH, 4)
+def _instruction(product: Product, target: Target) -> ModuleType | None:
+    """The best of the target whose tiles the columns fill."""
+    of_target = [INSTRUCTIONS[target.matrix]] if target.matrix is not None else []
+    for instruction in (*of_target, fma):
+        if product.columns % (instruction.TILE_COLUMNS * min(instruction.COLUMNS_EACH)) == 0:
+            return instruction
+    return None
+
+
+def _body(product: Product, instruction: ModuleType, choose: Choose) -> Stmt:
+    out, halves, threads = product.out, product.halves, instruction.THREADS
+    rows = choose("rows_each", instruction.ROWS_EACH, instruction.ROWS_WANTED)
     columns = choose(
-        "columns_each", *whole_parts(product.columns // SIDE, COLUMNS_EACH, 4 // halves)
+        "columns_each",
+        *whole_parts(
+            product.columns // instruction.TILE_COLUMNS,
+            instruction.COLUMNS_EACH,
+            instruction.COLUMNS_WANTED // halves,
+        ),
     )
-    tile_rows, tile_columns = rows * SIDE, columns * SIDE
-    threads = SIDE * SIDE
+    tile_rows, tile_columns = rows * instruction.TILE_ROWS, columns * instruction.TILE_COLUMNS
+    row_tiles, place = RowTiles(product, tile_rows), instruction.place
+    each = (halves, rows, columns)
+    clear, multiply = instruction.clear(*each), instruction.multiply(*each)
+    shape, sums_shape, scope = instruction.shape, instruction.sums_shape(*each), instruction.SCOPE
 
-    def row_of(tile: Expr, t: Expr) -> Expr:
-        """Rows beyond the last are computed as the last, and not kept."""
-        return T.min(tile * tile_rows + t, num_rows - 1)
+    # `at`: the tile, the group of columns, and the tile's first row of the expert
+    @T.macro
+    def keep(at, row, num_columns, column_of, sum_of):  # type: ignore[no-untyped-def]
+        if row_tiles.belongs(at[0], row, at[2]):
+            for c in T.unroll(num_columns):
+                out[at[0] * tile_rows + row, at[1] * tile_columns + column_of(c)] = product.output(
+                    at[0] * tile_rows + row,
+                    at[1] * tile_columns + column_of(c),
+                    lambda half: sum_of(half, c),
+                )
 
-    def begins(tile: Expr, t: Expr) -> Expr:
-        """Whether row t of a tile is the first there of its expert."""
-        row = tile * tile_rows + t
-        if product.expert is None:
-            return t == 0
-        before = product.expert[row_of(tile, T.max(t - 1, T.int64(0)))]
-        return T.And(row < num_rows, T.Or(t == 0, product.expert[row_of(tile, t)] != before))
+    keep_each = instruction.keep_each(*each, keep)
 
-    def belongs(tile: Expr, t: Expr, first: Expr) -> Expr:
-        """Whether row t is a row that has the expert of row `first`."""
-        exists = tile * tile_rows + t < num_rows
-        if product.expert is None:
-            return exists
-        same = product.expert[row_of(tile, t)] == product.expert[row_of(tile, first)]
-        return T.And(exists, same)
+    def weight_of(tile: Expr, first: Expr, group: Expr, block: Expr, i: Expr) -> Expr:
+        """Number i of those of a block of the tile's columns, of both halves."""
+        column = i // BLOCK
+        return product.weight(
+            product.expert_of(row_tiles.row(tile, first)),
+            column // tile_columns,
+            group * tile_columns + column % tile_columns,
+            block,
+            i % BLOCK,
+        )
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
-        for tile in T.thread_binding(
-            (num_rows + (tile_rows - 1)) // tile_rows, thread="blockIdx.y"
-        ):
+        for tile in T.thread_binding(row_tiles.count(), thread="blockIdx.y"):
             for group in T.thread_binding(
                 T.int64(product.columns // tile_columns), thread="blockIdx.x"
             ):
-                for ty in T.thread_binding(T.int64(SIDE), thread="threadIdx.y"):
-                    for tx in T.thread_binding(T.int64(SIDE), thread="threadIdx.x"):
-                        weight = T.alloc_buffer(
-                            (BLOCK, halves * tile_columns), "float32", scope="shared"
-                        )
-                        x = T.alloc_buffer((BLOCK, tile_rows), "float32", scope="shared")
-                        acc = T.alloc_buffer((halves, rows, columns), "float32", scope="local")
-                        for first in range(T.int64(tile_rows)):
-                            for h, r, c in T.grid(halves, rows, columns):
-                                acc[h, r, c] = T.float32(0)
-                            for block in range(
-                                T.if_then_else(
-                                    begins(tile, first), T.int64(product.blocks), T.int64(0)
-                                )
-                            ):
+                for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
+                    weight = T.alloc_buffer(shape(halves * tile_columns), "float32", scope="shared")
+                    x = T.alloc_buffer(shape(tile_rows), "float32", scope="shared")
+                    sums = T.alloc_buffer(sums_shape, "float32", scope=scope)
+                    for first in range(T.int64(tile_rows)):
+                        # a loop: within a condition, TVM lets no threads wait for each other
+                        for _ in range(
+                            T.if_then_else(row_tiles.begins(tile, first), T.int64(1), T.int64(0))
+                        ):
+                            clear(sums)
+                            for block in range(T.int64(product.blocks)):
                                 for i in range(T.int64(BLOCK * halves * tile_columns // threads)):
                                     weight[
-                                        (i * threads + ty * SIDE + tx) % BLOCK,
-                                        (i * threads + ty * SIDE + tx) // BLOCK,
-                                    ] = product.weight(
-                                        product.expert_of(row_of(tile, first)),
-                                        (i * threads + ty * SIDE + tx) // BLOCK // tile_columns,
-                                        group * tile_columns
-                                        + (i * threads + ty * SIDE + tx) // BLOCK % tile_columns,
-                                        block,
-                                        (i * threads + ty * SIDE + tx) % BLOCK,
-                                    )
+                                        place(
+                                            (i * threads + thread) % BLOCK,
+                                            (i * threads + thread) // BLOCK,
+                                        )
+                                    ] = weight_of(tile, first, group, block, i * threads + thread)
                                 for i in range(T.int64(BLOCK * tile_rows // threads)):
                                     x[
-                                        (i * threads + ty * SIDE + tx) % BLOCK,
-                                        (i * threads + ty * SIDE + tx) // BLOCK,
+                                        place(
+                                            (i * threads + thread) % BLOCK,
+                                            (i * threads + thread) // BLOCK,
+                                        )
                                     ] = product.activation(
-                                        row_of(tile, (i * threads + ty * SIDE + tx) // BLOCK),
+                                        row_tiles.row(tile, (i * threads + thread) // BLOCK),
                                         block,
-                                        (i * threads + ty * SIDE + tx) % BLOCK,
+                                        (i * threads + thread) % BLOCK,
                                     )
-                                for k in range(T.int64(BLOCK)):
-                                    for h in T.unroll(halves):
-                                        for r in T.unroll(rows):
-                                            for c in T.unroll(columns):
-                                                acc[h, r, c] += (
-                                                    x[k, r * SIDE + ty]
-                                                    * weight[k, h * tile_columns + c * SIDE + tx]
-                                                )
-                            if begins(tile, first):
-                                for r in T.unroll(rows):
-                                    if belongs(tile, r * SIDE + ty, first):
-                                        for c in T.unroll(columns):
-                                            out[
-                                                tile * tile_rows + r * SIDE + ty,
-                                                group * tile_columns + c * SIDE + tx,
-                                            ] = product.output(
-                                                tile * tile_rows + r * SIDE + ty,
-                                                group * tile_columns + c * SIDE + tx,
-                                                lambda half: acc[half, r, c],
-                                            )
+                                multiply(sums, x, weight, thread)
+                            keep_each(sums, thread, (tile, group, first))
 
     return body.body

@@ -39,29 +39,57 @@ struct Thread {  // as in metal_stdlib
 };
 using Kernel = void (*)(const Thread&);
 
-struct Shuffle {
-  unsigned value, delta;
+using Work = const char* (*)(void* const* lanes);  // what is wrong, or null
+
+struct Request {
+  unsigned value, delta;  // of a shuffle
+  Work work;              // or what all lanes do together
+  void* own;              // what this one gives to it
+  const char* wrong;
 };
 
 unsigned Wait(bool shuffle, unsigned value, unsigned delta) {
-  Shuffle request{value, delta};
+  Request request{value, delta, nullptr, nullptr, nullptr};
   shuffle ? fibres::Ask(&request) : fibres::Barrier();
   return request.value;
 }
 
+void Together(Work work, void* own) {
+  Request request{0, 0, work, own, nullptr};
+  fibres::Ask(&request);
+  if (request.wrong) fibres::Fail(request.wrong);
+}
+
+unsigned Lane() { return fibres::current->lane; }
+
 // Lanes that do not take part give no value.
-unsigned ShuffleDown(void* const* requests, unsigned num_lanes) {
+unsigned ShuffleDown(Request* const* lanes, unsigned num_lanes) {
   std::vector<unsigned> given(num_lanes, kNoValue);
   unsigned answered = 0;
   for (unsigned i = 0; i < num_lanes; ++i) {
-    if (requests[i]) given[i] = static_cast<Shuffle*>(requests[i])->value, answered |= 1u << i;
+    if (lanes[i] && !lanes[i]->work) given[i] = lanes[i]->value, answered |= 1u << i;
   }
   for (unsigned i = 0; i < num_lanes; ++i) {
-    auto* request = static_cast<Shuffle*>(requests[i]);
-    if (!request) continue;
-    request->value = i + request->delta < num_lanes ? given[i + request->delta] : kNoValue;
+    if (!(answered >> i & 1)) continue;
+    unsigned source = i + lanes[i]->delta;
+    lanes[i]->value = source < num_lanes ? given[source] : kNoValue;
   }
   return answered;
+}
+
+unsigned Exchange(void* const* requests, unsigned num_lanes) {
+  Request* lanes[fibres::kSimdWidth] = {};
+  void* own[fibres::kSimdWidth];
+  unsigned together = 0;
+  for (unsigned i = 0; i < num_lanes; ++i) {
+    lanes[i] = static_cast<Request*>(requests[i]);
+    if (!lanes[i] || !lanes[i]->work || (lanes[0] && lanes[i]->work != lanes[0]->work)) continue;
+    own[i] = lanes[i]->own;
+    ++together;
+  }
+  if (together < fibres::kSimdWidth) return ShuffleDown(lanes, num_lanes);
+  lanes[0]->wrong = lanes[0]->work(own);
+  return ~0u;
 }
 
 void RunGroup(const std::string& name, Kernel kernel, void* const* arguments, Index group,
@@ -69,7 +97,7 @@ void RunGroup(const std::string& name, Kernel kernel, void* const* arguments, In
   auto run = [kernel, arguments] {
     kernel({arguments, {fibres::current->group}, {fibres::current->thread}});
   };
-  std::string wrong = fibres::RunGroup(run, group, size, ShuffleDown);
+  std::string wrong = fibres::RunGroup(run, group, size, Exchange);
   TVM_FFI_CHECK(wrong.empty(), RuntimeError) << name << ": " << wrong;
 }
 
@@ -152,6 +180,8 @@ void* Compile(const std::map<std::string, Info>& kernels) {
   void* library = dlopen((base + ".so").c_str(), RTLD_NOW);
   TVM_FFI_ICHECK(library) << dlerror();
   *static_cast<decltype(&Wait)*>(dlsym(library, "metal_wait")) = Wait;
+  *static_cast<decltype(&Together)*>(dlsym(library, "metal_together")) = Together;
+  *static_cast<decltype(&Lane)*>(dlsym(library, "metal_lane")) = Lane;
   *static_cast<decltype(&fibres::Declare)*>(dlsym(library, "metal_declare")) =
       fibres::Declare;
   std::filesystem::remove_all(folder);
