@@ -19,6 +19,7 @@ from ...targets import Target
 from ..records import Choose
 from ..tail import parts_of_root, rooted
 from .tasks import bound
+from .threads import is_sum
 
 
 def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -27,7 +28,7 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
     root = sch.get_sblock("root")
     results = {sch.get(block).name_hint for block in sch.get_output_blocks(root)}
     for block in sch.get_child_blocks(root):
-        if sch.get(block).name_hint not in results and not _is_sum(sch, block):
+        if sch.get(block).name_hint not in results and not is_sum(sch, block):
             sch.compute_inline(block)
     stages = sch.get_child_blocks(root)
     prefix = _common_prefix([_axes(sch, block) for block in stages])
@@ -63,10 +64,6 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
     return Schedule(function.with_body(rooted([loop], buffers)))
 
 
-def _is_sum(sch: Schedule, block: SBlockRV) -> bool:
-    return len(_axes(sch, block)) < len(sch.get_loops(block))
-
-
 def _axes(sch: Schedule, block: SBlockRV) -> list[Expr]:
     """The extents of the tensor that a stage computes."""
     return [a.dom.extent for a in sch.get(block).iter_vars if a.iter_type == IterVar.DataPar]
@@ -96,4 +93,4 @@ def _elements(sch: Schedule, block: SBlockRV, prefix: int) -> int:
 
 def _is_alone(sch: Schedule, block: SBlockRV, prefix: int) -> bool:
     """Whether a stage is one sum in a group."""
-    return _is_sum(sch, block) and math.prod(map(int, _axes(sch, block)[prefix:])) == 1
+    return is_sum(sch, block) and math.prod(map(int, _axes(sch, block)[prefix:])) == 1

@@ -1,8 +1,7 @@
 """The fallback: every tensor that a kernel returns in a launch of its own, a thread an element.
 
-What lies between the arguments and a result is computed where the result needs it: written into
-its expression, or, if it is a sum, summed by the thread that needs it; a sum that the elements of
-a row share (a norm's), by all threads of a group together.
+What lies between the arguments and a result is computed by the thread that needs it: written into
+the result's expression, or, if it is a sum, summed.
 """
 
 from tvm import s_tir
@@ -21,51 +20,23 @@ def threads(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
     results = {sch.get(block).name_hint for block in sch.get_output_blocks(root)}
     for block in reversed(sch.get_child_blocks(root)):  # what needs a stage, before the stage
         if sch.get(block).name_hint in results:
-            within = [b for b in sch.get_producers(block) if sch.get(b).name_hint not in results]
-            sums = [b for b in within if _is_sum(sch, b)]
-            _launch(sch, block, _shared_axes(sch, block, sums), target)
-        elif _is_sum(sch, block):
-            _sum_where_needed(sch, block, target)
+            elements = sch.fuse(*sch.get_loops(block)[: num_axes(sch, block)])
+            group, thread = sch.split(elements, [None, target.subgroup_size])
+            sch.bind(group, "blockIdx.x")
+            sch.bind(thread, "threadIdx.x")
+        elif is_sum(sch, block):
+            (consumer,) = sch.get_consumers(block)
+            sch.compute_at(block, sch.get_loops(consumer)[-1], preserve_unit_loops=True)
+            sch.set_scope(block, 0, "local")
         else:
             sch.compute_inline(block)
     return sch
 
 
-def _launch(sch: Schedule, block: SBlockRV, row_axes: int, target: Target) -> None:
-    """A thread an element; or, of rows along the first axes, a group a row."""
-    loops = sch.get_loops(block)[: _num_axes(sch, block)]  # a sum is the thread's own
-    if row_axes:
-        group = sch.fuse(*loops[:row_axes])
-        _, thread = sch.split(sch.fuse(*loops[row_axes:]), [None, target.max_threads])
-    else:
-        group, thread = sch.split(sch.fuse(*loops), [None, target.subgroup_size])
-    sch.bind(group, "blockIdx.x")
-    sch.bind(thread, "threadIdx.x")
+def is_sum(sch: Schedule, block: SBlockRV) -> bool:
+    return num_axes(sch, block) < len(sch.get_loops(block))
 
 
-def _sum_where_needed(sch: Schedule, block: SBlockRV, target: Target) -> None:
-    (consumer,) = sch.get_consumers(block)
-    loops = sch.get_loops(consumer)
-    if not _shared_axes(sch, consumer, [block]):
-        sch.compute_at(block, loops[-1], preserve_unit_loops=True)
-        sch.set_scope(block, 0, "local")
-        return
-    sch.compute_at(block, loops[0], preserve_unit_loops=True)
-    sch.set_scope(block, 0, "shared")
-    _, thread = sch.split(sch.get_loops(block)[-1], [None, target.max_threads])
-    sch.bind(thread, "threadIdx.x")
-
-
-def _shared_axes(sch: Schedule, block: SBlockRV, producers: list[SBlockRV]) -> int:
-    """Axes of a sum among `producers` that several elements of `block` share; 0 without one."""
-    axes = (_num_axes(sch, producer) for producer in producers)
-    return min((n for n in axes if n < _num_axes(sch, block)), default=0)
-
-
-def _is_sum(sch: Schedule, block: SBlockRV) -> bool:
-    return _num_axes(sch, block) < len(sch.get_loops(block))
-
-
-def _num_axes(sch: Schedule, block: SBlockRV) -> int:
+def num_axes(sch: Schedule, block: SBlockRV) -> int:
     """Of the tensor that a stage computes."""
     return sum(axis.iter_type == IterVar.DataPar for axis in sch.get(block).iter_vars)
