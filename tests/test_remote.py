@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_cuda import library as library  # a fixture
+from test_cuda import image as image  # a fixture
 from test_tuning import CRASHES, FAST, KNOB, SLOW, WRONG, emit_tiny, measured_ways
 from test_tuning import offer as offer
 from test_tuning_devices import planned as planned
