@@ -28,6 +28,7 @@ from kernel_cases import (
     moe_mxfp4_sum_digits,
     moe_mxfp4_swiglu_q8,
     numbers,
+    of_any_width,
     rms_norm,
     rotate_queries,
     split_qkv,
@@ -92,6 +93,14 @@ def test_matmul_of_several_tiles_of_both_halves(gpu: Target) -> None:
 @pytest.mark.parametrize("case", [*ROW_CASES, rotate_queries], ids=lambda case: case.__name__)
 def test_row_kernel(gpu: Target, case: Callable[[Form], Case], form: Form) -> None:
     case(form).check(gpu)
+
+
+@every_form
+@of_any_width
+def test_matmul_of_20_columns_fills_no_tile(
+    gpu: Target, case: Callable[..., Case], form: Form
+) -> None:
+    case(form, 64, 20).check(gpu)
 
 
 @pytest.mark.parametrize("hidden", [32, 256, 257, 2880])

@@ -32,11 +32,13 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
             sch.compute_inline(block)
     stages = sch.get_child_blocks(root)
     prefix = _common_prefix([_axes(sch, block) for block in stages])
+    if len(stages) == 1 or prefix == 0:
+        return None
     while prefix > 1 and _most(sch, stages, prefix) < target.subgroup_size:
         prefix -= 1  # threads without work are worse than fewer groups
     alone = [block for block in stages if _is_alone(sch, block, prefix)]
     # a sum of one number cannot be shared out
-    if len(stages) == 1 or prefix == 0 or any(_elements(sch, b, prefix) == 1 for b in alone):
+    if any(_elements(sch, block, prefix) == 1 for block in alone):
         return None
     for block in stages:
         consumers = sch.get_consumers(block)
