@@ -21,8 +21,8 @@ import numpy as np
 from .bench_artifact import artifact_facts, random_ids
 from .bench_bandwidth_device import DeviceReader
 from .bench_machine import OtherProcesses, cpu_name, memory_bytes, process_bytes
-from .bench_report import FIRST_PROMPT, Report, Timing
-from .runtime.artifact import open_artifact
+from .bench_report import FIRST_PROMPT, BenchError, Report, Timing
+from .runtime.artifact import MEASURED_DEVICES, open_artifact, read_manifest
 from .runtime.device import Device
 from .runtime.engine import Model, load
 from .runtime.kv_cache import KEYS_PER_TILE
@@ -59,9 +59,16 @@ def bench_each(
     progress: Progress | None = None,
 ) -> Iterator[Report]:
     """`bench` of one artifact after the other, each in a process of its own: the load is the first
-    and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError
-    before the first is measured, OsscompileError for one whose device is not here."""
+    and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError,
+    or BenchError for a device that cannot be measured, before the first is; OsscompileError for
+    one whose device is not here."""
     for path in artifacts:
+        device = read_manifest(Path(path)).device
+        if device not in MEASURED_DEVICES:
+            raise BenchError(
+                "bench: expected a CPU, or a device of another runtime than TVM's, found "
+                f"{device}; time `osscompile run`"
+            )
         open_artifact(path)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
@@ -151,7 +158,7 @@ def bench(
 
 
 def _measured(model: Model) -> Device | LaunchDevice:
-    """What runs the model; a device that TVM's virtual machine drives says nothing of its time."""
+    """What runs the model: as `bench_each` checked."""
     assert not isinstance(model._device, TensorDevice)
     return model._device
 

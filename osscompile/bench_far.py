@@ -41,9 +41,10 @@ def bench_far(
     TargetError or RemoteError."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = read_manifest(Path(artifact))
-    if manifest.runtime != "tvm":
+    if not manifest.on_cpu:
+        found = manifest.device or manifest.runtime
         raise BenchError(
-            f"{artifact}: expected an artifact for a CPU, found one for {manifest.runtime}, which "
+            f"{artifact}: expected an artifact for a CPU, found one for {found}, which "
             "TVM's servers do not run; run `osscompile bench` where its device is"
         )
     reasons = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, targets
-from .runtime.artifact import ALWAYS_HASHED_BYTES, ANY, CPU, Manifest, read_manifest
+from .runtime.artifact import ALWAYS_HASHED_BYTES, ANY, Manifest, read_manifest
 from .runtime.engine import Model, load, memory_bytes
 from .runtime.errors import OsscompileError
 from .runtime.measure import attempt_here
@@ -254,8 +254,6 @@ def _bench(arguments: argparse.Namespace) -> None:
         check_plotting()
     for file in filter(None, (arguments.json, arguments.plot)):
         check_writable(file)  # now, not after minutes of measuring
-    for artifact in arguments.artifacts:
-        _check_measurable("bench", read_manifest(Path(artifact)).device)
     reports = []
     if arguments.compare:
         reports = [report for file in arguments.compare for report in read_reports(Path(file))]
@@ -318,7 +316,6 @@ def _tune(arguments: argparse.Namespace) -> None:
         print(f"measured; copy {arguments.measure} to where `osscompile tune --ingest` runs")
         return
     target = tune.choose_target(arguments.target, arguments.variant)
-    _check_measurable("tune", target.device)
     what = (target, arguments.model or tune.MODELS, arguments.profile, arguments.trials)
     if arguments.emit:
         count = tune.emit(arguments.emit, *what)
@@ -335,15 +332,6 @@ def _tune(arguments: argparse.Namespace) -> None:
     print(tune.table(findings))
     records.write_records(output, findings)
     print(f"wrote {sum(bool(f.constants) for f in findings)} records to {output}")
-
-
-def _check_measurable(command: str, device: str) -> None:
-    """A device that TVM's virtual machine drives says nothing of its time."""
-    if device not in ("", CPU):
-        raise OsscompileError(
-            f"{command}: expected a CPU, or a device of another runtime than TVM's, found "
-            f"{device}; time `osscompile run`"
-        )
 
 
 def _bundle(arguments: argparse.Namespace) -> None:

@@ -103,7 +103,7 @@ class CudaDevice(DeviceMemory):
         program, driver = self._programs[function], self._driver
         assert isinstance(program, Program)
         prepared = self._prepare(function, bound)
-        tokens = len(inputs[0])
+        tokens = min(len(inputs[0]), program.max_tokens)
         try:
             for memory, array in zip(prepared.memory["input"], inputs, strict=True):
                 address, source = memory.handle, _pointer(array)

@@ -80,7 +80,7 @@ class OpenCLDevice(DeviceMemory):
         program = self._programs[function]
         assert isinstance(program, Program)
         prepared = self._prepare(function, bound)
-        tokens = len(inputs[0])
+        tokens = min(len(inputs[0]), program.max_tokens)
         try:
             for memory, array in zip(prepared.memory["input"], inputs, strict=True):
                 self._write(memory, array, 0)

@@ -61,8 +61,8 @@ class Launches:
 
 @dataclass(frozen=True)
 class Program(Launches):
-    """Inputs are int32 and come with every call, the first has one for each token; the result is
-    float32."""
+    """Inputs are int32 and come with every call, the first has one for each token, where a call can
+    have several; the result is float32."""
 
     max_tokens: int  # of a call
     inputs: tuple[Expression, ...]  # how many numbers each has

@@ -22,6 +22,13 @@ def split_tail(function: PrimFunc) -> tuple[PrimFunc, PrimFunc | None]:
     return parts[0], parts[1]
 
 
+def one_after_the_other(first: PrimFunc, second: PrimFunc) -> PrimFunc:
+    """A kernel of what two of the same parameters do."""
+    parts = (parts_of_root(first), parts_of_root(second))
+    statements, buffers = ([*a, *b] for a, b in zip(*parts, strict=True))
+    return first.with_body(rooted(statements, buffers))
+
+
 def rooted(statements: list[Stmt], buffers: list[Buffer]) -> Stmt:
     """The body of a kernel: statements one after the other, and buffers that they share."""
     body = SeqStmt(statements) if len(statements) > 1 else statements[0]

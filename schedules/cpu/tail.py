@@ -10,7 +10,7 @@ from tvm_ffi import structural_map
 
 from ...targets import Target
 from ..records import Choose
-from ..tail import parts_of_root, rooted
+from ..tail import one_after_the_other, parts_of_root, rooted
 from .rows import rows
 from .stages import vectorize, zero_shares
 
@@ -22,15 +22,12 @@ def with_tail(
     then the tail. Where the tail needs some columns together, tasks are as large as that."""
     if tail is None:
         return Schedule(product)
-    statements, buffers = parts_of_root(product)
     needed = tail.attrs.get("columns_needed")
     if needed is None:
         scheduled = rows(tail, target, choose)
         assert scheduled is not None
-        tail_statements, tail_buffers = parts_of_root(scheduled.mod["main"])
-        body = rooted([*statements, *tail_statements], [*buffers, *tail_buffers])
-        return Schedule(product.with_body(body))
-    (loop,) = statements
+        return Schedule(one_after_the_other(product, scheduled.mod["main"]))
+    (loop,), buffers = parts_of_root(product)
     count = int(loop.extent)
     together = math.lcm(int(needed), columns // count) // (columns // count)
     tail_statements, tail_buffers = parts_of_root(_in_tasks(tail, count // together, target))

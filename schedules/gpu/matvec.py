@@ -28,7 +28,6 @@ from ..formats import (
 )
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
-from ..tail import split_tail
 from .dot4 import dot
 from .tail import with_tail
 
@@ -43,8 +42,7 @@ def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
     product = Product(function)
     if not isinstance(product.num_rows, IntImm):
         return None
-    body = function.with_body(_body(product, target, choose))
-    return with_tail(body, split_tail(function)[1], target, choose)
+    return with_tail(function, _body(product, target, choose), target, choose)
 
 
 def _body(product: Product, target: Target, choose: Choose) -> Stmt:

@@ -1,21 +1,20 @@
 """What follows a matrix product, in launches of its own."""
 
 from tvm.s_tir import Schedule
-from tvm.tirx import PrimFunc
+from tvm.tirx import PrimFunc, Stmt
 
 from ...targets import Target
 from ..records import Choose
-from ..tail import parts_of_root, rooted
+from ..tail import one_after_the_other, split_tail
 from .groups import groups
 from .threads import threads
 
 
-def with_tail(product: PrimFunc, tail: PrimFunc | None, target: Target, choose: Choose) -> Schedule:
-    """The scheduled product, and after it the tail."""
+def with_tail(function: PrimFunc, body: Stmt, target: Target, choose: Choose) -> Schedule:
+    """The kernel whose product `body` computes, and after it what follows."""
+    product, (_, tail) = function.with_body(body), split_tail(function)
     if tail is None:
         return Schedule(product)
     scheduled = groups(tail, target, choose) or threads(tail, target, choose)
     assert scheduled is not None
-    statements, buffers = parts_of_root(product)
-    more, more_buffers = parts_of_root(scheduled.mod["main"])
-    return Schedule(product.with_body(rooted([*statements, *more], [*buffers, *more_buffers])))
+    return Schedule(one_after_the_other(product, scheduled.mod["main"]))

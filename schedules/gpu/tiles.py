@@ -19,7 +19,6 @@ from ...targets import Target
 from ..formats import BLOCK
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
-from ..tail import split_tail
 from . import fma, simdgroup
 from .row_tiles import RowTiles
 from .tail import with_tail
@@ -36,8 +35,7 @@ def tiles(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None
     instruction = _instruction(product, target)
     if isinstance(product.num_rows, IntImm) or instruction is None:
         return None
-    body = function.with_body(_body(product, instruction, choose))
-    return with_tail(body, split_tail(function)[1], target, choose)
+    return with_tail(function, _body(product, instruction, choose), target, choose)
 
 
 def _instruction(product: Product, target: Target) -> ModuleType | None:

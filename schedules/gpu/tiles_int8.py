@@ -22,7 +22,6 @@ from ..formats import (
 )
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
-from ..tail import split_tail
 from . import dot4, mma
 from .row_tiles import RowTiles
 from .shared import WORDS, place
@@ -42,8 +41,7 @@ def tiles_int8(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
     fits = product.columns % (width * min(INSTRUCTIONS[target.int8_dot].COLUMNS_EACH)) == 0
     if isinstance(product.num_rows, IntImm) or "xq" not in product.tensors or not fits:
         return None
-    body = function.with_body(_body(product, target, choose))
-    return with_tail(body, split_tail(function)[1], target, choose)
+    return with_tail(function, _body(product, target, choose), target, choose)
 
 
 def _body(product: Product, target: Target, choose: Choose) -> Stmt:
