@@ -5,6 +5,7 @@ CUDA's compiler is needed here, and nothing of CUDA but the driver where the art
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,8 +21,8 @@ from .errors import CompileError
 from .programs import build_programs
 from .runtime.artifact import PROGRAMS_SUFFIX
 from .runtime.program import write_programs
-from .schedules.gpu.dot4 import DOT
 from .schedules.gpu.mma import MMA
+from .schedules.gpu.packed_bytes import DOT, SELECT
 from .targets import Target
 
 PRELUDE = f"""\
@@ -32,6 +33,11 @@ static __device__ void {MMA}(int* c0, int* c1, int* c2, int* c3, unsigned a0, un
       "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
       : "+r"(*c0), "+r"(*c1), "+r"(*c2), "+r"(*c3)
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}}
+static __device__ unsigned {SELECT}(unsigned low, unsigned high, unsigned selectors) {{
+  unsigned bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
+  return bytes;
 }}
 
 """
@@ -61,7 +67,9 @@ def cuda_source(module: ir.IRModule, target: Target) -> str:
         if isinstance(function, PrimFunc) and "calling_conv" in function.attrs
     }
     built = codegen_build(lower(ir.IRModule(functions)), TvmTarget(target.tvm))
-    return PRELUDE + str(built.inspect_source())
+    # Told that one block at a time is enough, nvcc does not save registers by loading late.
+    bounds = (r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 1)")
+    return PRELUDE + re.sub(*bounds, str(built.inspect_source()))
 
 
 def compile_cuda(source: str, target: Target, output: Path) -> None:

@@ -1,6 +1,7 @@
 """Turn lowered IR into the two files that the runtime drives an OpenCL device with."""
 
 import importlib
+import re
 from pathlib import Path
 
 import tvm
@@ -13,8 +14,11 @@ from .passes.store_halves import FLOAT_TO_HALF, HALF_TO_FLOAT
 from .programs import build_programs
 from .runtime.artifact import PROGRAMS_SUFFIX
 from .runtime.program import write_programs
-from .schedules.gpu.dot4 import DOT
+from .schedules.gpu.packed_bytes import DOT
+from .schedules.gpu.texture import TEXEL
 from .targets import Target
+
+IMAGE = "__read_only image1d_buffer_t"
 
 # Of values, not of pointers: then it does not matter which memory holds the half.
 PRELUDE = f"""\
@@ -31,6 +35,9 @@ static int {DOT}(uint a, uint b) {{
   int4 products = convert_int4(as_char4(a)) * convert_int4(as_char4(b));
   return products.x + products.y + products.z + products.w;
 #endif
+}}
+static uint4 {TEXEL}({IMAGE} image, int i) {{
+  return read_imageui(image, i);
 }}
 
 """
@@ -61,5 +68,12 @@ def opencl_source(module: ir.IRModule, target: Target) -> str:
         if isinstance(function, PrimFunc) and "calling_conv" in function.attrs:
             # one by one: before each function TVM declares all others of its module
             built = codegen_build(lower(ir.IRModule({name: function})), TvmTarget(target.tvm))
-            parts.append(str(built.inspect_source()))
+            parts.append(_with_images(str(built.inspect_source())))
     return "".join(parts)
+
+
+def _with_images(kernel: str) -> str:
+    """Its parameters that are read as texels are images: TVM knows no such type."""
+    for name in set(re.findall(rf"\b{TEXEL}\((\w+),", kernel)):
+        kernel = re.sub(rf"__global \w+\* restrict {name}\b", f"{IMAGE} {name}", kernel)
+    return kernel

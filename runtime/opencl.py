@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,8 @@ from .program import MEMORY, Launch, Launches, Program, evaluate
 
 BUILD_OPTIONS = ["-cl-kernel-arg-info"]  # to check what programs say
 SCALAR_TYPES = {"int32": "int", "int64": "long"}  # of numpy and of OpenCL C
+IMAGE_TYPE = "image1d_buffer_t"  # memory that is read through the texture units, as
+TEXEL_BYTES = 16  # four uint32
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class _Prepared:
 
     launches: list[tuple[Launch, Any]]
     memory: dict[str, Sequence[Memory]]  # by kind of argument; a kernel does not keep it alive
+    images: list[Any] = field(default_factory=list)  # of that memory; nor these
 
 
 class OpenCLDevice(DeviceMemory):
@@ -141,12 +144,15 @@ class OpenCLDevice(DeviceMemory):
                 kernels = [(n, self._kernel(n)) for n in self._programs[name].launches]
                 prepared = self._prepared[name] = _Prepared(kernels, self.own_memory(name))
             if prepared.memory.get("bound") is not bound:
-                memory = prepared.memory | {"bound": bound}
+                memory, images = prepared.memory | {"bound": bound}, []
                 for launch, kernel in prepared.launches:
                     for i, (kind, value) in enumerate(launch.arguments):
                         if kind in MEMORY:
-                            kernel.set_arg(i, memory[kind][value].handle)
-                prepared.memory = memory
+                            handle = memory[kind][value].handle
+                            if self._is_image(kernel, i):
+                                images.append(handle := self._image(memory[kind][value]))
+                            kernel.set_arg(i, handle)
+                prepared.memory, prepared.images = memory, images
         except (self._cl.Error, ValueError) as error:
             raise self._cannot_run(error) from error
         return prepared
@@ -162,10 +168,27 @@ class OpenCLDevice(DeviceMemory):
         wanted = []
         for i in range(kernel.num_args):
             in_memory = kernel.get_arg_info(i, info.ADDRESS_QUALIFIER) == addresses.GLOBAL
+            in_memory = in_memory or self._is_image(kernel, i)
             wanted.append("memory" if in_memory else kernel.get_arg_info(i, info.TYPE_NAME))
         found = ["memory" if kind in MEMORY else SCALAR_TYPES[kind] for kind, _ in launch.arguments]
         if wanted != found:
             raise ValueError(f"{launch.kernel} takes {wanted}, the program gives {found}")
+
+    def _is_image(self, kernel: Any, argument: int) -> bool:
+        type_name = kernel.get_arg_info(argument, self._cl.kernel_arg_info.TYPE_NAME)
+        return bool(type_name == IMAGE_TYPE)
+
+    def _image(self, memory: Memory) -> Any:
+        """The memory's whole texels, as an image."""
+        cl, width = self._cl, memory.num_bytes // TEXEL_BYTES
+        most = self.opened.device.image_max_buffer_size if self.opened.device.image_support else 0
+        if width > most:
+            raise ValueError(f"images of {width} texels, where {most} is the most")
+        texels = cl.ImageFormat(cl.channel_order.RGBA, cl.channel_type.UNSIGNED_INT32)
+        flags = cl.mem_flags.READ_ONLY
+        return cl.create_image(
+            self.opened.context, flags, texels, shape=(width,), buffer=memory.handle
+        )
 
     def read(self, memory: Memory, array: np.ndarray) -> None:
         try:

@@ -22,7 +22,7 @@ from osscompile.targets import Target
 (H100,) = targets.load_variants("h100")
 SHIM = Path(__file__).parent / "cuda"
 COMPILER = ["g++", "-std=c++17", "-Wall", "-Werror", *NO_WARNINGS, "-shared", "-fPIC"]
-KERNEL = r'^extern "C" __global__ void (?:__launch_bounds__\((\d+)\) )?(\w+)\(.*\{$'
+KERNEL = r'^extern "C" __global__ void (?:__launch_bounds__\((\d+)(?:, 1)?\) )?(\w+)\(.*\{$'
 SHARED = re.compile(r"^( *)__shared__ (alignas\(\d+\)) (.* (\w+)\[\d+\];)$", re.MULTILINE)
 ASM = re.compile(r'\basm\(((?:\s*"[^"]*")+)\s*:([^;]*)\);')
 
@@ -67,7 +67,7 @@ def compile_here(source: str, target: Target, output: Path) -> None:
 def _call(match: re.Match[str]) -> str:
     """An instruction of PTX as the call of a function of its name."""
     text = "".join(re.findall(r'"(.*?)"', match[1]))
-    operands = re.findall(r'"\+?r"\(([^()]*)\)', match[2])
+    operands = re.findall(r'"[+=]?r"\(([^()]*)\)', match[2])
     name, numbers = text.split(" ", 1)
     arguments = ", ".join(operands[int(number)] for number in re.findall(r"%(\d+)", numbers))
     return f"{name.replace('.', '_')}({arguments});"

@@ -145,3 +145,12 @@ def test_address_beyond_what_was_allocated(image: Path, use: str) -> None:
 def test_what_cuda_does_not_have_or_we_do_not_use(image: Path, use: str) -> None:
     with pytest.raises(CompileError, match="g\\+\\+ refuses the source"):
         run_kernel(image, f"  unsigned a0 = 0;\n  out[a0] = {use};", 1)
+
+
+def test_bytes_are_selected_and_signs_repeated(image: Path) -> None:
+    """As NVIDIA describes prmt without a mode."""
+    low, high = 0x83020100, 0x87060504
+    selectors = {0x3210: low, 0x7654: high, 0x0427: 0x00040287, 0x8CBF: 0x0000FFFF}
+    body = f"  out[threadIdx.x * 4] = select_bytes({low}u, {high}u, a[threadIdx.x] | 0x77770000);"
+    out = run_kernel(image, body, 4, np.array(list(selectors), np.int32))
+    np.testing.assert_array_equal(out[::4].view(np.uint32), list(selectors.values()))

@@ -5,6 +5,7 @@ between is computed where it is needed.
 """
 
 from .attention import attention
+from .attention_one import attention_one
 from .groups import groups
 from .matvec import matvec
 from .tasks import tasks
@@ -13,6 +14,7 @@ from .tiles import tiles
 from .tiles_int8 import tiles_int8
 
 GPU_RULES = (
+    attention_one,
     attention,
     matvec,
     tiles_int8,  # takes what it can of what `tiles` takes

@@ -2,14 +2,13 @@
 
 It goes through the keys in chunks, which it unpacks to float32 into shared memory; between the two
 products of a chunk, scores = queries x keys and weights x values, the softmax goes on from chunk to
-chunk (online). It begins with the sink: a maximum with mass 1 and no value. The context of a single
-token is shared out over several work-groups, whose results a second kernel merges.
+chunk (online). It begins with the sink: a maximum with mass 1 and no value.
 """
 
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, IntImm, PrimFunc, Stmt
+from tvm.tirx import PrimFunc, Stmt
 
 from ...targets import Target
 from ..formats import const
@@ -18,7 +17,6 @@ from ..records import Choose
 SIDE = 8  # threads of a work-group, in either direction
 KEYS = 32  # of a chunk
 TOKENS_TOGETHER = 4  # of a prefill
-PARTS = 16  # of the context of one token
 HIDDEN = -1e30  # score of a key that must not be seen
 
 
@@ -40,10 +38,7 @@ def _body(function: PrimFunc) -> Stmt:
     kv_heads, key_tiles, _, per_tile = (int(e) for e in keys.shape)
     capacity, group = key_tiles * per_tile, heads // kv_heads
     window = int(function.attrs["window"]) or None
-    one = isinstance(num_tokens, IntImm)
-    together = int(num_tokens) if one else TOKENS_TOGETHER
-    alone = not one or window is not None  # a work-group sees all keys
-    parts = 1 if alone else PARTS
+    together = TOKENS_TOGETHER
     rows, columns = -(-together * group // SIDE), head_dim // SIDE  # of a thread
     all_rows, threads = rows * SIDE, SIDE * SIDE
 
@@ -65,13 +60,15 @@ def _body(function: PrimFunc) -> Stmt:
         last = last_key(tile, row)
         return key <= last if window is None else T.And(key <= last, key > last - window)
 
-    def first_chunk(tile: Expr, part: Expr) -> Expr:
-        """Chunks that any row of the tile sees, shared out over the parts."""
-        last = last_key(tile, const(all_rows - 1, "int64"))
-        begin = const(0, "int64")
-        if window is not None:
-            begin = T.max(last_key(tile, begin) - (window - 1), begin) // KEYS
-        return begin + (last // KEYS + 1 - begin) * part // parts
+    def first_chunk(tile: Expr) -> Expr:
+        """That any row of the tile sees."""
+        if window is None:
+            return const(0, "int64")
+        zero = const(0, "int64")
+        return T.max(last_key(tile, zero) - (window - 1), zero) // KEYS
+
+    def num_chunks(tile: Expr) -> Expr:
+        return last_key(tile, const(all_rows - 1, "int64")) // KEYS + 1 - first_chunk(tile)
 
     def key_at(kv_head: Expr, key: Expr, d: Expr) -> Expr:
         slot = key % capacity
@@ -80,36 +77,8 @@ def _body(function: PrimFunc) -> Stmt:
     def value_at(kv_head: Expr, key: Expr, d: Expr) -> Expr:
         return values[kv_head, key % capacity, d].astype("float32")
 
-    def begin_largest(kv_head: Expr, part: Expr, row: Expr) -> Expr:
-        """The sink belongs to the first part."""
-        sink = sinks[head_of(kv_head, row)]
-        return sink if alone else T.Select(part == 0, sink, const(HIDDEN, "float32"))
-
-    def begin_total(part: Expr) -> Expr:
-        one, zero = const(1, "float32"), const(0, "float32")
-        return one if alone else T.Select(part == 0, one, zero)
-
     @T.macro
-    def finish(  # type: ignore[no-untyped-def]
-        partial, largest, total, acc, best, mass, kv_head, tile, part, ty, tx
-    ):
-        for r in T.unroll(rows):
-            if kept(tile, r * SIDE + ty):
-                if alone:
-                    for c in T.unroll(columns):
-                        out[
-                            token_of(tile, r * SIDE + ty),
-                            head_of(kv_head, r * SIDE + ty) * head_dim + c * SIDE + tx,
-                        ] = acc[r, c] / mass[r]
-                else:
-                    for c in T.unroll(columns):
-                        partial[part, head_of(kv_head, r * SIDE + ty), c * SIDE + tx] = acc[r, c]
-                    if tx == 0:
-                        largest[part, head_of(kv_head, r * SIDE + ty)] = best[r]
-                        total[part, head_of(kv_head, r * SIDE + ty)] = mass[r]
-
-    @T.macro
-    def attend(partial, largest, total, kv_head, tile, part, ty, tx):  # type: ignore[no-untyped-def]
+    def attend(kv_head, tile, ty, tx):  # type: ignore[no-untyped-def]
         query = T.alloc_buffer((all_rows, head_dim), "float32", scope="shared")
         chunk = T.alloc_buffer((KEYS * head_dim,), "float32", scope="shared")
         weight = T.alloc_buffer((all_rows, KEYS), "float32", scope="shared")
@@ -131,15 +100,15 @@ def _body(function: PrimFunc) -> Stmt:
                 (i * threads + ty * SIDE + tx) % head_dim,
             ]
         for r in T.unroll(rows):
-            best[r] = begin_largest(kv_head, part, r * SIDE + ty)
-            mass[r] = begin_total(part)
+            best[r] = sinks[head_of(kv_head, r * SIDE + ty)]
+            mass[r] = T.float32(1)
         for r, c in T.grid(rows, columns):
             acc[r, c] = T.float32(0)
-        for n in range(first_chunk(tile, part + 1) - first_chunk(tile, part)):
+        for n in range(num_chunks(tile)):
             for i in range(T.int64(KEYS * head_dim // threads)):
                 chunk[i * threads + ty * SIDE + tx] = key_at(
                     kv_head,
-                    (first_chunk(tile, part) + n) * KEYS + (i * threads + ty * SIDE + tx) % KEYS,
+                    (first_chunk(tile) + n) * KEYS + (i * threads + ty * SIDE + tx) % KEYS,
                     (i * threads + ty * SIDE + tx) // KEYS,
                 )
             for r in T.unroll(rows):
@@ -154,7 +123,7 @@ def _body(function: PrimFunc) -> Stmt:
                         visible(
                             tile,
                             r * SIDE + ty,
-                            (first_chunk(tile, part) + n) * KEYS + k * SIDE + tx,
+                            (first_chunk(tile) + n) * KEYS + k * SIDE + tx,
                         ),
                         score[r, k],
                         T.float32(HIDDEN),
@@ -183,8 +152,7 @@ def _body(function: PrimFunc) -> Stmt:
             for i in range(T.int64(KEYS * head_dim // threads)):
                 chunk[i * threads + ty * SIDE + tx] = value_at(
                     kv_head,
-                    (first_chunk(tile, part) + n) * KEYS
-                    + (i * threads + ty * SIDE + tx) // head_dim,
+                    (first_chunk(tile) + n) * KEYS + (i * threads + ty * SIDE + tx) // head_dim,
                     (i * threads + ty * SIDE + tx) % head_dim,
                 )
             for r, c in T.grid(rows, columns):
@@ -193,49 +161,22 @@ def _body(function: PrimFunc) -> Stmt:
                 for r in T.unroll(rows):
                     for c in T.unroll(columns):
                         acc[r, c] += weight[r * SIDE + ty, k] * chunk[k * head_dim + c * SIDE + tx]
-        finish(partial, largest, total, acc, best, mass, kv_head, tile, part, ty, tx)
-
-    if alone:
-
-        @T.prim_func(private=True, s_tir=True, check_well_formed=False)
-        def whole() -> None:
-            for tile in T.thread_binding(
-                (num_tokens + (together - 1)) // together, thread="blockIdx.y"
-            ):
-                for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
-                    for ty in T.thread_binding(T.int64(SIDE), thread="threadIdx.y"):
-                        for tx in T.thread_binding(T.int64(SIDE), thread="threadIdx.x"):
-                            attend(out, out, out, kv_head, tile, T.int64(0), ty, tx)
-
-        return whole.body
-
-    def largest_of_all(largest: Buffer, head: Expr) -> Expr:
-        best = largest[0, head]
-        for part in range(1, parts):
-            best = T.max(best, largest[part, head])
-        return best
+        for r in T.unroll(rows):
+            if kept(tile, r * SIDE + ty):
+                for c in T.unroll(columns):
+                    out[
+                        token_of(tile, r * SIDE + ty),
+                        head_of(kv_head, r * SIDE + ty) * head_dim + c * SIDE + tx,
+                    ] = acc[r, c] / mass[r]
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
-    def in_parts() -> None:
-        partial = T.alloc_buffer((parts, heads, head_dim), "float32")
-        largest = T.alloc_buffer((parts, heads), "float32")
-        total = T.alloc_buffer((parts, heads), "float32")
-        for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
-            for part in T.thread_binding(T.int64(parts), thread="blockIdx.y"):
+    def body() -> None:
+        for tile in T.thread_binding(
+            (num_tokens + (together - 1)) // together, thread="blockIdx.y"
+        ):
+            for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
                 for ty in T.thread_binding(T.int64(SIDE), thread="threadIdx.y"):
                     for tx in T.thread_binding(T.int64(SIDE), thread="threadIdx.x"):
-                        attend(partial, largest, total, kv_head, T.int64(0), part, ty, tx)
-        for head in T.thread_binding(T.int64(heads), thread="blockIdx.x"):
-            for d in T.thread_binding(T.int64(head_dim), thread="threadIdx.x"):
-                best = T.alloc_buffer((1,), "float32", scope="local")
-                value = T.alloc_buffer((1,), "float32", scope="local")
-                mass = T.alloc_buffer((1,), "float32", scope="local")
-                best[0] = largest_of_all(largest, head)
-                value[0] = T.float32(0)
-                mass[0] = T.float32(0)
-                for part in range(T.int64(parts)):
-                    value[0] += partial[part, head, d] * T.exp(largest[part, head] - best[0])
-                    mass[0] += total[part, head] * T.exp(largest[part, head] - best[0])
-                out[0, head * head_dim + d] = value[0] / mass[0]
+                        attend(kv_head, tile, ty, tx)
 
-    return in_parts.body
+    return body.body

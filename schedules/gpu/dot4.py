@@ -1,8 +1,4 @@
-"""Products of bytes by the instruction that sums four of them: a thread computes whole sums.
-
-`DOT` names a function int32 (uint32 a, uint32 b) that a target's source begins with: the sum of the
-products of the four signed bytes of each.
-"""
+"""Products of bytes by the instruction that sums four of them: a thread computes whole sums."""
 
 from collections.abc import Callable
 
@@ -10,9 +6,9 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
+from .packed_bytes import dot_by_instruction
 from .shared import WORDS, place
 
-DOT = "dot_4x8"
 SIDE = 8
 THREADS = SIDE * SIDE  # of a work-group that computes a tile
 ROWS_EACH = (1, 2, 4, 8)  # of a thread
@@ -20,10 +16,6 @@ COLUMNS_EACH = (1, 2, 4, 8)
 COLUMNS_WANTED = 4  # of both halves together
 TILE_ROWS = SIDE  # of a tile, for each of a thread's
 TILE_COLUMNS = SIDE
-
-
-def dot(a: Expr, b: Expr) -> Expr:
-    return T.call_pure_extern("int32", DOT, a, b)
 
 
 def row(thread: Expr, r: Expr, rows: int) -> Expr:
@@ -44,7 +36,7 @@ def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
 
     def dot_of(x: Buffer, weight: Buffer, b: Expr, digit: Expr, *at: Expr) -> Expr:
         t, w, k = at
-        return dot(x[b, digit, t, place(t, k)], weight[b, w, place(w, k)])
+        return dot_by_instruction(x[b, digit, t, place(t, k)], weight[b, w, place(w, k)])
 
     @T.macro
     def multiply(total, x, weight, thread, b, digit):  # type: ignore[no-untyped-def]

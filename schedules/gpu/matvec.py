@@ -1,17 +1,15 @@
 """Schedule the matrix products of a few rows of activations, which the memory's speed limits.
 
 A subgroup computes one column: its threads take the blocks of 32 inputs by turns, 16 bytes of
-weights a load, and add up what they found. The subgroups of a work-group compute neighbouring
-columns of one row, and so read the same activations.
+weights a load, and add up what they found. The weights of some turns are loaded before the first of
+them is used, so that their latencies hide each other. The subgroups of a work-group compute
+neighbouring columns of one row, and so read the same activations.
 """
-
-from collections.abc import Iterable
-from functools import reduce
 
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import IntImm, PrimFunc, Stmt
+from tvm.tirx import Buffer, IntImm, PrimFunc, Stmt
 
 from ...targets import Target
 from ..formats import (
@@ -20,19 +18,20 @@ from ..formats import (
     INT8_PER_WORD,
     bf16_to_float32,
     const,
-    fp4_bytes_offset_by_12,
-    fp4_offset_by_12,
     half_e8m0_to_float32,
-    int8_of_word,
     sum_of_digits,
 )
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
-from .dot4 import dot
+from .packed_bytes import dot, fp4_bytes
 from .tail import with_tail
+from .texture import load_texel
 
 COLUMNS_TOGETHER = (1, 2, 4, 8, 16)  # subgroups of a work-group
-WORDS = 4  # of 32 bits: a load; vectors have 4 elements at most everywhere
+TURNS_TOGETHER = (1, 2, 3, 4)
+WORDS_WANTED = 24  # of weights in a thread's registers
+BF16_PER_WORD = 2
+VECTOR = 4  # elements, at most everywhere
 
 
 def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -48,102 +47,136 @@ def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
 def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     tensors, out, halves = product.tensors, product.out, product.halves
     threads, columns = target.subgroup_size, product.columns
-    fitting = [n for n in COLUMNS_TOGETHER if n * threads <= target.max_threads]
-    together = choose("columns_together", *whole_parts(columns, fitting, 4))
-    groups, num_rows = columns // together, int(product.num_rows)
     dense, fp4 = "weight" in tensors, product.expert is not None
-    per_word = 2 if dense else FP4_PER_WORD if fp4 else INT8_PER_WORD
-    words = 2 if dense else WORDS
+    x, x_dtype = (tensors["x"], "float32") if dense else (tensors["xq"], "uint32")
+    per_word = BF16_PER_WORD if dense else FP4_PER_WORD if fp4 else INT8_PER_WORD
+    words = 2 if dense else VECTOR  # of a load
     loads = 2 if dense else BLOCK // per_word // words  # of 8 bfloat16 inputs, or of a block
     inputs = loads * words * per_word
     parts = product.blocks * BLOCK // inputs  # that the threads of a subgroup take by turns
+    x_elements = inputs if dense else product.digits * BLOCK // INT8_PER_WORD  # of a part
+    turns = -(-parts // threads)
+    fitting = [n for n in COLUMNS_TOGETHER if n * threads <= target.max_threads]
+    together = choose("columns_together", *whole_parts(columns, fitting, 4))
+    wanted = WORDS_WANTED // (halves * loads * words)
+    at_once = choose("turns_together", *whole_parts(turns, TURNS_TOGETHER, wanted))
+    groups, num_rows = columns // together, int(product.num_rows)
 
-    def loaded(row: Expr, half: Expr, column: Expr, part: Expr, load: Expr) -> Expr:
-        """`words` of weights as one vector."""
+    def part_of(turn: Expr, thread: Expr) -> Expr:
+        """Of turns beyond the last part the last, which is not added."""
+        return T.min(turn * threads + thread, const(parts - 1, "int64"))
+
+    def added(turn: Expr, thread: Expr, value: Expr) -> Expr:
+        exists = turn * threads + thread < parts
+        return T.Select(exists, value, const(0, "float32"))  # no branch: loads stay before it
+
+    def weights(expert: Expr, half: Expr, column: Expr, part: Expr, load: Expr) -> Expr:
+        """The words of a load as one vector."""
         if dense:
             at = part * inputs + load * words * per_word
-            return T.reinterpret(
-                tensors["weight"].vload([column, at], "uint16x4"), dtype="uint32x2"
-            )
-        at = product.weight_at(product.expert_of(row), half, column, part)
+            four = tensors["weight"].vload([column, at], "uint16x4")
+            return T.reinterpret(four, dtype="uint32x2")
+        at = product.weight_at(expert, half, column, part)
         return tensors["words"].vload([*at, load * words], f"uint32x{words}")
 
-    def terms(word: Expr, row: Expr, part: Expr, k: Expr) -> Expr:
-        """The products of the inputs of a word, the k-th of a part, int32 or float32."""
+    def activations(flat: Buffer, row: Expr, part: Expr, load: Expr) -> Expr:
+        """`VECTOR` of a part's numbers, or words of bytes."""
+        at = (row * parts + part) * x_elements + load * VECTOR
+        if target.has_textures:
+            return load_texel(flat, at)
+        return flat.vload([at], f"{x_dtype}x{VECTOR}")
+
+    def terms(word: Expr, xs: Buffer, k: Expr, digit: int) -> Expr:
+        """The products of the inputs of the k-th word of a part."""
         if dense:
-            return _sum(
+            low, high = (
                 bf16_to_float32((word >> const(16 * j, "uint32")).astype("uint16"))
-                * tensors["x"][row, part * inputs + k * per_word + j]
-                for j in range(per_word)
+                for j in range(BF16_PER_WORD)
             )
-        if not by_fours:
-            weight = fp4_offset_by_12 if fp4 else int8_of_word
-            return _sum(
-                weight(word, const(j, "int64"))
-                * product.whole_activation(row, part, k * per_word + j)
-                for j in range(per_word)
-            )
-        fours = [fp4_bytes_offset_by_12(word, const(j, "int64")) for j in (0, 1)] if fp4 else [word]
+            return low * xs[k * per_word] + high * xs[k * per_word + 1]
+        first = digit * (BLOCK // INT8_PER_WORD) + k * (per_word // INT8_PER_WORD)
+        if not fp4:
+            return dot(word, xs[first], target)
+        low, high = (fp4_bytes(word, const(j, "int64"), target) for j in range(2))
+        return dot(low, xs[first], target) + dot(high, xs[first + 1], target)
 
-        def digit(place: int) -> Expr:
-            return _sum(
-                dot(four, product.four_activations(row, part, k * per_word + 4 * j, place))
-                for j, four in enumerate(fours)
-            )
-
-        return sum_of_digits(digit) if product.digits > 1 else digit(0)
-
-    def scaled(total: Expr, row: Expr, half: Expr, column: Expr, part: Expr) -> Expr:
+    def scaled(
+        total: Buffer, row: Expr, expert: Expr, half: Expr, column: Expr, part: Expr
+    ) -> Expr:
         if dense:
-            return total
-        at = product.weight_at(product.expert_of(row), half, column, part)
+            return total[0]
+        at = product.weight_at(expert, half, column, part)
         scale = tensors["scales"][at]
+        whole = total[0] if product.digits == 1 else sum_of_digits(lambda digit: total[digit])
         if fp4:
-            unbiased = total - tensors["xoffset"][row, part]
-            scale = half_e8m0_to_float32(scale)
-            return unbiased.astype("float32") * scale * tensors["xs"][row, part]
-        return total.astype("float32") * scale.astype("float32") * tensors["xs"][row, part]
+            whole, scale = whole - tensors["xoffset"][row, part], half_e8m0_to_float32(scale)
+        return whole.astype("float32") * scale.astype("float32") * tensors["xs"][row, part]
 
-    by_fours = target.int8_dot is not None and not dense
     zero = const(0, "float32" if dense else "int32")
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
+        flat = T.decl_buffer((num_rows * parts * x_elements,), x_dtype, data=x.data)
         for group in T.thread_binding(T.int64(num_rows * groups), thread="blockIdx.x"):
             for member in T.thread_binding(T.int64(together), thread="threadIdx.y"):
                 for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
-                    word = T.alloc_buffer((loads * words,), "uint32", scope="local")
-                    total = T.alloc_buffer((1,), str(zero.ty), scope="local")
+                    expert = T.alloc_buffer((1,), "int64", scope="local")
+                    word = T.alloc_buffer(
+                        (at_once * halves * loads * words,), "uint32", scope="local"
+                    )
+                    xs = T.alloc_buffer((x_elements,), x_dtype, scope="local")
+                    total = T.alloc_buffer((product.digits,), str(zero.ty), scope="local")
                     sums = T.alloc_buffer((halves,), "float32", scope="local")
                     gate = T.alloc_buffer((1,), "float32", scope="local")
                     up = T.alloc_buffer((1,), "float32", scope="local")
+                    expert[0] = product.expert_of(group // groups)
                     for half in T.unroll(halves):
                         sums[half] = T.float32(0)
-                    for step in range(T.int64(-(-parts // threads))):
-                        if step * threads + thread < parts:
+                    for some in range(T.int64(turns // at_once)):
+                        for turn in T.unroll(at_once):
                             for half in T.unroll(halves):
                                 for load in T.unroll(loads):
-                                    word[load * words : load * words + words] = loaded(
-                                        group // groups,
+                                    word[
+                                        ((turn * halves + half) * loads + load) * words : (
+                                            (turn * halves + half) * loads + load + 1
+                                        )
+                                        * words
+                                    ] = weights(
+                                        expert[0],
                                         half,
                                         group % groups * together + member,
-                                        step * threads + thread,
+                                        part_of(some * at_once + turn, thread),
                                         load,
                                     )
-                                total[0] = zero
-                                for k in T.unroll(loads * words):
-                                    total[0] += terms(
-                                        word[k],
-                                        group // groups,
-                                        step * threads + thread,
-                                        k,
-                                    )
-                                sums[half] += scaled(
-                                    total[0],
+                        for turn in T.unroll(at_once):
+                            for load in T.unroll(x_elements // VECTOR):
+                                xs[load * VECTOR : load * VECTOR + VECTOR] = activations(
+                                    flat,
                                     group // groups,
-                                    half,
-                                    group % groups * together + member,
-                                    step * threads + thread,
+                                    part_of(some * at_once + turn, thread),
+                                    load,
+                                )
+                            for half in T.unroll(halves):
+                                for digit in T.unroll(product.digits):
+                                    total[digit] = zero
+                                    for k in T.unroll(loads * words):
+                                        total[digit] += terms(
+                                            word[(turn * halves + half) * loads * words + k],
+                                            xs,
+                                            k,
+                                            digit,
+                                        )
+                                sums[half] += added(
+                                    some * at_once + turn,
+                                    thread,
+                                    scaled(
+                                        total,
+                                        group // groups,
+                                        expert[0],
+                                        half,
+                                        group % groups * together + member,
+                                        part_of(some * at_once + turn, thread),
+                                    ),
                                 )
                     if halves == 2:
                         add_both(sums[0], sums[1], gate, up, thread)
@@ -157,10 +190,6 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                         )
 
     return body.body
-
-
-def _sum(terms: Iterable[Expr]) -> Expr:
-    return reduce(lambda x, y: x + y, terms)
 
 
 @T.macro

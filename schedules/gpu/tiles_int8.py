@@ -12,23 +12,21 @@ How a work-group multiplies and which sums a thread holds is up to the instructi
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import IntImm, PrimFunc, Stmt
+from tvm.tirx import Buffer, IntImm, PrimFunc, Stmt
 
 from ...targets import Target
-from ..formats import (
-    DIGIT,
-    fp4_bytes_offset_by_12,
-    half_e8m0_to_float32,
-)
+from ..formats import BLOCK, DIGIT, FP4_PER_WORD, INT8_PER_WORD, half_e8m0_to_float32
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
 from . import dot4, mma
+from .packed_bytes import fp4_signed_bytes
 from .row_tiles import RowTiles
 from .shared import WORDS, place
 from .tail import with_tail
 
 INSTRUCTIONS = {"dot4": dot4, "mma": mma}  # by what `Target.int8_dot` calls them
 DEPTHS = (1, 2, 3, 4)  # blocks at a time
+VECTOR = 4  # words of a load
 
 
 def tiles_int8(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -47,8 +45,8 @@ def tiles_int8(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
 def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     assert target.int8_dot is not None
     instruction = INSTRUCTIONS[target.int8_dot]
-    xs, xoffset, words, scales, out = (
-        product.tensors[n] for n in ("xs", "xoffset", "words", "scales", "out")
+    xq, xs, words, scales, out = (
+        product.tensors[n] for n in ("xq", "xs", "words", "scales", "out")
     )
     halves, threads = product.halves, instruction.THREADS
     fp4, digits = product.expert is not None, product.digits
@@ -68,27 +66,31 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     multiply = instruction.multiply(halves, rows, columns)
     row_at, column_at = instruction.row, instruction.column
 
-    def weight_at(tile: Expr, first: Expr, group: Expr, r: Expr, block: Expr) -> tuple[Expr, ...]:
+    def weight_at(expert: Expr, group: Expr, r: Expr, block: Expr) -> tuple[Expr, ...]:
         """The first indices of a block of row r of the weights of a tile."""
-        expert = product.expert_of(tiles.row(tile, first))
         column = group * tile_columns + r % tile_columns
         return product.weight_at(expert, r // tile_columns, column, block)
 
-    def weight_bytes(at: tuple[Expr, ...], word: Expr) -> Expr:
-        if fp4:
-            return fp4_bytes_offset_by_12(words[(*at, word // 2)], word % 2)
-        return words[(*at, word)]
+    def weight_bytes(loaded: Buffer, k: Expr) -> Expr:
+        """The k-th four weights of a block."""
+        return fp4_signed_bytes(loaded[k // 2], k % 2, target) if fp4 else loaded[k]
+
+    def activations(flat: Buffer, row: Expr, block: Expr, k: Expr) -> Expr:
+        """The k-th `VECTOR` words of a block of a digit, counted over both."""
+        at = (row * product.blocks * digits + block) * WORDS + k * VECTOR
+        return flat.vload([at], f"uint32x{VECTOR}")
 
     def weight_scale(at: tuple[Expr, ...]) -> Expr:
         return half_e8m0_to_float32(scales[at]) if fp4 else scales[at].astype("float32")
 
-    def offset(row: Expr, block: Expr) -> Expr:
-        return xoffset[row, block] if fp4 else T.int32(0)
-
+    stored = BLOCK // (FP4_PER_WORD if fp4 else INT8_PER_WORD)  # words of a block of weights
     num_weights, num_activations = depth * weight_rows, depth * digits * tile_rows
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
+        flat = T.decl_buffer(
+            (product.num_rows * product.blocks * digits * WORDS,), "uint32", data=xq.data
+        )
         for tile in T.thread_binding(tiles.count(), thread="blockIdx.y"):
             for group in T.thread_binding(
                 T.int64(product.columns // tile_columns), thread="blockIdx.x"
@@ -98,10 +100,12 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                     scale = T.alloc_buffer((depth, weight_rows), "float32", scope="shared")
                     x = T.alloc_buffer((depth, digits, tile_rows, WORDS), "uint32", scope="shared")
                     x_scale = T.alloc_buffer((depth, tile_rows), "float32", scope="shared")
-                    x_offset = T.alloc_buffer((depth, tile_rows), "int32", scope="shared")
+                    expert = T.alloc_buffer((1,), "int64", scope="local")
+                    word = T.alloc_buffer((stored,), "uint32", scope="local")
                     total = T.alloc_buffer((halves, rows, columns), "int32", scope="local")
                     acc = T.alloc_buffer((halves, rows, columns), "float32", scope="local")
                     for first in range(T.int64(tile_rows)):
+                        expert[0] = product.expert_of(tiles.row(tile, first))
                         for h, r, c in T.grid(halves, rows, columns):
                             acc[h, r, c] = T.float32(0)
                         for step in range(
@@ -111,59 +115,57 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                                 T.int64(0),
                             )
                         ):
-                            for i in range(T.int64(-(-num_weights * WORDS // threads))):
-                                if i * threads + thread < num_weights * WORDS:
-                                    weight[
-                                        (i * threads + thread) // WORDS // weight_rows,
-                                        (i * threads + thread) // WORDS % weight_rows,
-                                        place(
-                                            (i * threads + thread) // WORDS,
-                                            (i * threads + thread) % WORDS,
-                                        ),
-                                    ] = weight_bytes(
-                                        weight_at(
-                                            tile,
-                                            first,
-                                            group,
-                                            (i * threads + thread) // WORDS % weight_rows,
-                                            step * depth
-                                            + (i * threads + thread) // WORDS // weight_rows,
-                                        ),
-                                        (i * threads + thread) % WORDS,
-                                    )
                             for i in range(T.int64(-(-num_weights // threads))):
                                 if i * threads + thread < num_weights:
+                                    for k in T.unroll(stored // VECTOR):
+                                        word[k * VECTOR : k * VECTOR + VECTOR] = words.vload(
+                                            [
+                                                *weight_at(
+                                                    expert[0],
+                                                    group,
+                                                    (i * threads + thread) % weight_rows,
+                                                    step * depth
+                                                    + (i * threads + thread) // weight_rows,
+                                                ),
+                                                k * VECTOR,
+                                            ],
+                                            f"uint32x{VECTOR}",
+                                        )
+                                    for k in T.unroll(WORDS):
+                                        weight[
+                                            (i * threads + thread) // weight_rows,
+                                            (i * threads + thread) % weight_rows,
+                                            place(i * threads + thread, k),
+                                        ] = weight_bytes(word, k)
                                     scale[
                                         (i * threads + thread) // weight_rows,
                                         (i * threads + thread) % weight_rows,
                                     ] = weight_scale(
                                         weight_at(
-                                            tile,
-                                            first,
+                                            expert[0],
                                             group,
                                             (i * threads + thread) % weight_rows,
                                             step * depth + (i * threads + thread) // weight_rows,
                                         )
                                     )
-                            for i in range(T.int64(-(-num_activations * WORDS // threads))):
-                                if i * threads + thread < num_activations * WORDS:
-                                    x[
-                                        (i * threads + thread) // WORDS // tile_rows // digits,
-                                        (i * threads + thread) // WORDS // tile_rows % digits,
-                                        (i * threads + thread) // WORDS % tile_rows,
-                                        place(
-                                            (i * threads + thread) // WORDS,
-                                            (i * threads + thread) % WORDS,
-                                        ),
-                                    ] = product.four_activations(
-                                        tiles.row(
-                                            tile, (i * threads + thread) // WORDS % tile_rows
-                                        ),
-                                        step * depth
-                                        + (i * threads + thread) // WORDS // tile_rows // digits,
-                                        (i * threads + thread) % WORDS * 4,
-                                        (i * threads + thread) // WORDS // tile_rows % digits,
-                                    )
+                            for i in range(T.int64(-(-num_activations // threads))):
+                                if i * threads + thread < num_activations:
+                                    for k in T.unroll(WORDS // VECTOR):
+                                        x[
+                                            (i * threads + thread) // tile_rows // digits,
+                                            (i * threads + thread) // tile_rows % digits,
+                                            (i * threads + thread) % tile_rows,
+                                            place(i * threads + thread, k * VECTOR) : place(
+                                                i * threads + thread, k * VECTOR
+                                            )
+                                            + VECTOR,
+                                        ] = activations(
+                                            flat,
+                                            tiles.row(tile, (i * threads + thread) % tile_rows),
+                                            step * depth * digits
+                                            + (i * threads + thread) // tile_rows,
+                                            k,
+                                        )
                             for i in range(T.int64(-(-depth * tile_rows // threads))):
                                 if i * threads + thread < depth * tile_rows:
                                     x_scale[
@@ -173,13 +175,6 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                                         tiles.row(tile, (i * threads + thread) % tile_rows),
                                         step * depth + (i * threads + thread) // tile_rows,
                                     ]
-                                    x_offset[
-                                        (i * threads + thread) // tile_rows,
-                                        (i * threads + thread) % tile_rows,
-                                    ] = offset(
-                                        tiles.row(tile, (i * threads + thread) % tile_rows),
-                                        step * depth + (i * threads + thread) // tile_rows,
-                                    )
                             for b in range(T.int64(depth)):
                                 for h in T.unroll(halves):
                                     for r in T.unroll(rows):
@@ -195,11 +190,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                                     for r in T.unroll(rows):
                                         for c in T.unroll(columns):
                                             acc[h, r, c] += (
-                                                T.Cast(
-                                                    "float32",
-                                                    total[h, r, c]
-                                                    - x_offset[b, row_at(thread, r, rows)],
-                                                )
+                                                T.Cast("float32", total[h, r, c])
                                                 * scale[
                                                     b,
                                                     h * tile_columns

@@ -10,7 +10,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
 
 struct uint3 {
@@ -21,6 +21,9 @@ struct alignas(8) uint2 {
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 struct alignas(8) ushort4 {
   unsigned short x, y, z, w;
@@ -80,7 +83,18 @@ inline int __dp4a(int a, int b, int c) {
   return c;
 }
 
-// An instruction of PTX, by its name.
+// Instructions of PTX, by their names.
+inline void prmt_b32(unsigned& d, unsigned a, unsigned b, unsigned selectors) {
+  unsigned long long bytes = a | (unsigned long long)b << 32;
+  d = 0;
+  for (int i = 0; i < 4; ++i) {
+    unsigned selector = selectors >> 4 * i;
+    unsigned byte = bytes >> (selector & 7) * 8 & 0xff;
+    if (selector & 8) byte = byte & 0x80 ? 0xff : 0;
+    d |= byte << 8 * i;
+  }
+}
+
 inline void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(
     int& d0, int& d1, int& d2, int& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
     unsigned b0, unsigned b1, int c0, int c1, int c2, int c3) {

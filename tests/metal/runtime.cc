@@ -154,8 +154,11 @@ std::map<std::string, Info> ReadKernels(const ffi::Bytes& bytes) {
   return kernels;
 }
 
-// Memory of a threadgroup, of which one runs at a time, is declared where a kernel begins.
+// Memory of a threadgroup, of which one runs at a time, is declared where a kernel begins; Metal has
+// it nowhere else.
 std::string ShareMemory(const std::string& source) {
+  static const std::regex nested("\n {3,}threadgroup \\w+ \\w+\\[");
+  TVM_FFI_ICHECK(!std::regex_search(source, nested)) << "threadgroup memory in an inner scope";
   static const std::regex declaration("\n  threadgroup (\\w+ (\\w+)\\[\\d+\\];)");
   const char* shared = "\n  static $1 metal_declare($2, sizeof($2));";
   return std::regex_replace(source, declaration, shared);

@@ -1,0 +1,275 @@
+"""Attention of one token over the KV cache: a work-group serves all query heads of a KV head.
+
+Its subgroups take chunks of keys by turns, as many keys as a subgroup has threads, each with an
+online softmax of its own: a thread has a key of the chunk when scores are computed, and some
+elements of the output when values are added up. The softmax begins with the sink: a maximum with
+mass 1 and no value. The context of a layer without a window is shared out over several work-groups,
+whose results a second kernel merges.
+"""
+
+from tvm.ir import Expr
+from tvm.s_tir import Schedule
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, IntImm, PrimFunc, Stmt
+
+from ...targets import Target
+from ..formats import const
+from ..product import whole_parts
+from ..records import Choose
+from .reduce import num_slices, reduction
+
+SUBGROUPS = (1, 2, 4, 8)  # of a work-group
+SHARED_BYTES = 30 << 10  # of a work-group, at most: every GPU has 32 KiB
+PARTS = (1, 2, 4, 8, 16, 32, 64)  # of a context without a window
+PARTS_WANTED = 16
+LOADS_TOGETHER = (8, 16, 32)  # of a thread, so that they hide each other's latency
+HIDDEN = -1e30  # score of a key that must not be seen
+
+
+def attention_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
+    """Schedule attention of one token; declines other kernels, and more query heads for a KV head
+    than a subgroup has threads."""
+    if str(function.attrs["op"]) != "attention":
+        return None
+    num_tokens, heads, _ = function.params[0].shape
+    if not isinstance(num_tokens, IntImm) or int(num_tokens) != 1:
+        return None
+    if int(heads) // int(function.params[1].shape[0]) > target.subgroup_size:
+        return None
+    return Schedule(function.with_body(_body(function, target, choose)))
+
+
+def _body(function: PrimFunc, target: Target, choose: Choose) -> Stmt:
+    buffers = {parameter.name: parameter for parameter in function.params}
+    queries, keys, values, sinks, position, out = (
+        buffers[n] for n in ("queries", "keys", "values", "sinks", "position", "out")
+    )
+    heads, head_dim = (int(e) for e in queries.shape[1:])
+    kv_heads, key_tiles, _, per_tile = (int(e) for e in keys.shape)
+    capacity, group = key_tiles * per_tile, heads // kv_heads
+    window = int(function.attrs["window"]) or None
+    threads = target.subgroup_size
+    each = -(-head_dim // threads)  # elements of the output that a thread has
+    bytes_each = 4 * group * (threads + head_dim + 2) + 4 * threads  # that a subgroup shares
+    fitting = [
+        n
+        for n in SUBGROUPS
+        if n * threads <= target.max_threads
+        and n * bytes_each + 4 * group * head_dim <= SHARED_BYTES
+    ]
+    members = choose("subgroups", *whole_parts(max(SUBGROUPS), fitting, max(SUBGROUPS)))
+    parts = 1 if window is not None else choose("parts", PARTS, PARTS_WANTED)
+    whole = [n for n in LOADS_TOGETHER if head_dim % n == 0 and threads * each % n == 0]
+    at_once = choose("loads_together", whole or [1], 16 if 16 in whole else max(whole, default=1))
+    size, slices = members * threads, num_slices(threads, group)
+    find_largest = reduction(T.max, threads, group)
+    add_up = reduction(lambda x, y: x + y, threads, group)
+
+    def last_key(position: Buffer) -> Expr:
+        return position[0].astype("int64")
+
+    def first_chunk(position: Buffer, part: Expr) -> Expr:
+        """Chunks that are seen, shared out over the parts."""
+        begin = const(0, "int64")
+        if window is not None:
+            begin = T.max(last_key(position) - (window - 1), begin) // threads
+        return begin + (last_key(position) // threads + 1 - begin) * part // parts
+
+    def rounds(position: Buffer, part: Expr) -> Expr:
+        chunks = first_chunk(position, part + 1) - first_chunk(position, part)
+        return (chunks + (members - 1)) // members
+
+    def first_key(position: Buffer, part: Expr, turn: Expr, member: Expr) -> Expr:
+        return (first_chunk(position, part) + turn * members + member) * threads
+
+    def visible(position: Buffer, part: Expr, key: Expr) -> Expr:
+        """Also not one of the next part's."""
+        seen = T.And(key <= last_key(position), key < first_chunk(position, part + 1) * threads)
+        return seen if window is None else T.And(seen, key > last_key(position) - window)
+
+    def key_at(kv_head: Expr, key: Expr, d: Expr) -> Expr:
+        slot = key % capacity
+        return keys[kv_head, slot // per_tile, d, slot % per_tile].astype("float32")
+
+    def value_at(kv_head: Expr, key: Expr, thread: Expr, i: Expr) -> Expr:
+        """Threads beyond the last element repeat it, and do not keep the result."""
+        d = T.min(thread * each + i, const(head_dim - 1, "int64"))
+        return values[kv_head, key % capacity, d].astype("float32")
+
+    def begins(part: Expr, member: Expr) -> Expr:
+        """Whether the sink is among what a subgroup adds up: it is in the first alone."""
+        return T.And(part == 0, member == 0)
+
+    def largest_of(largest: Buffer, count: int, *at: Expr) -> Expr:
+        best = largest[(const(0, "int64"), *at)]
+        for i in range(1, count):
+            best = T.max(best, largest[(const(i, "int64"), *at)])
+        return best
+
+    @T.macro
+    def merge(  # type: ignore[no-untyped-def]
+        partial,
+        largest,
+        total,
+        members_best,
+        members_mass,
+        members_acc,
+        now,
+        merged,
+        kv_head,
+        part,
+        g,
+        d,
+    ):
+        now[0] = largest_of(members_best, members, g)
+        merged[0] = T.float32(0)
+        merged[1] = T.float32(0)
+        for m in T.unroll(members):
+            merged[0] += members_acc[m, g, d] * T.exp(members_best[m, g] - now[0])
+            merged[1] += members_mass[m, g] * T.exp(members_best[m, g] - now[0])
+        if parts == 1:
+            out[0, (kv_head * group + g) * head_dim + d] = merged[0] / merged[1]
+        else:
+            partial[part, kv_head * group + g, d] = merged[0]
+            if d == 0:
+                largest[part, kv_head * group + g] = now[0]
+                total[part, kv_head * group + g] = merged[1]
+
+    @T.macro
+    def attend(partial, largest, total, kv_head, part, member, thread):  # type: ignore[no-untyped-def]
+        query = T.alloc_buffer((head_dim, group), "float32", scope="shared")
+        weight = T.alloc_buffer((members, threads, group), "float32", scope="shared")
+        some = T.alloc_buffer((members, slices, group), "float32", scope="shared")
+        members_best = T.alloc_buffer((members, group), "float32", scope="shared")
+        members_mass = T.alloc_buffer((members, group), "float32", scope="shared")
+        members_acc = T.alloc_buffer((members, group, head_dim), "float32", scope="shared")
+        score = T.alloc_buffer((group,), "float32", scope="local")
+        top = T.alloc_buffer((group,), "float32", scope="local")
+        best = T.alloc_buffer((group,), "float32", scope="local")  # the same in all threads
+        mass = T.alloc_buffer((group,), "float32", scope="local")  # of a thread's keys
+        acc = T.alloc_buffer((group, each), "float32", scope="local")
+        loaded = T.alloc_buffer((at_once,), "float32", scope="local")
+        now = T.alloc_buffer((1,), "float32", scope="local")
+        merged = T.alloc_buffer((2,), "float32", scope="local")
+        for i in range(T.int64(-(-group * head_dim // size))):
+            if i * size + member * threads + thread < group * head_dim:
+                query[
+                    (i * size + member * threads + thread) % head_dim,
+                    (i * size + member * threads + thread) // head_dim,
+                ] = queries[
+                    0,
+                    kv_head * group + (i * size + member * threads + thread) // head_dim,
+                    (i * size + member * threads + thread) % head_dim,
+                ]
+        for g in T.unroll(group):
+            best[g] = T.if_then_else(
+                begins(part, member), sinks[kv_head * group + g], T.float32(HIDDEN)
+            )
+            mass[g] = T.Select(T.And(begins(part, member), thread == 0), T.float32(1), T.float32(0))
+            for i in T.unroll(each):
+                acc[g, i] = T.float32(0)
+        for turn in range(rounds(position, part)):
+            for g in T.unroll(group):
+                score[g] = T.float32(0)
+            for batch in range(T.int64(head_dim // at_once)):
+                for d in T.unroll(at_once):
+                    loaded[d] = key_at(
+                        kv_head,
+                        first_key(position, part, turn, member) + thread,
+                        batch * at_once + d,
+                    )
+                for d in T.unroll(at_once):
+                    for g in T.unroll(group):
+                        score[g] += query[batch * at_once + d, g] * loaded[d]
+            for g in T.unroll(group):
+                score[g] = T.Select(
+                    visible(position, part, first_key(position, part, turn, member) + thread),
+                    score[g],
+                    T.float32(HIDDEN),
+                )
+            find_largest(score, top, weight, some, member, thread)
+            for g in T.unroll(group):
+                top[g] = T.max(top[g], best[g])
+                best[g] = T.exp(best[g] - top[g])
+                mass[g] = mass[g] * best[g]
+                for i in T.unroll(each):
+                    acc[g, i] = acc[g, i] * best[g]
+                best[g] = top[g]
+                score[g] = T.Select(
+                    score[g] > T.float32(HIDDEN / 2), T.exp(score[g] - best[g]), T.float32(0)
+                )
+                mass[g] += score[g]
+                weight[member, thread, g] = score[g]
+            for batch in range(T.int64(threads * each // at_once)):
+                for j in T.unroll(at_once):
+                    loaded[j] = value_at(
+                        kv_head,
+                        first_key(position, part, turn, member) + (batch * at_once + j) // each,
+                        thread,
+                        (batch * at_once + j) % each,
+                    )
+                for j in T.unroll(at_once):
+                    for g in T.unroll(group):
+                        acc[g, j % each] += (
+                            weight[member, (batch * at_once + j) // each, g] * loaded[j]
+                        )
+        add_up(mass, top, weight, some, member, thread)
+        for g in T.unroll(group):
+            if thread == 0:
+                members_best[member, g] = best[g]
+                members_mass[member, g] = top[g]
+            for i in T.unroll(each):
+                if thread * each + i < head_dim:
+                    members_acc[member, g, thread * each + i] = acc[g, i]
+        for i in range(T.int64(-(-group * head_dim // size))):
+            if i * size + member * threads + thread < group * head_dim:
+                merge(
+                    partial,
+                    largest,
+                    total,
+                    members_best,
+                    members_mass,
+                    members_acc,
+                    now,
+                    merged,
+                    kv_head,
+                    part,
+                    (i * size + member * threads + thread) // head_dim,
+                    (i * size + member * threads + thread) % head_dim,
+                )
+
+    if parts == 1:
+
+        @T.prim_func(private=True, s_tir=True, check_well_formed=False)
+        def in_one() -> None:
+            for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
+                for member in T.thread_binding(T.int64(members), thread="threadIdx.y"):
+                    for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
+                        attend(out, out, out, kv_head, T.int64(0), member, thread)
+
+        return in_one.body
+
+    @T.prim_func(private=True, s_tir=True, check_well_formed=False)
+    def in_parts() -> None:
+        partial = T.alloc_buffer((parts, heads, head_dim), "float32")
+        largest = T.alloc_buffer((parts, heads), "float32")
+        total = T.alloc_buffer((parts, heads), "float32")
+        for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
+            for part in T.thread_binding(T.int64(parts), thread="blockIdx.y"):
+                for member in T.thread_binding(T.int64(members), thread="threadIdx.y"):
+                    for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
+                        attend(partial, largest, total, kv_head, part, member, thread)
+        for head in T.thread_binding(T.int64(heads), thread="blockIdx.x"):
+            for d in T.thread_binding(T.int64(head_dim), thread="threadIdx.x"):
+                best = T.alloc_buffer((1,), "float32", scope="local")
+                value = T.alloc_buffer((1,), "float32", scope="local")
+                mass = T.alloc_buffer((1,), "float32", scope="local")
+                best[0] = largest_of(largest, parts, head)
+                value[0] = T.float32(0)
+                mass[0] = T.float32(0)
+                for part in T.unroll(parts):
+                    value[0] += partial[part, head, d] * T.exp(largest[part, head] - best[0])
+                    mass[0] += total[part, head] * T.exp(largest[part, head] - best[0])
+                out[0, head * head_dim + d] = value[0] / mass[0]
+
+    return in_parts.body
