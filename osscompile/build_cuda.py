@@ -21,17 +21,25 @@ from .errors import CompileError
 from .programs import build_programs
 from .runtime.artifact import PROGRAMS_SUFFIX
 from .runtime.program import write_programs
-from .schedules.gpu.mma import MMA
+from .schedules.gpu import mma, tf32
 from .schedules.gpu.packed_bytes import DOT, SELECT
 from .targets import Target
 
 PRELUDE = f"""\
 static __device__ int {DOT}(unsigned a, unsigned b) {{ return __dp4a(int(a), int(b), 0); }}
-static __device__ void {MMA}(int* c0, int* c1, int* c2, int* c3, unsigned a0, unsigned a1,
+static __device__ void {mma.MMA}(int* c0, int* c1, int* c2, int* c3, unsigned a0, unsigned a1,
                                    unsigned a2, unsigned a3, unsigned b0, unsigned b1) {{
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
       "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
       : "+r"(*c0), "+r"(*c1), "+r"(*c2), "+r"(*c3)
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}}
+static __device__ void {tf32.MMA}(float* c0, float* c1, float* c2, float* c3, unsigned a0,
+                                  unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                                  unsigned b1) {{
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
+      : "+f"(*c0), "+f"(*c1), "+f"(*c2), "+f"(*c3)
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }}
 static __device__ unsigned {SELECT}(unsigned low, unsigned high, unsigned selectors) {{

@@ -67,7 +67,7 @@ def compile_here(source: str, target: Target, output: Path) -> None:
 def _call(match: re.Match[str]) -> str:
     """An instruction of PTX as the call of a function of its name."""
     text = "".join(re.findall(r'"(.*?)"', match[1]))
-    operands = re.findall(r'"[+=]?r"\(([^()]*)\)', match[2])
+    operands = re.findall(r'"[+=]?[rf]"\(([^()]*)\)', match[2])
     name, numbers = text.split(" ", 1)
     arguments = ", ".join(operands[int(number)] for number in re.findall(r"%(\d+)", numbers))
     return f"{name.replace('.', '_')}({arguments});"

@@ -147,6 +147,26 @@ def test_what_cuda_does_not_have_or_we_do_not_use(image: Path, use: str) -> None
         run_kernel(image, f"  unsigned a0 = 0;\n  out[a0] = {use};", 1)
 
 
+def test_matrix_units_multiply_the_upper_bits_of_floats(image: Path) -> None:
+    """16 x 8 by 8 x 8, and what is added; 19 bits are read."""
+    rng = np.random.default_rng(0)
+    a, b, c = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8))
+    )
+    body = """  int lane = threadIdx.x, row = lane >> 2, quad = lane % 4;
+  const float* added = (const float*)c;
+  float sums[4] = {added[row * 8 + quad * 2], added[row * 8 + quad * 2 + 1],
+                   added[(row + 8) * 8 + quad * 2], added[(row + 8) * 8 + quad * 2 + 1]};
+  mma_16x8x8(sums, sums + 1, sums + 2, sums + 3, a[row * 8 + quad], a[(row + 8) * 8 + quad],
+             a[row * 8 + quad + 4], a[(row + 8) * 8 + quad + 4], b[quad * 8 + row],
+             b[(quad + 4) * 8 + row]);
+  for (int i = 0; i < 4; ++i) ((float*)out)[lane * 4 + i] = sums[i];"""
+    out = run_kernel(image, body, 32, *(x.reshape(-1).view(np.int32) for x in (a, b, c)))
+    found = out.view(np.float32).reshape(8, 4, 2, 2).transpose(2, 0, 1, 3).reshape(16, 8)
+    read = [(x.view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64) for x in (a, b)]
+    np.testing.assert_allclose(found, read[0] @ read[1] + c, rtol=0, atol=2e-6)
+
+
 def test_bytes_are_selected_and_signs_repeated(image: Path) -> None:
     """As NVIDIA describes prmt without a mode."""
     low, high = 0x83020100, 0x87060504

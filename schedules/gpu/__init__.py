@@ -6,6 +6,7 @@ between is computed where it is needed.
 
 from .attention import attention
 from .attention_one import attention_one
+from .attention_tf32 import attention_tf32
 from .groups import groups
 from .matvec import matvec
 from .tasks import tasks
@@ -15,6 +16,7 @@ from .tiles_int8 import tiles_int8
 
 GPU_RULES = (
     attention_one,
+    attention_tf32,
     attention,
     matvec,
     tiles_int8,  # takes what it can of what `tiles` takes

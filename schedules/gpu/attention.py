@@ -5,19 +5,17 @@ products of a chunk, scores = queries x keys and weights x values, the softmax g
 chunk (online). It begins with the sink: a maximum with mass 1 and no value.
 """
 
-from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Stmt
 
 from ...targets import Target
-from ..formats import const
 from ..records import Choose
+from .token_tiles import HIDDEN, TokenTiles
 
 SIDE = 8  # threads of a work-group, in either direction
 KEYS = 32  # of a chunk
 TOKENS_TOGETHER = 4  # of a prefill
-HIDDEN = -1e30  # score of a key that must not be seen
 
 
 def attention(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -30,52 +28,10 @@ def attention(function: PrimFunc, target: Target, choose: Choose) -> Schedule | 
 
 
 def _body(function: PrimFunc) -> Stmt:
-    buffers = {parameter.name: parameter for parameter in function.params}
-    queries, keys, values, sinks, position, out = (
-        buffers[n] for n in ("queries", "keys", "values", "sinks", "position", "out")
-    )
-    num_tokens, heads, head_dim = queries.shape[0], *(int(e) for e in queries.shape[1:])
-    kv_heads, key_tiles, _, per_tile = (int(e) for e in keys.shape)
-    capacity, group = key_tiles * per_tile, heads // kv_heads
-    window = int(function.attrs["window"]) or None
-    together = TOKENS_TOGETHER
-    rows, columns = -(-together * group // SIDE), head_dim // SIDE  # of a thread
+    tiles = TokenTiles(function, TOKENS_TOGETHER, KEYS)
+    queries, sinks, out, head_dim = tiles.queries, tiles.sinks, tiles.out, tiles.head_dim
+    rows, columns = -(-TOKENS_TOGETHER * tiles.group // SIDE), head_dim // SIDE  # of a thread
     all_rows, threads = rows * SIDE, SIDE * SIDE
-
-    def token_of(tile: Expr, row: Expr) -> Expr:
-        """Rows beyond the last are computed as the last, and not kept."""
-        return T.min(tile * together + T.min(row // group, together - 1), num_tokens - 1)
-
-    def head_of(kv_head: Expr, row: Expr) -> Expr:
-        return kv_head * group + row % group
-
-    def kept(tile: Expr, row: Expr) -> Expr:
-        return T.And(row < together * group, tile * together + row // group < num_tokens)
-
-    def last_key(tile: Expr, row: Expr) -> Expr:
-        """The row's own."""
-        return position[0].astype("int64") + token_of(tile, row)
-
-    def visible(tile: Expr, row: Expr, key: Expr) -> Expr:
-        last = last_key(tile, row)
-        return key <= last if window is None else T.And(key <= last, key > last - window)
-
-    def first_chunk(tile: Expr) -> Expr:
-        """That any row of the tile sees."""
-        if window is None:
-            return const(0, "int64")
-        zero = const(0, "int64")
-        return T.max(last_key(tile, zero) - (window - 1), zero) // KEYS
-
-    def num_chunks(tile: Expr) -> Expr:
-        return last_key(tile, const(all_rows - 1, "int64")) // KEYS + 1 - first_chunk(tile)
-
-    def key_at(kv_head: Expr, key: Expr, d: Expr) -> Expr:
-        slot = key % capacity
-        return keys[kv_head, slot // per_tile, d, slot % per_tile].astype("float32")
-
-    def value_at(kv_head: Expr, key: Expr, d: Expr) -> Expr:
-        return values[kv_head, key % capacity, d].astype("float32")
 
     @T.macro
     def attend(kv_head, tile, ty, tx):  # type: ignore[no-untyped-def]
@@ -95,20 +51,20 @@ def _body(function: PrimFunc) -> Stmt:
                 (i * threads + ty * SIDE + tx) // head_dim,
                 (i * threads + ty * SIDE + tx) % head_dim,
             ] = queries[
-                token_of(tile, (i * threads + ty * SIDE + tx) // head_dim),
-                head_of(kv_head, (i * threads + ty * SIDE + tx) // head_dim),
+                tiles.token_of(tile, (i * threads + ty * SIDE + tx) // head_dim),
+                tiles.head_of(kv_head, (i * threads + ty * SIDE + tx) // head_dim),
                 (i * threads + ty * SIDE + tx) % head_dim,
             ]
         for r in T.unroll(rows):
-            best[r] = sinks[head_of(kv_head, r * SIDE + ty)]
+            best[r] = sinks[tiles.head_of(kv_head, r * SIDE + ty)]
             mass[r] = T.float32(1)
         for r, c in T.grid(rows, columns):
             acc[r, c] = T.float32(0)
-        for n in range(num_chunks(tile)):
+        for n in range(tiles.num_chunks(tile)):
             for i in range(T.int64(KEYS * head_dim // threads)):
-                chunk[i * threads + ty * SIDE + tx] = key_at(
+                chunk[i * threads + ty * SIDE + tx] = tiles.key_at(
                     kv_head,
-                    (first_chunk(tile) + n) * KEYS + (i * threads + ty * SIDE + tx) % KEYS,
+                    (tiles.first_chunk(tile) + n) * KEYS + (i * threads + ty * SIDE + tx) % KEYS,
                     (i * threads + ty * SIDE + tx) // KEYS,
                 )
             for r in T.unroll(rows):
@@ -120,10 +76,10 @@ def _body(function: PrimFunc) -> Stmt:
                 top[0] = T.float32(HIDDEN)
                 for k in T.unroll(KEYS // SIDE):
                     score[r, k] = T.Select(
-                        visible(
+                        tiles.visible(
                             tile,
                             r * SIDE + ty,
-                            (first_chunk(tile) + n) * KEYS + k * SIDE + tx,
+                            (tiles.first_chunk(tile) + n) * KEYS + k * SIDE + tx,
                         ),
                         score[r, k],
                         T.float32(HIDDEN),
@@ -137,11 +93,7 @@ def _body(function: PrimFunc) -> Stmt:
                 shrink[r] = T.exp(shrink[r] - best[r])
                 top[0] = T.float32(0)
                 for k in T.unroll(KEYS // SIDE):
-                    score[r, k] = T.Select(
-                        score[r, k] > T.float32(HIDDEN / 2),
-                        T.exp(score[r, k] - best[r]),
-                        T.float32(0),
-                    )
+                    score[r, k] = T.exp(score[r, k] - best[r])  # 0 of what is hidden
                     weight[r * SIDE + ty, k * SIDE + tx] = score[r, k]
                     top[0] += score[r, k]
                 added[r * SIDE + ty, tx] = top[0]
@@ -150,9 +102,10 @@ def _body(function: PrimFunc) -> Stmt:
                 for j in T.unroll(SIDE):
                     mass[r] += added[r * SIDE + ty, j]
             for i in range(T.int64(KEYS * head_dim // threads)):
-                chunk[i * threads + ty * SIDE + tx] = value_at(
+                chunk[i * threads + ty * SIDE + tx] = tiles.value_at(
                     kv_head,
-                    (first_chunk(tile) + n) * KEYS + (i * threads + ty * SIDE + tx) // head_dim,
+                    (tiles.first_chunk(tile) + n) * KEYS
+                    + (i * threads + ty * SIDE + tx) // head_dim,
                     (i * threads + ty * SIDE + tx) % head_dim,
                 )
             for r, c in T.grid(rows, columns):
@@ -162,19 +115,17 @@ def _body(function: PrimFunc) -> Stmt:
                     for c in T.unroll(columns):
                         acc[r, c] += weight[r * SIDE + ty, k] * chunk[k * head_dim + c * SIDE + tx]
         for r in T.unroll(rows):
-            if kept(tile, r * SIDE + ty):
+            if tiles.kept(tile, r * SIDE + ty):
                 for c in T.unroll(columns):
                     out[
-                        token_of(tile, r * SIDE + ty),
-                        head_of(kv_head, r * SIDE + ty) * head_dim + c * SIDE + tx,
+                        tiles.token_of(tile, r * SIDE + ty),
+                        tiles.head_of(kv_head, r * SIDE + ty) * head_dim + c * SIDE + tx,
                     ] = acc[r, c] / mass[r]
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
-        for tile in T.thread_binding(
-            (num_tokens + (together - 1)) // together, thread="blockIdx.y"
-        ):
-            for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
+        for tile in T.thread_binding(tiles.count(), thread="blockIdx.y"):
+            for kv_head in T.thread_binding(T.int64(tiles.kv_heads), thread="blockIdx.x"):
                 for ty in T.thread_binding(T.int64(SIDE), thread="threadIdx.y"):
                     for tx in T.thread_binding(T.int64(SIDE), thread="threadIdx.x"):
                         attend(kv_head, tile, ty, tx)

@@ -17,13 +17,13 @@ from ..formats import const
 from ..product import whole_parts
 from ..records import Choose
 from .reduce import num_slices, reduction
+from .token_tiles import HIDDEN, TokenTiles
 
 SUBGROUPS = (1, 2, 4, 8)  # of a work-group
 SHARED_BYTES = 30 << 10  # of a work-group, at most: every GPU has 32 KiB
 PARTS = (1, 2, 4, 8, 16, 32, 64)  # of a context without a window
 PARTS_WANTED = 16
 LOADS_TOGETHER = (8, 16, 32)  # of a thread, so that they hide each other's latency
-HIDDEN = -1e30  # score of a key that must not be seen
 
 
 def attention_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -40,15 +40,10 @@ def attention_one(function: PrimFunc, target: Target, choose: Choose) -> Schedul
 
 
 def _body(function: PrimFunc, target: Target, choose: Choose) -> Stmt:
-    buffers = {parameter.name: parameter for parameter in function.params}
-    queries, keys, values, sinks, position, out = (
-        buffers[n] for n in ("queries", "keys", "values", "sinks", "position", "out")
-    )
-    heads, head_dim = (int(e) for e in queries.shape[1:])
-    kv_heads, key_tiles, _, per_tile = (int(e) for e in keys.shape)
-    capacity, group = key_tiles * per_tile, heads // kv_heads
-    window = int(function.attrs["window"]) or None
     threads = target.subgroup_size
+    tiles, first = TokenTiles(function, 1, threads), const(0, "int64")  # the only tile and row
+    queries, sinks, out = tiles.queries, tiles.sinks, tiles.out
+    heads, kv_heads, head_dim, group = tiles.heads, tiles.kv_heads, tiles.head_dim, tiles.group
     each = -(-head_dim // threads)  # elements of the output that a thread has
     bytes_each = 4 * group * (threads + head_dim + 2) + 4 * threads  # that a subgroup shares
     fitting = [
@@ -58,43 +53,32 @@ def _body(function: PrimFunc, target: Target, choose: Choose) -> Stmt:
         and n * bytes_each + 4 * group * head_dim <= SHARED_BYTES
     ]
     members = choose("subgroups", *whole_parts(max(SUBGROUPS), fitting, max(SUBGROUPS)))
-    parts = 1 if window is not None else choose("parts", PARTS, PARTS_WANTED)
+    parts = 1 if tiles.window is not None else choose("parts", PARTS, PARTS_WANTED)
     whole = [n for n in LOADS_TOGETHER if head_dim % n == 0 and threads * each % n == 0]
     at_once = choose("loads_together", whole or [1], 16 if 16 in whole else max(whole, default=1))
     size, slices = members * threads, num_slices(threads, group)
     find_largest = reduction(T.max, threads, group)
     add_up = reduction(lambda x, y: x + y, threads, group)
 
-    def last_key(position: Buffer) -> Expr:
-        return position[0].astype("int64")
-
-    def first_chunk(position: Buffer, part: Expr) -> Expr:
+    def first_chunk(part: Expr) -> Expr:
         """Chunks that are seen, shared out over the parts."""
-        begin = const(0, "int64")
-        if window is not None:
-            begin = T.max(last_key(position) - (window - 1), begin) // threads
-        return begin + (last_key(position) // threads + 1 - begin) * part // parts
+        return tiles.first_chunk(first) + tiles.num_chunks(first) * part // parts
 
-    def rounds(position: Buffer, part: Expr) -> Expr:
-        chunks = first_chunk(position, part + 1) - first_chunk(position, part)
+    def turns(part: Expr) -> Expr:
+        chunks = first_chunk(part + 1) - first_chunk(part)
         return (chunks + (members - 1)) // members
 
-    def first_key(position: Buffer, part: Expr, turn: Expr, member: Expr) -> Expr:
-        return (first_chunk(position, part) + turn * members + member) * threads
+    def first_key(part: Expr, turn: Expr, member: Expr) -> Expr:
+        return (first_chunk(part) + turn * members + member) * threads
 
-    def visible(position: Buffer, part: Expr, key: Expr) -> Expr:
-        """Also not one of the next part's."""
-        seen = T.And(key <= last_key(position), key < first_chunk(position, part + 1) * threads)
-        return seen if window is None else T.And(seen, key > last_key(position) - window)
-
-    def key_at(kv_head: Expr, key: Expr, d: Expr) -> Expr:
-        slot = key % capacity
-        return keys[kv_head, slot // per_tile, d, slot % per_tile].astype("float32")
+    def visible(part: Expr, key: Expr) -> Expr:
+        """And none of the next part's."""
+        return T.And(tiles.visible(first, first, key), key < first_chunk(part + 1) * threads)
 
     def value_at(kv_head: Expr, key: Expr, thread: Expr, i: Expr) -> Expr:
         """Threads beyond the last element repeat it, and do not keep the result."""
         d = T.min(thread * each + i, const(head_dim - 1, "int64"))
-        return values[kv_head, key % capacity, d].astype("float32")
+        return tiles.value_at(kv_head, key, d)
 
     def begins(part: Expr, member: Expr) -> Expr:
         """Whether the sink is among what a subgroup adds up: it is in the first alone."""
@@ -168,14 +152,14 @@ def _body(function: PrimFunc, target: Target, choose: Choose) -> Stmt:
             mass[g] = T.Select(T.And(begins(part, member), thread == 0), T.float32(1), T.float32(0))
             for i in T.unroll(each):
                 acc[g, i] = T.float32(0)
-        for turn in range(rounds(position, part)):
+        for turn in range(turns(part)):
             for g in T.unroll(group):
                 score[g] = T.float32(0)
             for batch in range(T.int64(head_dim // at_once)):
                 for d in T.unroll(at_once):
-                    loaded[d] = key_at(
+                    loaded[d] = tiles.key_at(
                         kv_head,
-                        first_key(position, part, turn, member) + thread,
+                        first_key(part, turn, member) + thread,
                         batch * at_once + d,
                     )
                 for d in T.unroll(at_once):
@@ -183,7 +167,7 @@ def _body(function: PrimFunc, target: Target, choose: Choose) -> Stmt:
                         score[g] += query[batch * at_once + d, g] * loaded[d]
             for g in T.unroll(group):
                 score[g] = T.Select(
-                    visible(position, part, first_key(position, part, turn, member) + thread),
+                    visible(part, first_key(part, turn, member) + thread),
                     score[g],
                     T.float32(HIDDEN),
                 )
@@ -204,7 +188,7 @@ def _body(function: PrimFunc, target: Target, choose: Choose) -> Stmt:
                 for j in T.unroll(at_once):
                     loaded[j] = value_at(
                         kv_head,
-                        first_key(position, part, turn, member) + (batch * at_once + j) // each,
+                        first_key(part, turn, member) + (batch * at_once + j) // each,
                         thread,
                         (batch * at_once + j) % each,
                     )

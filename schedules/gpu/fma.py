@@ -16,6 +16,7 @@ COLUMNS_WANTED = 4  # of both halves together
 TILE_ROWS = SIDE  # of a tile, for each of a thread's
 TILE_COLUMNS = SIDE
 SCOPE = "local"  # of the sums
+ANY_WEIGHT = True
 
 
 def shape(count: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ COLUMNS_WANTED = 8  # of both halves together
 TILE_ROWS = GROUPS * SIDE  # of a tile, for each of a thread's
 TILE_COLUMNS = GROUPS * SIDE // 2
 SCOPE = "metal.simdgroup"  # of the sums
+ANY_WEIGHT = True
 STRIDE = BLOCK + 4  # so that the rows of a matrix lie in different banks, of which there are 32
 
 

@@ -5,7 +5,7 @@ into shared memory, and the threads add up their products. Rows of several exper
 taken one expert after the other.
 
 How a work-group multiplies and which sums a thread holds is up to the instruction (`fma.py`,
-`simdgroup.py`).
+`simdgroup.py`, `tf32.py`).
 """
 
 from types import ModuleType
@@ -19,11 +19,11 @@ from ...targets import Target
 from ..formats import BLOCK
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
-from . import fma, simdgroup
+from . import fma, simdgroup, tf32
 from .row_tiles import RowTiles
 from .tail import with_tail
 
-INSTRUCTIONS = {"simdgroup": simdgroup}  # by what `Target.matrix` calls them
+INSTRUCTIONS = {"simdgroup": simdgroup, "tf32": tf32}  # by what `Target.matrix` calls them
 
 
 def tiles(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -39,10 +39,11 @@ def tiles(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None
 
 
 def _instruction(product: Product, target: Target) -> ModuleType | None:
-    """The best of the target whose tiles the columns fill."""
+    """The best of the target that takes the weights, and whose tiles the columns fill."""
     of_target = [INSTRUCTIONS[target.matrix]] if target.matrix is not None else []
     for instruction in (*of_target, fma):
-        if product.columns % (instruction.TILE_COLUMNS * min(instruction.COLUMNS_EACH)) == 0:
+        fills = product.columns % (instruction.TILE_COLUMNS * min(instruction.COLUMNS_EACH)) == 0
+        if fills and (instruction.ANY_WEIGHT or "weight" in product.tensors):
             return instruction
     return None
 

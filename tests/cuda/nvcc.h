@@ -37,11 +37,11 @@ struct Position {  // as in fibres.h
 
 // What a lane gives to its warp, and gets from it: answered in driver.cc.
 struct Request {
-  enum Kind { kActiveMask, kShuffleDown, kShuffle, kMultiply } kind;
+  enum Kind { kActiveMask, kShuffleDown, kShuffle, kMultiply, kMultiplyTf32 } kind;
   unsigned mask, value;
   int lane, width;      // of a shuffle: by how many, or which
   unsigned a[4], b[2];  // of a product
-  int c[4];
+  int c[4];             // or the bits of floats
 };
 
 }  // namespace cuda
@@ -105,6 +105,19 @@ inline void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(
   d1 = request.c[1];
   d2 = request.c[2];
   d3 = request.c[3];
+}
+
+inline void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(
+    float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+    unsigned b0, unsigned b1, float c0, float c1, float c2, float c3) {
+  auto bits = [](float x) { return __builtin_bit_cast(int, x); };
+  cuda::Request request{cuda::Request::kMultiplyTf32, ~0u, 0, 0, 0, {a0, a1, a2, a3}, {b0, b1},
+                        {bits(c0), bits(c1), bits(c2), bits(c3)}};
+  cuda_ask(&request);
+  d0 = __builtin_bit_cast(float, request.c[0]);
+  d1 = __builtin_bit_cast(float, request.c[1]);
+  d2 = __builtin_bit_cast(float, request.c[2]);
+  d3 = __builtin_bit_cast(float, request.c[3]);
 }
 
 // Types must agree, unless CUDA has the overload; of a number and none, the number.

@@ -38,6 +38,33 @@ inline void Multiply(Request* const* lanes) {
   }
 }
 
+// mma.m16n8k8 of the upper 19 bits of floats: "Matrix Fragments for mma.m16n8k8" there.
+inline void MultiplyTf32(Request* const* lanes) {
+  float a[16][8], b[8][8];  // b: by columns
+  auto number = [](unsigned bits) { return __builtin_bit_cast(float, bits & 0xffffe000); };
+  for (int lane = 0; lane < int(kLanes); ++lane) {
+    int group = lane >> 2, in_group = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      int row = i == 0 || i == 2 ? group : group + 8, column = i < 2 ? in_group : in_group + 4;
+      a[row][column] = number(lanes[lane]->a[i]);
+    }
+    for (int i = 0; i < 2; ++i) b[group][in_group + i * 4] = number(lanes[lane]->b[i]);
+  }
+  for (int lane = 0; lane < int(kLanes); ++lane) {
+    int group = lane >> 2, in_group = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
+      float sum = __builtin_bit_cast(float, lanes[lane]->c[i]);
+      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[column][k];
+      lanes[lane]->c[i] = __builtin_bit_cast(int, sum);
+    }
+  }
+}
+
+inline bool Multiplies(const Request& request) {
+  return request.kind == Request::kMultiply || request.kind == Request::kMultiplyTf32;
+}
+
 // Which lane's value one gets; beyond its part of the warp, its own.
 inline unsigned Source(const Request& request, unsigned lane) {
   unsigned width = unsigned(request.width), first = lane / width * width, at = unsigned(request.lane);
@@ -68,11 +95,14 @@ inline unsigned Exchange(void* const* requests, unsigned num_lanes) {
   }
   for (unsigned i = 0; i < num_lanes; ++i) {
     if (active >> i & 1) lanes[i]->mask = active;
-    if (!(answered >> i & 1) || lanes[i]->kind == Request::kMultiply) continue;
+    if (!(answered >> i & 1) || Multiplies(*lanes[i])) continue;
     unsigned source = Source(*lanes[i], i);
     lanes[i]->value = lanes[i]->mask >> source & 1 ? given[source] : kNoValue;
   }
-  if (answered && lanes[__builtin_ctz(answered)]->kind == Request::kMultiply) Multiply(lanes);
+  if (answered && Multiplies(*lanes[__builtin_ctz(answered)])) {
+    bool bytes = lanes[__builtin_ctz(answered)]->kind == Request::kMultiply;
+    bytes ? Multiply(lanes) : MultiplyTf32(lanes);
+  }
   return answered | active;
 }
 
