@@ -30,6 +30,7 @@ from ..runtime.trials import (
     Plan,
     read_plan,
     sha256_of,
+    write_answer,
     write_plan,
 )
 from ..targets import Target
@@ -41,7 +42,9 @@ WRITE_KERNELS = {"opencl": write_opencl, "cuda": write_cuda}  # by the target's 
 
 
 def folder_name(workload: Workload) -> str:
-    digest = hashlib.sha256(workload.key.encode()).hexdigest()
+    """Of the same kernel always the same."""
+    text = workload.function.script(show_meta=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{workload.function.attrs['op']}-{digest[:12]}"
 
 
@@ -102,7 +105,7 @@ def _write_answer(folder: Path, workload: Workload, target: Target, known: Plan 
     file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.answer"
     sha256 = sha256_of(file)
     if known is None or known.answer != Answer(file.name, sha256 or ""):
-        file.write_bytes(b"".join(array.tobytes() for array in compute_answer(workload)))
+        write_answer(file, compute_answer(workload))
         sha256 = sha256_of(file)
     return Answer(file.name, sha256 or "")
 
