@@ -290,7 +290,7 @@ def _error(found: Arrays, expected: Arrays) -> float:
             narrow = right.reshape(-1)[part]
             wanted = narrow.astype(np.float64)
             squares += float(wanted @ wanted)
-            count += np.count_nonzero(wanted)
+            count += int(np.count_nonzero(wanted))
             differences = np.abs(actual.reshape(-1)[part] - wanted)
             if right.dtype.kind == "f":
                 beyond = differences - np.spacing(np.abs(narrow))
