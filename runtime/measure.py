@@ -69,14 +69,14 @@ def measure_kernel(
     attempt: Attempt | None = None,
     progress: Callable[[int, float], object] = lambda done, best: None,
     report: Callable[[str], object] = print,
-) -> None:
+) -> str:
     """Measure the candidates of one kernel that have no result yet, and write their results; of a
-    kernel without any, its default.
+    kernel without any, its default. Returns for people that the default is right, and its speed.
 
     `attempt`: on which machine (default: this one, on its physical cores). `progress` hears the
     candidates done and the best ratio to the default so far; `report` hears of each candidate that
-    fails, and at the end what the default took. Raises DefaultError if the default fails,
-    TuningError if the folder is damaged or for another machine.
+    fails. Raises DefaultError if the default fails, TuningError if the folder is damaged or for
+    another machine.
     """
     plan = read_plan(folder)
     check_files(folder, plan)
@@ -89,8 +89,7 @@ def measure_kernel(
     while True:
         progress(done, min((trial.ratio for trial in trials.values()), default=1.0))
         if not left:
-            report(f"{folder.name}: the default is right{_speed(plan, trials)}")
-            return
+            return f"the default is right{_speed(plan, trials)}"
         batch, left = left[:BATCH], left[BATCH:]
         measured, failures = _measure_batch(folder, plan, batch, attempt)
         for failure in failures:
@@ -344,7 +343,8 @@ def main() -> int:
         for number, folder in enumerate(folders, start=1):
             print(f"kernel {number} of {len(folders)}, {folder.name}", flush=True)
             try:
-                measure_kernel(folder, attempt_here(arguments.threads), _print_progress)
+                attempt = attempt_here(arguments.threads)
+                print(f"  {measure_kernel(folder, attempt, _print_progress)}", flush=True)
             except DefaultError as error:
                 print(f"measure: {error}", file=sys.stderr, flush=True)
                 failed.append(folder.name)

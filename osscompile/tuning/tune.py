@@ -94,7 +94,7 @@ def measure(directory: Path, attempt: Attempt) -> None:
     for number, folder in enumerate(folders, start=1):
         with tqdm(desc=_named(number, len(folders), folder), unit="trial") as bar:
             try:
-                _measure(folder, attempt, bar)
+                tqdm.write(f"{folder.name}: {_measure(folder, attempt, bar)}")
             except DefaultError as error:
                 tqdm.write(str(error))
                 failed.append(folder.name)
@@ -146,11 +146,11 @@ def _named(number: int, count: int, folder: Path) -> str:
     return f"kernel {number} of {count}, {folder.name.rpartition('-')[0]}"
 
 
-def _measure(folder: Path, attempt: Attempt, bar: "tqdm[NoReturn]") -> None:
+def _measure(folder: Path, attempt: Attempt, bar: "tqdm[NoReturn]") -> str:
     bar.reset(total=max(1, len(read_plan(folder).candidates) - 1))
 
     def progress(done: int, best: float) -> None:
         bar.set_postfix_str(f"best {best:.3f} of the default")
         bar.update(done - bar.n)
 
-    measure_kernel(folder, attempt, progress, tqdm.write)
+    return measure_kernel(folder, attempt, progress, tqdm.write)
