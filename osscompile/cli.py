@@ -119,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--profile", default="fast", help="fast (default) or exact")
     command.add_argument(
-        "--trials", type=int, default=64, metavar="N", help="of each kernel, at most (default: 64)"
+        "--trials",
+        type=int,
+        default=64,
+        metavar="N",
+        help="of each kernel, at most (default: 64); 0 with --emit: to check every kernel",
     )
     command.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     command.add_argument(

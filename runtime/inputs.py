@@ -49,6 +49,21 @@ def count_turns(arguments: Sequence[Argument]) -> tuple[int, float]:
     return min(wanted, int(copies / share), MAX_TURNS), share
 
 
+def moved_bytes(arguments: Sequence[Argument]) -> int | None:
+    """What a timed call reads and writes, of experts' weights those of its experts; None where
+    indices say what that is."""
+    if any(a.fill == "indices" for a in arguments):
+        return None
+    _, share = count_turns(arguments)
+    num_experts = next((a.high for a in arguments if a.fill == "experts"), None)
+
+    def of(argument: Argument) -> float:
+        of_experts = argument.shape[0] == num_experts and not argument.written
+        return argument.num_bytes(argument.shape) * (share if of_experts else 1)
+
+    return round(sum(map(of, arguments)))
+
+
 def checked_inputs(
     arguments: Sequence[Argument], timed: Sequence[np.ndarray] | None = None
 ) -> Arrays:
@@ -91,6 +106,9 @@ def make_array(argument: Argument, shape: tuple[int, ...]) -> np.ndarray:
     if argument.fill == "output":
         array.fill(np.nan if array.dtype.kind == "f" else np.iinfo(array.dtype).min)
         return array
+    if argument.fill == "zeros":
+        array.fill(0)
+        return array
     if argument.fill == "offsets":
         return array  # for `_set_offsets`, which knows the numbers
     if argument.fill == "experts":
@@ -107,13 +125,11 @@ def _random(argument: Argument, count: int, seed: list[int]) -> np.ndarray:
     dtype = np.dtype(argument.dtype)
     if argument.fill == "bits":
         return rng.integers(0, 256, (count, dtype.itemsize), dtype=np.uint8).view(dtype)[:, 0]
-    if argument.fill == "integers":
+    if argument.fill in ("indices", "integers"):
         return rng.integers(argument.low, argument.high, count).astype(dtype)
-    normal = rng.standard_normal(count, dtype=np.float32)
+    normal = rng.standard_normal(count, dtype=np.float32) * np.float32(2.0**argument.low)
     if argument.fill == "bfloat16":
         return (normal.view(np.uint32) >> np.uint32(16)).astype(dtype)
-    if argument.fill == "small":
-        normal *= np.float32(2**-12)
     return normal.astype(dtype)
 
 
@@ -123,7 +139,7 @@ def _experts(
     """Experts of the rows in order, as many different ones as fit, or each `repeated` for some
     neighbours; the next ones every turn."""
     count = math.prod(shape)
-    different = min(argument.high, max(1, count // 2) if repeated else count)
+    different = min(argument.high, max(2, count // 2) if repeated else count)
     array = aligned_empty(shape, np.dtype(argument.dtype))
     experts = (turn * different + np.arange(count) * different // count) % argument.high
     array[...] = np.sort(experts).reshape(shape)

@@ -23,7 +23,7 @@ import numpy as np
 
 from .device import aligned_copy
 from .errors import DefaultError, OsscompileError, TuningError
-from .inputs import Arrays, checked_inputs, timed_inputs, whole_numbers
+from .inputs import Arrays, checked_inputs, moved_bytes, timed_inputs, whole_numbers
 from .machine import physical_cores
 from .trial_machines import TrialMachine, open_machine
 from .trials import (
@@ -43,7 +43,9 @@ ROUNDS = (5, 15)  # at least and at most: medians of fewer are noise
 BURST_SECONDS = 0.02  # of calls of one candidate in a round
 CANDIDATE_SECONDS = 1.0  # of all bursts of a candidate, if that is enough rounds
 HOPELESS = 1.5  # times the default in the first round: not measured further
-TOLERANCE = 1e-4  # of the rms of the result: sums of float32 in another order differ by 1e-6
+# Of the rms of the result: sums of float32 in another order differ by 1e-6. Where no argument is of
+# floats nothing may differ.
+TOLERANCE = 1e-4
 COMPARED_ELEMENTS = 1 << 20  # at once: a whole cache as float64 would take gigabytes
 TIMEOUT_SECONDS = 120  # without a word from the measuring process
 
@@ -67,8 +69,9 @@ def measure_kernel(
     attempt: Attempt | None = None,
     progress: Callable[[int, float], object] = lambda done, best: None,
     report: Callable[[str], object] = print,
-) -> None:
-    """Measure the candidates of one kernel that have no result yet, and write their results.
+) -> str:
+    """Measure the candidates of one kernel that have no result yet, and write their results; of a
+    kernel without any, its default. Returns for people that the default is right, and its speed.
 
     `attempt`: on which machine (default: this one, on its physical cores). `progress` hears the
     candidates done and the best ratio to the default so far; `report` hears of each candidate that
@@ -80,12 +83,13 @@ def measure_kernel(
     attempt = attempt or attempt_here(None)
     trials = read_trials(folder, plan)
     constants = {c.library: c.constants for c in plan.candidates}
-    left = [c.library for c in plan.candidates[1:] if c.library not in trials]
-    done = len(plan.candidates) - 1 - len(left)
+    candidates = plan.candidates[1:] or plan.candidates
+    left = [c.library for c in candidates if c.library not in trials]
+    done = len(candidates) - len(left)
     while True:
         progress(done, min((trial.ratio for trial in trials.values()), default=1.0))
         if not left:
-            return
+            return f"the default is right{_speed(plan, trials)}"
         batch, left = left[:BATCH], left[BATCH:]
         measured, failures = _measure_batch(folder, plan, batch, attempt)
         for failure in failures:
@@ -100,7 +104,8 @@ def _measure_batch(
 ) -> tuple[dict[str, Trial], list[Failure]]:
     """Measure beside the default; who ends the process is left out of the next attempt."""
     default = plan.default.library
-    left, failures = [default, *libraries], []
+    left = [default, *(library for library in libraries if library != default)]
+    failures: list[Failure] = []
     while True:
         seconds, failed = attempt(folder, left)
         failures += failed
@@ -108,13 +113,23 @@ def _measure_batch(
             if failure.library == default:
                 raise DefaultError(
                     f"{folder}: expected the kernel's default to work, found: {failure.reason}; "
-                    "if the machine lacks nothing, this is an error in its schedule: run the "
-                    "kernels' tests"
+                    "if the machine lacks nothing, this is an error in its schedule, or of the "
+                    f"device's compiler: run the kernels' tests; it is {plan.key}"
                 )
             left.remove(failure.library)
         if seconds is not None:
-            trials = {name: _trial(s, seconds[default]) for name, s in seconds.items()}
-            return {name: trial for name, trial in trials.items() if name != default}, failures
+            measured = [name for name in libraries if name in seconds]
+            return {n: _trial(seconds[n], seconds[default]) for n in measured}, failures
+
+
+def _speed(plan: Plan, trials: dict[str, Trial]) -> str:
+    """What the default took, if that was measured."""
+    if not trials:
+        return ""
+    seconds = statistics.median(trial.default_seconds for trial in trials.values())
+    num_bytes = moved_bytes(plan.arguments)
+    memory = "" if num_bytes is None else f", {num_bytes / seconds / 1e9:.1f} GB/s"
+    return f", {seconds * 1e6:.1f} us a call{memory}"
 
 
 def _trial(seconds: list[float], default_seconds: list[float]) -> Trial:
@@ -225,6 +240,8 @@ def _compare(
     """Each library with its kernel, or with what is wrong with it."""
     inputs = checked_inputs(plan.arguments, timed)
     expected = _whole(plan, read_answer(folder, plan))
+    rounds = any(np.dtype(a.dtype).kind == "f" for a in plan.arguments)
+    allowed = TOLERANCE if rounds else 0.0
     candidates = {candidate.library: candidate for candidate in plan.candidates}
 
     def answer(kernel: Any) -> Arrays:
@@ -248,13 +265,10 @@ def _compare(
                 raise
             yield library, str(failure) or repr(failure)
             continue
-        if error <= TOLERANCE:  # false for NaN
+        if error <= allowed:  # false for NaN
             yield library, kernel
         else:
-            yield (
-                library,
-                f"wrong: off by {error:.1e} of the result's rms, allowed {TOLERANCE:.0e}",
-            )
+            yield library, f"wrong: off by {error:.1e} of the result's rms, allowed {allowed:.0e}"
 
 
 def _whole(plan: Plan, written: Arrays) -> Arrays:
@@ -264,21 +278,26 @@ def _whole(plan: Plan, written: Arrays) -> Arrays:
 
 
 def _error(found: Arrays, expected: Arrays) -> float:
-    """The largest difference over the rms of what is expected; NaN if either is not finite. Of
-    whole numbers the mean difference: sums of float32 in another order are rounded to others."""
+    """The largest difference, beyond what may be rounded to a neighbour, over the rms of what is
+    expected and not 0; NaN if either is not finite. Of whole numbers the mean difference: sums of
+    float32 in another order are rounded to others."""
     errors = []
     for actual, right in zip(found, expected, strict=True):
-        squares, difference = 0.0, np.float64(0.0)
+        squares, count, difference = 0.0, 0, np.float64(0.0)
         for start in range(0, right.size, COMPARED_ELEMENTS):
             part = slice(start, start + COMPARED_ELEMENTS)
-            wanted = right.reshape(-1)[part].astype(np.float64)
+            narrow = right.reshape(-1)[part]
+            wanted = narrow.astype(np.float64)
             squares += float(wanted @ wanted)
+            count += int(np.count_nonzero(wanted))
             differences = np.abs(actual.reshape(-1)[part] - wanted)
             if right.dtype.kind == "f":
-                difference = np.maximum(difference, differences.max())
+                beyond = differences - np.spacing(np.abs(narrow))
+                difference = np.maximum(difference, beyond.max())
             else:
                 difference += differences.sum() / right.size
-        errors.append(difference / max(np.sqrt(squares / right.size), np.finfo(np.float32).tiny))
+        rms = max(np.sqrt(squares / max(count, 1)), np.finfo(np.float32).tiny)
+        errors.append(difference / rms)
     return float(np.max(errors))
 
 
@@ -312,33 +331,38 @@ def _time_in_turns(
 
 
 def main() -> int:
-    """Measure a folder of `osscompile tune --emit`; 1 after an error of ours. A kernel whose
-    default fails is told, and does not keep others from being measured."""
+    """Check and measure a folder of `osscompile tune --emit`; 1 after an error of ours. A kernel
+    whose default fails is told, and does not keep others from being measured."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     arguments = parser.parse_args()
-    failed = False
+    failed = []
     try:
         folders = kernel_folders(arguments.directory)
         for number, folder in enumerate(folders, start=1):
             print(f"kernel {number} of {len(folders)}, {folder.name}", flush=True)
             try:
-                measure_kernel(folder, attempt_here(arguments.threads), _print_progress)
+                attempt = attempt_here(arguments.threads)
+                print(f"  {measure_kernel(folder, attempt, _print_progress)}", flush=True)
             except DefaultError as error:
                 print(f"measure: {error}", file=sys.stderr, flush=True)
-                failed = True
+                failed.append(folder.name)
     except OsscompileError as error:
         print(f"measure: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: run it again to go on", file=sys.stderr)
         return 130
-    return int(failed)
+    if failed:
+        which = f"{len(failed)} of {len(folders)} kernels: {', '.join(failed)}"
+        print(f"measure: the default does not work, as told above, of {which}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def _print_progress(done: int, best: float) -> None:
-    print(f"  {done} trials done, best {best:.3f} of the default", flush=True)
+    if done:
+        print(f"  {done} trials done, best {best:.3f} of the default", flush=True)
 
 
 if __name__ == "__main__":

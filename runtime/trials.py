@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 import os
+import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,14 +23,27 @@ from .launch_devices import LAUNCH_DEVICES
 from .machine import Machine
 from .program import Launches, parse_launches
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PLAN = "plan.json"
 RESULTS = "results.json"
 DTYPES = ("float32", "float16", "int8", "int32", "uint8", "uint16", "uint32")
-# What an argument holds. "integers": from `low` up to, not including, `high`; "experts": one of
-# `high` experts a row; "offsets": see `inputs._set_offsets`; "output": nothing yet, and if it is of
-# digits, to the base `low`; "small": the scales of int8 weights.
-FILLS = ("bits", "bfloat16", "experts", "integers", "normal", "offsets", "output", "small")
+# What an argument holds. "integers": from `low` up to, not including, `high`; "indices": such ones
+# that say where in others a kernel reads or writes; "normal", "bfloat16": random numbers times 2 to
+# the power `low`; "experts": one of `high` experts a row; "offsets": see `inputs._set_offsets`;
+# "output": nothing yet, and if it is of digits, to the base `low`; "zeros": what is written in
+# places only.
+FILLS = (
+    "bits",
+    "bfloat16",
+    "experts",
+    "indices",
+    "integers",
+    "normal",
+    "offsets",
+    "output",
+    "zeros",
+)
+MAX_EXPONENT = 24  # of a power of two, either way
 MAX_BYTES = 2 << 30  # of all arguments together
 CHECKED, TIMED = "checked", "timed"  # calls: with the arguments' `check_shape`, and with `shape`
 
@@ -63,8 +78,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a right kernel writes when it is called to be checked: the arrays one after the
-    other."""
+    """What a right kernel writes when it is called to be checked: the arrays one after the other,
+    compressed by zlib, because a cache of which some rows are written is mostly zeros."""
 
     file: str
     sha256: str
@@ -164,19 +179,27 @@ def check_files(folder: Path, plan: Plan) -> None:
             _damaged(folder / name, f"sha256 {sha256}", found or "no such file")
 
 
+def write_answer(file: Path, arrays: Sequence[np.ndarray]) -> None:
+    file.write_bytes(zlib.compress(b"".join(array.tobytes() for array in arrays), level=1))
+
+
 def read_answer(folder: Path, plan: Plan) -> list[np.ndarray]:
     """What a right kernel writes, of every argument that is written, with its `check_shape`. Raises
-    TuningError if the file has another size."""
+    TuningError if the file holds something else."""
     written = [a for a in plan.arguments if a.written]
     file, num_bytes = folder / plan.answer.file, sum(a.num_bytes(a.check_shape) for a in written)
-    if file.stat().st_size != num_bytes:
-        _damaged(file, f"{num_bytes} bytes", f"{file.stat().st_size}")
-    arrays = []
-    with file.open("rb") as stream:
-        for argument in written:
-            count = math.prod(argument.check_shape)
-            array = np.fromfile(stream, np.dtype(argument.dtype), count)
-            arrays.append(array.reshape(argument.check_shape))
+    try:
+        content = zlib.decompressobj().decompress(file.read_bytes(), num_bytes + 1)
+    except zlib.error as error:
+        _damaged(file, "what zlib compressed", repr(error))
+    if len(content) != num_bytes:
+        _damaged(file, f"{num_bytes} bytes", f"{len(content)}")
+    arrays, start = [], 0
+    for argument in written:
+        count = math.prod(argument.check_shape)
+        array = np.frombuffer(content, np.dtype(argument.dtype), count, start)
+        arrays.append(array.reshape(argument.check_shape))
+        start += array.nbytes
     return arrays
 
 
@@ -245,8 +268,10 @@ def _argument(fields: dict[str, Any]) -> Argument:
     _check(argument.fill in FILLS, f"fill {argument.fill!r}")
     bounds = (argument.low, argument.high)
     _check(all(type(b) is int and abs(b) < 1 << 31 for b in bounds), f"bounds {bounds!r}")
-    if argument.fill in ("integers", "experts"):
+    if argument.fill in ("experts", "indices", "integers"):
         _check(argument.low < argument.high, f"bounds {bounds!r}")
+    if argument.fill in ("bfloat16", "normal"):
+        _check(abs(argument.low) <= MAX_EXPONENT, f"exponent {argument.low}")
     return argument
 
 

@@ -3,7 +3,6 @@ for the driver does what it is told."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -42,6 +41,7 @@ from osscompile.runtime.trials import (
     read_plan,
     read_trials,
     sha256_of,
+    write_answer,
     write_plan,
 )
 from osscompile.schedules import rule as schedule_rule
@@ -195,8 +195,7 @@ def planned(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shape = (1, SIZE)
     x = Argument("x", "float32", shape, shape, "normal")
     out = Argument("out", "float32", shape, shape, "output", written=True)
-    doubled = (2 * make_array(x, shape)).tobytes()
-    (folder / "doubled.answer").write_bytes(doubled)
+    write_answer(folder / "doubled.answer", [2 * make_array(x, shape)])
 
     def candidate(kernel: str, threads: int = 10) -> Candidate:
         file = folder / f"{kernel}-{threads}.fatbin"
@@ -217,7 +216,7 @@ def planned(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         cpu_features=(),
         key="double float32[1,1000]",
         arguments=(x, out),
-        answer=Answer("doubled.answer", hashlib.sha256(doubled).hexdigest()),
+        answer=Answer("doubled.answer", sha256_of(folder / "doubled.answer") or ""),
         candidates=(
             candidate("slow"),
             candidate("quick"),
@@ -307,8 +306,11 @@ def test_answer_that_was_changed(planned: Path) -> None:
 
 
 def test_answer_of_another_size(planned: Path) -> None:
-    (planned / "doubled.answer").write_bytes(bytes(7))
+    write_answer(planned / "doubled.answer", [np.zeros(7, np.int8)])
     with pytest.raises(TuningError, match=r"doubled.answer: expected 4000 bytes, found 7"):
+        read_answer(planned, read_plan(planned))
+    (planned / "doubled.answer").write_bytes(bytes(7))
+    with pytest.raises(TuningError, match=r"doubled.answer: expected what zlib compressed"):
         read_answer(planned, read_plan(planned))
 
 

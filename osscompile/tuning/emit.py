@@ -12,6 +12,7 @@ from ..build import build_library
 from ..build_cuda import write_cuda
 from ..build_opencl import write_opencl
 from ..passes.expand_exp import expand_exp
+from ..passes.name_rounding import name_rounding
 from ..passes.split_launches import split_launches
 from ..passes.store_halves import store_halves
 from ..programs import kernel_launches
@@ -29,6 +30,7 @@ from ..runtime.trials import (
     Plan,
     read_plan,
     sha256_of,
+    write_answer,
     write_plan,
 )
 from ..targets import Target
@@ -40,7 +42,9 @@ WRITE_KERNELS = {"opencl": write_opencl, "cuda": write_cuda}  # by the target's 
 
 
 def folder_name(workload: Workload) -> str:
-    digest = hashlib.sha256(workload.key.encode()).hexdigest()
+    """Of the same kernel always the same."""
+    text = workload.function.script(show_meta=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{workload.function.attrs['op']}-{digest[:12]}"
 
 
@@ -101,7 +105,7 @@ def _write_answer(folder: Path, workload: Workload, target: Target, known: Plan 
     file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.answer"
     sha256 = sha256_of(file)
     if known is None or known.answer != Answer(file.name, sha256 or ""):
-        file.write_bytes(b"".join(array.tobytes() for array in compute_answer(workload)))
+        write_answer(file, compute_answer(workload))
         sha256 = sha256_of(file)
     return Answer(file.name, sha256 or "")
 
@@ -111,7 +115,7 @@ def _build(
 ) -> dict[str, Launches] | None:
     """Write a scheduled kernel's library; what to launch of it, where the runtime does that."""
     module = ir.IRModule({FUNCTION: function.with_attr("global_symbol", FUNCTION)})
-    module = expand_exp(module, target)
+    module = name_rounding(expand_exp(module, target), target)
     write_kernels = WRITE_KERNELS.get(target.runtime)
     if write_kernels is None:
         build_library(module, target, file)

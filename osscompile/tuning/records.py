@@ -36,6 +36,7 @@ def read_findings(folders: list[Path], target: Target) -> list[Finding]:
                 "--variant"
             )
         trials = read_trials(folder, plan)
+        trials.pop(plan.default.library, None)  # it was checked; nothing was found beside it
         if not trials:
             continue
         library = min(trials, key=lambda name: trials[name].ratio + trials[name].spread)

@@ -59,6 +59,10 @@ def tune(
 
     Raises CompileError, CheckpointError or TuningError.
     """
+    if trials < 1:
+        raise CompileError(
+            f"trials: expected at least 1, found {trials}; to check kernels, give --emit DIR too"
+        )
     workloads = _workloads(models, profile, target, trials)
     _make_directory(work)
     folders = [work / folder_name(workload) for workload in workloads]
@@ -70,7 +74,10 @@ def tune(
 
 
 def emit(directory: Path, target: Target, models: Sequence[str], profile: str, trials: int) -> int:
-    """Build the candidates of all kernels for another machine; returns the number of kernels."""
+    """Build the candidates of all kernels for another machine; returns the number of kernels. For
+    no `trials`, the default of every kernel, also of those that cannot be tuned: to be checked."""
+    if trials < 0:
+        raise CompileError(f"trials: expected at least 0, found {trials}")
     workloads = _workloads(models, profile, target, trials)
     _make_directory(directory)
     for workload in tqdm(workloads, desc="building", unit="kernel"):
@@ -87,7 +94,7 @@ def measure(directory: Path, attempt: Attempt) -> None:
     for number, folder in enumerate(folders, start=1):
         with tqdm(desc=_named(number, len(folders), folder), unit="trial") as bar:
             try:
-                _measure(folder, attempt, bar)
+                tqdm.write(f"{folder.name}: {_measure(folder, attempt, bar)}")
             except DefaultError as error:
                 tqdm.write(str(error))
                 failed.append(folder.name)
@@ -116,13 +123,12 @@ def table(findings: Sequence[Finding]) -> str:
 def _workloads(models: Sequence[str], profile: str, target: Target, trials: int) -> list[Workload]:
     if profile not in PROFILES:
         raise CompileError(f"profile: expected one of {', '.join(PROFILES)}, found {profile!r}")
-    if trials < 1:
-        raise CompileError(f"trials: expected at least 1, found {trials}")
     found: dict[str, Workload] = {}
     for model in models:
         config = resolve_model(model).source.config
         for workload in collect_workloads(config, profile, target):
-            found.setdefault(workload.key, workload)
+            if workload.tuned or trials == 0:
+                found.setdefault(folder_name(workload), workload)
     return list(found.values())
 
 
@@ -140,11 +146,11 @@ def _named(number: int, count: int, folder: Path) -> str:
     return f"kernel {number} of {count}, {folder.name.rpartition('-')[0]}"
 
 
-def _measure(folder: Path, attempt: Attempt, bar: "tqdm[NoReturn]") -> None:
-    bar.reset(total=len(read_plan(folder).candidates) - 1)
+def _measure(folder: Path, attempt: Attempt, bar: "tqdm[NoReturn]") -> str:
+    bar.reset(total=max(1, len(read_plan(folder).candidates) - 1))
 
     def progress(done: int, best: float) -> None:
         bar.set_postfix_str(f"best {best:.3f} of the default")
         bar.update(done - bar.n)
 
-    measure_kernel(folder, attempt, progress, tqdm.write)
+    return measure_kernel(folder, attempt, progress, tqdm.write)

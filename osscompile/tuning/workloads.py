@@ -1,8 +1,9 @@
-"""Which kernels of a model are worth measuring, and what they are called with."""
+"""The kernels of a model, and what they are called with when they are checked and measured."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import ir, relax, tirx
@@ -12,66 +13,79 @@ from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
 from ..importer.config import ModelConfig
-from ..importer.graph import DEFAULT_CHUNK, build_graph
+from ..importer.graph import DEFAULT_CHUNK, build_graph, with_choose
 from ..passes.pack_weights import pack_weights
+from ..runtime.artifact import CPU
 from ..runtime.trials import Argument
-from ..schedules.formats import DIGIT, FP4_OFFSET
 from ..schedules.records import kernel_key
 from ..schedules.rule import schedule
 from ..targets import Target
+from .fills import IN_PLACE, OUTPUT, Setting, fill_of
 
 NOT_TUNED = ("score",)  # functions whose speed nobody waits for
-POSITION = 1024  # of the first new token: attention has that many keys before it
-CHECKED_ROWS = 21  # of a kernel with a symbolic number of them, when its result is compared
+# Of the first new token: attention has that many keys before it, and the new ones go on from the
+# end of a ring of 128 + 512 slots to its beginning.
+POSITION = 1270
+# Of a kernel with a symbolic number of them, when its result is compared: more than a tile of 64,
+# and fewer where the host would take minutes.
+CHECKED_ROWS = 85
+CHECKED_ELEMENTS = 1 << 20  # of the result, but for a row
 
 
 @dataclass(frozen=True)
 class Workload:
-    """An unscheduled kernel, packed for the target, and its arguments."""
+    """An unscheduled kernel, packed for the target, and its arguments. `tuned`: whether its
+    schedule leaves constants open, and someone waits for its speed."""
 
     key: str
     function: PrimFunc
     arguments: tuple[Argument, ...]
-
-    @property
-    def num_elements(self) -> int:
-        return sum(math.prod(a.shape) for a in self.arguments)
+    tuned: bool
 
 
 def collect_workloads(config: ModelConfig, profile: str, target: Target) -> list[Workload]:
-    """The distinct kernels of a model whose schedules leave constants open, with arguments as in
-    the largest call: that of a whole prefill chunk where the number of tokens is symbolic."""
+    """The distinct kernels of a model, with arguments as in the largest call: that of a whole
+    prefill chunk where the number of tokens is symbolic."""
     kinds = sorted(set(config.sliding))  # a layer of each kind has all kernels
     config = dataclasses.replace(config, num_layers=len(kinds), sliding=tuple(kinds))
-    graph = build_graph(config, profile, config.max_context, DEFAULT_CHUNK)
-    module = pack_weights(graph.module, target)
-    position = max(0, min(POSITION, config.max_context - DEFAULT_CHUNK))
-    found: dict[str, Workload] = {}
-    for call, sizes in _kernel_calls(module):
-        function = module[call.args[0]]
-        if not _asks(function, target):
-            continue
-        shapes = [_shape(ty.shape, sizes) for ty in _argument_types(call)]
-        arguments = _arguments(function, shapes, _written(call), position)
-        workload = Workload(kernel_key(function), function, arguments)
-        known = found.get(workload.key)
-        if known is None or known.num_elements < workload.num_elements:
-            found[workload.key] = workload
-    return list(found.values())
+    module = build_graph(config, profile, config.max_context, DEFAULT_CHUNK).module
+    if target.device != CPU:
+        module = with_choose(module, config.vocab_size)
+    module = pack_weights(module, target)
+    workloads = []
+    for kernel, calls in _calls_by_kernel(module).items():
+        function = module[kernel]
+        arguments = [_arguments(function, call, config) for call in calls]
+        largest = max(arguments, key=lambda all_of: sum(math.prod(a.shape) for a in all_of))
+        waited_for = any(call.caller not in NOT_TUNED for call in calls)
+        tuned = waited_for and _asks(function, target)
+        workloads.append(Workload(kernel_key(function), function, largest, tuned))
+    return workloads
 
 
-def _kernel_calls(module: ir.IRModule) -> Iterator[tuple[ir.Call, dict[str, int]]]:
-    """Calls of kernels, and the largest value of each symbol in their shapes."""
+@dataclass(frozen=True)
+class _Call:
+    """Of a kernel by a function; `sizes`: the largest value of each symbol in the shapes."""
+
+    caller: str
+    call: ir.Call
+    sizes: dict[str, int]
+
+
+def _calls_by_kernel(module: ir.IRModule) -> dict[str, list[_Call]]:
+    found = defaultdict(list)
     for name, function in module.functions_items():
-        if isinstance(function, relax.Function) and name.name_hint not in NOT_TUNED:
-            bounds = function.attrs.get("tir_var_upper_bound", {})
+        if isinstance(function, relax.Function):
+            bounds = function.attrs.get("tir_var_upper_bound", {}) if function.attrs else {}
             sizes = {str(symbol): int(bound) for symbol, bound in bounds.items()}
             for block in function.body.blocks:
                 for binding in block.bindings:
                     call = binding.value
                     if isinstance(call, ir.Call) and isinstance(call.op, ir.Op):
                         if call.op.name in ("relax.call_tir", "relax.call_tir_inplace"):
-                            yield call, sizes
+                            kernel = call.args[0].name_hint
+                            found[kernel].append(_Call(name.name_hint, call, sizes))
+    return found
 
 
 def _argument_types(call: ir.Call) -> list[relax.TensorType]:
@@ -100,55 +114,30 @@ def _asks(function: PrimFunc, target: Target) -> bool:
     return bool(asked)
 
 
-def _arguments(
-    function: PrimFunc, shapes: list[tuple[int, ...]], written: set[int], position: int
-) -> tuple[Argument, ...]:
-    checked = {
-        extent.name: CHECKED_ROWS
-        for parameter in function.params
-        for extent in parameter.shape
-        if isinstance(extent, tirx.Var)
-    }
+def _arguments(function: PrimFunc, call: _Call, config: ModelConfig) -> tuple[Argument, ...]:
+    position = max(0, min(POSITION, config.max_context - DEFAULT_CHUNK))
+    room = config.max_context - position
+    most = {name: min(size, room) for name, size in call.sizes.items()}
+    shapes = [_shape(ty.shape, most) for ty in _argument_types(call.call)]
     sizes = {p.name: shape for p, shape in zip(function.params, shapes, strict=True)}
+    num_inputs, written = len(call.call.args[1].fields), _written(call.call)
+    widest = max((math.prod(shape[1:]) for shape in shapes[num_inputs:]), default=1)
+    rows = min(CHECKED_ROWS, room, max(1, CHECKED_ELEMENTS // widest))
+    symbols = (e.name for p in function.params for e in p.shape if isinstance(e, tirx.Var))
+    checked = dict.fromkeys(symbols, rows)
+    setting = Setting(sizes, rows, position, config)
     arguments = []
     for i, (parameter, shape) in enumerate(zip(function.params, shapes, strict=True)):
-        is_output = i in written and i == len(shapes) - len(written) + sorted(written).index(i)
-        fill = _OUTPUT if is_output else _fill(parameter, sizes, position)
+        if i in written:
+            fill = IN_PLACE if i < num_inputs else OUTPUT
+        else:
+            fill = fill_of(parameter, setting)
         check_shape = _shape(parameter.shape, checked)
         dtype = str(parameter.dtype)
         arguments.append(
             Argument(parameter.name, dtype, shape, check_shape, *fill, written=i in written)
         )
     return tuple(arguments)
-
-
-_OUTPUT = ("output", DIGIT, 0)
-
-
-def _fill(
-    parameter: tirx.Buffer, sizes: dict[str, tuple[int, ...]], position: int
-) -> tuple[str, int, int]:
-    """What an argument holds: (one of `FILLS`, low, high). Results must be neither lost beside
-    others nor clamped, and indices must exist."""
-    name, dtype = parameter.name, str(parameter.dtype)
-    if dtype == "int32":
-        if name == "row_expert":
-            return "experts", 0, sizes["words"][0]
-        if name == "position":
-            return "integers", position, position + 1
-        if name == "slots":  # of the rows that are there also when the result is compared
-            return "integers", 0, min(CHECKED_ROWS, sizes["row_expert"][0])
-        assert name == "xoffset", f"{name}: say here which int32 values it may hold"
-        return "offsets", DIGIT, FP4_OFFSET
-    if dtype == "uint8":
-        return "integers", 116, 122  # e8m0: 2^-11 to 2^-6
-    if dtype == "int8":
-        if len(sizes[name]) == 4:  # digits
-            return "integers", 1 - DIGIT // 2, DIGIT // 2
-        return "integers", -127, 128  # -128 never occurs: our int8 is symmetric
-    if dtype in ("uint32", "uint16"):
-        return ("bits" if dtype == "uint32" else "bfloat16"), 0, 0
-    return ("small" if name == "scales" else "normal"), 0, 0
 
 
 def _shape(extents: Sequence[Expr], sizes: dict[str, int]) -> tuple[int, ...]:
