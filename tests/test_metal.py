@@ -301,7 +301,7 @@ def test_forgetting_sets_what_was_written_to_zero(
     talker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces that divide no row."""
-    monkeypatch.setattr("osscompile.runtime.tensor_device.PIECE_BYTES", 1000)
+    monkeypatch.setattr("osscompile.runtime.tensor_memory.PIECE_BYTES", 1000)
     model = load(talker)
     model.prefill(random_ids(100))
 
