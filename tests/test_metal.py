@@ -129,15 +129,6 @@ def test_inspect(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "apple: Darwin arm64, metal" in " ".join(capsys.readouterr().out.split())
 
 
-def test_bench_and_tune_say_what_they_measure(
-    nano: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["bench", str(nano)]) == 1
-    assert "bench: expected a CPU, or a device of another runtime" in capsys.readouterr().err
-    assert cli.main(["tune", "--target", METAL.name]) == 1
-    assert "tune: expected a CPU, or a device of another runtime" in capsys.readouterr().err
-
-
 def test_unknown_device(nano: Path, tmp_path: Path, this_machine: Target) -> None:
     copy = copy_artifact(nano, tmp_path)
     here = {"system": this_machine.system, "architecture": this_machine.architecture}

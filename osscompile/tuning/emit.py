@@ -12,6 +12,7 @@ from ..build import build_library
 from ..build_cuda import write_cuda
 from ..build_opencl import write_opencl
 from ..passes.expand_exp import expand_exp
+from ..passes.name_rounding import name_rounding
 from ..passes.split_launches import split_launches
 from ..passes.store_halves import store_halves
 from ..programs import kernel_launches
@@ -76,6 +77,7 @@ def emit_kernel(
         target=target.name,
         variant=target.variant,
         runtime=target.runtime,
+        device=target.device,
         system=target.system,
         architecture=target.architecture,
         cpu_features=target.cpu_features,
@@ -111,7 +113,7 @@ def _build(
 ) -> dict[str, Launches] | None:
     """Write a scheduled kernel's library; what to launch of it, where the runtime does that."""
     module = ir.IRModule({FUNCTION: function.with_attr("global_symbol", FUNCTION)})
-    module = expand_exp(module, target)
+    module = name_rounding(expand_exp(module, target), target)
     write_kernels = WRITE_KERNELS.get(target.runtime)
     if write_kernels is None:
         build_library(module, target, file)
