@@ -3,7 +3,8 @@
 Speeds are medians of repeated runs, with their spread. The limits are measured in the same run: a
 decode step reads its weights, keys and values once, and can be no faster than the memory is at that
 time (`Report.roofline`); a prefill can do no more multiply-adds than the int8 peak, which is known
-of CPUs only. For a device nothing here needs the compiler.
+of CPUs only. Steps and prefills are timed by the host's clock, until it has their token or logits.
+For a device whose kernels the runtime launches nothing here needs the compiler.
 """
 
 import multiprocessing
@@ -20,9 +21,16 @@ import numpy as np
 
 from .bench_artifact import artifact_facts, random_ids
 from .bench_bandwidth_device import DeviceReader
-from .bench_machine import OtherProcesses, cpu_name, memory_bytes, process_bytes
-from .bench_report import FIRST_PROMPT, BenchError, Report, Timing
-from .runtime.artifact import MEASURED_DEVICES, open_artifact, read_manifest
+from .bench_machine import (
+    OtherProcesses,
+    cpu_name,
+    gpu_name,
+    memory_bytes,
+    process_bytes,
+    system_name,
+)
+from .bench_report import FIRST_PROMPT, Report, Timing
+from .runtime.artifact import open_artifact
 from .runtime.device import Device
 from .runtime.engine import Model, load
 from .runtime.kv_cache import KEYS_PER_TILE
@@ -59,16 +67,9 @@ def bench_each(
     progress: Progress | None = None,
 ) -> Iterator[Report]:
     """`bench` of one artifact after the other, each in a process of its own: the load is the first
-    and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError,
-    or BenchError for a device that cannot be measured, before the first is; OsscompileError for
-    one whose device is not here."""
+    and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError
+    before the first is measured, OsscompileError for one whose device is not here."""
     for path in artifacts:
-        device = read_manifest(Path(path)).device
-        if device not in MEASURED_DEVICES:
-            raise BenchError(
-                "bench: expected a CPU, or a device of another runtime than TVM's, found "
-                f"{device}; time `osscompile run`"
-            )
         open_artifact(path)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
@@ -110,10 +111,7 @@ def bench(
     deepest = max(depths, default=0)
     _fill_cache(model, ids[:deepest])
     resident, peak = process_bytes("VmRSS"), process_bytes("VmHWM")
-    device, device_bytes = None, None
-    launching = _launching(model)
-    if launching is not None:
-        device, device_bytes = launching.name, launching.usage.num_bytes
+    device, device_bytes = _device_facts(model)
 
     say("read bandwidth")
     reader = _open_reader(model)
@@ -157,25 +155,30 @@ def bench(
     )
 
 
-def _measured(model: Model) -> Device | LaunchDevice:
-    """What runs the model: as `bench_each` checked."""
-    assert not isinstance(model._device, TensorDevice)
-    return model._device
-
-
-def _launching(model: Model) -> LaunchDevice | None:
-    device = _measured(model)
-    return None if isinstance(device, Device) else device
+def _device_facts(model: Model) -> tuple[str | None, int | None]:
+    """What `Report` calls device and device_bytes. TVM's runtime tells neither the device's name
+    nor what it holds: the system tells the one, and the other is what the model was loaded for."""
+    device = model._device
+    if isinstance(device, Device):
+        return None, None
+    if isinstance(device, TensorDevice):
+        name = f"{gpu_name() or 'GPU'} ({model.manifest.device}, {system_name()})"
+        return name, device.needed_bytes
+    return device.name, device.usage.num_bytes
 
 
 def _open_reader(model: Model) -> Reader:
     """Of the memory that the model's kernels read."""
-    launching = _launching(model)
-    if launching is not None:
-        return DeviceReader(model.manifest.runtime, launching.opened)
-    from .bench_bandwidth import Reader  # imports the compiler: after memory was read
+    device = model._device  # the compiler is imported here, if at all: after memory was read
+    if isinstance(device, Device):
+        from .bench_bandwidth import Reader
 
-    return Reader()
+        return Reader()
+    if isinstance(device, TensorDevice):
+        from .bench_bandwidth_tensor import TensorReader
+
+        return TensorReader(device, model.manifest.target, model.variant)
+    return DeviceReader(model.manifest.runtime, device.opened)
 
 
 def _time_prefill(model: Model, ids: list[int]) -> Timing:
@@ -201,7 +204,7 @@ def _time_decode(model: Model, ids: list[int], reader: Reader) -> tuple[Timing, 
     for token in ids:
         bandwidths.append(reader.num_bytes / reader.seconds())
         start = time.perf_counter()
-        if _launching(model) is not None:
+        if model._chooser is not None:
             model._sample(sampler, model._decode(token))
         else:
             model.decode(token)
@@ -221,7 +224,7 @@ def _fill_cache(model: Model, ids: list[int]) -> None:
         shape = (facts.shape[0], count, *facts.shape[2:])
         if count:
             part = rng.standard_normal(shape, np.float32).astype(facts.dtype)
-            _measured(model).write(array, part)
+            model._device.write(array, part)
     cache.append(ids)
 
 
@@ -230,7 +233,7 @@ def _outside_share(model: Model, ids: list[int]) -> float | None:
     and makes text. None if the context, or a stop id each time, leaves no second token."""
     model.forget()
     shares: list[float] = []
-    with _inside(_measured(model)) as inside:
+    with _inside(model._device) as inside:
         for token in ids[:STREAMS]:
             stream = model.generate([token], max_tokens=1 + DECODE_STEPS - len(shares))
             next(stream)
@@ -247,7 +250,7 @@ def _outside_share(model: Model, ids: list[int]) -> float | None:
 
 
 @contextmanager
-def _inside(device: Device | LaunchDevice) -> Iterator[list[float]]:
+def _inside(device: Device | TensorDevice | LaunchDevice) -> Iterator[list[float]]:
     """Seconds of every call of a compiled function, and of every wait for what one returned, in a
     list that grows."""
     seconds: list[float] = []

@@ -45,7 +45,7 @@ def bench_far(
         found = manifest.device or manifest.runtime
         raise BenchError(
             f"{artifact}: expected an artifact for a CPU, found one for {found}, which "
-            "TVM's servers do not run; run `osscompile bench` where its device is"
+            "is not measured over TVM's RPC; run `osscompile bench` where its device is"
         )
     reasons = []
     for name in (variant.name for variant in manifest.variants):

@@ -1,6 +1,7 @@
 """The machine and the software that a measurement ran on, and what else the machine did."""
 
 import contextlib
+import json
 import os
 import platform
 import subprocess
@@ -69,7 +70,32 @@ def cpu_name() -> str:
     for line in text.splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    of_macos = _output("sysctl", "-n", "machdep.cpu.brand_string").strip()
+    return of_macos or platform.processor() or platform.machine()
+
+
+def gpu_name() -> str | None:
+    """The first GPU and its cores, as macOS tells them; None on other systems."""
+    try:
+        gpu = json.loads(_output("system_profiler", "-json", "SPDisplaysDataType"))
+        gpu = gpu["SPDisplaysDataType"][0]
+        cores = f", {gpu['sppci_cores']} cores" if "sppci_cores" in gpu else ""
+        return f"{gpu['sppci_model']}{cores}"
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def system_name() -> str:
+    """With its version, which is that of what it holds of a device's driver."""
+    return platform.platform(terse=True)
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where there is no such command, or it fails."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def memory_bytes() -> int:

@@ -62,7 +62,7 @@ class Report:
     prefill: dict[int, Timing]
     decode: dict[int, Timing]
     device: str | None = None  # that ran the kernels, if the CPU did not
-    device_bytes: int | None = None  # of its memory, held after all runs
+    device_bytes: int | None = None  # of its memory, held after all runs, or as planned
 
     def step_bytes(self, depth: int) -> int:
         """Bytes that a decode step must read after `depth` tokens: weights, keys and values; its

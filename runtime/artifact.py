@@ -29,7 +29,6 @@ ANY = "any"  # system and architecture of an artifact whose code the device's dr
 RUNTIMES = ("tvm", "opencl", "cuda")
 CPU = "cpu"
 DEVICES = (CPU, "metal")  # of TVM's runtime
-MEASURED_DEVICES = (CPU, "")  # others of TVM's say nothing of their time
 ALIGNMENT = 64  # bytes; kernels read aligned vectors, and an unaligned one is a crash
 PADDING = "__padding__"  # prefix of the tensors that align the others: the format forbids holes
 

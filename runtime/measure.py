@@ -2,8 +2,8 @@
 DIR` where the runtime alone was copied to (`osscompile bundle`).
 
 Candidates run in a process of their own: one that crashes or hangs ends that process only. Each is
-compared with the answer in the folder before it is timed, by the clock of the device where it has
-one. All machines measure alike: what this file asks of them is in `TrialMachine`.
+compared with the answer in the folder before it is timed, by the clock of the device where that can
+be read. All machines measure alike: what this file asks of them is in `TrialMachine`.
 """
 
 import argparse
@@ -41,6 +41,9 @@ from .trials import (
 BATCH = 8  # candidates measured together, in turns; an interrupt loses one batch
 ROUNDS = (5, 15)  # at least and at most: medians of fewer are noise
 BURST_SECONDS = 0.02  # of calls of one candidate in a round
+# At how long the default takes, in bursts of more and more calls: a single one seems to take long
+# where the machine needs time to begin, or to tell that it is ready.
+LOOKS = 2
 CANDIDATE_SECONDS = 1.0  # of all bursts of a candidate, if that is enough rounds
 HOPELESS = 1.5  # times the default in the first round: not measured further
 # Of the rms of the result: sums of float32 in another order differ by 1e-6. Where no argument is of
@@ -189,7 +192,7 @@ def _work(connection: Connection, folder: Path, libraries: list[str], threads: i
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, who ends us
     with contextlib.suppress(BrokenPipeError):  # the parent was killed
         try:
-            machine = open_machine(read_plan(folder).runtime, threads)
+            machine = open_machine(read_plan(folder), threads)
         except OsscompileError as error:
             connection.send(("no machine", str(error)))
             return
@@ -314,8 +317,11 @@ def _time_in_turns(
 
     default = next(iter(kernels))
     once = min(burst(default, 1) for _ in range(3))
-    count = max(1, round(BURST_SECONDS / once))
-    count = min(count, machine.most_calls or count)
+    count = _count_calls(once, machine)
+    for _ in range(LOOKS):
+        if count > 1:
+            once = min(once, burst(default, count))
+            count = _count_calls(once, machine)
     least, most = ROUNDS
     rounds = min(most, max(least, round(CANDIDATE_SECONDS / (count * once))))
     seconds: Seconds = {}
@@ -328,6 +334,12 @@ def _time_in_turns(
         for library in hopeful:
             seconds[library].append(burst(library, count))
     return seconds
+
+
+def _count_calls(once: float, machine: TrialMachine) -> int:
+    """Of a burst, when one takes so many seconds."""
+    count = max(1, round(BURST_SECONDS / once))
+    return min(count, machine.most_calls or count)
 
 
 def main() -> int:

@@ -3,15 +3,18 @@ them."""
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .artifact import CPU
 from .device import load_function, tensor
 from .errors import TuningError
 from .launch_devices import LAUNCH_DEVICES, LaunchDevice
-from .trials import CHECKED, TIMED, Candidate
+from .tensor_memory import TensorMemory
+from .trials import CHECKED, TIMED, Candidate, Plan
 
 FUNCTION = "kernel"  # in every library
 GUARD_BYTES = 1 << 20  # rows of a tile of activations that are not there
@@ -101,17 +104,13 @@ class Launched(TrialMachine):
         return self._memory.tensor(array)
 
     def output(self, array: np.ndarray) -> Any:
-        """With a guard behind it: a device does not fault at the end of its arrays."""
-        guard = np.full(GUARD_BYTES, GUARD, np.uint8)
-        return self.tensor(np.concatenate([array.reshape(-1).view(np.uint8), guard]))
+        return self.tensor(_guarded(array))
 
     def array(self, written: Any, like: np.ndarray) -> np.ndarray:
         assert self._memory is not None
         found = np.empty(like.nbytes + GUARD_BYTES, np.uint8)
         self._memory.read(written, found)
-        if (found[like.nbytes :] != GUARD).any():
-            raise TuningError("writes beyond the end of its result")
-        return found[: like.nbytes].view(like.dtype).reshape(like.shape)
+        return _unguarded(found, like)
 
     def call(self, kernel: LaunchDevice, arguments: Sequence[Any]) -> None:
         kernel.call(CHECKED, arguments)
@@ -123,6 +122,64 @@ class Launched(TrialMachine):
         return self._memory is None or self._memory.is_alive()
 
 
-def open_machine(runtime: str, threads: int) -> TrialMachine:
-    """That of a plan's `runtime`. Raises OsscompileError if there is none."""
-    return Launched(runtime) if runtime in LAUNCH_DEVICES else Cpu(threads)
+class TensorMachine(TrialMachine):
+    """A device of this machine that TVM's runtime launches kernels on; the clock is the host's, see
+    `TensorMemory.seconds`. Raises OsscompileError without one."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        self._memory, self._threads = TensorMemory(device), threads
+
+    def load(self, folder: Path, candidate: Candidate) -> Any:
+        return load_function(folder / candidate.library, FUNCTION, self._threads)
+
+    def tensor(self, array: np.ndarray) -> Any:
+        return self._memory.tensor(array)
+
+    def output(self, array: np.ndarray) -> Any:
+        whole = self._memory.tensor(_guarded(array))
+        return _Output(whole, self._memory.view(whole, array.shape, str(array.dtype)))
+
+    def array(self, written: Any, like: np.ndarray) -> np.ndarray:
+        return _unguarded(self._memory.numpy(written.whole), like)
+
+    def call(self, kernel: Any, arguments: Sequence[Any]) -> None:
+        kernel(*(a.tensor if isinstance(a, _Output) else a for a in arguments))
+        self._memory.synchronize()
+
+    def seconds(self, kernel: Any, calls: Sequence[Sequence[Any]]) -> float:
+        return self._memory.seconds(kernel, calls)
+
+    def is_alive(self) -> bool:
+        try:
+            self._memory.synchronize()
+        except Exception:  # whatever TVM makes of what the driver says
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A tensor, and the bytes that it begins."""
+
+    whole: Any
+    tensor: Any
+
+
+def _guarded(array: np.ndarray) -> np.ndarray:
+    """Its bytes, and a guard behind them: a device does not fault at the end of its arrays."""
+    guard = np.full(GUARD_BYTES, GUARD, np.uint8)
+    return np.concatenate([array.reshape(-1).view(np.uint8), guard])
+
+
+def _unguarded(found: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """The array of such bytes. Raises TuningError where the guard is no longer whole."""
+    if (found[like.nbytes :] != GUARD).any():
+        raise TuningError("writes beyond the end of its result")
+    return found[: like.nbytes].view(like.dtype).reshape(like.shape)
+
+
+def open_machine(plan: Plan, threads: int) -> TrialMachine:
+    """That of a plan. Raises OsscompileError if there is none."""
+    if plan.runtime in LAUNCH_DEVICES:
+        return Launched(plan.runtime)
+    return Cpu(threads) if plan.device == CPU else TensorMachine(plan.device, threads)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .artifact import ANY, RUNTIMES
+from .artifact import ANY, DEVICES, RUNTIMES
 from .errors import TuningError
 from .launch_devices import LAUNCH_DEVICES
 from .machine import Machine
@@ -92,6 +92,7 @@ class Plan:
     target: str
     variant: str
     runtime: str  # what executes them, as in an artifact's manifest
+    device: str  # of TVM's runtime, as there; of other runtimes none
     system: str  # what a machine needs to measure it
     architecture: str
     cpu_features: tuple[str, ...]
@@ -141,6 +142,8 @@ def read_plan(folder: Path) -> Plan:
         _check(all(isinstance(text, str) for text in (*texts, *plan.cpu_features)), "names")
         _check(plan.candidates and any(a.written for a in plan.arguments), "candidates, outputs")
         _check(plan.runtime in RUNTIMES, f"runtime {plan.runtime!r}")
+        devices = DEVICES if plan.runtime == "tvm" else ("",)
+        _check(plan.device in devices, f"device {plan.device!r} of runtime {plan.runtime!r}")
         for candidate in plan.candidates:
             launched = candidate.programs is not None
             _check(launched == (plan.runtime in LAUNCH_DEVICES), f"programs of {candidate.library}")

@@ -177,9 +177,12 @@ class MetalKernel:
     def __call__(self, *arguments: Any) -> None:
         device = tvm.runtime.device("metal")
         tensors = [argument.copyto(device) for argument in arguments]
-        self.function(*tensors)
-        for argument, tensor in zip(arguments, tensors, strict=True):
-            tensor.copyto(argument)
+        try:
+            self.function(*tensors)
+            for argument, tensor in zip(arguments, tensors, strict=True):
+                tensor.copyto(argument)
+        finally:
+            metal_device.reset()  # if it failed
 
 
 def _poison(shape: tuple[int, ...], dtype: str) -> Array:

@@ -57,6 +57,11 @@ def load_stand_in() -> None:
         load_device_runtime("metal")
 
 
+def reset() -> None:
+    """After a kernel that failed, let the next ones run."""
+    tvm_ffi.get_global_func("metal.ResetGlobalState")()
+
+
 @cache
 def _build_runtime() -> Path:
     """libtvm_runtime in a folder with the stand-in."""

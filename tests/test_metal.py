@@ -129,15 +129,6 @@ def test_inspect(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "apple: Darwin arm64, metal" in " ".join(capsys.readouterr().out.split())
 
 
-def test_bench_and_tune_say_what_they_measure(
-    nano: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["bench", str(nano)]) == 1
-    assert "bench: expected a CPU, or a device of another runtime" in capsys.readouterr().err
-    assert cli.main(["tune", "--target", METAL.name]) == 1
-    assert "tune: expected a CPU, or a device of another runtime" in capsys.readouterr().err
-
-
 def test_unknown_device(nano: Path, tmp_path: Path, this_machine: Target) -> None:
     copy = copy_artifact(nano, tmp_path)
     here = {"system": this_machine.system, "architecture": this_machine.architecture}
@@ -301,7 +292,7 @@ def test_forgetting_sets_what_was_written_to_zero(
     talker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces that divide no row."""
-    monkeypatch.setattr("osscompile.runtime.tensor_device.PIECE_BYTES", 1000)
+    monkeypatch.setattr("osscompile.runtime.tensor_memory.PIECE_BYTES", 1000)
     model = load(talker)
     model.prefill(random_ids(100))
 

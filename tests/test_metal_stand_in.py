@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tvm
 import tvm_ffi
-from metal_device import check_compiles, load_stand_in, needs_gxx
+from metal_device import check_compiles, load_stand_in, needs_gxx, reset
 
 
 @needs_gxx
@@ -53,8 +53,11 @@ def run_kernel(body: str, threads: int) -> list[float]:
     module = text("metal") + one + information + one + text(kernel(body))
     loaded = tvm_ffi.get_global_func("ffi.Module.load_from_bytes.metal")(module)
     out = tvm.runtime.empty((threads,), "float32", tvm.runtime.device("metal"))
-    loaded["f"](ctypes.c_void_p(out.data_ptr()), threads)
-    values: list[float] = out.numpy().tolist()
+    try:
+        loaded["f"](ctypes.c_void_p(out.data_ptr()), threads)
+        values: list[float] = out.numpy().tolist()
+    finally:
+        reset()
     return values
 
 

@@ -211,6 +211,7 @@ def planned(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         target=H100.name,
         variant=H100.variant,
         runtime="cuda",
+        device="",
         system="any",
         architecture="any",
         cpu_features=(),
@@ -270,6 +271,7 @@ def test_machine_without_the_device(
     [
         lambda plan: plan.update(runtime="abacus"),
         lambda plan: plan.update(runtime="tvm"),
+        lambda plan: plan.update(device="metal"),
         lambda plan: plan["candidates"][0].update(programs=None),
         lambda plan: plan["candidates"][0].update(programs=[]),
         lambda plan: plan["candidates"][0]["programs"].pop(TIMED),

@@ -80,6 +80,7 @@ def emit_kernel(
         target=target.name,
         variant=target.variant,
         runtime=target.runtime,
+        device=target.device,
         system=target.system,
         architecture=target.architecture,
         cpu_features=target.cpu_features,

@@ -9,6 +9,7 @@ import tvm
 
 from ..errors import RemoteError
 from ..remote import Remote, is_alive, upload
+from ..runtime.artifact import CPU
 from ..runtime.measure import Attempt, Failure, Seconds, compare_and_time
 from ..runtime.trial_machines import FUNCTION, TrialMachine
 from ..runtime.trials import Candidate, read_plan
@@ -49,10 +50,11 @@ def attempt_there(remote: Remote) -> Attempt:
 
     def attempt(folder: Path, libraries: list[str]) -> tuple[Seconds | None, list[Failure]]:
         plan = read_plan(folder)
-        if plan.runtime != "tvm":
+        if plan.device != CPU:
             raise RemoteError(
-                f"{folder}: expected kernels of a CPU, found those of {plan.runtime}, which TVM's "
-                "servers do not run; copy the folder there and measure it without --rpc"
+                f"{folder}: expected kernels of a CPU, found those of "
+                f"{plan.device or plan.runtime}, which are not measured over TVM's RPC; copy the "
+                "folder there and measure it without --rpc"
             )
         failures, running = [], plan.default.library
 

@@ -25,6 +25,13 @@ using tvm::Device;
 namespace {
 
 constexpr unsigned kNoValue = 0x7fc00bad;  // not a number: of lanes that shuffle nothing
+constexpr unsigned kMaxThreads = 1024;     // of a threadgroup
+
+// As TVM's runtime keeps it: what the first kernel did that failed. It is told when somebody waits or
+// copies, and until the device is reset no kernel does anything.
+std::string failure;
+
+void TellFailure() { TVM_FFI_CHECK(failure.empty(), RuntimeError) << "GPUError after kernel " << failure; }
 
 // --- Threadgroups ----------------------------------------------------------------------------
 
@@ -98,7 +105,7 @@ void RunGroup(const std::string& name, Kernel kernel, void* const* arguments, In
     kernel({arguments, {fibres::current->group}, {fibres::current->thread}});
   };
   std::string wrong = fibres::RunGroup(run, group, size, Exchange);
-  TVM_FFI_CHECK(wrong.empty(), RuntimeError) << name << ": " << wrong;
+  if (!wrong.empty()) failure = name + ": " + wrong;
 }
 
 // --- Kernels ---------------------------------------------------------------------------------
@@ -230,10 +237,11 @@ class MetalModule : public ffi::ModuleObj {
     auto size = [&](const char* tag) { return sizes.count(tag) ? sizes[tag] : 1u; };
     Index groups{size("blockIdx.x"), size("blockIdx.y"), size("blockIdx.z")};
     Index threads{size("threadIdx.x"), size("threadIdx.y"), size("threadIdx.z")};
+    TVM_FFI_ICHECK_LE(threads.x * threads.y * threads.z, kMaxThreads) << "threads of " << name;
     for (unsigned z = 0; z < groups.z; ++z) {
       for (unsigned y = 0; y < groups.y; ++y) {
         for (unsigned x = 0; x < groups.x; ++x) {
-          RunGroup(name, call, memory.data(), {x, y, z}, threads);
+          if (failure.empty()) RunGroup(name, call, memory.data(), {x, y, z}, threads);
         }
       }
     }
@@ -253,14 +261,22 @@ class MetalDevice final : public tvm::runtime::DeviceAPI {
     if (kind == tvm::runtime::kTotalGlobalMemory) *value = room ? atoll(room) : int64_t(1) << 40;
   }
   void* AllocDataSpace(Device, size_t size, size_t, DLDataType) final {
+    held_bytes += size;
     return new Buffer{std::vector<char>(size, char(0xff))};  // not a number
   }
-  void FreeDataSpace(Device, void* buffer) final { delete static_cast<Buffer*>(buffer); }
-  void StreamSync(Device, TVMStreamHandle) final {}
+  void FreeDataSpace(Device, void* data) final {
+    Buffer* buffer = static_cast<Buffer*>(data);
+    held_bytes -= buffer->memory.size();
+    delete buffer;
+  }
+  void StreamSync(Device, TVMStreamHandle) final { TellFailure(); }
+
+  int64_t held_bytes = 0;
 
  protected:
   void CopyDataFromTo(const void* from, size_t from_offset, void* to, size_t to_offset, size_t size,
                       Device dev_from, Device dev_to, DLDataType, TVMStreamHandle) final {
+    TellFailure();
     memmove(Memory(to, to_offset, size, dev_to),
             Memory(const_cast<void*>(from), from_offset, size, dev_from), size);
   }
@@ -274,13 +290,17 @@ class MetalDevice final : public tvm::runtime::DeviceAPI {
   }
 };
 
+MetalDevice* TheDevice() {
+  static auto* device = new MetalDevice();
+  return device;
+}
+
 TVM_FFI_STATIC_INIT_BLOCK() {
   ffi::reflection::GlobalDef()
       .def("device_api.metal",
-           []() -> void* {
-             static auto* device = new MetalDevice();
-             return static_cast<tvm::runtime::DeviceAPI*>(device);
-           })
+           []() -> void* { return static_cast<tvm::runtime::DeviceAPI*>(TheDevice()); })
+      .def("metal.ResetGlobalState", []() { failure.clear(); })
+      .def("metal.held_bytes", []() { return TheDevice()->held_bytes; })  // not TVM's
       .def("ffi.Module.load_from_bytes.metal", [](const ffi::Bytes& bytes) {
         return ffi::Module(ffi::make_object<MetalModule>(bytes));
       });
