@@ -1,8 +1,9 @@
 """The KV cache: where keys and values lie, and the kernel that adds new ones.
 
-Keys lie in tiles of 8 positions with the position innermost, so that a vector holds the same
-element of 8 keys; values lie position by position. Position p is in slot p modulo the capacity: in
-a full layer the capacity is the context, in a sliding layer, a ring, window + chunk.
+Keys lie in tiles of 16 positions with the position innermost, so that a vector, or neighbouring
+threads, hold the same element of 16 keys; values lie position by position. Position p is in slot p
+modulo the capacity: in a full layer the capacity is the context, in a sliding layer, a ring, window
++ chunk.
 """
 
 from functools import cache
@@ -28,7 +29,7 @@ def append_kv(
 ) -> PrimFunc:
     """Rotate the new keys and write keys and values into the cache, in place.
 
-    keys [kv_heads, capacity/8, head_dim, 8], values [kv_heads, capacity, head_dim] of `dtype`,
+    keys [kv_heads, capacity/16, head_dim, 16], values [kv_heads, capacity, head_dim] of `dtype`,
     qkv [tokens, (heads + 2 kv_heads) head_dim] float32, rope [context, head_dim/2, 2] float32,
     position [1] int32: that of the first token.
     """

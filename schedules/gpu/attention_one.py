@@ -14,7 +14,6 @@ from tvm.tirx import Buffer, IntImm, PrimFunc, Stmt
 
 from ...targets import Target
 from ..formats import const
-from ..product import whole_parts
 from ..records import Choose
 from .reduce import num_slices, reduction
 from .token_tiles import HIDDEN, TokenTiles
@@ -28,31 +27,33 @@ LOADS_TOGETHER = (8, 16, 32)  # of a thread, so that they hide each other's late
 
 def attention_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
     """Schedule attention of one token; declines other kernels, and more query heads for a KV head
-    than a subgroup has threads."""
+    than a subgroup has threads, or room."""
     if str(function.attrs["op"]) != "attention":
         return None
-    num_tokens, heads, _ = function.params[0].shape
+    num_tokens = function.params[0].shape[0]
     if not isinstance(num_tokens, IntImm) or int(num_tokens) != 1:
         return None
-    if int(heads) // int(function.params[1].shape[0]) > target.subgroup_size:
+    tiles = TokenTiles(function, 1, target.subgroup_size)
+    fitting = _fitting(tiles, target)
+    if tiles.group > target.subgroup_size or not fitting:
         return None
-    return Schedule(function.with_body(_body(function, target, choose)))
+    members = choose("subgroups", fitting, max(fitting))
+    return Schedule(function.with_body(_body(tiles, target.subgroup_size, members, choose)))
 
 
-def _body(function: PrimFunc, target: Target, choose: Choose) -> Stmt:
-    threads = target.subgroup_size
-    tiles, first = TokenTiles(function, 1, threads), const(0, "int64")  # the only tile and row
+def _fitting(tiles: TokenTiles, target: Target) -> list[int]:
+    """Numbers of subgroups that a work-group may have, and has shared memory for."""
+    threads, row_bytes = target.subgroup_size, 4 * tiles.group
+    each = row_bytes * (threads + tiles.head_dim + 2) + 4 * threads
+    most = min(target.max_threads // threads, (SHARED_BYTES - row_bytes * tiles.head_dim) // each)
+    return [n for n in SUBGROUPS if n <= most]
+
+
+def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt:
+    first = const(0, "int64")  # the only tile and row
     queries, sinks, out = tiles.queries, tiles.sinks, tiles.out
     heads, kv_heads, head_dim, group = tiles.heads, tiles.kv_heads, tiles.head_dim, tiles.group
     each = -(-head_dim // threads)  # elements of the output that a thread has
-    bytes_each = 4 * group * (threads + head_dim + 2) + 4 * threads  # that a subgroup shares
-    fitting = [
-        n
-        for n in SUBGROUPS
-        if n * threads <= target.max_threads
-        and n * bytes_each + 4 * group * head_dim <= SHARED_BYTES
-    ]
-    members = choose("subgroups", *whole_parts(max(SUBGROUPS), fitting, max(SUBGROUPS)))
     parts = 1 if tiles.window is not None else choose("parts", PARTS, PARTS_WANTED)
     whole = [n for n in LOADS_TOGETHER if head_dim % n == 0 and threads * each % n == 0]
     at_once = choose("loads_together", whole or [1], 16 if 16 in whole else max(whole, default=1))
