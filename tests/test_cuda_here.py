@@ -18,9 +18,9 @@ from random_model import random_model, read_checkpoint, write_checkpoint
 from reference import relative_rms
 from talker import random_ids
 from test_model_accuracy import EXACT, NANO, NANO_QUESTIONS, check_fast, nano_answer
-from test_tuning import emit_tiny, way_of
 from test_tuning_devices import FAST, SLOW, WRONG
 from test_tuning_devices import offer as offer  # a fixture
+from treacherous_kernel import emit_tiny, way_of
 
 import osscompile
 from osscompile import bench_bandwidth_device, build_cuda, cli

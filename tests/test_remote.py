@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from test_cuda import image as image  # a fixture
-from test_tuning import CRASHES, FAST, KNOB, SLOW, WRONG, emit_tiny, measured_ways
-from test_tuning import offer as offer
 from test_tuning_devices import planned as planned
+from treacherous_kernel import CRASHES, FAST, KNOB, SLOW, WRONG, emit_tiny, measured_ways
+from treacherous_kernel import offer as offer
 
 from osscompile import bench_bandwidth, cli
 from osscompile import remote as remote_module

@@ -19,7 +19,7 @@ import pytest
 from opencl_device import OPENCL, needs_opencl
 from test_cuda import H100, needs_nvcc
 from test_cuda import image as image  # a fixture
-from test_tuning import KNOB, emit_tiny, way_of
+from treacherous_kernel import KNOB, emit_tiny, way_of
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
