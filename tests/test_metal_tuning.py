@@ -20,9 +20,9 @@ from metal_device import METAL, check_compiles, needs_gxx, on_this_machine, stan
 from test_cross_compile import ARM64, DYLIB, MACH_O_64
 from test_metal import for_here as for_here  # a fixture
 from test_metal import kernels_in
-from test_tuning import KNOB, emit_tiny, way_of
 from test_tuning_devices import FAST, SLOW, TOO_LARGE, WRONG, norm
 from test_tuning_devices import offer as offer
+from treacherous_kernel import KNOB, emit_tiny, way_of
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
