@@ -1,9 +1,9 @@
 """Products of float32 by the matrix units of NVIDIA's GPUs: a warp multiplies 16 rows x 8 inputs
 with 8 columns x 8 inputs, and every lane holds 2 x 2 of the sums, as in `mma.py`.
 
-The units read the upper 19 bits of a float32 (TF32: 11 bits of precision). So a number of the rows
-is split into two of so many bits, and the products of both are added; those of the columns must
-have no more: float16 and bfloat16 have not.
+The units read the upper 19 bits of a float32 (TF32: 11 of its 24 bits of precision). So a number
+of the rows is split into two, the products of both are added, and 22 bits count; those of the
+columns must have no more than 11: float16 and bfloat16 have not.
 
 `MMA` names a function that a target's source begins with, of the addresses of a lane's four sums,
 float32, and of the bits, uint32, of its numbers of the rows (4) and of the columns (2). Which lane
