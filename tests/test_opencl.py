@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -38,7 +39,7 @@ from osscompile.programs import build_programs
 from osscompile.runtime import load
 from osscompile.runtime.artifact import open_artifact
 from osscompile.runtime.errors import ArtifactError, OsscompileError
-from osscompile.runtime.opencl import _first_device, _import_pyopencl
+from osscompile.runtime.opencl import OpenCLDevice, _first_device, _import_pyopencl
 from osscompile.runtime.program import read_programs, write_programs
 
 EXACT = 1e-5  # relative rms to float64, as for CPUs
@@ -353,6 +354,37 @@ def test_without_room_on_the_device(talker: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cl, "Buffer", full)
     with pytest.raises(OsscompileError, match=r"expected room for .* MB more"):
         osscompile.load(talker)
+
+
+def test_products_of_one_token_read_activations_as_images(nano: Path) -> None:
+    """And prefill, whose work-groups share what they loaded, none."""
+    source = (nano / "lib.cl").read_text()
+    parameters = dict(re.findall(r"^__kernel void (\w+)\((.*)\) \{$", source, re.MULTILINE))
+    programs = read_programs(open_artifact(nano))
+    of_one, of_many = (
+        {launch.kernel for launch in programs[name].launches} for name in ("decode", "prefill")
+    )
+    with_images = {name for name, text in parameters.items() if "image1d_buffer_t" in text}
+    products = {name for name in of_one - of_many if "xs_ptr" in parameters[name]}
+    assert products and products <= with_images
+    assert not with_images & (of_many - of_one)
+
+
+@needs_opencl
+def test_device_with_too_small_images(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = OpenCLDevice.open()
+
+    class FewTexels:
+        image_support, image_max_buffer_size = 1, 8
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(opened.device, name)
+
+    with_few = dataclasses.replace(opened, device=FewTexels())
+    monkeypatch.setattr(OpenCLDevice, "open", staticmethod(lambda: with_few))
+    model = osscompile.load(nano)
+    with pytest.raises(ArtifactError, match=r"found: images of \d+ texels, where 8 is the most"):
+        model.decode(1)
 
 
 def test_same_model_gives_the_same_bytes(nano: Path, tmp_path: Path) -> None:
