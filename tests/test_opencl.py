@@ -365,7 +365,11 @@ def test_products_of_one_token_read_activations_as_images(nano: Path) -> None:
         {launch.kernel for launch in programs[name].launches} for name in ("decode", "prefill")
     )
     with_images = {name for name, text in parameters.items() if "image1d_buffer_t" in text}
-    products = {name for name in of_one - of_many if "xs_ptr" in parameters[name]}
+    products = {
+        name
+        for name in of_one - of_many
+        if {"xs_ptr", "words_ptr"} <= set(re.findall(r"\w+", parameters[name]))
+    }
     assert products and products <= with_images
     assert not with_images & (of_many - of_one)
 
