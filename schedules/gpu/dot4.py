@@ -12,6 +12,7 @@ from .shared import WORDS, place
 SIDE = 8
 THREADS = SIDE * SIDE  # of a work-group that computes a tile
 ROWS_EACH = (1, 2, 4, 8)  # of a thread
+ROWS_TOGETHER = 1
 COLUMNS_EACH = (1, 2, 4, 8)
 COLUMNS_WANTED = 4  # of both halves together
 TILE_ROWS = SIDE  # of a tile, for each of a thread's
@@ -27,31 +28,52 @@ def column(thread: Expr, c: Expr, columns: int) -> Expr:
     return c * SIDE + thread % SIDE
 
 
-def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
-    """Statements that add the products of a block to total [halves, rows, columns] int32.
+def span(thread: Expr, m: Expr, rows: int) -> tuple[Expr, Expr]:
+    """First and last of the rows of the tile that are multiplied together, the m-th time."""
+    return m * SIDE, m * SIDE + (SIDE - 1)
 
-    `x` [depth, digits, rows of the tile, WORDS] and `weight` [depth, halves x columns of the tile,
-    WORDS] uint32 hold blocks, see `shared.py`.
-    """
 
-    def dot_of(x: Buffer, weight: Buffer, b: Expr, digit: Expr, *at: Expr) -> Expr:
-        t, w, k = at
-        return dot_by_instruction(x[b, digit, t, place(t, k)], weight[b, w, place(w, k)])
+def fragment_shape(halves: int, columns: int) -> tuple[int, ...]:
+    """Of the words of a block's columns that a thread holds."""
+    return (halves, columns, WORDS)
+
+
+def load(halves: int, columns: int) -> Callable[..., object]:
+    """Statements that load the `fragment` of block `b` from `weight` [depth, halves x columns of
+    the tile, WORDS] uint32, see `shared.py`."""
+
+    def word(weight: Buffer, thread: Expr, b: Expr, h: Expr, c: Expr, k: Expr) -> Expr:
+        w = h * columns * SIDE + column(thread, c, columns)
+        return weight[b, w, place(w, k)]
 
     @T.macro
-    def multiply(total, x, weight, thread, b, digit):  # type: ignore[no-untyped-def]
+    def load(fragment, weight, thread, b):  # type: ignore[no-untyped-def]
+        for h in T.unroll(halves):
+            for c in T.unroll(columns):
+                for k in T.unroll(WORDS):
+                    fragment[h, c, k] = word(weight, thread, b, h, c, k)
+
+    return load  # type: ignore[no-any-return]
+
+
+def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
+    """Statements that add products with the `fragment` to total [halves, ROWS_TOGETHER, columns]
+    int32: those of a thread's rows of the m-th time.
+
+    `x` [depth, digits, rows of the tile, WORDS] uint32 holds blocks, see `shared.py`.
+    """
+
+    def word(x: Buffer, thread: Expr, b: Expr, digit: Expr, m: Expr, k: Expr) -> Expr:
+        t = row(thread, m, rows)
+        return x[b, digit, t, place(t, k)]
+
+    @T.macro
+    def multiply(total, x, fragment, thread, b, digit, m):  # type: ignore[no-untyped-def]
         for k in T.unroll(WORDS):
             for h in T.unroll(halves):
-                for r in T.unroll(rows):
-                    for c in T.unroll(columns):
-                        total[h, r, c] += dot_of(
-                            x,
-                            weight,
-                            b,
-                            digit,
-                            row(thread, r, rows),
-                            h * columns * SIDE + column(thread, c, columns),
-                            k,
-                        )
+                for c in T.unroll(columns):
+                    total[h, 0, c] += dot_by_instruction(
+                        word(x, thread, b, digit, m, k), fragment[h, c, k]
+                    )
 
     return multiply  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ WARP = 32
 WARPS = 2  # along rows, and along columns
 THREADS = WARPS * WARPS * WARP
 ROWS_EACH = (2, 4, 8)  # of a thread
+ROWS_TOGETHER = 2  # of them, in one product
 COLUMNS_EACH = (2, 4, 8)
 COLUMNS_WANTED = 8  # of both halves together
 TILE_ROWS = WARPS * 8  # of a tile, for each of a thread's
@@ -34,42 +35,66 @@ def column(thread: Expr, c: Expr, columns: int) -> Expr:
     return thread // WARP % WARPS * columns * 4 + c // 2 * 8 + thread % 4 * 2 + c % 2
 
 
-def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
-    """Statements that add the products of a block to total [halves, rows, columns] int32.
+def span(thread: Expr, m: Expr, rows: int) -> tuple[Expr, Expr]:
+    """First and last of the rows of the tile that a warp multiplies together, the m-th time."""
+    first = thread // (WARPS * WARP) * rows * 8 + m * 16
+    return first, first + 15
 
-    `x` [depth, digits, rows of the tile, WORDS] and `weight` [depth, halves x columns of the tile,
-    WORDS] uint32 hold blocks, see `shared.py`.
-    """
 
-    def x_word(x: Buffer, b: Expr, digit: Expr, thread: Expr, r: int, half: int) -> Expr:
-        t = row(thread, r, rows)
-        return x[b, digit, t, place(t, thread % 4 + 4 * half)]
+def fragment_shape(halves: int, columns: int) -> tuple[int, ...]:
+    """Of the words of a block's columns that a lane holds."""
+    return (halves, columns // 2, 2)
 
-    def weight_word(weight: Buffer, b: Expr, h: Expr, thread: Expr, n: Expr, half: int) -> Expr:
+
+def load(halves: int, columns: int) -> Callable[..., object]:
+    """Statements that load the `fragment` of block `b` from `weight` [depth, halves x columns of
+    the tile, WORDS] uint32, see `shared.py`."""
+
+    def word(weight: Buffer, thread: Expr, b: Expr, h: Expr, n: Expr, half: Expr) -> Expr:
         first = thread // WARP % WARPS * columns * 4 + n * 8
         w = h * columns * TILE_COLUMNS + first + thread % WARP // 4
         return weight[b, w, place(w, thread % 4 + 4 * half)]
 
     @T.macro
-    def multiply(total, x, weight, thread, b, digit):  # type: ignore[no-untyped-def]
+    def load(fragment, weight, thread, b):  # type: ignore[no-untyped-def]
         for h in T.unroll(halves):
-            for m in T.unroll(rows // 2):
-                for n in T.unroll(columns // 2):
-                    T.evaluate(
-                        T.call_extern(
-                            "void",
-                            MMA,
-                            T.address_of(total[h, 2 * m, 2 * n]),
-                            T.address_of(total[h, 2 * m, 2 * n + 1]),
-                            T.address_of(total[h, 2 * m + 1, 2 * n]),
-                            T.address_of(total[h, 2 * m + 1, 2 * n + 1]),
-                            x_word(x, b, digit, thread, 2 * m, 0),
-                            x_word(x, b, digit, thread, 2 * m + 1, 0),
-                            x_word(x, b, digit, thread, 2 * m, 1),
-                            x_word(x, b, digit, thread, 2 * m + 1, 1),
-                            weight_word(weight, b, h, thread, n, 0),
-                            weight_word(weight, b, h, thread, n, 1),
-                        )
+            for n in T.unroll(columns // 2):
+                for half in T.unroll(2):
+                    fragment[h, n, half] = word(weight, thread, b, h, n, half)
+
+    return load  # type: ignore[no-any-return]
+
+
+def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
+    """Statements that add products with the `fragment` to total [halves, ROWS_TOGETHER, columns]
+    int32: those of a thread's rows of the m-th time.
+
+    `x` [depth, digits, rows of the tile, WORDS] uint32 holds blocks, see `shared.py`.
+    """
+
+    def word(x: Buffer, thread: Expr, b: Expr, digit: Expr, r: Expr, half: int) -> Expr:
+        t = row(thread, r, rows)
+        return x[b, digit, t, place(t, thread % 4 + 4 * half)]
+
+    @T.macro
+    def multiply(total, x, fragment, thread, b, digit, m):  # type: ignore[no-untyped-def]
+        for h in T.unroll(halves):
+            for n in T.unroll(columns // 2):
+                T.evaluate(
+                    T.call_extern(
+                        "void",
+                        MMA,
+                        T.address_of(total[h, 0, 2 * n]),
+                        T.address_of(total[h, 0, 2 * n + 1]),
+                        T.address_of(total[h, 1, 2 * n]),
+                        T.address_of(total[h, 1, 2 * n + 1]),
+                        word(x, thread, b, digit, 2 * m, 0),
+                        word(x, thread, b, digit, 2 * m + 1, 0),
+                        word(x, thread, b, digit, 2 * m, 1),
+                        word(x, thread, b, digit, 2 * m + 1, 1),
+                        fragment[h, n, 0],
+                        fragment[h, n, 1],
                     )
+                )
 
     return multiply  # type: ignore[no-any-return]

@@ -39,3 +39,8 @@ class RowTiles:
         if expert is None:
             return exists
         return T.And(exists, expert[self.row(tile, t)] == expert[self.row(tile, first)])
+
+    def touches(self, tile: Expr, begin: Expr, last: Expr, first: Expr) -> Expr:
+        """Whether one of the rows `begin` to `last` has the expert of row `first`, its first."""
+        after = T.Or(begin <= first, self.belongs(tile, begin, first))
+        return T.And(last >= first, after)

@@ -63,13 +63,18 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     tile_rows, tile_columns = rows * instruction.TILE_ROWS, columns * instruction.TILE_COLUMNS
     weight_rows = halves * tile_columns
     tiles = RowTiles(product, tile_rows)
-    multiply = instruction.multiply(halves, rows, columns)
+    together, fragment_shape = instruction.ROWS_TOGETHER, instruction.fragment_shape
+    load, multiply = instruction.load(halves, columns), instruction.multiply(halves, rows, columns)
     row_at, column_at = instruction.row, instruction.column
 
     def weight_at(expert: Expr, group: Expr, r: Expr, block: Expr) -> tuple[Expr, ...]:
         """The first indices of a block of row r of the weights of a tile."""
         column = group * tile_columns + r % tile_columns
         return product.weight_at(expert, r // tile_columns, column, block)
+
+    def wanted(tile: Expr, thread: Expr, m: Expr, first: Expr) -> Expr:
+        """Whether there is a row of the expert among those that are multiplied the m-th time."""
+        return tiles.touches(tile, *instruction.span(thread, m, rows), first)
 
     def weight_bytes(loaded: Buffer, k: Expr) -> Expr:
         """The k-th four weights of a block."""
@@ -102,10 +107,16 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                     x_scale = T.alloc_buffer((depth, tile_rows), "float32", scope="shared")
                     expert = T.alloc_buffer((1,), "int64", scope="local")
                     word = T.alloc_buffer((stored,), "uint32", scope="local")
-                    total = T.alloc_buffer((halves, rows, columns), "int32", scope="local")
+                    active = T.alloc_buffer((rows // together,), "int32", scope="local")
+                    fragment = T.alloc_buffer(
+                        fragment_shape(halves, columns), "uint32", scope="local"
+                    )
+                    total = T.alloc_buffer((halves, together, columns), "int32", scope="local")
                     acc = T.alloc_buffer((halves, rows, columns), "float32", scope="local")
                     for first in range(T.int64(tile_rows)):
                         expert[0] = product.expert_of(tiles.row(tile, first))
+                        for m in T.unroll(rows // together):
+                            active[m] = T.Cast("int32", wanted(tile, thread, m, first))
                         for h, r, c in T.grid(halves, rows, columns):
                             acc[h, r, c] = T.float32(0)
                         for step in range(
@@ -176,28 +187,34 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                                         step * depth + (i * threads + thread) // tile_rows,
                                     ]
                             for b in range(T.int64(depth)):
-                                for h in T.unroll(halves):
-                                    for r in T.unroll(rows):
-                                        for c in T.unroll(columns):
-                                            total[h, r, c] = 0
-                                for digit in T.unroll(digits):
-                                    for h in T.unroll(halves):
-                                        for r in T.unroll(rows):
-                                            for c in T.unroll(columns):
-                                                total[h, r, c] = total[h, r, c] * DIGIT
-                                    multiply(total, x, weight, thread, b, digit)
-                                for h in T.unroll(halves):
-                                    for r in T.unroll(rows):
-                                        for c in T.unroll(columns):
-                                            acc[h, r, c] += (
-                                                T.Cast("float32", total[h, r, c])
-                                                * scale[
-                                                    b,
-                                                    h * tile_columns
-                                                    + column_at(thread, c, columns),
-                                                ]
-                                                * x_scale[b, row_at(thread, r, rows)]
-                                            )
+                                load(fragment, weight, thread, b)
+                                for m in T.unroll(rows // together):
+                                    if active[m] != 0:
+                                        for h in T.unroll(halves):
+                                            for r in T.unroll(together):
+                                                for c in T.unroll(columns):
+                                                    total[h, r, c] = 0
+                                        for digit in T.unroll(digits):
+                                            for h in T.unroll(halves):
+                                                for r in T.unroll(together):
+                                                    for c in T.unroll(columns):
+                                                        total[h, r, c] = total[h, r, c] * DIGIT
+                                            multiply(total, x, fragment, thread, b, digit, m)
+                                        for h in T.unroll(halves):
+                                            for r in T.unroll(together):
+                                                for c in T.unroll(columns):
+                                                    acc[h, m * together + r, c] += (
+                                                        T.Cast("float32", total[h, r, c])
+                                                        * scale[
+                                                            b,
+                                                            h * tile_columns
+                                                            + column_at(thread, c, columns),
+                                                        ]
+                                                        * x_scale[
+                                                            b,
+                                                            row_at(thread, m * together + r, rows),
+                                                        ]
+                                                    )
                         if tiles.begins(tile, first):
                             for r in T.unroll(rows):
                                 if tiles.belongs(tile, row_at(thread, r, rows), first):
