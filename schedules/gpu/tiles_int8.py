@@ -74,7 +74,8 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
 
     def wanted(tile: Expr, thread: Expr, m: Expr, first: Expr) -> Expr:
         """Whether there is a row of the expert among those that are multiplied the m-th time."""
-        return tiles.touches(tile, *instruction.span(thread, m, rows), first)
+        begin, last = instruction.span(thread, m, rows)
+        return tiles.touches(tile, begin, last, first)
 
     def weight_bytes(loaded: Buffer, k: Expr) -> Expr:
         """The k-th four weights of a block."""
