@@ -85,40 +85,31 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
         """Whether the sink is among what a subgroup adds up: it is in the first alone."""
         return T.And(part == 0, member == 0)
 
-    def largest_of(largest: Buffer, count: int, *at: Expr) -> Expr:
-        best = largest[(const(0, "int64"), *at)]
+    def largest_of(largest: Buffer, count: int, at: Expr) -> Expr:
+        best = largest[0, at]
         for i in range(1, count):
-            best = T.max(best, largest[(const(i, "int64"), *at)])
+            best = T.max(best, largest[i, at])
         return best
 
     @T.macro
-    def merge(  # type: ignore[no-untyped-def]
-        partial,
-        largest,
-        total,
-        members_best,
-        members_mass,
-        members_acc,
-        now,
-        merged,
-        kv_head,
-        part,
-        g,
-        d,
-    ):
-        now[0] = largest_of(members_best, members, g)
+    def merge(merged, count, best, mass, acc, at, d):  # type: ignore[no-untyped-def]
+        """`merged`: the sum, the mass and the maximum of `count` softmaxes together."""
+        merged[2] = largest_of(best, count, at)
         merged[0] = T.float32(0)
         merged[1] = T.float32(0)
-        for m in T.unroll(members):
-            merged[0] += members_acc[m, g, d] * T.exp(members_best[m, g] - now[0])
-            merged[1] += members_mass[m, g] * T.exp(members_best[m, g] - now[0])
+        for i in T.unroll(count):
+            merged[0] += acc[i, at, d] * T.exp(best[i, at] - merged[2])
+            merged[1] += mass[i, at] * T.exp(best[i, at] - merged[2])
+
+    @T.macro
+    def keep(partial, largest, total, merged, part, head, d):  # type: ignore[no-untyped-def]
         if parts == 1:
-            out[0, (kv_head * group + g) * head_dim + d] = merged[0] / merged[1]
+            out[0, head * head_dim + d] = merged[0] / merged[1]
         else:
-            partial[part, kv_head * group + g, d] = merged[0]
+            partial[part, head, d] = merged[0]
             if d == 0:
-                largest[part, kv_head * group + g] = now[0]
-                total[part, kv_head * group + g] = merged[1]
+                largest[part, head] = merged[2]
+                total[part, head] = merged[1]
 
     @T.macro
     def attend(partial, largest, total, kv_head, part, member, thread):  # type: ignore[no-untyped-def]
@@ -134,8 +125,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
         mass = T.alloc_buffer((group,), "float32", scope="local")  # of a thread's keys
         acc = T.alloc_buffer((group, each), "float32", scope="local")
         loaded = T.alloc_buffer((at_once,), "float32", scope="local")
-        now = T.alloc_buffer((1,), "float32", scope="local")
-        merged = T.alloc_buffer((2,), "float32", scope="local")
+        merged = T.alloc_buffer((3,), "float32", scope="local")
         for i in range(T.int64(-(-group * head_dim // size))):
             if i * size + member * threads + thread < group * head_dim:
                 query[
@@ -209,17 +199,21 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
         for i in range(T.int64(-(-group * head_dim // size))):
             if i * size + member * threads + thread < group * head_dim:
                 merge(
-                    partial,
-                    largest,
-                    total,
+                    merged,
+                    members,
                     members_best,
                     members_mass,
                     members_acc,
-                    now,
-                    merged,
-                    kv_head,
-                    part,
                     (i * size + member * threads + thread) // head_dim,
+                    (i * size + member * threads + thread) % head_dim,
+                )
+                keep(
+                    partial,
+                    largest,
+                    total,
+                    merged,
+                    part,
+                    kv_head * group + (i * size + member * threads + thread) // head_dim,
                     (i * size + member * threads + thread) % head_dim,
                 )
 
@@ -246,15 +240,8 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
                         attend(partial, largest, total, kv_head, part, member, thread)
         for head in T.thread_binding(T.int64(heads), thread="blockIdx.x"):
             for d in T.thread_binding(T.int64(head_dim), thread="threadIdx.x"):
-                best = T.alloc_buffer((1,), "float32", scope="local")
-                value = T.alloc_buffer((1,), "float32", scope="local")
-                mass = T.alloc_buffer((1,), "float32", scope="local")
-                best[0] = largest_of(largest, parts, head)
-                value[0] = T.float32(0)
-                mass[0] = T.float32(0)
-                for part in T.unroll(parts):
-                    value[0] += partial[part, head, d] * T.exp(largest[part, head] - best[0])
-                    mass[0] += total[part, head] * T.exp(largest[part, head] - best[0])
-                out[0, head * head_dim + d] = value[0] / mass[0]
+                merged = T.alloc_buffer((3,), "float32", scope="local")
+                merge(merged, parts, largest, total, partial, head, d)
+                out[0, head * head_dim + d] = merged[0] / merged[1]
 
     return in_parts.body

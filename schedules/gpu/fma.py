@@ -68,14 +68,33 @@ def keep_each(
     """Statements that call `keep` (at, row, num_columns, column_of(c), sum_of(half, c)) for every
     sum, of rows and columns of the tile; `at` is what they were given."""
 
+    def row(thread: Expr, r: Expr) -> Expr:
+        return r * SIDE + thread // SIDE
+
+    def column(thread: Expr, c: Expr) -> Expr:
+        return c * SIDE + thread % SIDE
+
+    return keep_all(rows, columns, row, column, keep)
+
+
+def keep_all(
+    rows: int,
+    columns: int,
+    row: Callable[[Expr, Expr], Expr],
+    column: Callable[[Expr, Expr], Expr],
+    keep: Callable[..., object],
+) -> Callable[..., object]:
+    """The same, of threads that hold sums [half, row, column] of the rows and columns that `row`
+    and `column` (thread, number of it) name."""
+
     @T.macro
     def keep_each(sums, thread, at):  # type: ignore[no-untyped-def]
         for r in T.unroll(rows):
             keep(
                 at,
-                r * SIDE + thread // SIDE,
+                row(thread, r),
                 columns,
-                lambda c: c * SIDE + thread % SIDE,
+                lambda c: column(thread, c),
                 lambda half, c: sums[half, r, c],
             )
 

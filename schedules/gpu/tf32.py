@@ -18,6 +18,7 @@ from tvm.tirx import Buffer
 
 from ..formats import BLOCK, const
 from .fma import clear as clear
+from .fma import keep_all
 from .fma import sums_shape as sums_shape
 from .mma import COLUMNS_EACH as COLUMNS_EACH
 from .mma import ROWS_EACH as ROWS_EACH
@@ -105,15 +106,10 @@ def keep_each(
     """Statements that call `keep` (at, row, num_columns, column_of(c), sum_of(half, c)) for every
     sum, of rows and columns of the tile; `at` is what they were given."""
 
-    @T.macro
-    def keep_each(sums, thread, at):  # type: ignore[no-untyped-def]
-        for r in T.unroll(rows):
-            keep(
-                at,
-                row(thread, r, rows),
-                columns,
-                lambda c: column(thread, c, columns),
-                lambda half, c: sums[half, r, c],
-            )
-
-    return keep_each  # type: ignore[no-any-return]
+    return keep_all(
+        rows,
+        columns,
+        lambda thread, r: row(thread, r, rows),
+        lambda thread, c: column(thread, c, columns),
+        keep,
+    )
