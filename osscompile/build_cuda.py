@@ -87,6 +87,7 @@ def compile_cuda(source: str, target: Target, output: Path) -> None:
             f"target {target.name}: expected CUDA's compiler, found no nvcc on the path or under "
             "CUDA_HOME; install the CUDA toolkit, 12.4 or later"
         )
+    output = output.absolute()  # nvcc runs in a folder of its own
     # beside the output: the next compile removes what a killed one leaves there
     with tempfile.TemporaryDirectory(dir=output.parent) as workspace:
         file = Path(workspace, "kernels.cu")

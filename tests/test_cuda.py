@@ -82,6 +82,13 @@ def test_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_nvcc
+def test_output_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    build_cuda.compile_cuda('extern "C" __global__ void f() {}', H100, Path("lib.fatbin"))
+    assert [file.name for file in tmp_path.iterdir()] == ["lib.fatbin"]
+
+
+@needs_nvcc
 def test_source_that_nvcc_refuses(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=r"expected nvcc to succeed, .*error"):
         build_cuda.compile_cuda("int main( {", H100, tmp_path / "lib.fatbin")
