@@ -37,6 +37,8 @@ def check_logits_stay(nano: Path, temperature: float) -> None:
     if temperature:
         others = model.generate(range(20), **options | {"seed": 6})
         assert [token.token_id for token in others] != first
+    else:
+        assert first[0] == np.argmax(load(nano).prefill(range(20)))
 
 
 def check_sampler_does_the_rest(nano: Path, option: dict[str, Any]) -> None:

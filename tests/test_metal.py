@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import test_cache_reuse
 import tvm
 from artifacts import copy_artifact, library_is_loaded, reseal, run_python
@@ -23,12 +22,10 @@ from device_choices import (
     every_option_of_the_sampler,
     every_temperature,
 )
+from device_models import check_exact, check_nano
 from metal_device import METAL, check_compiles, load_stand_in, needs_gxx, on_this_machine, stand_in
-from random_model import random_model, read_checkpoint, write_checkpoint
-from reference import relative_rms
 from talker import CHUNK, compile_talker, random_ids
 from test_cross_compile import ARM64, CODE_SIGNATURE, DYLIB, ID_DYLIB, MACH_O_64, load_commands
-from test_model_accuracy import EXACT, NANO, NANO_QUESTIONS, check_fast, nano_answer
 
 import osscompile
 from osscompile import cli, targets
@@ -228,11 +225,7 @@ def test_nano_is_close_to_float64_and_says_what_a_cpu_says(
     nano_here: Path, nano_artifact: Path, record_property: Any
 ) -> None:
     load_stand_in()
-    model, on_cpu = load(nano_here), load(nano_artifact)
-    prompt, answer = nano_answer(model, *NANO_QUESTIONS[0])
-    assert len(answer) > 3 and (prompt, answer) == nano_answer(on_cpu, *NANO_QUESTIONS[0])
-    judge, ids = reference.Model(*read_checkpoint(NANO)), (prompt + answer)[:48]
-    check_fast(model, judge, ids, record_property)
+    check_nano(nano_here, nano_artifact, record_property)
 
 
 @needs_gxx
@@ -259,19 +252,8 @@ def test_broken_weights_show_where_the_device_chooses(nano_here: Path) -> None:
 
 @needs_gxx
 def test_exact_is_the_reference(for_here: None, tmp_path: Path) -> None:
-    """Score, prefill and decode of random weights, past the window and around the rings."""
     load_stand_in()
-    config, tensors = random_model(0, window=16)
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", config, tensors)
-    options: dict[str, Any] = {"profile": "exact", "context": 256, "prefill_chunk": 32}
-    with pytest.warns(UserWarning, match="no tokenizer.json"):
-        path = osscompile.compile(checkpoint, METAL.name, tmp_path / "model.osc", **options)
-    model = load(path)
-    ids = [i % model.vocab_size for i in random_ids(150, seed=3)]
-    expected = reference.Model(config, tensors).logits(ids)
-    assert relative_rms(model.logits(ids), expected) < EXACT
-    assert relative_rms(model.prefill(ids[:149]), expected[148]) < EXACT
-    assert relative_rms(model.decode(ids[149]), expected[149]) < EXACT
+    check_exact(METAL.name, tmp_path)
 
 
 @pytest.fixture(scope="module")

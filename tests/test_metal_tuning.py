@@ -3,13 +3,8 @@ it is measured on the stand-in for TVM's Metal runtime."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +17,14 @@ from test_metal import for_here as for_here  # a fixture
 from test_metal import kernels_in
 from test_tuning_devices import FAST, SLOW, TOO_LARGE, WRONG, norm
 from test_tuning_devices import offer as offer
-from treacherous_kernel import KNOB, emit_tiny, way_of
+from treacherous_kernel import KNOB, check_ingest, emit_tiny, measure_alone, measured_ways
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from osscompile import cli
-from osscompile.bundle import bundle_runtime
 from osscompile.runtime import measure
 from osscompile.runtime.trial_machines import TrialMachine
-from osscompile.runtime.trials import read_plan, read_trials
+from osscompile.runtime.trials import read_plan
 from osscompile.targets import Target
 from osscompile.tuning import tune
 from osscompile.tuning.workloads import Workload, collect_workloads
@@ -129,17 +123,7 @@ def test_emitted_is_measured_by_the_bundle_alone_and_ingested(
     serves the others in another process."""
     offer(SLOW, FAST, WRONG, TOO_LARGE, BEYOND, FAULTY)
     folder = emit_tiny(tmp_path / "emitted", here)
-    bundle = bundle_runtime(tmp_path / "far")
-    far = Path(shutil.copytree(tmp_path / "emitted", tmp_path / "far" / "emitted"))
-    for name in ("tvm", "tqdm", "pyopencl"):
-        (tmp_path / "far" / f"{name}.py").write_text("raise ImportError('not there')")
-    command = [sys.executable, "-m", f"{bundle.name}.measure", str(far)]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "far")}
-    del environment["OSSCOMPILE_TVM_RUNTIME"]  # the bundle has its own
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    far, told = measure_alone(folder, tmp_path / "far", "tvm", "tqdm", "pyopencl")
     for way, reason in (
         (WRONG, "wrong: off by"),
         (TOO_LARGE, "threads of kernel_kernel"),
@@ -147,15 +131,9 @@ def test_emitted_is_measured_by_the_bundle_alone_and_ingested(
         (FAULTY, "ended the measuring: .*GPUError after kernel kernel_kernel: 1 of 2 threads wait"),
     ):
         line = rf"^rms_norm with {{'{KNOB}': {way}}}: .*{reason}"
-        assert re.search(line, result.stdout, re.MULTILINE), result.stdout
-
-    plan = read_plan(far / folder.name)
-    trials = read_trials(far / folder.name, plan)
-    assert {way_of(plan, library) for library in trials} == {FAST}
-    output = tmp_path / "records.json"
-    options = ["--target", METAL.name, "--output", str(output)]
-    assert cli.main(["tune", *options, "--ingest", str(far)]) == 0
-    assert json.loads(output.read_text()) == {plan.key: {KNOB: FAST}}
+        assert re.search(line, told, re.MULTILINE), told
+    assert measured_ways(far) == {FAST}
+    check_ingest(far, METAL, FAST, tmp_path / "records.json")
 
 
 @needs_gxx

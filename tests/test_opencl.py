@@ -23,9 +23,9 @@ from device_choices import (
     every_option_of_the_sampler,
     every_temperature,
 )
+from device_models import check_exact
 from opencl_device import MISSING, OPENCL, needs_opencl
-from random_model import random_model, read_checkpoint, write_checkpoint
-from reference import relative_rms
+from random_model import read_checkpoint
 from talker import CHUNK, compile_talker, random_ids
 from test_model_accuracy import NANO, NANO_QUESTIONS, check_fast, nano_answer
 
@@ -41,8 +41,6 @@ from osscompile.runtime.artifact import open_artifact
 from osscompile.runtime.errors import ArtifactError, OsscompileError
 from osscompile.runtime.opencl import OpenCLDevice, _first_device, _import_pyopencl
 from osscompile.runtime.program import read_programs, write_programs
-
-EXACT = 1e-5  # relative rms to float64, as for CPUs
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +60,7 @@ def damaged(nano: Path, tmp_path: Path) -> Path:
 
 @needs_opencl
 def test_exact_is_the_reference(tmp_path: Path) -> None:
-    """Score, prefill and decode of random weights, past the window and around the rings."""
-    config, tensors = random_model(0, window=16)
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", config, tensors)
-    with pytest.warns(UserWarning, match="no tokenizer.json"):
-        path = osscompile.compile(
-            checkpoint,
-            OPENCL.name,
-            tmp_path / "model.osc",
-            profile="exact",
-            context=256,
-            prefill_chunk=32,
-        )
-    model, ids = load(path), random_ids(150, seed=3)
-    ids = [i % model.vocab_size for i in ids]
-    expected = reference.Model(config, tensors).logits(ids)
-    assert relative_rms(model.logits(ids), expected) < EXACT
-    assert relative_rms(model.prefill(ids[:149]), expected[148]) < EXACT
-    assert relative_rms(model.decode(ids[149]), expected[149]) < EXACT
+    check_exact(OPENCL.name, tmp_path)
 
 
 @needs_opencl

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,9 @@ from treacherous_kernel import (
     UNBUILDABLE,
     UNSCHEDULABLE,
     WRONG,
+    check_ingest,
     emit_tiny,
+    measure_alone,
     measured_ways,
 )
 from treacherous_kernel import offer as offer  # a fixture
@@ -42,7 +43,7 @@ from osscompile.runtime import inputs, measure
 from osscompile.runtime.errors import OsscompileError, TuningError
 from osscompile.runtime.measure import Attempt, attempt_here, measure_kernel
 from osscompile.runtime.trial_machines import FUNCTION
-from osscompile.runtime.trials import Plan, Trial, read_plan
+from osscompile.runtime.trials import Plan, Trial
 from osscompile.schedules import records as schedule_records
 from osscompile.schedules import rule as schedule_rule
 from osscompile.schedules.cpu.loops import loops
@@ -265,24 +266,10 @@ def test_emitted_is_measured_by_the_bundle_alone_and_ingested(
 ) -> None:
     size = sum(f.stat().st_size for f in emitted.parent.rglob("*") if f.is_file())
     assert size < 1 << 20
-    bundle = bundle_runtime(tmp_path / "far")
-    far = shutil.copytree(emitted.parent, tmp_path / "far" / "emitted")
-    (tmp_path / "far" / "tvm.py").write_text("raise ImportError('there is no compiler here')")
-    (tmp_path / "far" / "tqdm.py").write_text("raise ImportError('there is no tqdm here')")
-    command = [sys.executable, "-m", f"{bundle.name}.measure", str(far)]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "far")}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stderr
-    assert "kernel 1 of 1" in result.stdout and "1 trials done" in result.stdout
-
-    output = tmp_path / "records.json"
-    output.write_text('{"another kernel": {"depth": 2}}')
-    options = ["--target", this_machine.name, "--output", str(output)]
-    assert cli.main(["tune", *options, "--ingest", str(far)]) == 0
-    key = read_plan(emitted).key
-    assert json.loads(output.read_text()) == {"another kernel": {"depth": 2}, key: {KNOB: FAST}}
+    far, told = measure_alone(emitted, tmp_path / "far", "tvm", "tqdm")
+    assert "kernel 1 of 1" in told and "1 trials done" in told
+    known = '{"another kernel": {"depth": 2}}'
+    check_ingest(far, this_machine, FAST, tmp_path / "records.json", known)
 
 
 def test_bundle_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:

@@ -4,11 +4,8 @@ for the driver does what it is told."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +16,12 @@ import pytest
 from opencl_device import OPENCL, needs_opencl
 from test_cuda import H100, needs_nvcc
 from test_cuda import image as image  # a fixture
-from treacherous_kernel import KNOB, emit_tiny, way_of
+from treacherous_kernel import KNOB, check_ingest, emit_tiny, measure_alone, measured_ways
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from osscompile import cli
-from osscompile.bundle import bundle_runtime
 from osscompile.runtime.errors import TuningError
 from osscompile.runtime.inputs import make_array
 from osscompile.runtime.measure import measure_kernel
@@ -115,26 +111,11 @@ def test_emitted_is_measured_by_the_bundle_alone_and_ingested(
     """What is wrong or cannot be launched is told, and never kept."""
     offer(SLOW, FAST, WRONG, TOO_LARGE)
     folder = emit_tiny(tmp_path / "emitted", OPENCL)
-    bundle = bundle_runtime(tmp_path / "far")
-    far = Path(shutil.copytree(tmp_path / "emitted", tmp_path / "far" / "emitted"))
-    for name in ("tvm", "tvm_ffi", "tqdm"):
-        (tmp_path / "far" / f"{name}.py").write_text("raise ImportError('not there')")
-    command = [sys.executable, "-m", f"{bundle.name}.measure", str(far)]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "far")}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{{'{KNOB}': {WRONG}}}: wrong: off by" in result.stdout
-    assert f"{{'{KNOB}': {TOO_LARGE}}}: " in result.stdout and "can run, found" in result.stdout
-
-    plan = read_plan(far / folder.name)
-    trials = read_trials(far / folder.name, plan)
-    assert {way_of(plan, library) for library in trials} == {FAST}
-    output = tmp_path / "records.json"
-    options = ["--target", OPENCL.name, "--output", str(output)]
-    assert cli.main(["tune", *options, "--ingest", str(far)]) == 0
-    assert json.loads(output.read_text()) == {plan.key: {KNOB: FAST}}
+    far, told = measure_alone(folder, tmp_path / "far", "tvm", "tvm_ffi", "tqdm")
+    assert f"{{'{KNOB}': {WRONG}}}: wrong: off by" in told
+    assert f"{{'{KNOB}': {TOO_LARGE}}}: " in told and "can run, found" in told
+    assert measured_ways(far) == {FAST}
+    check_ingest(far, OPENCL, FAST, tmp_path / "records.json")
 
 
 @needs_opencl

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,8 @@ from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from osscompile import cli
+from osscompile.bundle import bundle_runtime
 from osscompile.kernels import rows as kernels
 from osscompile.runtime.trials import Plan, read_plan, read_trials
 from osscompile.schedules import rule as schedule_rule
@@ -126,3 +133,29 @@ def way_of(plan: Plan, library: str) -> int:
 def measured_ways(folder: Path) -> set[int]:
     plan = read_plan(folder)
     return {way_of(plan, library) for library in read_trials(folder, plan)}
+
+
+def measure_alone(folder: Path, far: Path, *absent: str) -> tuple[Path, str]:
+    """A copy in `far` of what was emitted, measured there by the runtime alone, which cannot import
+    what is `absent`: the kernel's folder, and what was printed."""
+    bundle = bundle_runtime(far)
+    copy = Path(shutil.copytree(folder.parent, far / "emitted"))
+    for name in absent:
+        (far / f"{name}.py").write_text("raise ImportError('not there')")
+    environment = os.environ | {"PYTHONPATH": str(far)}
+    environment.pop("OSSCOMPILE_TVM_RUNTIME", None)  # the bundle has its own
+    command = [sys.executable, "-m", f"{bundle.name}.measure", str(copy)]
+    result = subprocess.run(
+        command, cwd=far.parent, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return copy / folder.name, result.stdout
+
+
+def check_ingest(folder: Path, target: Target, way: int, output: Path, known: str = "{}") -> None:
+    """That `way` is the record of the kernel, beside what was known."""
+    output.write_text(known)
+    options = ["--target", target.name, "--output", str(output)]
+    assert cli.main(["tune", *options, "--ingest", str(folder.parent)]) == 0
+    key = read_plan(folder).key
+    assert json.loads(output.read_text()) == json.loads(known) | {key: {KNOB: way}}

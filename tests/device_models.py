@@ -1,0 +1,40 @@
+"""What must hold of whole models on every device: of random weights, and of nano."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+from random_model import random_model, read_checkpoint, write_checkpoint
+from reference import relative_rms
+from talker import random_ids
+from test_model_accuracy import EXACT, NANO, NANO_QUESTIONS, check_fast, nano_answer
+
+import osscompile
+from osscompile.runtime import load
+
+
+def check_exact(target: str, folder: Path) -> None:
+    """Score, prefill and decode of random weights, past the window and around the rings."""
+    config, tensors = random_model(0, window=16)
+    checkpoint = write_checkpoint(folder / "checkpoint", config, tensors)
+    options: dict[str, Any] = {"profile": "exact", "context": 256, "prefill_chunk": 32}
+    with pytest.warns(UserWarning, match="no tokenizer.json"):
+        path = osscompile.compile(checkpoint, target, folder / "model.osc", **options)
+    model = load(path)
+    ids = [i % model.vocab_size for i in random_ids(150, seed=3)]
+    expected = reference.Model(config, tensors).logits(ids)
+    assert relative_rms(model.logits(ids), expected) < EXACT
+    assert relative_rms(model.prefill(ids[:149]), expected[148]) < EXACT
+    assert relative_rms(model.decode(ids[149]), expected[149]) < EXACT
+
+
+def check_nano(nano: Path, on_cpu: Path, record: Any) -> None:
+    """It says what it says on a CPU, and is close to float64."""
+    model = load(nano)
+    prompt, answer = nano_answer(model, *NANO_QUESTIONS[0])
+    assert len(answer) > 3
+    assert (prompt, answer) == nano_answer(load(on_cpu), *NANO_QUESTIONS[0])
+    check_fast(model, reference.Model(*read_checkpoint(NANO)), (prompt + answer)[:48], record)
