@@ -90,13 +90,6 @@ class Product:
             return sum_of_digits(lambda digit: xq[row, block, digit, k])
         return xq[row, block, k].astype("int32")
 
-    def four_activations(self, row: Expr, block: Expr, k: Expr, digit: Expr) -> Expr:
-        """Inputs k to k + 3 of a block of quantised activations in the bytes of a uint32: as they
-        are, or one digit of each."""
-        place = (digit,) if self.digits > 1 else ()
-        four = self.tensors["xq"].vload([row, block, *place, k], "int8x4")
-        return T.reinterpret("uint32", four)
-
     def activation(self, row: Expr, block: Expr, k: Expr) -> Expr:
         """Input k of a block as float32."""
         if "x" in self.tensors:

@@ -7,6 +7,9 @@ mass 1 and no value. The context of a layer without a window is shared out over 
 whose results a second kernel merges.
 """
 
+import functools
+import math
+
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
@@ -14,6 +17,7 @@ from tvm.tirx import Buffer, IntImm, PrimFunc, Stmt
 
 from ...targets import Target
 from ..formats import const
+from ..product import whole_parts
 from ..records import Choose
 from .reduce import num_slices, reduction
 from .token_tiles import HIDDEN, TokenTiles
@@ -23,6 +27,7 @@ SHARED_BYTES = 30 << 10  # of a work-group, at most: every GPU has 32 KiB
 PARTS = (1, 2, 4, 8, 16, 32, 64)  # of a context without a window
 PARTS_WANTED = 16
 LOADS_TOGETHER = (8, 16, 32)  # of a thread, so that they hide each other's latency
+LOADS_WANTED = 16
 
 
 def attention_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -55,8 +60,8 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
     heads, kv_heads, head_dim, group = tiles.heads, tiles.kv_heads, tiles.head_dim, tiles.group
     each = -(-head_dim // threads)  # elements of the output that a thread has
     parts = 1 if tiles.window is not None else choose("parts", PARTS, PARTS_WANTED)
-    whole = [n for n in LOADS_TOGETHER if head_dim % n == 0 and threads * each % n == 0]
-    at_once = choose("loads_together", whole or [1], 16 if 16 in whole else max(whole, default=1))
+    loads = math.gcd(head_dim, threads * each)
+    at_once = choose("loads_together", *whole_parts(loads, LOADS_TOGETHER, LOADS_WANTED))
     size, slices = members * threads, num_slices(threads, group)
     find_largest = reduction(T.max, threads, group)
     add_up = reduction(lambda x, y: x + y, threads, group)
@@ -86,10 +91,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
         return T.And(part == 0, member == 0)
 
     def largest_of(largest: Buffer, count: int, at: Expr) -> Expr:
-        best = largest[0, at]
-        for i in range(1, count):
-            best = T.max(best, largest[i, at])
-        return best
+        return functools.reduce(T.max, (largest[i, at] for i in range(count)))
 
     @T.macro
     def merge(merged, count, best, mass, acc, at, d):  # type: ignore[no-untyped-def]

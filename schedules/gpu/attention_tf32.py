@@ -14,16 +14,17 @@ from tvm.tirx import Buffer, PrimFunc, Stmt
 
 from ...targets import Target
 from ..records import Choose
+from .mma import WARP, product
 from .tf32 import DEPTH, MMA, rest, upper
 from .token_tiles import HIDDEN, TokenTiles
 
-WARP = 32
 ROWS = 64  # of a tile
 MATRIX_ROWS, MATRIX_COLUMNS = 16, 8
 THREADS = ROWS // MATRIX_ROWS * WARP
 SHARERS = THREADS // ROWS  # threads that share a row of scores
 KEYS = 32  # of a chunk
-SKEW = 4, 8  # words between rows of one factor, and of the other: then lanes use different banks
+# Words between rows of the first factor, and of the second, so that lanes use different banks.
+FIRST_SKEW, SECOND_SKEW = 4, 8
 
 
 def attention_tf32(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -42,7 +43,6 @@ def _body(function: PrimFunc, together: int) -> Stmt:
     tiles = TokenTiles(function, together, KEYS)
     queries, sinks, out, head_dim = tiles.queries, tiles.sinks, tiles.out, tiles.head_dim
     key_columns, value_columns = KEYS // MATRIX_COLUMNS, head_dim // MATRIX_COLUMNS
-    by_row, by_column = SKEW
 
     def first_row(thread: Expr) -> Expr:
         return thread // WARP * MATRIX_ROWS + thread % WARP // 4
@@ -66,31 +66,23 @@ def _body(function: PrimFunc, together: int) -> Stmt:
             for n in T.unroll(columns):
                 for part in T.unroll(2):
                     T.evaluate(
-                        T.call_extern(
-                            "void",
+                        product(
                             MMA,
-                            T.address_of(sums[n, 0]),
-                            T.address_of(sums[n, 1]),
-                            T.address_of(sums[n, 2]),
-                            T.address_of(sums[n, 3]),
-                            parts[part, 0],
-                            parts[part, 1],
-                            parts[part, 2],
-                            parts[part, 3],
-                            other(chunk, stride, thread, k, n, 0),
-                            other(chunk, stride, thread, k, n, 1),
+                            lambda i: sums[n, i],
+                            lambda i: parts[part, i],
+                            lambda i: other(chunk, stride, thread, k, n, i),
                         )
                     )
 
     @T.macro
     def attend(kv_head, tile, thread):  # type: ignore[no-untyped-def]
-        query = T.alloc_buffer((ROWS, head_dim + by_row), "float32", scope="shared")
+        query = T.alloc_buffer((ROWS, head_dim + FIRST_SKEW), "float32", scope="shared")
         chunk = T.alloc_buffer(
-            (max(head_dim * (KEYS + by_column), KEYS * (head_dim + by_column)),),
+            (max(head_dim * (KEYS + SECOND_SKEW), KEYS * (head_dim + SECOND_SKEW)),),
             "float32",
             scope="shared",
         )
-        weight = T.alloc_buffer((ROWS, KEYS + by_row), "float32", scope="shared")
+        weight = T.alloc_buffer((ROWS, KEYS + FIRST_SKEW), "float32", scope="shared")
         peak = T.alloc_buffer((ROWS, SHARERS), "float32", scope="shared")
         added = T.alloc_buffer((ROWS, SHARERS), "float32", scope="shared")
         shrink = T.alloc_buffer((ROWS,), "float32", scope="shared")
@@ -114,7 +106,7 @@ def _body(function: PrimFunc, together: int) -> Stmt:
         for c in range(tiles.num_chunks(tile)):
             for i in range(T.int64(KEYS * head_dim // THREADS)):
                 chunk[
-                    (i * THREADS + thread) // KEYS * (KEYS + by_column)
+                    (i * THREADS + thread) // KEYS * (KEYS + SECOND_SKEW)
                     + (i * THREADS + thread) % KEYS
                 ] = tiles.key_at(
                     kv_head,
@@ -123,7 +115,7 @@ def _body(function: PrimFunc, together: int) -> Stmt:
                 )
             for n, i in T.grid(key_columns, 4):
                 score[n, i] = T.float32(0)
-            multiply(score, query, chunk, thread, head_dim, key_columns, KEYS + by_column)
+            multiply(score, query, chunk, thread, head_dim, key_columns, KEYS + SECOND_SKEW)
             for n in T.unroll(key_columns):
                 for i in T.unroll(4):
                     weight[
@@ -157,7 +149,7 @@ def _body(function: PrimFunc, together: int) -> Stmt:
                 shrink[thread // SHARERS] = best[1]
             for i in range(T.int64(KEYS * head_dim // THREADS)):
                 chunk[
-                    (i * THREADS + thread) // head_dim * (head_dim + by_column)
+                    (i * THREADS + thread) // head_dim * (head_dim + SECOND_SKEW)
                     + (i * THREADS + thread) % head_dim
                 ] = tiles.value_at(
                     kv_head,
@@ -169,7 +161,7 @@ def _body(function: PrimFunc, together: int) -> Stmt:
                 mass[0] += added[thread // SHARERS, i]
             for n, i in T.grid(value_columns, 4):
                 acc[n, i] = acc[n, i] * shrink[first_row(thread) + i // 2 * 8]
-            multiply(acc, weight, chunk, thread, KEYS, value_columns, head_dim + by_column)
+            multiply(acc, weight, chunk, thread, KEYS, value_columns, head_dim + SECOND_SKEW)
         if thread % SHARERS == 0:
             row_mass[thread // SHARERS] = mass[0]
         for i in T.unroll(4):

@@ -35,6 +35,18 @@ def column(thread: Expr, c: Expr, columns: int) -> Expr:
     return thread // WARP % WARPS * columns * 4 + c // 2 * 8 + thread % 4 * 2 + c % 2
 
 
+def product(
+    instruction: str,
+    sum_of: Callable[[int], Expr],
+    row_of: Callable[[int], Expr],
+    column_of: Callable[[int], Expr],
+) -> Expr:
+    """Call of `instruction`, with a lane's four sums, and its words of the rows and columns."""
+    sums = (T.address_of(sum_of(i)) for i in range(4))
+    words = (*map(row_of, range(4)), *map(column_of, range(2)))
+    return T.call_extern("void", instruction, *sums, *words)
+
+
 def span(thread: Expr, m: Expr, rows: int) -> tuple[Expr, Expr]:
     """First and last of the rows of the tile that a warp multiplies together, the m-th time."""
     first = thread // (WARPS * WARP) * rows * 8 + m * 16
@@ -81,19 +93,11 @@ def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
         for h in T.unroll(halves):
             for n in T.unroll(columns // 2):
                 T.evaluate(
-                    T.call_extern(
-                        "void",
+                    product(
                         MMA,
-                        T.address_of(total[h, 0, 2 * n]),
-                        T.address_of(total[h, 0, 2 * n + 1]),
-                        T.address_of(total[h, 1, 2 * n]),
-                        T.address_of(total[h, 1, 2 * n + 1]),
-                        word(x, thread, b, digit, 2 * m, 0),
-                        word(x, thread, b, digit, 2 * m + 1, 0),
-                        word(x, thread, b, digit, 2 * m, 1),
-                        word(x, thread, b, digit, 2 * m + 1, 1),
-                        fragment[h, n, 0],
-                        fragment[h, n, 1],
+                        lambda i: total[h, i // 2, 2 * n + i % 2],
+                        lambda i: word(x, thread, b, digit, 2 * m + i % 2, i // 2),
+                        lambda i: fragment[h, n, i],
                     )
                 )
 

@@ -4,6 +4,7 @@ By way of shared memory: TVM's own reduction declares its memory where it stands
 neither Metal nor OpenCL has that.
 """
 
+import functools
 from collections.abc import Callable
 
 from tvm.ir import Expr
@@ -22,10 +23,7 @@ def reduction(
     slices = num_slices(threads, count)
 
     def combined(of: Callable[[int], Expr], number: int) -> Expr:
-        result = of(0)
-        for i in range(1, number):
-            result = combine(result, of(i))
-        return result
+        return functools.reduce(combine, map(of, range(number)))
 
     @T.macro
     def reduce(numbers, results, all_numbers, some_results, member, thread):  # type: ignore[no-untyped-def]

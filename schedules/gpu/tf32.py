@@ -25,7 +25,7 @@ from .mma import ROWS_EACH as ROWS_EACH
 from .mma import THREADS as THREADS
 from .mma import TILE_COLUMNS as TILE_COLUMNS
 from .mma import TILE_ROWS as TILE_ROWS
-from .mma import WARP, WARPS, column, row
+from .mma import WARP, WARPS, column, product, row
 
 MMA = "mma_16x8x8"
 DEPTH = 8  # inputs of a product
@@ -81,19 +81,11 @@ def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
                     for n in T.unroll(columns // 2):
                         for part in T.unroll(2):
                             T.evaluate(
-                                T.call_extern(
-                                    "void",
+                                product(
                                     MMA,
-                                    T.address_of(sums[h, 2 * m, 2 * n]),
-                                    T.address_of(sums[h, 2 * m, 2 * n + 1]),
-                                    T.address_of(sums[h, 2 * m + 1, 2 * n]),
-                                    T.address_of(sums[h, 2 * m + 1, 2 * n + 1]),
-                                    parts[part, 0],
-                                    parts[part, 1],
-                                    parts[part, 2],
-                                    parts[part, 3],
-                                    weight_at(weight, thread, h, n, k, 0),
-                                    weight_at(weight, thread, h, n, k, 1),
+                                    lambda i: sums[h, 2 * m + i // 2, 2 * n + i % 2],
+                                    lambda i: parts[part, i],
+                                    lambda i: weight_at(weight, thread, h, n, k, i),
                                 )
                             )
 
