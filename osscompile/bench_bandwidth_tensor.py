@@ -12,19 +12,14 @@ from tvm import ir
 from tvm.script import tirx as T
 
 from . import targets
+from .bench_bandwidth_device import CHUNKS, READ_BYTES, STEPS, THREADS, TOGETHER, TRIALS
 from .build import build_library
 from .runtime.device import load_function
 from .runtime.tensor_memory import TensorMemory
 
-READ_BYTES = 1 << 30  # from memory, far beyond what a cache holds of it
 READS = 8  # of a sample: what it takes to wait for the device is once in it
-THREADS = 256  # of a group
-LANES = 4  # 32-bit numbers of a load; neighbouring threads load neighbouring bytes
-STEPS = 64  # loads of a thread
-TOGETHER = 4  # of them, so that they hide each other's latency
+LANES = 4  # 32-bit numbers of a load
 GROUP_BYTES = THREADS * STEPS * LANES * 4  # that a group reads from end to end
-CHUNKS = 64  # of the data, all with the same contents
-TRIALS = 3  # the best counts: a limit is what is possible
 
 
 class TensorReader:

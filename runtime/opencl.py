@@ -34,7 +34,7 @@ class _Opened:
 class _Prepared:
     """A program with its memory, and for every launch a kernel that knows its buffers."""
 
-    launches: list[tuple[Launch, Any]]
+    launches: list[tuple[Launch, Any, frozenset[int]]]  # and which arguments it takes as images
     memory: dict[str, Sequence[Memory]]  # by kind of argument; a kernel does not keep it alive
     images: list[Any] = field(default_factory=list)  # of that memory; nor these
 
@@ -127,7 +127,7 @@ class OpenCLDevice(DeviceMemory):
     def _launch_all(self, prepared: _Prepared, tokens: int, queue: Any) -> list[Any]:
         """The event of every launch."""
         events = []
-        for launch, kernel in prepared.launches:
+        for launch, kernel, _ in prepared.launches:
             for i, (kind, value) in enumerate(launch.arguments):
                 if kind not in MEMORY:
                     kernel.set_arg(i, np.dtype(kind).type(evaluate(value, tokens)))
@@ -141,15 +141,15 @@ class OpenCLDevice(DeviceMemory):
         prepared = self._prepared.get(name)
         try:
             if prepared is None:
-                kernels = [(n, self._kernel(n)) for n in self._programs[name].launches]
+                kernels = [(n, *self._kernel(n)) for n in self._programs[name].launches]
                 prepared = self._prepared[name] = _Prepared(kernels, self.own_memory(name))
             if prepared.memory.get("bound") is not bound:
                 memory, images = prepared.memory | {"bound": bound}, []
-                for launch, kernel in prepared.launches:
+                for launch, kernel, as_images in prepared.launches:
                     for i, (kind, value) in enumerate(launch.arguments):
                         if kind in MEMORY:
                             handle = memory[kind][value].handle
-                            if self._is_image(kernel, i):
+                            if i in as_images:
                                 images.append(handle := self._image(memory[kind][value]))
                             kernel.set_arg(i, handle)
                 prepared.memory, prepared.images = memory, images
@@ -157,26 +157,22 @@ class OpenCLDevice(DeviceMemory):
             raise self._cannot_run(error) from error
         return prepared
 
-    def _kernel(self, launch: Launch) -> Any:
-        kernel = self._cl.Kernel(self._kernels, launch.kernel)
-        self._check_arguments(launch, kernel)
-        return kernel
-
-    def _check_arguments(self, launch: Launch, kernel: Any) -> None:
-        """A driver may take a number for an address."""
-        info, addresses = self._cl.kernel_arg_info, self._cl.kernel_arg_address_qualifier
-        wanted = []
+    def _kernel(self, launch: Launch) -> tuple[Any, frozenset[int]]:
+        """And which arguments it takes as images. Raises ValueError for a program that gives it
+        others: a driver may take a number for an address."""
+        kernel, info = self._cl.Kernel(self._kernels, launch.kernel), self._cl.kernel_arg_info
+        everywhere = self._cl.kernel_arg_address_qualifier.GLOBAL
+        images, wanted = set(), []
         for i in range(kernel.num_args):
-            in_memory = kernel.get_arg_info(i, info.ADDRESS_QUALIFIER) == addresses.GLOBAL
-            in_memory = in_memory or self._is_image(kernel, i)
-            wanted.append("memory" if in_memory else kernel.get_arg_info(i, info.TYPE_NAME))
+            type_name = kernel.get_arg_info(i, info.TYPE_NAME)
+            if type_name == IMAGE_TYPE:
+                images.add(i)
+            in_memory = i in images or kernel.get_arg_info(i, info.ADDRESS_QUALIFIER) == everywhere
+            wanted.append("memory" if in_memory else type_name)
         found = ["memory" if kind in MEMORY else SCALAR_TYPES[kind] for kind, _ in launch.arguments]
         if wanted != found:
             raise ValueError(f"{launch.kernel} takes {wanted}, the program gives {found}")
-
-    def _is_image(self, kernel: Any, argument: int) -> bool:
-        type_name = kernel.get_arg_info(argument, self._cl.kernel_arg_info.TYPE_NAME)
-        return bool(type_name == IMAGE_TYPE)
+        return kernel, frozenset(images)
 
     def _image(self, memory: Memory) -> Any:
         """The memory's whole texels, as an image."""
