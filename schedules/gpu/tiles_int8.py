@@ -92,106 +92,6 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     stored = BLOCK // (FP4_PER_WORD if fp4 else INT8_PER_WORD)  # words of a block of weights
     num_weights, num_activations = depth * weight_rows, depth * digits * tile_rows
 
-    @T.macro
-    def fill(weight, scale, x, x_scale, flat, expert, tile, group, step, thread):  # type: ignore[no-untyped-def]
-        word = T.alloc_buffer((stored,), "uint32", scope="local")
-        for i in range(T.int64(-(-num_weights // threads))):
-            if i * threads + thread < num_weights:
-                for k in T.unroll(stored // VECTOR):
-                    word[k * VECTOR : k * VECTOR + VECTOR] = words.vload(
-                        [
-                            *weight_at(
-                                expert,
-                                group,
-                                (i * threads + thread) % weight_rows,
-                                step * depth + (i * threads + thread) // weight_rows,
-                            ),
-                            k * VECTOR,
-                        ],
-                        f"uint32x{VECTOR}",
-                    )
-                for k in T.unroll(WORDS):
-                    weight[
-                        (i * threads + thread) // weight_rows,
-                        (i * threads + thread) % weight_rows,
-                        place(i * threads + thread, k),
-                    ] = weight_bytes(word, k)
-                scale[
-                    (i * threads + thread) // weight_rows, (i * threads + thread) % weight_rows
-                ] = weight_scale(
-                    weight_at(
-                        expert,
-                        group,
-                        (i * threads + thread) % weight_rows,
-                        step * depth + (i * threads + thread) // weight_rows,
-                    )
-                )
-        for i in range(T.int64(-(-num_activations // threads))):
-            if i * threads + thread < num_activations:
-                for k in T.unroll(WORDS // VECTOR):
-                    x[
-                        (i * threads + thread) // tile_rows // digits,
-                        (i * threads + thread) // tile_rows % digits,
-                        (i * threads + thread) % tile_rows,
-                        place(i * threads + thread, k * VECTOR) : place(
-                            i * threads + thread, k * VECTOR
-                        )
-                        + VECTOR,
-                    ] = activations(
-                        flat,
-                        tiles.row(tile, (i * threads + thread) % tile_rows),
-                        step * depth * digits + (i * threads + thread) // tile_rows,
-                        k,
-                    )
-        for i in range(T.int64(-(-depth * tile_rows // threads))):
-            if i * threads + thread < depth * tile_rows:
-                x_scale[(i * threads + thread) // tile_rows, (i * threads + thread) % tile_rows] = (
-                    xs[
-                        tiles.row(tile, (i * threads + thread) % tile_rows),
-                        step * depth + (i * threads + thread) // tile_rows,
-                    ]
-                )
-
-    @T.macro
-    def add_block(acc, active, weight, scale, x, x_scale, b, thread):  # type: ignore[no-untyped-def]
-        fragment = T.alloc_buffer(fragment_shape(halves, columns), "uint32", scope="local")
-        total = T.alloc_buffer((halves, together, columns), "int32", scope="local")
-        load(fragment, weight, thread, b)
-        for m in T.unroll(rows // together):
-            if active[m] != 0:
-                for h in T.unroll(halves):
-                    for r in T.unroll(together):
-                        for c in T.unroll(columns):
-                            total[h, r, c] = 0
-                for digit in T.unroll(digits):
-                    for h in T.unroll(halves):
-                        for r in T.unroll(together):
-                            for c in T.unroll(columns):
-                                total[h, r, c] = total[h, r, c] * DIGIT
-                    multiply(total, x, fragment, thread, b, digit, m)
-                for h in T.unroll(halves):
-                    for r in T.unroll(together):
-                        for c in T.unroll(columns):
-                            acc[h, m * together + r, c] += (
-                                T.Cast("float32", total[h, r, c])
-                                * scale[b, h * tile_columns + column_at(thread, c, columns)]
-                                * x_scale[b, row_at(thread, m * together + r, rows)]
-                            )
-
-    @T.macro
-    def keep(acc, tile, group, first, thread):  # type: ignore[no-untyped-def]
-        for r in T.unroll(rows):
-            if tiles.belongs(tile, row_at(thread, r, rows), first):
-                for c in T.unroll(columns):
-                    out[
-                        tile * tile_rows + row_at(thread, r, rows),
-                        group * tile_columns + column_at(thread, c, columns),
-                    ] = product.output(
-                        tile * tile_rows + row_at(thread, r, rows),
-                        group * tile_columns + column_at(thread, c, columns),
-                        lambda half: acc[half, r, c],
-                    )
-
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
         flat = T.decl_buffer(
@@ -207,33 +107,126 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                     x = T.alloc_buffer((depth, digits, tile_rows, WORDS), "uint32", scope="shared")
                     x_scale = T.alloc_buffer((depth, tile_rows), "float32", scope="shared")
                     expert = T.alloc_buffer((1,), "int64", scope="local")
+                    word = T.alloc_buffer((stored,), "uint32", scope="local")
                     active = T.alloc_buffer((rows // together,), "int32", scope="local")
+                    fragment = T.alloc_buffer(
+                        fragment_shape(halves, columns), "uint32", scope="local"
+                    )
+                    total = T.alloc_buffer((halves, together, columns), "int32", scope="local")
                     acc = T.alloc_buffer((halves, rows, columns), "float32", scope="local")
                     for first in range(T.int64(tile_rows)):
-                        # a loop: within a condition, TVM lets no threads wait for each other
-                        for _ in range(
-                            T.if_then_else(tiles.begins(tile, first), T.int64(1), T.int64(0))
+                        expert[0] = product.expert_of(tiles.row(tile, first))
+                        for m in T.unroll(rows // together):
+                            active[m] = T.Cast("int32", wanted(tile, thread, m, first))
+                        for h, r, c in T.grid(halves, rows, columns):
+                            acc[h, r, c] = T.float32(0)
+                        for step in range(
+                            T.if_then_else(
+                                tiles.begins(tile, first),
+                                T.int64(product.blocks // depth),
+                                T.int64(0),
+                            )
                         ):
-                            expert[0] = product.expert_of(tiles.row(tile, first))
-                            for m in T.unroll(rows // together):
-                                active[m] = T.Cast("int32", wanted(tile, thread, m, first))
-                            for h, r, c in T.grid(halves, rows, columns):
-                                acc[h, r, c] = T.float32(0)
-                            for step in range(T.int64(product.blocks // depth)):
-                                fill(
-                                    weight,
-                                    scale,
-                                    x,
-                                    x_scale,
-                                    flat,
-                                    expert[0],
-                                    tile,
-                                    group,
-                                    step,
-                                    thread,
-                                )
-                                for b in range(T.int64(depth)):
-                                    add_block(acc, active, weight, scale, x, x_scale, b, thread)
-                            keep(acc, tile, group, first, thread)
+                            for i in range(T.int64(-(-num_weights // threads))):
+                                if i * threads + thread < num_weights:
+                                    for k in T.unroll(stored // VECTOR):
+                                        word[k * VECTOR : k * VECTOR + VECTOR] = words.vload(
+                                            [
+                                                *weight_at(
+                                                    expert[0],
+                                                    group,
+                                                    (i * threads + thread) % weight_rows,
+                                                    step * depth
+                                                    + (i * threads + thread) // weight_rows,
+                                                ),
+                                                k * VECTOR,
+                                            ],
+                                            f"uint32x{VECTOR}",
+                                        )
+                                    for k in T.unroll(WORDS):
+                                        weight[
+                                            (i * threads + thread) // weight_rows,
+                                            (i * threads + thread) % weight_rows,
+                                            place(i * threads + thread, k),
+                                        ] = weight_bytes(word, k)
+                                    scale[
+                                        (i * threads + thread) // weight_rows,
+                                        (i * threads + thread) % weight_rows,
+                                    ] = weight_scale(
+                                        weight_at(
+                                            expert[0],
+                                            group,
+                                            (i * threads + thread) % weight_rows,
+                                            step * depth + (i * threads + thread) // weight_rows,
+                                        )
+                                    )
+                            for i in range(T.int64(-(-num_activations // threads))):
+                                if i * threads + thread < num_activations:
+                                    for k in T.unroll(WORDS // VECTOR):
+                                        x[
+                                            (i * threads + thread) // tile_rows // digits,
+                                            (i * threads + thread) // tile_rows % digits,
+                                            (i * threads + thread) % tile_rows,
+                                            place(i * threads + thread, k * VECTOR) : place(
+                                                i * threads + thread, k * VECTOR
+                                            )
+                                            + VECTOR,
+                                        ] = activations(
+                                            flat,
+                                            tiles.row(tile, (i * threads + thread) % tile_rows),
+                                            step * depth * digits
+                                            + (i * threads + thread) // tile_rows,
+                                            k,
+                                        )
+                            for i in range(T.int64(-(-depth * tile_rows // threads))):
+                                if i * threads + thread < depth * tile_rows:
+                                    x_scale[
+                                        (i * threads + thread) // tile_rows,
+                                        (i * threads + thread) % tile_rows,
+                                    ] = xs[
+                                        tiles.row(tile, (i * threads + thread) % tile_rows),
+                                        step * depth + (i * threads + thread) // tile_rows,
+                                    ]
+                            for b in range(T.int64(depth)):
+                                load(fragment, weight, thread, b)
+                                for m in T.unroll(rows // together):
+                                    if active[m] != 0:
+                                        for h in T.unroll(halves):
+                                            for r in T.unroll(together):
+                                                for c in T.unroll(columns):
+                                                    total[h, r, c] = 0
+                                        for digit in T.unroll(digits):
+                                            for h in T.unroll(halves):
+                                                for r in T.unroll(together):
+                                                    for c in T.unroll(columns):
+                                                        total[h, r, c] = total[h, r, c] * DIGIT
+                                            multiply(total, x, fragment, thread, b, digit, m)
+                                        for h in T.unroll(halves):
+                                            for r in T.unroll(together):
+                                                for c in T.unroll(columns):
+                                                    acc[h, m * together + r, c] += (
+                                                        T.Cast("float32", total[h, r, c])
+                                                        * scale[
+                                                            b,
+                                                            h * tile_columns
+                                                            + column_at(thread, c, columns),
+                                                        ]
+                                                        * x_scale[
+                                                            b,
+                                                            row_at(thread, m * together + r, rows),
+                                                        ]
+                                                    )
+                        if tiles.begins(tile, first):
+                            for r in T.unroll(rows):
+                                if tiles.belongs(tile, row_at(thread, r, rows), first):
+                                    for c in T.unroll(columns):
+                                        out[
+                                            tile * tile_rows + row_at(thread, r, rows),
+                                            group * tile_columns + column_at(thread, c, columns),
+                                        ] = product.output(
+                                            tile * tile_rows + row_at(thread, r, rows),
+                                            group * tile_columns + column_at(thread, c, columns),
+                                            lambda half: acc[half, r, c],
+                                        )
 
     return body.body
