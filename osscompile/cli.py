@@ -239,9 +239,9 @@ def _targets(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from . import bench
-    from .bench_plot import check_plotting, plot
-    from .bench_report import (
+    from .bench.models import DECODE_DEPTHS, PREFILL_LENGTHS, bench_each
+    from .bench.plot import check_plotting, plot
+    from .bench.report import (
         BenchError,
         check_writable,
         comparison,
@@ -263,12 +263,12 @@ def _bench(arguments: argparse.Namespace) -> None:
         reports = [report for file in arguments.compare for report in read_reports(Path(file))]
         print(comparison(reports))
     else:
-        lengths = arguments.prefill or bench.PREFILL_LENGTHS
-        depths = arguments.decode or bench.DECODE_DEPTHS
+        lengths = arguments.prefill or PREFILL_LENGTHS
+        depths = arguments.decode or DECODE_DEPTHS
         if remote is None:
-            found = bench.bench_each(arguments.artifacts, lengths, depths, _say_stage)
+            found = bench_each(arguments.artifacts, lengths, depths, _say_stage)
         else:
-            from .bench_far import bench_far
+            from .bench.far import bench_far
 
             found = (
                 bench_far(artifact, remote, lengths, depths, _say_stage)

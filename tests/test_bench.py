@@ -12,11 +12,11 @@ import pytest
 import tvm
 from artifacts import copy_artifact, reseal
 
-from osscompile import bench as bench_module
-from osscompile import bench_bandwidth, bench_int8, bench_machine, cli
-from osscompile.bench import bench
-from osscompile.bench_artifact import kv_bytes, token_macs
-from osscompile.bench_report import read_reports, table
+from osscompile import cli
+from osscompile.bench import bandwidth, int8, machine, models
+from osscompile.bench.artifact import kv_bytes, token_macs
+from osscompile.bench.models import bench
+from osscompile.bench.report import read_reports, table
 from osscompile.compiler import GATHERED, _decode_bytes
 from osscompile.importer.graph import cache_parameters, weight_parameters
 from osscompile.importer.synthetic import TINY, gpt_oss_config
@@ -60,7 +60,7 @@ def manifest_of_20b(other: Path, profile: str) -> Manifest:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits of the machine that nobody looks at."""
-    monkeypatch.setattr(bench_bandwidth, "READ_BYTES", 1 << 24)
+    monkeypatch.setattr(bandwidth, "READ_BYTES", 1 << 24)
 
 
 @pytest.mark.usefixtures("quick")
@@ -90,13 +90,13 @@ def test_cache_of_each_depth_is_filled_once(
 ) -> None:
     """The deepest first, for the memory and for the time; the report keeps the order asked for."""
     filled: list[int] = []
-    fill = bench_module._fill_cache
+    fill = models._fill_cache
 
     def counted(model: Model, ids: list[int]) -> None:
         filled.append(len(ids))
         fill(model, ids)
 
-    monkeypatch.setattr(bench_module, "_fill_cache", counted)
+    monkeypatch.setattr(models, "_fill_cache", counted)
     report = bench(tiny_artifact, (), (0, 64, 64, 32))
     assert filled == [64, 32, 0]
     assert list(report.decode) == list(report.bandwidth_at) == [0, 64, 32]
@@ -115,10 +115,10 @@ def test_int8_loop_does_the_products_that_are_counted(
     this_machine: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every step of every chain adds, lane by lane, the products of 4 bytes of each vector."""
-    if this_machine.int8_dot not in bench_int8.LOOPS:
+    if this_machine.int8_dot not in int8.LOOPS:
         pytest.skip("no loop for this machine's int8 instruction")
-    monkeypatch.setattr(bench_int8, "STEPS", 3)
-    loop, lanes = bench_int8.LOOPS[this_machine.int8_dot], this_machine.register_bits // 32
+    monkeypatch.setattr(int8, "STEPS", 3)
+    loop, lanes = int8.LOOPS[this_machine.int8_dot], this_machine.register_bits // 32
     weights = np.random.default_rng(0).integers(0, 25, (loop.vectors, lanes * 4), dtype=np.uint8)
     expected = np.repeat(np.arange(loop.chains, dtype=np.int32), lanes)
     for _ in range(3):
@@ -129,18 +129,18 @@ def test_int8_loop_does_the_products_that_are_counted(
         expected = expected + products.sum(axis=1).reshape(-1, 4).sum(axis=1, dtype=np.int32)
     target = tvm.target.Target(this_machine.tvm)
     sums = tvm.runtime.tensor(np.zeros_like(expected))
-    module = bench_int8._module(loop, lanes)
+    module = int8._module(loop, lanes)
     tvm.compile(module, target=target)["main"](tvm.runtime.tensor(weights), sums)
     np.testing.assert_array_equal(sums.numpy(), expected)
 
 
 def test_bandwidth_loop_reads_everything(this_machine: Target) -> None:
-    shape = (3, 40, bench_bandwidth.LANES)  # small, so that it fetches beyond the end
+    shape = (3, 40, bandwidth.LANES)  # small, so that it fetches beyond the end
     data = np.random.default_rng(0).integers(0, 1 << 32, shape, dtype=np.uint32)
-    sums = tvm.runtime.tensor(np.zeros((3, bench_bandwidth.LANES), np.uint32))
+    sums = tvm.runtime.tensor(np.zeros((3, bandwidth.LANES), np.uint32))
     target = tvm.target.Target(this_machine.tvm)
-    for distance in bench_bandwidth.PREFETCH_BYTES:
-        module = bench_bandwidth.read_module(distance, *shape[:2])
+    for distance in bandwidth.PREFETCH_BYTES:
+        module = bandwidth.read_module(distance, *shape[:2])
         tvm.compile(module, target=target)["read"](tvm.runtime.tensor(data), sums)
         np.testing.assert_array_equal(sums.numpy(), data.sum(axis=1, dtype=np.uint32))
 
@@ -149,12 +149,12 @@ def test_other_processes_are_seen_and_our_own_are_not() -> None:
     if not Path("/proc/stat").exists():
         pytest.skip("the system does not tell")
     cores = os.cpu_count() or 1
-    seconds = 1.1 * bench_machine.LEAST_CPU_SECONDS / cores
-    own = bench_machine.OtherProcesses()
+    seconds = 1.1 * machine.LEAST_CPU_SECONDS / cores
+    own = machine.OtherProcesses()
     spin(seconds)
     alone = own.share()
     code = "import time; end = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
-    others = bench_machine.OtherProcesses()
+    others = machine.OtherProcesses()
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(cores)]
     time.sleep(seconds)
     busy = others.share()
@@ -173,15 +173,15 @@ def spin(seconds: float) -> None:
 
 def test_commit_is_unknown_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert bench_machine.source_commit() is None
+    assert machine.source_commit() is None
 
 
 def test_commit_of_a_checkout_of_something_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    monkeypatch.setattr(bench_machine, "__file__", str(tmp_path / "bench_machine.py"))
-    assert bench_machine.source_commit() is None
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    assert machine.source_commit() is None
 
 
 # The command
@@ -221,7 +221,7 @@ def test_mistakes_are_told_before_measuring(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("osscompile.bench.ProcessPoolExecutor", None)  # nothing is measured
+    monkeypatch.setattr("osscompile.bench.models.ProcessPoolExecutor", None)  # nothing is measured
     filled = [part.format(artifact=tiny_artifact, tmp=tmp_path) for part in arguments]
     assert cli.main(["bench", *filled]) == 1
     printed = capsys.readouterr()

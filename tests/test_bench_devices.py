@@ -16,10 +16,11 @@ from test_cuda import image as image
 from test_cuda import needs_nvcc
 
 import osscompile
-from osscompile import bench_bandwidth_device, bench_plot, build_cuda, cli
-from osscompile.bench import _fill_cache
-from osscompile.bench_bandwidth_device import PIECE_BYTES, SOURCES, THREADS, DeviceReader
-from osscompile.bench_report import read_reports
+from osscompile import build_cuda, cli
+from osscompile.bench import bandwidth_device, plot
+from osscompile.bench.bandwidth_device import PIECE_BYTES, SOURCES, THREADS, DeviceReader
+from osscompile.bench.models import _fill_cache
+from osscompile.bench.report import read_reports
 from osscompile.runtime import load
 from osscompile.runtime.artifact import read_manifest
 from osscompile.runtime.cuda import CudaDevice
@@ -39,10 +40,10 @@ BENCH = """
 import sys
 sys.modules["tvm"] = sys.modules["tvm_ffi"] = None  # as where there is no compiler
 from pathlib import Path
-from osscompile import bench_bandwidth_device
-from osscompile.bench import bench
-from osscompile.bench_report import table, write_reports
-bench_bandwidth_device.READ_BYTES = 1 << 22
+from osscompile.bench import bandwidth_device
+from osscompile.bench.models import bench
+from osscompile.bench.report import table, write_reports
+bandwidth_device.READ_BYTES = 1 << 22
 report = bench(sys.argv[1], (16, 1000), (0, 100, 1000))
 write_reports(Path(sys.argv[2]), [report])
 print(table(report))
@@ -66,7 +67,7 @@ def test_without_the_compiler(nano: Path, tmp_path: Path) -> None:
     least = parts["weights"] + parts["KV cache"] + parts["workspace"]
     assert report.device_bytes and least <= report.device_bytes < 1.2 * least
     pytest.importorskip("matplotlib")
-    bench_plot.plot(tmp_path / "p.png", [report])
+    plot.plot(tmp_path / "p.png", [report])
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
@@ -110,7 +111,7 @@ def check_reader(reader: DeviceReader) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_bandwidth_device, "READ_BYTES", 3 << 20)
+    monkeypatch.setattr(bandwidth_device, "READ_BYTES", 3 << 20)
 
 
 @needs_opencl

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from osscompile import bench_plot
-from osscompile.bench_report import (
+from osscompile.bench import plot
+from osscompile.bench.report import (
     BenchError,
     Report,
     Timing,
@@ -197,6 +197,6 @@ def test_picture_is_a_png(tmp_path: Path) -> None:
     empty = dataclasses.replace(REPORT, prefill={}, decode={})
     for i, reports in enumerate([[REPORT], [empty], [REPORT, empty] * 5]):
         file = tmp_path / f"{i}.png"
-        bench_plot.plot(file, reports)
+        plot.plot(file, reports)
         content = file.read_bytes()
         assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 10_000

@@ -15,10 +15,11 @@ from metal_device import METAL, load_stand_in, needs_gxx, stand_in
 from test_metal import for_here as for_here  # a fixture
 
 import osscompile
-from osscompile import bench_bandwidth_tensor, bench_machine, cli
-from osscompile.bench import _fill_cache, bench
-from osscompile.bench_bandwidth_tensor import GROUP_BYTES, THREADS, TensorReader
-from osscompile.bench_report import read_reports, table, write_reports
+from osscompile import cli
+from osscompile.bench import bandwidth_tensor, machine
+from osscompile.bench.bandwidth_tensor import GROUP_BYTES, THREADS, TensorReader
+from osscompile.bench.models import _fill_cache, bench
+from osscompile.bench.report import read_reports, table, write_reports
 from osscompile.runtime import load
 from osscompile.runtime.errors import ArtifactError
 from osscompile.runtime.kv_cache import KEYS_PER_TILE
@@ -36,7 +37,7 @@ def tiny(for_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_bandwidth_tensor, "READ_BYTES", 3 << 20)
+    monkeypatch.setattr(bandwidth_tensor, "READ_BYTES", 3 << 20)
 
 
 def held_bytes() -> int:
@@ -48,8 +49,8 @@ def held_bytes() -> int:
 @pytest.mark.usefixtures("small")
 def test_report(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory that it tells is what the device holds, though nobody was asked."""
-    monkeypatch.setattr("osscompile.bench.DECODE_STEPS", 4)  # each takes long on the stand-in
-    monkeypatch.setattr("osscompile.bench.REPEATS", 2)
+    monkeypatch.setattr("osscompile.bench.models.DECODE_STEPS", 4)  # long on the stand-in
+    monkeypatch.setattr("osscompile.bench.models.REPEATS", 2)
     load_stand_in()
     before, held = held_bytes(), []
 
@@ -94,7 +95,7 @@ def test_reader_that_the_driver_does_not_take(tiny: Path, monkeypatch: pytest.Mo
     load_stand_in()
     device = load(tiny)._device
     monkeypatch.setenv("METAL_COMPILER", "false")
-    monkeypatch.setattr(bench_bandwidth_tensor, "TOGETHER", 2)  # a kernel that nobody compiled yet
+    monkeypatch.setattr(bandwidth_tensor, "TOGETHER", 2)  # a kernel that nobody compiled yet
     assert isinstance(device, TensorDevice)
     with pytest.raises(ArtifactError, match=r"expected kernels that the metal device can run"):
         TensorReader(device, METAL.name, METAL.variant)
@@ -163,16 +164,16 @@ def test_name_of_the_gpu(
 ) -> None:
     command(tmp_path, "system_profiler", json.dumps({"SPDisplaysDataType": displays}))
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert bench_machine.gpu_name() == name
+    assert machine.gpu_name() == name
 
 
 def test_name_of_the_gpu_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert bench_machine.gpu_name() is None
+    assert machine.gpu_name() is None
 
 
 def test_name_of_the_cpu_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command(tmp_path, "sysctl", "Apple M1")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(bench_machine, "Path", lambda path: tmp_path / "none")
-    assert bench_machine.cpu_name() == "Apple M1"
+    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / "none")
+    assert machine.cpu_name() == "Apple M1"

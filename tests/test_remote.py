@@ -18,9 +18,10 @@ from test_tuning_devices import planned as planned
 from treacherous_kernel import CRASHES, FAST, KNOB, SLOW, WRONG, emit_tiny, measured_ways
 from treacherous_kernel import offer as offer
 
-from osscompile import bench_bandwidth, cli
+from osscompile import cli
 from osscompile import remote as remote_module
-from osscompile.bench_report import read_reports
+from osscompile.bench import bandwidth
+from osscompile.bench.report import read_reports
 from osscompile.errors import RemoteError
 from osscompile.remote import Remote, parse_remote
 from osscompile.runtime.artifact import read_manifest
@@ -107,7 +108,7 @@ def test_candidate_that_crashes_ends_the_server_of_tvm(  # type: ignore[no-untyp
 def test_bench(
     tiny_artifact: Path, tracker: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_bandwidth, "READ_BYTES", 1 << 24)
+    monkeypatch.setattr(bandwidth, "READ_BYTES", 1 << 24)
     file = tmp_path / "far.json"
     arguments = ["bench", str(tiny_artifact), "--prefill", "16,40", "--decode", "0,32"]
     where = ["--rpc", f"{tracker.host}:{tracker.port}", "--key", tracker.key]

@@ -96,7 +96,7 @@ template <class T> bool Set(void* module, const char* name, T value) {
   return variable;
 }
 
-// --- For osscompile/bench_bandwidth_device.py, whose kernel is PTX: the same written again --------
+// --- For osscompile/bench/bandwidth_device.py, whose kernel is PTX: the same written again --------
 
 template <class T> T At(void* const* parameters, int i) { return *static_cast<T*>(parameters[i]); }
 

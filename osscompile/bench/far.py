@@ -15,15 +15,15 @@ import tvm
 from tqdm import tqdm
 from tvm import relax
 
-from . import targets
-from .bench import DECODE_STEPS, REPEATS, WARMUP_STEPS, timing
-from .bench_artifact import artifact_facts, random_ids
-from .bench_bandwidth import PREFETCH_BYTES, read_module, shapes
-from .bench_report import BenchError, Report
-from .build import build_library
-from .errors import RemoteError
-from .remote import Remote, is_alive, upload
-from .runtime.artifact import Artifact, open_artifact, read_manifest
+from .. import targets
+from ..build import build_library
+from ..errors import RemoteError
+from ..remote import Remote, is_alive, upload
+from ..runtime.artifact import Artifact, open_artifact, read_manifest
+from .artifact import artifact_facts, random_ids
+from .bandwidth import PREFETCH_BYTES, read_module, shapes
+from .models import DECODE_STEPS, REPEATS, WARMUP_STEPS, timing
+from .report import BenchError, Report
 
 SESSION_SECONDS = 24 * 3600  # then the server ends a session that was forgotten
 
@@ -148,7 +148,7 @@ class _FarModel:
 
 
 class _FarReader:
-    """`bench_bandwidth.Reader`, there."""
+    """`bandwidth.Reader`, there."""
 
     def __init__(self, model: _FarModel, artifact: Artifact) -> None:
         target = next(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .bench_report import BenchError, Report, Timing, machine
+from .report import BenchError, Report, Timing, machine
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

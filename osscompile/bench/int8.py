@@ -10,10 +10,10 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from . import targets
-from .bench_machine import best_seconds
-from .runtime.machine import physical_cores
-from .schedules.cpu import dpbusd, maddubs
+from .. import targets
+from ..runtime.machine import physical_cores
+from ..schedules.cpu import dpbusd, maddubs
+from .machine import best_seconds
 
 STEPS = 1 << 22  # of every chain in one run: some 30 ms
 

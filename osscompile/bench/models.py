@@ -19,25 +19,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .bench_artifact import artifact_facts, random_ids
-from .bench_bandwidth_device import DeviceReader
-from .bench_machine import (
-    OtherProcesses,
-    cpu_name,
-    gpu_name,
-    memory_bytes,
-    process_bytes,
-    system_name,
-)
-from .bench_report import FIRST_PROMPT, Report, Timing
-from .runtime.artifact import open_artifact
-from .runtime.device import Device
-from .runtime.engine import Model, load
-from .runtime.kv_cache import KEYS_PER_TILE
-from .runtime.launch_devices import LaunchDevice
-from .runtime.machine import physical_cores
-from .runtime.sampler import Sampler, SamplingOptions
-from .runtime.tensor_device import TensorDevice
+from ..runtime.artifact import open_artifact
+from ..runtime.device import Device
+from ..runtime.engine import Model, load
+from ..runtime.kv_cache import KEYS_PER_TILE
+from ..runtime.launch_devices import LaunchDevice
+from ..runtime.machine import physical_cores
+from ..runtime.sampler import Sampler, SamplingOptions
+from ..runtime.tensor_device import TensorDevice
+from .artifact import artifact_facts, random_ids
+from .bandwidth_device import DeviceReader
+from .machine import OtherProcesses, cpu_name, gpu_name, memory_bytes, process_bytes, system_name
+from .report import FIRST_PROMPT, Report, Timing
 
 PREFILL_LENGTHS = (16, 128, 512, 2048, 4096)
 DECODE_DEPTHS = (0, 2048, 16384)
@@ -130,7 +123,7 @@ def bench(
     peak_macs = None
     if device is None:
         say("int8 peak")
-        from .bench_int8 import int8_peak  # imports the compiler
+        from .int8 import int8_peak  # imports the compiler
 
         peak_macs = int8_peak()
     return Report(
@@ -171,11 +164,11 @@ def _open_reader(model: Model) -> Reader:
     """Of the memory that the model's kernels read."""
     device = model._device  # the compiler is imported here, if at all: after memory was read
     if isinstance(device, Device):
-        from .bench_bandwidth import Reader
+        from .bandwidth import Reader
 
         return Reader()
     if isinstance(device, TensorDevice):
-        from .bench_bandwidth_tensor import TensorReader
+        from .bandwidth_tensor import TensorReader
 
         return TensorReader(device, model.manifest.target, model.variant)
     return DeviceReader(model.manifest.runtime, device.opened)

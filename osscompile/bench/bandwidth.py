@@ -12,9 +12,9 @@ import tvm
 from tvm import ir
 from tvm.script import tirx as T
 
-from . import targets
-from .runtime.device import aligned_empty, tensor
-from .schedules.cpu.prefetch import LINE_BYTES, fetch
+from .. import targets
+from ..runtime.device import aligned_empty, tensor
+from ..schedules.cpu.prefetch import LINE_BYTES, fetch
 
 READ_BYTES = 1 << 30  # from memory, far beyond what a cache holds of it
 PIECE_BYTES = 1 << 20  # that a core reads from end to end

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from .runtime.errors import OsscompileError
+from ..runtime.errors import OsscompileError
 
 FIRST_PROMPT = 16  # tokens before the first one, after a load
 BUSY_SHARE = 0.05  # of the CPUs, used by others: more spoils a measurement

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .bench_machine import source_commit, versions
-from .runtime.artifact import Manifest, Tensor
+from ..runtime.artifact import Manifest, Tensor
+from .machine import source_commit, versions
 
 WORD_BITS = 32  # of weights whose name ends in ".words"
 FP4_BITS, INT8_BITS = 4, 8

@@ -11,11 +11,11 @@ import numpy as np
 from tvm import ir
 from tvm.script import tirx as T
 
-from . import targets
-from .bench_bandwidth_device import CHUNKS, READ_BYTES, STEPS, THREADS, TOGETHER, TRIALS
-from .build import build_library
-from .runtime.device import load_function
-from .runtime.tensor_memory import TensorMemory
+from .. import targets
+from ..build import build_library
+from ..runtime.device import load_function
+from ..runtime.tensor_memory import TensorMemory
+from .bandwidth_device import CHUNKS, READ_BYTES, STEPS, THREADS, TOGETHER, TRIALS
 
 READS = 8  # of a sample: what it takes to wait for the device is once in it
 LANES = 4  # 32-bit numbers of a load

@@ -1,0 +1,1 @@
+"""Everything that measures models and machines, beside what memory and arithmetic allow."""
