@@ -12,9 +12,9 @@ from tqdm import tqdm
 from tvm import ir
 
 from . import __version__, targets
-from .build import build_library
-from .build_cuda import build_cuda
-from .build_opencl import build_opencl
+from .codegen.cuda import build_cuda
+from .codegen.library import build_library
+from .codegen.opencl import build_opencl
 from .errors import CompileError
 from .importer.config import ModelConfig
 from .importer.graph import (

@@ -1,8 +1,8 @@
 """A program: what a function of an artifact launches, in order, and on which memory.
 
-This file defines the format, JSON (`osscompile/programs.py` writes it), and checks all of it when
-it is read. Sizes that depend on the number of tokens are expressions: a whole number, "tokens", or
-[operator, expression, expression].
+This file defines the format, JSON (`osscompile/codegen/programs.py` writes it), and checks all of
+it when it is read. Sizes that depend on the number of tokens are expressions: a whole number,
+"tokens", or [operator, expression, expression].
 """
 
 import json

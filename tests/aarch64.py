@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import ir
 
-from osscompile.build import build_library
 from osscompile.bundle import bundle_runtime
+from osscompile.codegen.library import build_library
 from osscompile.targets import Target
 
 ARCHITECTURE = "aarch64"  # platform.machine() there

@@ -44,7 +44,7 @@ def open_here() -> cuda._Opened:
 
 
 def compile_here(source: str, target: Target, output: Path) -> None:
-    """In place of `build_cuda.compile_cuda`: a module of the stand-in."""
+    """In place of `codegen.cuda.compile_cuda`: a module of the stand-in."""
     entries = "".join(
         f"CUDA_ENTRY({name}, {threads or H100.max_threads})\n"
         for threads, name in re.findall(KERNEL, source, re.MULTILINE)

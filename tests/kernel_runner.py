@@ -22,16 +22,16 @@ from tvm.sym import Analyzer
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
-from osscompile.build import build_library
-from osscompile.build_cuda import cuda_source
-from osscompile.build_opencl import opencl_source
+from osscompile.codegen.cuda import cuda_source
+from osscompile.codegen.library import build_library
+from osscompile.codegen.opencl import opencl_source
+from osscompile.codegen.programs import kernel_launches
 from osscompile.importer.weights import pack_rows
 from osscompile.passes.expand_exp import expand_exp
 from osscompile.passes.name_rounding import name_rounding
 from osscompile.passes.pack_weights import pack_kernel, packable
 from osscompile.passes.split_launches import split_launches
 from osscompile.passes.store_halves import store_halves
-from osscompile.programs import kernel_launches
 from osscompile.runtime.cuda import CudaDevice
 from osscompile.runtime.device import load_function
 from osscompile.runtime.launch_devices import LAUNCH_DEVICES, LaunchDevice

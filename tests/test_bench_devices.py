@@ -16,11 +16,12 @@ from test_cuda import image as image
 from test_cuda import needs_nvcc
 
 import osscompile
-from osscompile import build_cuda, cli
+from osscompile import cli
 from osscompile.bench import bandwidth_device, plot
 from osscompile.bench.bandwidth_device import PIECE_BYTES, SOURCES, THREADS, DeviceReader
 from osscompile.bench.models import _fill_cache
 from osscompile.bench.report import read_reports
+from osscompile.codegen.cuda import find_nvcc
 from osscompile.runtime import load
 from osscompile.runtime.artifact import read_manifest
 from osscompile.runtime.cuda import CudaDevice
@@ -135,6 +136,6 @@ def test_device_without_room_for_the_data(driver: ctypes.CDLL) -> None:
 @needs_nvcc
 def test_ptx_is_compiled_without_spills(tmp_path: Path) -> None:
     (tmp_path / "read.ptx").write_text(SOURCES["cuda"])
-    command = [str(build_cuda.find_nvcc()), "-arch=sm_90a", "-cubin", "-Xptxas=-v", "read.ptx"]
+    command = [str(find_nvcc()), "-arch=sm_90a", "-cubin", "-Xptxas=-v", "read.ptx"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and "0 bytes spill stores" in result.stderr, result.stderr

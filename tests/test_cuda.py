@@ -19,21 +19,19 @@ from cuda_device import H100, compile_here
 from metal_device import needs_gxx
 
 import osscompile
-from osscompile import build_cuda
+from osscompile.codegen.cuda import compile_cuda, cuda_source, find_nvcc
+from osscompile.codegen.programs import build_programs
 from osscompile.errors import CompileError
 from osscompile.importer.graph import build_graph, with_choose
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
-from osscompile.programs import build_programs
 from osscompile.runtime import cuda
 from osscompile.runtime.artifact import read_manifest
 from osscompile.runtime.cuda import CudaDevice
 from osscompile.runtime.errors import ArtifactError, OsscompileError
 from osscompile.runtime.program import Launch, Launches, Program
 
-needs_nvcc = pytest.mark.skipif(
-    build_cuda.find_nvcc() is None, reason="needs CUDA's compiler, nvcc"
-)
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs CUDA's compiler, nvcc")
 
 # --- Compiling --------------------------------------------------------------------------------
 
@@ -45,7 +43,7 @@ def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)
     module = with_choose(build_graph(config, profile, 131072, 512).module, config.vocab_size)
     module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
-    source = build_cuda.cuda_source(module, H100)
+    source = cuda_source(module, H100)
     for program in build_programs(module).values():
         for launch in program.launches:
             assert f" {launch.kernel}(" in source
@@ -58,8 +56,8 @@ def test_compile_20b_for_sm_90a(tmp_path: Path) -> None:
     config = gpt_oss_config(num_layers=2, num_experts=32)
     module = with_choose(build_graph(config, "fast", 131072, 512).module, config.vocab_size)
     module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
-    (tmp_path / "kernels.cu").write_text(build_cuda.cuda_source(module, H100))
-    command = [str(build_cuda.find_nvcc()), f"-arch={H100.tvm['arch']}", "-fatbin", "-Xptxas=-v"]
+    (tmp_path / "kernels.cu").write_text(cuda_source(module, H100))
+    command = [str(find_nvcc()), f"-arch={H100.tvm['arch']}", "-fatbin", "-Xptxas=-v"]
     result = subprocess.run([*command, "kernels.cu"], cwd=tmp_path, capture_output=True, text=True)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert result.returncode == 0 and len(spills) > 30, result.stderr
@@ -84,14 +82,14 @@ def test_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_nvcc
 def test_output_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    build_cuda.compile_cuda('extern "C" __global__ void f() {}', H100, Path("lib.fatbin"))
+    compile_cuda('extern "C" __global__ void f() {}', H100, Path("lib.fatbin"))
     assert [file.name for file in tmp_path.iterdir()] == ["lib.fatbin"]
 
 
 @needs_nvcc
 def test_source_that_nvcc_refuses(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=r"expected nvcc to succeed, .*error"):
-        build_cuda.compile_cuda("int main( {", H100, tmp_path / "lib.fatbin")
+        compile_cuda("int main( {", H100, tmp_path / "lib.fatbin")
 
 
 # --- Launching --------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from test_tuning_devices import offer as offer  # a fixture
 from treacherous_kernel import check_ingest, emit_tiny, measured_ways
 
 import osscompile
-from osscompile import build_cuda
 from osscompile.bench import bandwidth_device
 from osscompile.bench.models import bench
 from osscompile.runtime import cuda, load
@@ -35,7 +34,7 @@ pytestmark = needs_gxx
 def stand_in() -> Iterator[None]:
     """Of the driver, and of CUDA's compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_cuda, "compile_cuda", compile_here)
+        patch.setattr("osscompile.codegen.cuda.compile_cuda", compile_here)
         patch.setattr(cuda, "DRIVER", str(cuda_device.driver()))
         yield
 

@@ -10,7 +10,7 @@ import pytest
 from cuda_device import H100, compile_here, open_here
 from metal_device import needs_gxx
 
-from osscompile.build_cuda import PRELUDE
+from osscompile.codegen.cuda import PRELUDE
 from osscompile.errors import CompileError
 from osscompile.runtime.cuda import CudaDevice
 from osscompile.runtime.errors import ArtifactError

@@ -29,8 +29,8 @@ from test_cross_compile import ARM64, CODE_SIGNATURE, DYLIB, ID_DYLIB, MACH_O_64
 
 import osscompile
 from osscompile import cli, targets
-from osscompile.build import build_library
 from osscompile.bundle import bundle_runtime
+from osscompile.codegen.library import build_library
 from osscompile.importer.graph import build_graph, with_choose
 from osscompile.importer.resolve import resolve_model
 from osscompile.importer.synthetic import gpt_oss_config

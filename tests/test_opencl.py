@@ -31,11 +31,11 @@ from test_model_accuracy import NANO, NANO_QUESTIONS, check_fast, nano_answer
 
 import osscompile
 from osscompile import cli
-from osscompile.build_opencl import opencl_source
+from osscompile.codegen.opencl import opencl_source
+from osscompile.codegen.programs import build_programs
 from osscompile.importer.graph import build_graph, with_choose
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
-from osscompile.programs import build_programs
 from osscompile.runtime import load
 from osscompile.runtime.artifact import open_artifact
 from osscompile.runtime.errors import ArtifactError, OsscompileError

@@ -32,8 +32,8 @@ from tvm.s_tir import Schedule
 from tvm.tirx import PrimFunc
 
 from osscompile import cli
-from osscompile.build import build_library
 from osscompile.bundle import bundle_runtime
+from osscompile.codegen.library import build_library
 from osscompile.errors import CompileError
 from osscompile.importer.graph import build_graph
 from osscompile.importer.synthetic import TINY

@@ -12,7 +12,7 @@ from tvm import ir
 from tvm.script import tirx as T
 
 from .. import targets
-from ..build import build_library
+from ..codegen.library import build_library
 from ..runtime.device import load_function
 from ..runtime.tensor_memory import TensorMemory
 from .bandwidth_device import CHUNKS, READ_BYTES, STEPS, THREADS, TOGETHER, TRIALS

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tvm import relax
 
 from .. import targets
-from ..build import build_library
+from ..codegen.library import build_library
 from ..errors import RemoteError
 from ..remote import Remote, is_alive, upload
 from ..runtime.artifact import Artifact, open_artifact, read_manifest

@@ -1,7 +1,7 @@
 """Let float16 be how numbers are stored and no more: bits in memory, float32 in expressions.
 
 In OpenCL C arithmetic on halves is an extension, which not every device has; functions that convert
-them are not. `build_opencl.py` defines those that are called here.
+them are not. `codegen/opencl.py` defines those that are called here.
 """
 
 from tvm import ir, tirx

@@ -8,14 +8,14 @@ import tvm
 from tvm import ir
 from tvm.tirx import PrimFunc
 
-from ..build import build_library
-from ..build_cuda import write_cuda
-from ..build_opencl import write_opencl
+from ..codegen.cuda import write_cuda
+from ..codegen.library import build_library
+from ..codegen.opencl import write_opencl
+from ..codegen.programs import kernel_launches
 from ..passes.expand_exp import expand_exp
 from ..passes.name_rounding import name_rounding
 from ..passes.split_launches import split_launches
 from ..passes.store_halves import store_halves
-from ..programs import kernel_launches
 from ..runtime.device import tensor
 from ..runtime.errors import TuningError
 from ..runtime.inputs import checked_inputs

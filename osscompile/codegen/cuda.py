@@ -17,13 +17,13 @@ from tvm.target import Target as TvmTarget
 from tvm.tirx import PrimFunc
 from tvm.tirx import transform as tirx
 
-from .errors import CompileError
+from ..errors import CompileError
+from ..runtime.artifact import PROGRAMS_SUFFIX
+from ..runtime.program import write_programs
+from ..schedules.gpu import mma, tf32
+from ..schedules.gpu.packed_bytes import DOT, SELECT
+from ..targets import Target
 from .programs import build_programs
-from .runtime.artifact import PROGRAMS_SUFFIX
-from .runtime.program import write_programs
-from .schedules.gpu import mma, tf32
-from .schedules.gpu.packed_bytes import DOT, SELECT
-from .targets import Target
 
 PRELUDE = f"""\
 static __device__ int {DOT}(unsigned a, unsigned b) {{ return __dp4a(int(a), int(b), 0); }}

@@ -10,13 +10,13 @@ from tvm.target import Target as TvmTarget
 from tvm.tirx import PrimFunc
 from tvm.tirx import transform as tirx
 
-from .passes.store_halves import FLOAT_TO_HALF, HALF_TO_FLOAT
+from ..passes.store_halves import FLOAT_TO_HALF, HALF_TO_FLOAT
+from ..runtime.artifact import PROGRAMS_SUFFIX
+from ..runtime.program import write_programs
+from ..schedules.gpu.packed_bytes import DOT
+from ..schedules.gpu.texture import TEXEL
+from ..targets import Target
 from .programs import build_programs
-from .runtime.artifact import PROGRAMS_SUFFIX
-from .runtime.program import write_programs
-from .schedules.gpu.packed_bytes import DOT
-from .schedules.gpu.texture import TEXEL
-from .targets import Target
 
 IMAGE = "__read_only image1d_buffer_t"
 

@@ -10,8 +10,8 @@ import tvm
 from tvm import ir, relax
 from tvm.target import Target as TvmTarget
 
-from .errors import CompileError
-from .targets import Target
+from ..errors import CompileError
+from ..targets import Target
 
 ROOM_BYTES = 16 << 20  # for objects and library: about 2 MB
 
