@@ -22,7 +22,7 @@ FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
-PROGRAMS_SUFFIX = ".launches"  # in place of a library's: what launches its kernels (`program.py`)
+PROGRAMS_SUFFIX = ".launches"  # in place of a library's: what launches its kernels
 ANY = "any"  # system and architecture of an artifact whose code the device's driver compiles
 # A library that TVM's runtime loads; or kernels and the programs that launch them: as OpenCL C, or
 # as machine code that CUDA's driver loads.

@@ -11,15 +11,15 @@ import numpy as np
 
 from .artifact import Artifact, Manifest, open_artifact
 from .chooser import Chooser
-from .device import Device
+from .devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
+from .devices.program import read_programs
+from .devices.tvm_cpu import Device
+from .devices.tvm_device import TensorDevice
 from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
-from .launch_devices import LAUNCH_DEVICES, LaunchDevice
 from .machine import available_memory_bytes, physical_cores
-from .program import read_programs
 from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
-from .tensor_device import TensorDevice
 from .tokenizer import StreamDecoder, Tokenizer
 
 # Python, numpy, tokenizers and TVM's runtime, without a vocabulary.

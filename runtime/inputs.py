@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .device import aligned_copy, aligned_empty
+from .devices.tvm_cpu import aligned_copy, aligned_empty
 from .trials import Argument, Plan
 
 COLD_BYTES = 512 << 20  # read between two calls that read the same weights: beyond all caches

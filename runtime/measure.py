@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .device import aligned_copy
+from .devices.tvm_cpu import aligned_copy
 from .errors import DefaultError, OsscompileError, TuningError
 from .inputs import Arrays, checked_inputs, moved_bytes, timed_inputs, whole_numbers
 from .machine import physical_cores

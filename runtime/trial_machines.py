@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from .artifact import CPU
-from .device import load_function, tensor
+from .devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
+from .devices.tvm_cpu import load_function, tensor
+from .devices.tvm_memory import TensorMemory
 from .errors import TuningError
-from .launch_devices import LAUNCH_DEVICES, LaunchDevice
-from .tensor_memory import TensorMemory
 from .trials import CHECKED, TIMED, Candidate, Plan
 
 FUNCTION = "kernel"  # in every library

@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .artifact import ANY, DEVICES, RUNTIMES
+from .devices.launch_devices import LAUNCH_DEVICES
+from .devices.program import Launches, parse_launches
 from .errors import TuningError
-from .launch_devices import LAUNCH_DEVICES
 from .machine import Machine
-from .program import Launches, parse_launches
 
 FORMAT_VERSION = 3
 PLAN = "plan.json"

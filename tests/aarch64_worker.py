@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from osscompile_runtime.device import aligned_copy, load_function, tensor
+from osscompile_runtime.devices.tvm_cpu import aligned_copy, load_function, tensor
 
 THREADS = 2
 

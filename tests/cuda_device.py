@@ -16,7 +16,7 @@ from metal_device import NO_WARNINGS
 
 from osscompile import targets
 from osscompile.errors import CompileError
-from osscompile.runtime import cuda
+from osscompile.runtime.devices import cuda
 from osscompile.targets import Target
 
 (H100,) = targets.load_variants("h100")

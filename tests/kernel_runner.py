@@ -32,11 +32,11 @@ from osscompile.passes.name_rounding import name_rounding
 from osscompile.passes.pack_weights import pack_kernel, packable
 from osscompile.passes.split_launches import split_launches
 from osscompile.passes.store_halves import store_halves
-from osscompile.runtime.cuda import CudaDevice
-from osscompile.runtime.device import load_function
-from osscompile.runtime.launch_devices import LAUNCH_DEVICES, LaunchDevice
-from osscompile.runtime.opencl import OpenCLDevice
-from osscompile.runtime.program import Launches
+from osscompile.runtime.devices.cuda import CudaDevice
+from osscompile.runtime.devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
+from osscompile.runtime.devices.opencl import OpenCLDevice
+from osscompile.runtime.devices.program import Launches
+from osscompile.runtime.devices.tvm_cpu import load_function
 from osscompile.schedules.records import Choose, recorded
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target

@@ -19,7 +19,11 @@ import tvm
 import tvm_ffi
 
 from osscompile import targets
-from osscompile.runtime.device import device_library, find_runtime_library, load_device_runtime
+from osscompile.runtime.devices.tvm_cpu import (
+    device_library,
+    find_runtime_library,
+    load_device_runtime,
+)
 from osscompile.targets import Target
 
 (METAL,) = targets.load_variants("apple")

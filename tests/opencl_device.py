@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from osscompile import targets
+from osscompile.runtime.devices.opencl import _first_device, _import_pyopencl
 from osscompile.runtime.errors import OsscompileError
-from osscompile.runtime.opencl import _first_device, _import_pyopencl
 
 (OPENCL,) = targets.load_variants("snapdragon-gpu")
 

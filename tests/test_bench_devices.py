@@ -24,11 +24,11 @@ from osscompile.bench.report import read_reports
 from osscompile.codegen.cuda import find_nvcc
 from osscompile.runtime import load
 from osscompile.runtime.artifact import read_manifest
-from osscompile.runtime.cuda import CudaDevice
+from osscompile.runtime.devices.cuda import CudaDevice
+from osscompile.runtime.devices.opencl import OpenCLDevice
 from osscompile.runtime.engine import memory_bytes
 from osscompile.runtime.errors import OsscompileError
 from osscompile.runtime.kv_cache import KEYS_PER_TILE
-from osscompile.runtime.opencl import OpenCLDevice
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,11 @@ from osscompile.errors import CompileError
 from osscompile.importer.graph import build_graph, with_choose
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
-from osscompile.runtime import cuda
 from osscompile.runtime.artifact import read_manifest
-from osscompile.runtime.cuda import CudaDevice
+from osscompile.runtime.devices import cuda
+from osscompile.runtime.devices.cuda import CudaDevice
+from osscompile.runtime.devices.program import Launch, Launches, Program
 from osscompile.runtime.errors import ArtifactError, OsscompileError
-from osscompile.runtime.program import Launch, Launches, Program
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs CUDA's compiler, nvcc")
 

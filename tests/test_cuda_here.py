@@ -24,7 +24,8 @@ from treacherous_kernel import check_ingest, emit_tiny, measured_ways
 import osscompile
 from osscompile.bench import bandwidth_device
 from osscompile.bench.models import bench
-from osscompile.runtime import cuda, load
+from osscompile.runtime import load
+from osscompile.runtime.devices import cuda
 from osscompile.runtime.measure import measure_kernel
 
 pytestmark = needs_gxx

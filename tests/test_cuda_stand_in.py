@@ -12,9 +12,9 @@ from metal_device import needs_gxx
 
 from osscompile.codegen.cuda import PRELUDE
 from osscompile.errors import CompileError
-from osscompile.runtime.cuda import CudaDevice
+from osscompile.runtime.devices.cuda import CudaDevice
+from osscompile.runtime.devices.program import Launch, Launches
 from osscompile.runtime.errors import ArtifactError
-from osscompile.runtime.program import Launch, Launches
 
 pytestmark = needs_gxx
 

@@ -37,7 +37,7 @@ from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import SHARED_PASSES, VARIANT_PASSES, run_passes
 from osscompile.runtime import load
 from osscompile.runtime.artifact import read_manifest
-from osscompile.runtime.device import device_library, find_runtime_library
+from osscompile.runtime.devices.tvm_cpu import device_library, find_runtime_library
 from osscompile.runtime.errors import ArtifactError, OsscompileError
 from osscompile.targets import Target
 
@@ -274,7 +274,7 @@ def test_forgetting_sets_what_was_written_to_zero(
     talker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces that divide no row."""
-    monkeypatch.setattr("osscompile.runtime.tensor_memory.PIECE_BYTES", 1000)
+    monkeypatch.setattr("osscompile.runtime.devices.tvm_memory.PIECE_BYTES", 1000)
     model = load(talker)
     model.prefill(random_ids(100))
 

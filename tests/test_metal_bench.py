@@ -21,10 +21,10 @@ from osscompile.bench.bandwidth_tensor import GROUP_BYTES, THREADS, TensorReader
 from osscompile.bench.models import _fill_cache, bench
 from osscompile.bench.report import read_reports, table, write_reports
 from osscompile.runtime import load
+from osscompile.runtime.devices.tvm_device import TensorDevice
+from osscompile.runtime.devices.tvm_memory import TensorMemory
 from osscompile.runtime.errors import ArtifactError
 from osscompile.runtime.kv_cache import KEYS_PER_TILE
-from osscompile.runtime.tensor_device import TensorDevice
-from osscompile.runtime.tensor_memory import TensorMemory
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_reader_that_the_driver_does_not_take(tiny: Path, monkeypatch: pytest.Mo
 @needs_gxx
 def test_cache_is_filled_up_to_the_depth(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces that divide no row."""
-    monkeypatch.setattr("osscompile.runtime.tensor_memory.PIECE_BYTES", 1000)
+    monkeypatch.setattr("osscompile.runtime.devices.tvm_memory.PIECE_BYTES", 1000)
     load_stand_in()
     model = load(tiny)
     _fill_cache(model, list(range(100)))

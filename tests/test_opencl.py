@@ -38,9 +38,9 @@ from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
 from osscompile.runtime import load
 from osscompile.runtime.artifact import open_artifact
+from osscompile.runtime.devices.opencl import OpenCLDevice, _first_device, _import_pyopencl
+from osscompile.runtime.devices.program import read_programs, write_programs
 from osscompile.runtime.errors import ArtifactError, OsscompileError
-from osscompile.runtime.opencl import OpenCLDevice, _first_device, _import_pyopencl
-from osscompile.runtime.program import read_programs, write_programs
 
 
 @pytest.fixture(scope="module")

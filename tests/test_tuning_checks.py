@@ -22,7 +22,7 @@ from tvm import ir
 from osscompile import cli, compiler, targets
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.runtime import inputs, measure
-from osscompile.runtime.device import aligned_copy, tensor
+from osscompile.runtime.devices.tvm_cpu import aligned_copy, tensor
 from osscompile.runtime.inputs import Arrays, checked_inputs
 from osscompile.runtime.measure import Failure, compare_and_time
 from osscompile.runtime.trial_machines import FUNCTION, Cpu, Launched, TrialMachine

@@ -22,10 +22,10 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from osscompile import cli
+from osscompile.runtime.devices.program import Launch, Launches
 from osscompile.runtime.errors import TuningError
 from osscompile.runtime.inputs import make_array
 from osscompile.runtime.measure import measure_kernel
-from osscompile.runtime.program import Launch, Launches
 from osscompile.runtime.trials import (
     CHECKED,
     TIMED,

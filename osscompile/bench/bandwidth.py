@@ -13,7 +13,7 @@ from tvm import ir
 from tvm.script import tirx as T
 
 from .. import targets
-from ..runtime.device import aligned_empty, tensor
+from ..runtime.devices.tvm_cpu import aligned_empty, tensor
 from ..schedules.cpu.prefetch import LINE_BYTES, fetch
 
 READ_BYTES = 1 << 30  # from memory, far beyond what a cache holds of it

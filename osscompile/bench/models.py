@@ -20,13 +20,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..runtime.artifact import open_artifact
-from ..runtime.device import Device
+from ..runtime.devices.launch_devices import LaunchDevice
+from ..runtime.devices.tvm_cpu import Device
+from ..runtime.devices.tvm_device import TensorDevice
 from ..runtime.engine import Model, load
 from ..runtime.kv_cache import KEYS_PER_TILE
-from ..runtime.launch_devices import LaunchDevice
 from ..runtime.machine import physical_cores
 from ..runtime.sampler import Sampler, SamplingOptions
-from ..runtime.tensor_device import TensorDevice
 from .artifact import artifact_facts, random_ids
 from .bandwidth_device import DeviceReader
 from .machine import OtherProcesses, cpu_name, gpu_name, memory_bytes, process_bytes, system_name

@@ -12,7 +12,7 @@ from tvm.tirx import transform as tirx
 
 from ..passes.store_halves import FLOAT_TO_HALF, HALF_TO_FLOAT
 from ..runtime.artifact import PROGRAMS_SUFFIX
-from ..runtime.program import write_programs
+from ..runtime.devices.program import write_programs
 from ..schedules.gpu.packed_bytes import DOT
 from ..schedules.gpu.texture import TEXEL
 from ..targets import Target

@@ -16,7 +16,15 @@ from tvm.sym import Analyzer
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
-from ..runtime.program import ITEM_BYTES, TOKENS, Expression, Launch, Launches, Program, evaluate
+from ..runtime.devices.program import (
+    ITEM_BYTES,
+    TOKENS,
+    Expression,
+    Launch,
+    Launches,
+    Program,
+    evaluate,
+)
 
 INPUT_DTYPE = "int32"  # of what comes with every call; no cache or weight has it
 _OPERATORS = {

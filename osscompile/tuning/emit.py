@@ -16,10 +16,10 @@ from ..passes.expand_exp import expand_exp
 from ..passes.name_rounding import name_rounding
 from ..passes.split_launches import split_launches
 from ..passes.store_halves import store_halves
-from ..runtime.device import tensor
+from ..runtime.devices.program import Launches
+from ..runtime.devices.tvm_cpu import tensor
 from ..runtime.errors import TuningError
 from ..runtime.inputs import checked_inputs
-from ..runtime.program import Launches
 from ..runtime.trial_machines import FUNCTION
 from ..runtime.trials import (
     CHECKED,

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .device import CPU, POOLED, aligned_copy, load_function, tensor
-from .errors import ArtifactError, OsscompileError
-from .tensor_memory import TensorMemory
+from ..errors import ArtifactError, OsscompileError
+from .tvm_cpu import CPU, POOLED, aligned_copy, load_function, tensor
+from .tvm_memory import TensorMemory
 
 MOST_INPUTS = 4  # of calls that nobody waited for: of a prefill, and of the choice of a token
 

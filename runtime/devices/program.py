@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
-from .artifact import Artifact, Manifest
-from .errors import ArtifactError
+from ..artifact import Artifact, Manifest
+from ..errors import ArtifactError
 
 Expression: TypeAlias = Any  # int | "tokens" | [operator, Expression, Expression]
 TOKENS = "tokens"

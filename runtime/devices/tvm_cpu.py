@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ArtifactError, OsscompileError
+from ..errors import ArtifactError, OsscompileError
 
 CPU = 1  # DLPack's device type
 FAST_CORES = 1  # TVM's thread pool: prefer the cores with the highest frequency
 POOLED = 2  # the virtual machine's allocator that keeps what it freed
+RUNTIME_FOLDER = Path(__file__).parent.parent  # where a bundle has it
 RUNTIME_LIBRARY = {"Darwin": "libtvm_runtime.dylib"}.get(os.uname().sysname, "libtvm_runtime.so")
 
 
@@ -155,9 +156,9 @@ def _load_globally(library: Path) -> None:
 
 
 def find_runtime_library(device: str | None = None) -> Path | None:
-    """OSSCOMPILE_TVM_RUNTIME, or a copy beside this file, or the one of an installed apache-tvm;
+    """OSSCOMPILE_TVM_RUNTIME, or a copy beside the runtime, or the one of an installed apache-tvm;
     of a `device`, what lies beside that."""
-    candidates = [Path(__file__).parent / RUNTIME_LIBRARY]
+    candidates = [RUNTIME_FOLDER / RUNTIME_LIBRARY]
     if named := os.environ.get("OSSCOMPILE_TVM_RUNTIME"):
         candidates.insert(0, Path(named))
     package = importlib.util.find_spec("tvm")  # finds it without importing it

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .device_memory import DeviceArray, DeviceMemory, Memory, Usage
-from .errors import ArtifactError, OsscompileError
+from ..errors import ArtifactError, OsscompileError
+from .memory import DeviceArray, DeviceMemory, Memory, Usage
 from .program import MEMORY, Launch, Launches, Program, evaluate
 
 BUILD_OPTIONS = ["-cl-kernel-arg-info"]  # to check what programs say
