@@ -12,8 +12,8 @@ from . import __version__, targets
 from .runtime.artifact import ALWAYS_HASHED_BYTES, ANY, Manifest, read_manifest
 from .runtime.engine import Model, load, memory_bytes
 from .runtime.errors import OsscompileError
-from .runtime.measure import attempt_here
-from .runtime.trials import kernel_folders
+from .runtime.trials.files import kernel_folders
+from .runtime.trials.measure import attempt_here
 
 if TYPE_CHECKING:
     from .remote import Remote

@@ -26,7 +26,7 @@ from osscompile.bench import bandwidth_device
 from osscompile.bench.models import bench
 from osscompile.runtime import load
 from osscompile.runtime.devices import cuda
-from osscompile.runtime.measure import measure_kernel
+from osscompile.runtime.trials.measure import measure_kernel
 
 pytestmark = needs_gxx
 

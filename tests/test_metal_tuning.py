@@ -22,9 +22,9 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from osscompile import cli
-from osscompile.runtime import measure
-from osscompile.runtime.trial_machines import TrialMachine
-from osscompile.runtime.trials import read_plan
+from osscompile.runtime.trials import measure
+from osscompile.runtime.trials.files import read_plan
+from osscompile.runtime.trials.machines import TrialMachine
 from osscompile.targets import Target
 from osscompile.tuning import tune
 from osscompile.tuning.workloads import Workload, collect_workloads

@@ -25,7 +25,7 @@ from osscompile.bench.report import read_reports
 from osscompile.errors import RemoteError
 from osscompile.remote import Remote, parse_remote
 from osscompile.runtime.artifact import read_manifest
-from osscompile.runtime.measure import measure_kernel
+from osscompile.runtime.trials.measure import measure_kernel
 from osscompile.targets import Target
 from osscompile.tuning.far import attempt_there
 from osscompile.tuning.records import read_findings

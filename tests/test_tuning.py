@@ -39,11 +39,11 @@ from osscompile.importer.graph import build_graph
 from osscompile.importer.synthetic import TINY
 from osscompile.passes.pack_weights import pack_weights
 from osscompile.passes.schedule_kernels import schedule_kernels
-from osscompile.runtime import inputs, measure
 from osscompile.runtime.errors import OsscompileError, TuningError
-from osscompile.runtime.measure import Attempt, attempt_here, measure_kernel
-from osscompile.runtime.trial_machines import FUNCTION
-from osscompile.runtime.trials import Plan, Trial
+from osscompile.runtime.trials import inputs, measure
+from osscompile.runtime.trials.files import Plan, Trial
+from osscompile.runtime.trials.machines import FUNCTION
+from osscompile.runtime.trials.measure import Attempt, attempt_here, measure_kernel
 from osscompile.schedules import records as schedule_records
 from osscompile.schedules import rule as schedule_rule
 from osscompile.schedules.cpu.loops import loops

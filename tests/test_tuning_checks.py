@@ -21,12 +21,9 @@ from tvm import ir
 
 from osscompile import cli, compiler, targets
 from osscompile.importer.synthetic import gpt_oss_config
-from osscompile.runtime import inputs, measure
 from osscompile.runtime.devices.tvm_cpu import aligned_copy, tensor
-from osscompile.runtime.inputs import Arrays, checked_inputs
-from osscompile.runtime.measure import Failure, compare_and_time
-from osscompile.runtime.trial_machines import FUNCTION, Cpu, Launched, TrialMachine
-from osscompile.runtime.trials import (
+from osscompile.runtime.trials import inputs, measure
+from osscompile.runtime.trials.files import (
     MAX_BYTES,
     Argument,
     read_answer,
@@ -35,6 +32,9 @@ from osscompile.runtime.trials import (
     sha256_of,
     write_answer,
 )
+from osscompile.runtime.trials.inputs import Arrays, checked_inputs
+from osscompile.runtime.trials.machines import FUNCTION, Cpu, Launched, TrialMachine
+from osscompile.runtime.trials.measure import Failure, compare_and_time
 from osscompile.schedules.records import kernel_key
 from osscompile.targets import Target
 from osscompile.tuning import tune

@@ -24,9 +24,7 @@ from tvm.tirx import PrimFunc
 from osscompile import cli
 from osscompile.runtime.devices.program import Launch, Launches
 from osscompile.runtime.errors import TuningError
-from osscompile.runtime.inputs import make_array
-from osscompile.runtime.measure import measure_kernel
-from osscompile.runtime.trials import (
+from osscompile.runtime.trials.files import (
     CHECKED,
     TIMED,
     Answer,
@@ -40,6 +38,8 @@ from osscompile.runtime.trials import (
     write_answer,
     write_plan,
 )
+from osscompile.runtime.trials.inputs import make_array
+from osscompile.runtime.trials.measure import measure_kernel
 from osscompile.schedules import rule as schedule_rule
 from osscompile.schedules.gpu import GPU_RULES
 from osscompile.schedules.records import Choose

@@ -14,8 +14,8 @@ from treacherous_kernel import FAST, KNOB, SLOW, emit_tiny, treacherous
 
 from osscompile import cli, targets
 from osscompile.runtime.errors import TuningError
-from osscompile.runtime.measure import measure_kernel
-from osscompile.runtime.trials import read_plan
+from osscompile.runtime.trials.files import read_plan
+from osscompile.runtime.trials.measure import measure_kernel
 from osscompile.schedules import rule as schedule_rule
 from osscompile.schedules.cpu.loops import loops
 from osscompile.schedules.cpu.rows import rows as fallback

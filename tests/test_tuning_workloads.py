@@ -12,7 +12,7 @@ from tvm.tirx import PrimFunc
 
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.kernels import rows as kernels
-from osscompile.runtime import inputs
+from osscompile.runtime.trials import inputs
 from osscompile.schedules import rule as schedule_rule
 from osscompile.schedules.formats import DIGIT, FP4_OFFSET
 from osscompile.schedules.records import Choose

@@ -21,7 +21,7 @@ from tvm.tirx import PrimFunc
 from osscompile import cli
 from osscompile.bundle import bundle_runtime
 from osscompile.kernels import rows as kernels
-from osscompile.runtime.trials import Plan, read_plan, read_trials
+from osscompile.runtime.trials.files import Plan, read_plan, read_trials
 from osscompile.schedules import rule as schedule_rule
 from osscompile.schedules.cpu import CPU_RULES
 from osscompile.schedules.records import Choose

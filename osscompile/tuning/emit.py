@@ -1,4 +1,4 @@
-"""Build the candidates of a kernel into a folder that `runtime/measure.py` can measure."""
+"""Build the candidates of a kernel into a folder that `runtime/trials/measure.py` can measure."""
 
 import hashlib
 from pathlib import Path
@@ -19,9 +19,7 @@ from ..passes.store_halves import store_halves
 from ..runtime.devices.program import Launches
 from ..runtime.devices.tvm_cpu import tensor
 from ..runtime.errors import TuningError
-from ..runtime.inputs import checked_inputs
-from ..runtime.trial_machines import FUNCTION
-from ..runtime.trials import (
+from ..runtime.trials.files import (
     CHECKED,
     TIMED,
     Answer,
@@ -33,6 +31,8 @@ from ..runtime.trials import (
     write_answer,
     write_plan,
 )
+from ..runtime.trials.inputs import checked_inputs
+from ..runtime.trials.machines import FUNCTION
 from ..targets import Target
 from .space import Point, Report, choose_points, name_program
 from .workloads import Workload

@@ -1,4 +1,4 @@
-"""Measure candidates on a far machine, as `runtime/measure.py` does on this one."""
+"""Measure candidates on a far machine, as `runtime/trials/measure.py` does on this one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ import tvm
 from ..errors import RemoteError
 from ..remote import Remote, is_alive, upload
 from ..runtime.artifact import CPU
-from ..runtime.measure import Attempt, Failure, Seconds, compare_and_time
-from ..runtime.trial_machines import FUNCTION, TrialMachine
-from ..runtime.trials import Candidate, read_plan
+from ..runtime.trials.files import Candidate, read_plan
+from ..runtime.trials.machines import FUNCTION, TrialMachine
+from ..runtime.trials.measure import Attempt, Failure, Seconds, compare_and_time
 
 BATCH_SECONDS = 900  # of a batch of candidates, one of which may hang
 

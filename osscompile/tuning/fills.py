@@ -8,7 +8,7 @@ from tvm import tirx
 from ..importer.config import ModelConfig
 from ..schedules.formats import DIGIT, FP4_OFFSET
 
-Fill: TypeAlias = tuple[str, int, int]  # one of `FILLS` of `runtime/trials.py`, low, high
+Fill: TypeAlias = tuple[str, int, int]  # one of `FILLS` of `runtime/trials/files.py`, low, high
 OUTPUT: Fill = ("output", DIGIT, 0)
 IN_PLACE: Fill = ("zeros", 0, 0)  # whatever else is written there shows
 # Powers of two that bring what a product gives, and the scores of attention, near 1.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import CompileError
 from ..runtime.errors import TuningError
-from ..runtime.trials import read_plan, read_trials, write_json
+from ..runtime.trials.files import read_plan, read_trials, write_json
 from ..targets import Target
 
 LEAST_GAIN = 0.02  # of the default's time, beyond the measured spread: less may be chance

@@ -12,8 +12,8 @@ from ..importer.graph import PROFILES
 from ..importer.resolve import resolve_model
 from ..runtime.errors import DefaultError, TuningError
 from ..runtime.machine import Machine
-from ..runtime.measure import Attempt, measure_kernel
-from ..runtime.trials import kernel_folders, read_plan
+from ..runtime.trials.files import kernel_folders, read_plan
+from ..runtime.trials.measure import Attempt, measure_kernel
 from ..targets import Target, TargetError
 from .emit import emit_kernel, folder_name
 from .records import Finding, read_findings

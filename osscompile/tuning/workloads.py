@@ -16,7 +16,7 @@ from ..importer.config import ModelConfig
 from ..importer.graph import DEFAULT_CHUNK, build_graph, with_choose
 from ..passes.pack_weights import pack_weights
 from ..runtime.artifact import CPU
-from ..runtime.trials import Argument
+from ..runtime.trials.files import Argument
 from ..schedules.records import kernel_key
 from ..schedules.rule import schedule
 from ..targets import Target

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .devices.tvm_cpu import aligned_copy, aligned_empty
-from .trials import Argument, Plan
+from ..devices.tvm_cpu import aligned_copy, aligned_empty
+from .files import Argument, Plan
 
 COLD_BYTES = 512 << 20  # read between two calls that read the same weights: beyond all caches
 MAX_COPIED_BYTES = 1200 << 20  # of all copies of the arguments, unless one alone is larger

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import CPU
-from .devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
-from .devices.tvm_cpu import load_function, tensor
-from .devices.tvm_memory import TensorMemory
-from .errors import TuningError
-from .trials import CHECKED, TIMED, Candidate, Plan
+from ..artifact import CPU
+from ..devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
+from ..devices.tvm_cpu import load_function, tensor
+from ..devices.tvm_memory import TensorMemory
+from ..errors import TuningError
+from .files import CHECKED, TIMED, Candidate, Plan
 
 FUNCTION = "kernel"  # in every library
 GUARD_BYTES = 1 << 20  # rows of a tile of activations that are not there

@@ -1,0 +1,1 @@
+"""What measures candidates of kernels, made by `osscompile/tuning/`, without the compiler."""
