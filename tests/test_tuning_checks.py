@@ -164,7 +164,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrialMachine], None]:
 
             return compare_and_time(folder, libraries, machine, tell), failures
 
-        for module in (cli, measure):
+        for module in (cli.tune, measure):
             monkeypatch.setattr(module, "attempt_here", lambda threads: attempt)
 
     monkeypatch.setattr(measure, "BURST_SECONDS", 0.0)

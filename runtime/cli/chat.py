@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 
-from .runtime.engine import Model
+from ..engine import Model
 
 Messages = list[dict[str, str]]
 

@@ -1,0 +1,42 @@
+"""The command line: a file a command, here in the order in which people meet them."""
+
+import argparse
+from collections.abc import Sequence
+
+from .. import __version__
+from ..runtime.cli.inspect import add_inspect
+from ..runtime.cli.main import run_command
+from ..runtime.cli.run import add_run
+from .bench import add_bench
+from .bundle import add_bundle
+from .compile import add_compile
+from .demo import add_demo
+from .targets import add_targets
+from .tune import add_tune
+
+COMMANDS = (
+    add_compile,
+    add_run,
+    add_inspect,
+    add_targets,
+    add_bench,
+    add_tune,
+    add_bundle,
+    add_demo,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its status: 0, or 1 after an error of ours."""
+    return run_command(_parser(), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="osscompile", description="Compile gpt-oss models for one machine, and run them."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    return parser

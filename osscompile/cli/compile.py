@@ -1,0 +1,44 @@
+"""`compile`: a model into an artifact."""
+
+import argparse
+
+from ..runtime.cli.main import Commands
+
+
+def add_compile(commands: Commands) -> None:
+    command = commands.add_parser("compile", help="compile a model into an artifact")
+    command.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a directory in the Hugging Face layout, a Hugging Face id, nano, or "
+        "synthetic:gpt-oss-20b, synthetic:gpt-oss-120b, synthetic:tiny",
+    )
+    command.add_argument("--target", help="see `osscompile targets` (default: this machine's)")
+    command.add_argument(
+        "--variants", metavar="A,B", help="of the target's CPUs, to compile for (default: all)"
+    )
+    command.add_argument("-o", "--output", metavar="OUT", help="default: MODEL-TARGET.osc")
+    command.add_argument(
+        "--profile",
+        default="fast",
+        help="fast: int8 dense weights and activations (default); exact: as in the checkpoint",
+    )
+    command.add_argument("--context", type=int, metavar="N", help="most positions")
+    command.add_argument("--dump", metavar="DIR", help="write the IR after each phase there")
+    command.set_defaults(command=_compile)
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    from ..compiler import compile  # TVM takes seconds to import: only where it is needed
+
+    output = compile(
+        arguments.model,
+        arguments.target,
+        arguments.output,
+        variants=arguments.variants.split(",") if arguments.variants is not None else None,
+        profile=arguments.profile,
+        context=arguments.context,
+        dump=arguments.dump,
+        progress=True,
+    )
+    print(f"wrote {output}; ask it something: osscompile run {output} 'What is 17 + 25?'")

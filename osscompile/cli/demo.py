@@ -1,0 +1,33 @@
+"""`demo`: compile the shipped model and ask it a question."""
+
+import argparse
+
+from .. import targets
+from ..runtime.cli.chat import answer
+from ..runtime.cli.main import Commands
+from ..runtime.engine import load
+
+QUESTION = "What is 17 + 25?"
+
+
+def add_demo(commands: Commands) -> None:
+    command = commands.add_parser("demo", help="compile the shipped model and ask it a question")
+    command.add_argument("-o", "--output", metavar="OUT", default="nano.osc")
+    command.set_defaults(command=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from ..compiler import compile
+
+    print("nano, a tiny gpt-oss that ships with osscompile, is compiled for this machine.")
+    here = targets.of_this_machine()
+    output = compile(
+        "nano", here.name, arguments.output, variants=[here.variant], context=4096, progress=True
+    )
+    model = load(output)
+    print(f"\n> {QUESTION}")
+    answer(model, [{"role": "user", "content": QUESTION}], False, {})
+    print(
+        f"\nChat with it: osscompile run {output}    Compile the real one: osscompile compile "
+        "openai/gpt-oss-20b"
+    )

@@ -1,0 +1,1 @@
+"""The commands that need an artifact and the runtime alone; the full package has them too."""

@@ -1,0 +1,54 @@
+"""`inspect`: say what an artifact is and what it needs; nothing of it is loaded."""
+
+import argparse
+from pathlib import Path
+
+from ..artifact import ANY, read_manifest
+from ..engine import memory_bytes
+from ..errors import InputError
+from .main import Commands
+from .terminal import print_table
+
+
+def add_inspect(commands: Commands) -> None:
+    command = commands.add_parser("inspect", help="say what an artifact is and what it needs")
+    command.add_argument("artifact", metavar="OUT")
+    command.add_argument("--context", type=int, metavar="N", help="positions to plan for")
+    command.set_defaults(command=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    manifest = read_manifest(Path(arguments.artifact))
+    context = manifest.context if arguments.context is None else arguments.context
+    if not 1 <= context <= manifest.context:
+        raise InputError(f"context: expected 1 to {manifest.context}, found {context}")
+    by_system = manifest.system != ANY
+    here = manifest.variant_here() if by_system else None  # a device is asked when it is used
+    machine = (
+        f"{manifest.system} {manifest.architecture}, {manifest.device}"
+        if by_system
+        else f"any device of {manifest.runtime}"
+    )
+    print_table(
+        [
+            ("model", f"{manifest.model}, profile {manifest.profile}"),
+            ("made by", f"osscompile {manifest.compiler}"),
+            ("target", f"{manifest.target}: {machine}"),
+            ("layers", f"{len(manifest.sliding)}, {sum(manifest.sliding)} of them sliding"),
+            ("context", f"{manifest.context} positions, prefill in {manifest.chunk}"),
+            ("vocabulary", f"{manifest.vocab_size} ids"),
+        ]
+    )
+    print("\nvariants, best first" + (": none runs here" if by_system and here is None else ""))
+    print_table(
+        [
+            (f"  {v.name}", ", ".join(v.cpu_features) + " (runs here)" * (v == here))
+            for v in manifest.variants
+        ]
+    )
+    print(f"\nmemory at {context} positions")
+    needed = memory_bytes(manifest, context)
+    rows = [*needed.items(), ("total", sum(needed.values()))]
+    print_table([(f"  {name}", f"{size / 1e6:,.1f} MB") for name, size in rows])
+    print("\nfiles")
+    print_table([(f"  {n}", f"{f.num_bytes:,} bytes") for n, f in sorted(manifest.files.items())])
