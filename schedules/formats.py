@@ -1,7 +1,7 @@
 """How numbers are stored in words, and the TIR expressions that read them.
 
-Every kernel of every target reads weights through these expressions, so that what a stored bit
-means is said once. The numpy side, which writes the same words, is `importer/weights.py`.
+Every kernel of every target reads weights through these expressions, so that the meaning of a bit
+is said once. The numpy side, which writes the same words, is `importer/weights.py`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ FP4_OFFSET = (
     12  # added to 2 x fp4 so that the sum is unsigned: unsigned x signed dot products need it
 )
 
-# float32 activations of exact products: whole numbers of three digits and a scale a block
+# exact products take activations as whole numbers of three digits, with one scale a block
 DIGITS = 3
 DIGIT = 128  # a digit is -64..63, so that sums of eight products with fp4 fit in int16
 
@@ -32,15 +32,15 @@ def const(value: int | float, dtype: str) -> Expr:
 
 
 def extent(value: Index) -> Expr:
-    """A buffer extent: all extents are int64, because symbolic ones must be."""
+    """Return a buffer extent in int64, as all are, because symbolic ones must be."""
     return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
 def fp4_offset_by_12(word: Expr, position: Expr) -> Expr:
-    """The fp4 value at `position` 0..7 of a uint32 word, as int32: 2 x value + 12, in 0..24.
+    """Return 2 x value + 12, int32 in 0..24, of the fp4 at `position` 0..7 of a uint32 word.
 
-    Positions p and p + 4 share byte p, the lower one in its low nibble: one shift and one mask
-    give four consecutive inputs in the four bytes of a word.
+    Positions p and p + 4 share byte p, p in the low nibble, so that one shift and one mask give
+    four consecutive inputs in the four bytes of a word.
     """
     shift = position % 4 * 8 + position // 4 * 4
     code = (word >> shift.astype("uint32")) & const(15, "uint32")
@@ -51,14 +51,14 @@ def fp4_offset_by_12(word: Expr, position: Expr) -> Expr:
 
 
 def fp4_bytes_offset_by_12(word: Expr, half: Expr) -> Expr:
-    """Inputs 4 `half` to 4 `half` + 3 of a uint32 word of fp4 in its four bytes: 2 x value + 12."""
+    """Return inputs 4 `half` to 4 `half` + 3 of a word of fp4 in four bytes, as 2 x value + 12."""
 
     def bits(place: int) -> Expr:
         return (codes >> const(place, "uint32")) & const(0x01010101, "uint32")
 
     codes = (word >> (half * 4).astype("uint32")) & const(0x0F0F0F0F, "uint32")
     low, both = bits(0), bits(1) & bits(2)
-    # 4 to 7 stand for 4, 6, 8, 12
+    # the codes 4 to 7 mean 4, 6, 8 and 12
     more = (low & bits(2)) + ((both + (both & low)) << const(1, "uint32"))
     magnitude = (codes & const(0x07070707, "uint32")) + more
     negative = magnitude & (bits(3) * const(255, "uint32"))
@@ -66,24 +66,24 @@ def fp4_bytes_offset_by_12(word: Expr, half: Expr) -> Expr:
 
 
 def int8_of_word(word: Expr, position: Expr) -> Expr:
-    """The int8 at byte `position` 0..3 of a uint32 word, as int32."""
+    """Return the int8 at byte `position` 0..3 of a uint32 word, as int32."""
     shift = (position * 8).astype("uint32")
     return (word >> shift).astype("uint8").astype("int8").astype("int32")
 
 
 def bf16_to_float32(bits: Expr) -> Expr:
-    """uint16 bits of a bfloat16 -> float32."""
+    """Convert the uint16 bits of a bfloat16 to float32."""
     return tirx.reinterpret("float32", bits.astype("uint32") << const(16, "uint32"))
 
 
 def half_e8m0_to_float32(exponent: Expr) -> Expr:
-    """uint8 e8m0 scale -> float32 of 0.5 x 2^(exponent - 127); the half undoes the 2 of 2 x fp4."""
+    """Convert uint8 e8m0 to float32 0.5 x 2^(exponent - 127); the half undoes the 2 of 2 x fp4."""
     scale = tirx.reinterpret("float32", exponent.astype("uint32") << const(23, "uint32"))
     return scale * const(0.5, "float32")
 
 
 def sum_of_digits(digit_of: Callable[[int], Expr]) -> Expr:
-    """The whole number, int32, of `DIGITS` int8 digits, the highest first."""
+    """Return the whole number, int32, that `DIGITS` int8 digits, highest first, stand for."""
     total = digit_of(0).astype("int32")
     for digit in range(1, DIGITS):
         total = total * const(DIGIT, "int32") + digit_of(digit).astype("int32")

@@ -1,4 +1,4 @@
-"""What the schedules of matrix products read off a kernel: its tensors, and its last stage."""
+"""Read from a kernel what the schedules of matrix products need: its tensors and its last stage."""
 
 from collections.abc import Callable, Sequence
 
@@ -34,13 +34,13 @@ OPS = (
 
 
 def whole_parts(count: int, candidates: Sequence[int], wanted: int) -> tuple[list[int], int]:
-    """Of the candidates those that divide `count`, and the greatest up to `wanted`; never none."""
+    """Return the candidates that divide `count`, at least one, and the greatest up to `wanted`."""
     fitting = [n for n in candidates if count % n == 0] or [1]
     return fitting, max((n for n in fitting if n <= wanted), default=fitting[0])
 
 
 class Product:
-    """A kernel of `osscompile/kernels/matmul.py`, its weights packed in groups of rows.
+    """A kernel of `osscompile/kernels/matmul.py` whose weights are packed in groups of rows.
 
     Rows are those of the activations; the rows of the weights are called columns here.
     """
@@ -52,7 +52,7 @@ class Product:
         self.num_rows, self.columns = self.out.shape[0], int(self.out.shape[1])
         self.expert = self.tensors.get("row_expert")
         in_digits = "xq" in self.tensors and len(self.tensors["xq"].shape) == 4
-        self.digits = DIGITS if in_digits else 1  # of a whole number, each an int8
+        self.digits = DIGITS if in_digits else 1  # int8 digits of a whole number
         self.halves = 2 if "swiglu" in str(function.attrs["op"]) else 1  # gate and up
         if "xq" in self.tensors:
             self.blocks = int(self.tensors["xq"].shape[1])
@@ -63,7 +63,7 @@ class Product:
         return T.int64(0) if self.expert is None else self.expert[row].astype("int64")
 
     def weight_at(self, expert: Expr, half: Expr, group: Expr, block: Expr) -> tuple[Expr, ...]:
-        """The first indices of a block in words and scales."""
+        """Return the first indices of a block in words and scales."""
         if self.expert is None:
             return (group, block)
         return (expert, half, group, block) if self.halves == 2 else (expert, group, block)
@@ -71,7 +71,7 @@ class Product:
     def weight(
         self, expert: Expr, half: Expr, group: Expr, block: Expr, k: Expr, *lane: Expr
     ) -> Expr:
-        """Input k of a block of a column, or of a `lane` of a group of them, as float32."""
+        """Return the weight of input k in a block, float32; `lane` is a column of a group."""
         if "weight" in self.tensors:
             return bf16_to_float32(self.tensors["weight"][(group, block * BLOCK + k, *lane)])
         at = self.weight_at(expert, half, group, block)
@@ -84,14 +84,14 @@ class Product:
         return doubled.astype("float32") * half_e8m0_to_float32(scale)
 
     def whole_activation(self, row: Expr, block: Expr, k: Expr) -> Expr:
-        """Input k of a block of quantised activations, in int32 and without its scale."""
+        """Return input k of a block of quantised activations as int32, without its scale."""
         xq = self.tensors["xq"]
         if self.digits > 1:
             return sum_of_digits(lambda digit: xq[row, block, digit, k])
         return xq[row, block, k].astype("int32")
 
     def activation(self, row: Expr, block: Expr, k: Expr) -> Expr:
-        """Input k of a block as float32."""
+        """Return input k of a block as float32."""
         if "x" in self.tensors:
             return self.tensors["x"][row, block * BLOCK + k]
         return (
@@ -99,8 +99,8 @@ class Product:
         )
 
     def continues(self, row: Expr, first: Expr, most: int) -> Expr:
-        """Whether `row` is among the `most` rows from `first` on that share weights; past the last
-        row too."""
+        """Whether `row` is one of the at most `most` rows from `first` on that share weights; a row
+        past the last is not."""
         more = T.And(row < self.num_rows, row - first < most)
         if self.expert is None:
             return more
@@ -108,7 +108,8 @@ class Product:
         return T.And(more, self.expert[bounded] == self.expert[first])
 
     def next_run(self, most: int) -> Callable[..., object]:
-        """Statements that set [first, end) to the next rows, `most` at most, that share weights."""
+        """Return statements that set [first, end) to the next rows, `most` at most, that share
+        weights."""
         continues = self.continues
 
         @T.macro
@@ -121,7 +122,7 @@ class Product:
         return next_run  # type: ignore[no-any-return]
 
     def output(self, at_row: Expr, at_column: Expr, sum_of: Callable[[Expr], Expr]) -> Expr:
-        """The kernel's own last stage, for sums that are found elsewhere: `sum_of(half)`."""
+        """Return the kernel's last stage, applied to sums that are computed elsewhere."""
         sch = Schedule(self.function)
         stage = sch.get(sch.get_sblock("out"))
         row, column = (axis.var for axis in stage.iter_vars)

@@ -1,4 +1,4 @@
-"""Constants that tuning found, one JSON file a variant; kernels without a record use defaults.
+"""Constants that tuning found, one JSON file per variant; kernels without a record use defaults.
 
 A record's key is the kernel's operation and the shapes of its parameters, for example
 "dense_q8 int8[1,90,32] float32[1,90] ... uint32[640,90,8,8] ...": the same in every layer of a
@@ -16,29 +16,29 @@ from tvm.tirx import PrimFunc
 
 from ..targets import Target
 
-# How a schedule asks for a constant: its name, what may be tried, and what is safe untuned. Tuning
-# answers with what it wants to measure, a compile with what tuning found.
+# A schedule asks for a constant: its name, the candidates, and the default, which is safe untuned.
+# Tuning answers with a candidate to measure, a compile with what tuning found.
 Choose: TypeAlias = Callable[[str, Sequence[int], int], int]
 
 
 def recorded(function: PrimFunc, target: Target) -> Choose:
-    """Answers from the record of this kernel on this target, else with the default."""
+    """Answer from the record of this kernel on this target, else with the default."""
     return answering(load_records(target).get(kernel_key(function), {}))
 
 
 def answering(record: dict[str, int]) -> Choose:
-    """Answers from a record where it has one that is a candidate, else with the default."""
+    """Answer from a record where its value is a candidate, else with the default."""
 
     def choose(name: str, candidates: Sequence[int], default: int) -> int:
         assert default in candidates, (name, default, candidates)
         value = record.get(name, default)
-        return value if value in candidates else default  # of an older schedule: out of date
+        return value if value in candidates else default  # else an older schedule's
 
     return choose
 
 
 def kernel_key(function: PrimFunc) -> str:
-    """Operation, dtypes and shapes; symbolic extents print as n."""
+    """Return operation, dtypes and shapes; symbolic extents print as n."""
     parameters = []
     for parameter in function.params:
         extents = (str(e.value) if isinstance(e, tirx.IntImm) else "n" for e in parameter.shape)
@@ -47,12 +47,12 @@ def kernel_key(function: PrimFunc) -> str:
 
 
 def load_records(target: Target) -> dict[str, dict[str, int]]:
-    """Constants by kernel; none if the variant was not tuned."""
+    """Return the constants by kernel; none if the variant was not tuned."""
     return _records(records_file(target))
 
 
 def records_file(target: Target) -> Path:
-    """Where a compile looks for the records of a variant; without one it takes the defaults."""
+    """Return the file of a variant's records; without it a compile takes the defaults."""
     name = target.name if target.variant == target.name else f"{target.name}-{target.variant}"
     return Path(__file__).parent / "records" / f"{name}.json"
 

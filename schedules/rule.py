@@ -11,9 +11,9 @@ RULES = {"cpu": CPU_RULES, "gpu": GPU_RULES}
 
 
 def schedule(function: PrimFunc, target: Target, choose: Choose | None = None) -> PrimFunc:
-    """The kernel, scheduled for `target`, and marked so (`scheduled_by`: the rule's name).
+    """Schedule a kernel for `target`; its attribute `scheduled_by` names the rule.
 
-    `choose`: answers what the rule leaves open; default: the committed records.
+    `choose` answers what the rule leaves open; by default the committed records do.
     """
     if target.family not in RULES:
         raise TargetError(

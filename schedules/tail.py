@@ -1,13 +1,13 @@
-"""The stages that follow a matrix product in its kernel (see `osscompile/kernels/matmul.py`): taken
-off, so that the product is scheduled as if there were none, and put back."""
+"""Take off the stages that follow a matrix product in its kernel (`osscompile/kernels/matmul.py`),
+so that the product is scheduled as if there were none, and put them back."""
 
 from tvm.s_tir import SBlock, SBlockRealize, Schedule
 from tvm.tirx import Buffer, PrimFunc, SeqStmt, Stmt
 
 
 def split_tail(function: PrimFunc) -> tuple[PrimFunc, PrimFunc | None]:
-    """The kernel up to its stage `out`, and what follows as a kernel of the same parameters; None
-    if nothing does."""
+    """Split a kernel after its stage `out` into two with the same parameters; the second is None if
+    nothing follows."""
     sch = Schedule(function)
     stages = [sch.get(block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
     count = [stage.name_hint for stage in stages].index("out") + 1
@@ -23,20 +23,20 @@ def split_tail(function: PrimFunc) -> tuple[PrimFunc, PrimFunc | None]:
 
 
 def one_after_the_other(first: PrimFunc, second: PrimFunc) -> PrimFunc:
-    """A kernel of what two of the same parameters do."""
+    """Join two kernels with the same parameters to one that runs both."""
     parts = (parts_of_root(first), parts_of_root(second))
     statements, buffers = ([*a, *b] for a, b in zip(*parts, strict=True))
     return first.with_body(rooted(statements, buffers))
 
 
 def rooted(statements: list[Stmt], buffers: list[Buffer]) -> Stmt:
-    """The body of a kernel: statements one after the other, and buffers that they share."""
+    """Return a kernel's body: statements one after the other, and the buffers they share."""
     body = SeqStmt(statements) if len(statements) > 1 else statements[0]
     return SBlockRealize([], True, SBlock([], [], [], "root", body, alloc_buffers=buffers))
 
 
 def parts_of_root(function: PrimFunc) -> tuple[list[Stmt], list[Buffer]]:
-    """The statements of a kernel, and the buffers that they share."""
+    """Return the statements of a kernel, and the buffers that they share."""
     body, buffers = function.body, []
     if isinstance(body, SBlockRealize):
         body, buffers = body.block.body, list(body.block.alloc_buffers)

@@ -1,7 +1,7 @@
 """Schedules for CPUs; they differ between CPUs by tensor intrinsic and vector width only.
 
-Their buffers have TVM's default scope: below 1 KiB such are on the stack, and LLVM puts them in
-registers. For larger ones, and for all of scope "local", TVM calls an allocator.
+Their buffers have TVM's default scope: TVM puts those below 1 KiB on the stack, and LLVM moves them
+into registers. For larger ones, and for all of scope "local", TVM calls an allocator.
 """
 
 from .attention import attention

@@ -12,7 +12,7 @@ from ...targets import Target
 from ..records import Choose
 from .attention_chunk import HIDDEN, KEYS, Chunks
 
-PARTS = 8  # of the context of one token: enough tasks for many cores
+PARTS = 8  # of one token's context: enough tasks for many cores
 
 
 def attention(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -28,7 +28,7 @@ def attention(function: PrimFunc, target: Target, choose: Choose) -> Schedule | 
 
 
 def _tokens(chunks: Chunks) -> Stmt:
-    """A task is some tokens and one KV head."""
+    """Attend in tasks, each of some tokens and one KV head."""
     kv_heads, group, head_dim, lanes = chunks.kv_heads, chunks.group, chunks.head_dim, chunks.lanes
     num_tokens, per_task = chunks.num_tokens, chunks.tokens_per_task
     sinks, position, out = (chunks.buffers[n] for n in ("sinks", "position", "out"))
@@ -101,8 +101,8 @@ def _tokens(chunks: Chunks) -> Stmt:
 
 
 def _parts(chunks: Chunks) -> Stmt:
-    """One token that sees the whole context: a task is a part of it and one KV head; the parts are
-    merged at the end."""
+    """Attend for one token that sees the whole context. A task takes a part of the context and one
+    KV head; the parts are merged at the end."""
     kv_heads, group, head_dim, lanes = chunks.kv_heads, chunks.group, chunks.head_dim, chunks.lanes
     sinks, position, out = (chunks.buffers[n] for n in ("sinks", "position", "out"))
     heads, column, extend = chunks.heads, chunks.column, chunks.extend
@@ -111,7 +111,8 @@ def _parts(chunks: Chunks) -> Stmt:
         return position[0].astype("int64")
 
     def first_tile(part: Expr) -> Expr:
-        """Parts differ by one chunk at most; a short context leaves some of them empty."""
+        """Return where a part begins. Parts differ by at most one chunk; short contexts leave some
+        empty."""
         num_tiles = last_key() // chunks.tile + 1
         all_chunks = chunks.num_chunks(T.int64(0), num_tiles)
         return T.min(all_chunks * part // PARTS * chunks.tiles, num_tiles)

@@ -1,5 +1,5 @@
-"""One chunk of keys in attention: for the rows of a task, the query heads that share a KV head, of
-some tokens, two small matrix products, scores = queries x keys and weights x values.
+"""One chunk of keys in attention: two small matrix products, scores = queries x keys and weights x
+values. The rows of a task are the query heads that share a KV head, for some tokens.
 
 The chunk's keys, and then its values, are unpacked to float32 once, into a panel in the first-level
 cache, unless the sums of all rows fit in registers. Between the products the softmax goes on from
@@ -20,11 +20,11 @@ from ..product import whole_parts
 from ..records import Choose
 from .prefetch import LINE_BYTES, fetch
 
-KEYS = 64  # of a chunk: a panel of 64 elements a key takes 16 kB
-TOKENS_PER_TASK = 8  # of a prefill: each unpacked chunk serves so many tokens x heads
-STACK_BYTES = 1023  # of a buffer, at most
+KEYS = 64  # in a chunk: a panel of 64 elements a key takes 16 kB
+TOKENS_PER_TASK = 8  # in a prefill: each unpacked chunk serves so many tokens x heads
+STACK_BYTES = 1023  # the largest buffer that TVM puts on the stack
 HIDDEN = -1e30  # score of a key that must not be seen
-ROWS_TOGETHER = (1, 2, 4, 8)  # of queries, whose sums are in registers
+ROWS_TOGETHER = (1, 2, 4, 8)  # rows of queries whose sums are in registers at once
 VECTORS_TOGETHER = (1, 2, 4)  # of keys, and then of elements of a value
 
 
@@ -38,22 +38,22 @@ class Chunks:
         self.heads, self.head_dim = int(heads), int(head_dim)
         self.kv_heads, self.key_tiles, _, self.tile = (int(e) for e in buffers["keys"].shape)
         self.group = self.heads // self.kv_heads
-        self.tiles = KEYS // self.tile  # of a chunk
+        self.tiles = KEYS // self.tile  # in a chunk
         self.window = int(function.attrs["window"]) or None
         self.dtype = str(buffers["keys"].dtype)
         # at least a tile: LLVM splits vectors where registers are narrower
         self.lanes = max(min(target.register_bits // 32, self.head_dim), self.tile)
         one = isinstance(self.num_tokens, IntImm)
         self.tokens_per_task = int(self.num_tokens) if one else TOKENS_PER_TASK
-        self.single = self.tokens_per_task == 1  # reads keys from memory, as fast as that can be
+        self.single = self.tokens_per_task == 1  # memory's speed limits it
 
     def choose(self, choose: Choose, target: Target) -> None:
-        """Sums in half of the registers: the rest is for what is multiplied."""
+        """Choose the sums kept in registers: half of the registers, the factors need the rest."""
         half = target.num_registers // 2 * target.register_bits // (32 * self.lanes)
         rows, default = whole_parts(self.group, ROWS_TOGETHER, half if self.single else half // 2)
         self.rows = choose("rows_together", rows, default)
         fitting = half // self.rows
-        if self.single:  # what is fetched between keeps other sums in memory
+        if self.single:  # the fetches would keep larger sums in memory
             fitting = min(fitting, STACK_BYTES // (4 * self.rows * self.lanes))
         vectors, default = whole_parts(self.head_dim // self.lanes, VECTORS_TOGETHER, fitting)
         self.vectors = choose("vectors_together", vectors, default)
@@ -66,49 +66,49 @@ class Chunks:
         return T.And(lane <= last, lane > last - self.window)
 
     def slot(self, key_tile: Expr) -> Expr:
-        """Where a tile of keys lies; a full layer never wraps, but what is fetched ahead may."""
+        """Return where a tile of keys lies. A full layer never wraps, but a prefetch may."""
         if self.window is None:
             return T.min(key_tile, const(self.key_tiles - 1, "int64"))
         return key_tile % self.key_tiles
 
     def first_tile(self, last_key: Expr) -> Expr:
-        """The tile of the first key that a token sees whose own key is `last_key`."""
+        """Return the tile of the first key visible to the token whose own key is `last_key`."""
         if self.window is None:
             return T.int64(0)
         return T.max(last_key - (self.window - 1), T.int64(0)) // self.tile
 
     def column(self, kv_head: Expr, row: Expr) -> Expr:
-        """Where the head of a row begins in a token's output."""
+        """Return where the head of a row begins in a token's output."""
         return (kv_head * self.group + row % self.group) * self.head_dim
 
     def num_chunks(self, first_tile: Expr, end_tile: Expr) -> Expr:
         return (end_tile - first_tile + (self.tiles - 1)) // self.tiles
 
     def num_steps(self, key_tile: Expr, end_tile: Expr) -> Expr:
-        """Of a chunk, up to the tile where the visible keys end."""
+        """Return the steps through a chunk up to `end_tile`, where the visible keys end."""
         tiles = T.min(end_tile - key_tile, T.int64(self.tiles))
         per_step = self.lanes * self.vectors // self.tile
         return (tiles + (per_step - 1)) // per_step
 
     @property
     def extend(self) -> Callable[..., object]:
-        """Statements that take `num_tokens` tokens from one chunk of keys to the next."""
+        """The statements that take `num_tokens` tokens from one chunk of keys to the next."""
         queries, keys, values = (self.buffers[n] for n in ("queries", "keys", "values"))
         lanes, rows, vectors, tile = self.lanes, self.rows, self.vectors, self.tile
         group, head_dim, dtype, tiles = self.group, self.head_dim, self.dtype, self.tiles
         column, slot, visible = self.column, self.slot, self.visible
         step = lanes * vectors  # keys, and then elements of a value
-        direct = self.single and rows == group  # a panel that serves once is not worth its making
+        direct = self.single and rows == group  # a panel used once does not repay its making
         line = LINE_BYTES // DataType(dtype).itemsize
-        # what a step multiplies in so many rounds is fetched meanwhile for the next chunk, evenly:
-        # a burst of fetches would wait for each other, and what is loaded for them
+        # while a step multiplies for so many rounds, it fetches as much of the next chunk. The
+        # fetches are spread evenly: in a burst they would delay each other, and the loads
         rounds = max(1, line // step)
-        lines = max(1, step // line) if self.single else 0  # in that time
+        lines = max(1, step // line) if self.single else 0  # fetched in these rounds
 
         def float32(x: Expr) -> Expr:
             return x if dtype == "float32" else x.astype("float32")
 
-        # `at`: elements into the chunk; where a ring ends within it, the fetch is in vain
+        # `at` counts elements into the chunk; where a ring ends within it, the fetch is in vain
         def fetched_key(kv_head: Expr, key_tile: Expr, at: Expr) -> Expr:
             return fetch(keys[kv_head, slot(key_tile), 0, at])
 
@@ -133,7 +133,7 @@ class Chunks:
             return T.Select(seen, x, const(HIDDEN, "float32"))
 
         def across(top: Buffer, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-            """One number of all lanes."""
+            """Combine all lanes into one number."""
             x, n = top.vload([0], f"float32x{lanes}"), lanes
             while n > 1:
                 n //= 2
@@ -221,7 +221,7 @@ class Chunks:
                     top[lane] = T.float32(0.0)
                 for i in range(num_steps * vectors):
                     for lane in T.vectorized(lanes):
-                        # 0 of a hidden key, not e^-87: its products would be slow denormals
+                        # a hidden key weighs 0, not e^-87, whose products would be slow denormals
                         weight[row, i * lanes + lane] = T.Select(
                             weight[row, i * lanes + lane] > T.float32(HIDDEN / 2),
                             T.exp(weight[row, i * lanes + lane] - largest[first_state, row]),

@@ -7,23 +7,23 @@ from tvm.tirx import Buffer
 from ..formats import BLOCK, FP4_PER_WORD
 from .vectors import FP4_UNSIGNED, LANES, VectorOf, broadcast_four, constant
 
-INT8_OFFSET = 128  # makes an int8 unsigned: its bits but for the highest, which flips
+INT8_OFFSET = 128  # makes an int8 unsigned by flipping its highest bit
 
 
 def call(instruction: str, dtype: str, *args: Expr) -> Expr:
-    """An instruction by LLVM's name for it, without the leading `llvm.x86.`."""
+    """Call an instruction by LLVM's name for it, without the leading `llvm.x86.`."""
     intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.x86.{instruction}")
     return T.call_llvm_pure_intrin(intrinsic, *args, dtype=dtype)
 
 
 def lookup(table: tuple[int, ...], dtype: str, codes: Expr) -> Expr:
-    """The table's byte for the low nibble of every byte of `codes`, uint32x8."""
+    """Look up the low nibble of every byte of `codes` (uint32x8) in a table of bytes."""
     nibbles = T.bitwise_and(T.reinterpret(codes, dtype="uint8x32"), T.broadcast(T.uint8(15), 32))
     return call("avx2.pshuf.b", dtype, constant(table * 2, dtype), nibbles)
 
 
 def fp4_unsigned(words: Buffer) -> list[Expr]:
-    """A block of 8 rows, words [4, 8], as 8 vectors uint8x32 of 4 inputs each: 2 x fp4 + 12."""
+    """Unpack a block of 8 rows, words [4, 8], to 8 uint8x32 of 4 inputs each: 2 x fp4 + 12."""
     vectors = []
     for j in range(BLOCK // FP4_PER_WORD):
         word = words.vload([j, 0], "uint32x8")
@@ -40,5 +40,5 @@ def fp4_vector(word_of: VectorOf, vector: Expr) -> Expr:
 
 
 def broadcast_signed(x: Buffer, *start: Expr) -> Expr:
-    """4 neighbouring int8 in every 32-bit lane."""
+    """Repeat 4 neighbouring int8 in every 32-bit lane."""
     return broadcast_four(x.vload(list(start), "int8x4"), "int8x32")

@@ -1,7 +1,7 @@
 """Tensor intrinsics for a block of 8 rows of packed weights x 32 inputs and one row of activations.
 
-What is described is the same for all CPUs; the sums are those of an instruction set (`maddubs.py`,
-`dpbusd.py`, `sdot.py`).
+The description is the same for all CPUs; an instruction set (`maddubs.py`, `dpbusd.py`, `sdot.py`)
+computes the sums.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def _mxfp4(
     sums_of: Callable[[Buffer, Buffer], Expr],
     prefetch_bytes: int,
 ) -> tuple[PrimFunc, PrimFunc]:
-    """Description and implementation for activations of that shape, of which `value` is one."""
+    """Return description and implementation for activations of `shape`; `value` reads input k."""
     words = BLOCK // FP4_PER_WORD
 
     def whole(x: Buffer) -> BufferRegion:
@@ -65,7 +65,7 @@ def _mxfp4(
     def parts_of(x: Buffer, k: Expr) -> BufferRegion:
         return x[(*(slice(0, size) for size in shape[:-1]), slice(k, k + 1))]
 
-    # `expert` is described because the block reads it to find its weights; the sums need it not.
+    # The block reads `expert` to find its weights, so it is described; the sums do not need it.
     @T.prim_func(private=True, s_tir=True)
     def description(
         weights: T.Buffer((words, LANES), "uint32", offset_factor=1),

@@ -1,6 +1,6 @@
 """Byte products by `dpbusd` of VNNI: unsigned x signed bytes, fours added exactly to int32.
 
-The same functions as in `maddubs.py`.
+This file has the same functions as `maddubs.py`.
 """
 
 from tvm import DataType
@@ -12,8 +12,8 @@ from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
 from .avx2 import INT8_OFFSET, broadcast_signed, call, fp4_unsigned, fp4_vector
 from .vectors import LANES, VectorOf
 
-ROWS, INPUTS = 1, 4  # of activations that a product takes; of a column in a vector of a panel
-Q8_OFFSET = INT8_OFFSET  # of int8 weights in a panel
+ROWS, INPUTS = 1, 4  # rows of activations a product takes; inputs of a column in a panel's vector
+Q8_OFFSET = INT8_OFFSET  # added to int8 weights in a panel
 Q8_VECTORS = BLOCK // 4  # of a block of int8 weights in a panel
 MXFP4_PARTS = Q8_PARTS = BLOCK // 4  # of the sum of a block
 
@@ -40,8 +40,8 @@ def mxfp4_digits_sums(weights: Buffer, x: Buffer) -> Expr:
 def q8_sums(weights: Buffer, x: Buffer) -> Expr:
     """int32x8 sums of int8 x int8: words [8, 8], x [32].
 
-    w + 128 is unsigned, and its bits are those of w with the highest one flipped; 128 times the
-    sum of all x, which that adds, is taken off.
+    w + 128 is unsigned, and its bits are those of w with the highest one flipped. It adds 128 times
+    the sum of all x, which is subtracted.
     """
     offset = T.broadcast(T.uint8(INT8_OFFSET), BLOCK)
     of_lanes = _dpbusd(_zero(), offset, x.vload([0], "int8x32"))
@@ -55,13 +55,13 @@ def q8_sums(weights: Buffer, x: Buffer) -> Expr:
 
 
 def dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Expr:
-    """`start` (int32) + the products of vector `part` of weights (uint8) and of activations (int8),
-    which may be of any width."""
+    """Return `start` (int32) + the products of vector `part` of weights (uint8) and of activations
+    (int8), which may have any width."""
     return _dpbusd(start, weight_of(part), x_of(part))
 
 
 mxfp4_vector = fp4_vector
-mxfp4_dot_part = q8_dot_part = dot_part  # an int8 weight is a byte of a vector as it is
+mxfp4_dot_part = q8_dot_part = dot_part  # int8 weights need no other step
 
 
 def q8_vector(word_of: VectorOf, vector: Expr) -> Expr:
@@ -75,6 +75,6 @@ def _zero() -> Expr:
 
 
 def _dpbusd(sums: Expr, unsigned: Expr, signed: Expr) -> Expr:
-    """LLVM encodes it as the target has it: with AVX-VNNI, or AVX512-VNNI."""
+    """Call dpbusd, which LLVM encodes for AVX-VNNI or AVX512-VNNI as the target has it."""
     dtype = str(sums.ty)
     return call(f"avx512.vpdpbusd.{DataType(dtype).lanes * 32}", dtype, sums, unsigned, signed)

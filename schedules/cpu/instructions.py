@@ -1,4 +1,4 @@
-"""The instruction sets with a product of bytes, by what `Target.int8_dot` calls them."""
+"""The instruction sets with a product of bytes, named as in `Target.int8_dot`."""
 
 from . import dpbusd, maddubs, sdot, smmla
 

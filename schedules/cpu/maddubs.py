@@ -12,10 +12,10 @@ from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
 from .avx2 import INT8_OFFSET, broadcast_signed, call, fp4_unsigned, fp4_vector
 from .vectors import LANES, VectorOf
 
-ROWS, INPUTS = 1, 4  # of activations that a product takes; of a column in a vector of a panel
-Q8_OFFSET = INT8_OFFSET  # of int8 weights in a panel
+ROWS, INPUTS = 1, 4  # rows of activations a product takes; inputs of a column in a panel's vector
+Q8_OFFSET = INT8_OFFSET  # added to int8 weights in a panel
 Q8_VECTORS = 2 * BLOCK // 4  # of a block of int8 weights in a panel: low digits, then high ones
-MXFP4_PARTS = Q8_PARTS = 2  # of the sum of a block
+MXFP4_PARTS = Q8_PARTS = 2  # that a block's sum is added up in
 
 
 def mxfp4_sums(weights: Buffer, x: Buffer) -> Expr:
@@ -46,7 +46,7 @@ def mxfp4_digits_sums(weights: Buffer, x: Buffer) -> Expr:
 def q8_sums(weights: Buffer, x: Buffer) -> Expr:
     """int32x8 sums of int8 x int8: words [8, 8], x [32].
 
-    |w| x (x with the sign of w): two products of at most 127 x 127 just fit in int16.
+    It multiplies |w| by x with the sign of w: two products of at most 127 x 127 fit in int16.
     """
     sums = []
     for j in range(BLOCK // INT8_PER_WORD):
@@ -60,24 +60,24 @@ mxfp4_vector = fp4_vector
 
 
 def mxfp4_dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Expr:
-    """`start` (int32x8) + the products of 4 of the 8 vectors each of weights (uint8x32) and
+    """Return `start` (int32x8) + the products of half of the 8 vectors of weights (uint8x32) and of
     activations (int8x32): four of at most 24 x 127 x 2 fit in int16."""
     vectors = [part * 4 + i for i in range(4)]
     return start + _widen(_total([_products(weight_of(v), x_of(v)) for v in vectors]))
 
 
 def q8_vector(word_of: VectorOf, vector: Expr) -> Expr:
-    """A digit of 4 inputs of 8 rows as uint8x32: w + 128 is 16 x high + low, each in 0..15."""
+    """Return a digit of 4 inputs of 8 rows as uint8x32: w + 128 = 16 x high + low, both 0..15."""
     word = T.reinterpret(word_of(vector % 8), dtype="uint8x32")
     unsigned = T.bitwise_xor(word, T.broadcast(T.uint8(INT8_OFFSET), 32))
-    shift = T.broadcast((vector // 8 * 4).astype("uint32"), LANES)  # bytes have no shift of theirs
+    shift = T.broadcast((vector // 8 * 4).astype("uint32"), LANES)  # AVX2 cannot shift bytes
     shifted = T.shift_right(T.reinterpret(unsigned, dtype="uint32x8"), shift)
     return T.bitwise_and(T.reinterpret(shifted, dtype="uint8x32"), T.broadcast(T.uint8(15), 32))
 
 
 def q8_dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Expr:
-    """`start` (int32x8) + the products of the low or the high digits of weights, 8 vectors each
-    (uint8x32), with 8 vectors of activations (int8x32): eight of at most 15 x 127 x 2 fit in
+    """Return `start` (int32x8) + the products of 8 vectors (uint8x32) of the low, or of the high,
+    digits of weights with 8 vectors of activations (int8x32): eight of at most 15 x 127 x 2 fit in
     int16."""
     products = [_products(weight_of(part * 8 + i), x_of(T.int32(i))) for i in range(8)]
     return start + _widen(_total(products), T.Select(part == 0, T.int16(1), T.int16(16)))
@@ -88,7 +88,7 @@ def _products(unsigned: Expr, signed: Expr) -> Expr:
 
 
 def _widen(pairs: Expr, factor: int | Expr = 1) -> Expr:
-    """Neighbouring int16 added to int32, times a factor."""
+    """Add neighbouring int16, times a factor, to int32."""
     factor = T.int16(factor) if isinstance(factor, int) else factor
     return call("avx2.pmadd.wd", "int32x8", pairs, T.broadcast(factor, 16))
 

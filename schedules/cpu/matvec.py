@@ -1,5 +1,5 @@
-"""Schedule the matrix products of a few rows of activations, which the memory's speed limits:
-rows of weights over the cores, 8 in a vector.
+"""Schedule the matrix products of a few rows of activations, whose speed memory limits: the cores
+share the rows of weights, and a vector holds 8 of them.
 
 The weights' layout puts the same word of `vector_lanes` consecutive rows side by side (see
 `osscompile/passes/pack_weights.py`), so that every vector holds one word each of 8 rows.
@@ -24,11 +24,11 @@ from .tail import with_tail
 # Row groups (of vector_lanes rows) that one parallel task computes, at most: fewer leave the cores
 # waiting for each other, more leave some cores without work at the end.
 ROW_GROUPS_PER_TASK = (2, 4, 6, 8, 12, 16, 24, 32)
-# By how the operation's name ends: the intrinsic of its blocks.
+# (the end of the operation's name, the intrinsic for its blocks)
 BLOCKS = (("dense_q8", q8_block), ("_q8", mxfp4_block), ("_digits", mxfp4_digits_block))
-# Without blocks a group's sum is one chain of additions: some groups hide each other's latency.
+# Without blocks a group's sum is one chain of additions: several groups hide each other's latency.
 GROUPS_TOGETHER = (1, 2, 4, 8)
-PREFETCH_BYTES = (512, 1024, 2048, 4096, 8192)  # how far ahead of the products weights are fetched
+PREFETCH_BYTES = (512, 1024, 2048, 4096, 8192)  # how far ahead weights are fetched
 
 
 def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -71,9 +71,9 @@ def _schedule_blocks_of_32(
     target: Target,
     choose: Choose,
 ) -> None:
-    """acc += dot * scale over the blocks, with `dot` computed one block of 8 rows at a time."""
+    """Schedule acc += dot * scale over the blocks; `dot` computes one block of 8 rows at a time."""
     *halves, lane, block = _own_loops(sch, acc)
-    # gate and up by turns share activations in registers, one after the other have more of them
+    # gate and up by turns share activations in registers; one after the other, each has more sums
     by_turns = halves and choose(
         "halves_by_turns", (0, 1), 0 if block_of is mxfp4_digits_block else 1
     )
@@ -100,7 +100,7 @@ def _schedule_blocks_of_32(
 
 
 def _schedule_inputs(sch: Schedule, acc: SBlockRV, target: Target) -> None:
-    """acc += weight * x, one input at a time, some vectors of rows by turns."""
+    """Schedule acc += weight * x, one input at a time, for some vectors of rows by turns."""
     row, k = _own_loops(sch, acc)
     member, lane = sch.split(row, [None, target.vector_lanes])
     sch.reorder(k, member, lane)
@@ -110,6 +110,6 @@ def _schedule_inputs(sch: Schedule, acc: SBlockRV, target: Target) -> None:
 
 
 def _own_loops(sch: Schedule, acc: SBlockRV) -> list[LoopRV]:
-    """The loops that `acc` got by compute_at, but for the outer one of extent 1."""
+    """Return the loops that compute_at gave `acc`, except the outer one of extent 1."""
     shared = len(sch.get_loops(sch.get_sblock("out"))) - 2  # all but the rows of a group
     return list(sch.get_loops(acc)[shared + 1 :])

@@ -1,6 +1,6 @@
 """Expressions that every AArch64 CPU computes alike: instructions by name, table lookup.
 
-Vectors hold 8 rows, in two registers: LLVM splits them, but not for an instruction by name.
+A vector of 8 rows takes two registers. LLVM splits it, but not for an instruction by name.
 """
 
 from tvm import DataType
@@ -13,13 +13,13 @@ REGISTER_BITS = 128
 
 
 def call(instruction: str, dtype: str, *args: Expr) -> Expr:
-    """An instruction by LLVM's name for it, without the leading `llvm.aarch64.neon.`."""
+    """Call an instruction by LLVM's name for it, without the leading `llvm.aarch64.neon.`."""
     intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.aarch64.neon.{instruction}")
     return T.call_llvm_pure_intrin(intrinsic, *args, dtype=dtype)
 
 
 def registers(vector: Expr) -> list[Expr]:
-    """The parts of a vector that a register holds each."""
+    """Split a vector into parts that fill a register each."""
     dtype = DataType(str(vector.ty))
     lanes = REGISTER_BITS // dtype.bits
     return [
@@ -29,7 +29,7 @@ def registers(vector: Expr) -> list[Expr]:
 
 
 def joined(parts: list[Expr]) -> Expr:
-    """The vector of those registers."""
+    """Join registers to one vector."""
     return T.Shuffle(parts, list(range(len(parts) * DataType(str(parts[0].ty)).lanes)))
 
 

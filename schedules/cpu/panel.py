@@ -2,7 +2,7 @@
 them, into a panel that stays in the first-level cache.
 
 A panel is some groups of `vector_lanes` columns x some blocks of 32 inputs, of one expert or of a
-dense layer. It is of bytes where the target has a byte product (`panel_int8.py`), else of float32
+dense layer. It holds bytes where the target has a byte product (`panel_int8.py`), else float32
 (`panel_float.py`).
 """
 
@@ -21,7 +21,7 @@ from .tail import with_tail
 
 
 def panel(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
-    """Schedule one of `OPS` of a symbolic number of rows of activations; declines others, and
+    """Schedule one of `OPS` with a symbolic number of rows of activations; declines others, and
     weights that do not fill vectors."""
     op = str(function.attrs["op"])
     if op not in OPS:

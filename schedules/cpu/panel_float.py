@@ -1,5 +1,5 @@
-"""Panels of float32, scaled: for activations of float32 or in digits, and for targets without a
-byte product."""
+"""Panels of scaled float32, for activations in float32 or in digits, and for targets without a byte
+product."""
 
 from tvm.script import tirx as T
 from tvm.tirx import Stmt
@@ -9,17 +9,17 @@ from ..formats import BLOCK
 from ..product import Product, whole_parts
 from ..records import Choose
 
-GROUPS_PER_PANEL = (1, 2, 4, 8)  # as many sums in registers: they hide each other's latency
+GROUPS_PER_PANEL = (1, 2, 4, 8)  # and sums in registers, which hide each other's latency
 BLOCKS_PER_PANEL = (1, 2, 3, 4)
-ROWS_PER_PANEL = 64  # that an unpacked panel serves, at most
+ROWS_PER_PANEL = 64  # an unpacked panel serves at most so many
 
 
 def float_panels(product: Product, target: Target, choose: Choose) -> Stmt:
-    """The body of a kernel on activations of any kind."""
+    """Return the body of a kernel for activations of any kind."""
     lanes = target.vector_lanes
     out, num_rows = product.out, product.num_rows
     groups, halves = product.columns // lanes, product.halves
-    # few columns, as of a router: several tasks matter more
+    # with few columns, as in the router, several tasks matter more
     wanted = max(1, min(8 // halves, groups // 4))
     num_groups = choose("groups_per_panel", *whole_parts(groups, GROUPS_PER_PANEL, wanted))
     num_blocks = choose("blocks_per_panel", *whole_parts(product.blocks, BLOCKS_PER_PANEL, 2))

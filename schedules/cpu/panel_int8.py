@@ -1,12 +1,12 @@
-"""Panels of bytes: each vector of weights is multiplied with 4 activations in every lane, some rows
-of activations by turns.
+"""Panels of bytes: each vector of weights is multiplied with 4 activations in every lane, for some
+rows of activations by turns.
 
-Byte products want one factor unsigned: the panel holds weights plus an offset. What that adds to
-the sum of a row, offset x the sum of its activations, is taken off before the sum begins. Digits
-of activations (of exact products) are summed one after the other, the highest first.
+Byte products need one factor unsigned, so the panel holds weights plus an offset. The offset adds
+offset x the sum of a row's activations to the row's sum, which is subtracted before the sum begins.
+Digits of activations (in exact products) are summed one after the other, the highest first.
 
-An instruction set says how many inputs of a column a vector of weights holds (`INPUTS`), and of how
-many rows of activations one product takes as many, side by side (`ROWS`).
+An instruction set says how many inputs of a column a vector of weights holds (`INPUTS`), and how
+many rows of activations, side by side, one product takes (`ROWS`).
 """
 
 from tvm.ir import Expr
@@ -23,25 +23,25 @@ from .vectors import LANES, broadcast_four, prefetch
 
 GROUPS_PER_PANEL = (1, 2, 4, 8, 16)
 BLOCKS_PER_PANEL = (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 18)
-ROWS_PER_PANEL = (32, 64, 128, 256)  # that an unpacked panel serves, at most
-ROWS_BY_TURNS = (1, 2, 4)  # share a vector of weights in a register
+ROWS_PER_PANEL = (32, 64, 128, 256)  # an unpacked panel serves at most so many
+ROWS_BY_TURNS = (1, 2, 4)  # that share a vector of weights in a register
 
 
 def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
-    """The body of a kernel on activations in int8, or in digits."""
+    """Return the body of a kernel for activations in int8, or in digits."""
     assert target.int8_dot is not None
     instructions = INSTRUCTIONS[target.int8_dot]
     xq, xs, xoffset, words, scales, out = (
         product.tensors[n] for n in ("xq", "xs", "xoffset", "words", "scales", "out")
     )
     groups, halves, num_rows = product.columns // LANES, product.halves, product.num_rows
-    # groups of columns side by side in a register
+    # groups of columns that lie side by side in a register
     width = max(1, target.register_bits // 256)
     width = width if groups % width == 0 else 1
     at_once, inputs = instructions.ROWS, instructions.INPUTS
     lanes, vector_bytes = width * LANES, LANES * inputs
     num_bytes, dot_lanes = width * vector_bytes, lanes * at_once
-    # in registers, some in two: they hide each other's latency
+    # sums in registers, a wide one in two, hide each other's latency
     num_sums = target.num_registers // 4 * min(target.register_bits, 256) // 256
     wanted = max(width, num_sums // halves // at_once)
     counts = [count * width for count in GROUPS_PER_PANEL]
@@ -58,10 +58,10 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     dot_part = instructions.mxfp4_dot_part if fp4 else instructions.q8_dot_part
     parts = instructions.MXFP4_PARTS if fp4 else instructions.Q8_PARTS
     vectors = BLOCK // inputs if fp4 else instructions.Q8_VECTORS
-    lines = (BLOCK // 2 if fp4 else BLOCK) * LANES // LINE_BYTES  # that a block fills
+    lines = (BLOCK // 2 if fp4 else BLOCK) * LANES // LINE_BYTES  # in a block
 
     def weight_at(row: Expr, task: Expr, r: Expr, part: Expr, block: Expr) -> tuple[Expr, ...]:
-        """Part `part` of vector `r` of the panel that a row of activations needs."""
+        """Return where part `part` of vector `r` of a row's panel lies in words and scales."""
         group = r * width + part
         column_group = task * num_groups + group % num_groups
         return product.weight_at(product.expert_of(row), group // num_groups, column_group, block)
@@ -74,19 +74,19 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
         return half_e8m0_to_float32(scale) if fp4 else scale.astype("float32")
 
     def row_of(first: Expr, t: Expr) -> Expr:
-        """Rows beyond the last are computed as the last, and not kept."""
+        """Return the t-th row; those beyond the last repeat the last, and are not kept."""
         return T.min(first + t, num_rows - 1)
 
     def begin(total: Expr, digit: Expr, row: Expr, block: Expr) -> Expr:
-        """What a digit adds to: the sum of those before, and with the last the offset."""
+        """Return what a digit is added to: the sum so far, and for the last digit the offset."""
         offset = xoffset[row, block]
         if not fp4:
-            offset = T.truncdiv(offset, FP4_OFFSET) * instructions.Q8_OFFSET  # it is a multiple
+            offset = T.truncdiv(offset, FP4_OFFSET) * instructions.Q8_OFFSET  # exact
         start = T.Select(digit == digits - 1, -offset, T.int32(0))
         return total * T.broadcast(T.int32(DIGIT), lanes) + T.broadcast(start, lanes)
 
     def dot(total: Expr, panel: Buffer, first: Expr, t: Expr, block: Expr, *at: Expr) -> Expr:
-        """For rows t to t + at_once."""
+        """Add the products of the `at_once` rows from t on."""
         b, r, digit, part = at
         blocks_of_x = [
             (row_of(first, t + i), block, *((digit,) if digits > 1 else ())) for i in range(at_once)

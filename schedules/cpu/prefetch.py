@@ -1,12 +1,12 @@
-"""Software prefetch: the hardware's own stops at pages."""
+"""Software prefetch, because the hardware's own stops at page boundaries."""
 
 from tvm import tirx
 from tvm.ir import Expr
 
-LINE_BYTES = 64  # of a cache line
+LINE_BYTES = 64  # in a cache line
 READ, NEAREST, DATA = 0, 3, 1
 
 
 def fetch(element: Expr) -> Expr:
-    """Bring the cache line of a buffer's element near; no fault if it lies beyond the buffer."""
+    """Fetch the cache line of a buffer's element; an element beyond the buffer is no fault."""
     return tirx.call_intrin("", "tirx.prefetch", tirx.address_of(element), READ, NEAREST, DATA)

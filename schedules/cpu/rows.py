@@ -1,4 +1,4 @@
-"""The fallback: every stage over the cores by its first loop, in vectors along its last."""
+"""The fallback: the cores share the first loop of every stage, and vectors run along its last."""
 
 from tvm import s_tir
 from tvm.s_tir import Schedule

@@ -1,6 +1,7 @@
 """Byte products by `sdot` of AArch64: signed x signed bytes, fours added exactly to int32.
 
-The same functions as in `maddubs.py`. What is unsigned there is below 128, and no other here.
+This file has the same functions as `maddubs.py`. Bytes that are unsigned there (2 x fp4 + 12) are
+below 128, and so the same when signed.
 """
 
 from tvm.ir import Expr
@@ -11,8 +12,8 @@ from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
 from .neon import call, fp4_vector, joined, registers
 from .vectors import LANES, VectorOf
 
-ROWS, INPUTS = 1, 4  # of activations that a product takes; of a column in a vector of a panel
-Q8_OFFSET = 0  # of int8 weights in a panel
+ROWS, INPUTS = 1, 4  # rows of activations a product takes; inputs of a column in a panel's vector
+Q8_OFFSET = 0  # added to int8 weights in a panel
 Q8_VECTORS = BLOCK // 4  # of a block of int8 weights in a panel
 MXFP4_PARTS = Q8_PARTS = BLOCK // 4  # of the sum of a block
 
@@ -38,8 +39,8 @@ def q8_sums(weights: Buffer, x: Buffer) -> Expr:
 
 
 def dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Expr:
-    """`start` (int32x8) + the products of vector `part` of weights (uint8x32) and of activations
-    (int8x32)."""
+    """Return `start` (int32x8) + the products of vector `part` of weights (uint8x32) and of
+    activations (int8x32)."""
     return _sdot(start, weight_of(part), x_of(part))
 
 
@@ -53,14 +54,14 @@ def q8_vector(word_of: VectorOf, vector: Expr) -> Expr:
 
 
 def _fp4_vectors(words: Buffer) -> list[Expr]:
-    """A block of 8 rows, words [4, 8], as 8 vectors uint8x32 of 4 inputs each: 2 x fp4 + 12."""
+    """Unpack a block of 8 rows, words [4, 8], to 8 uint8x32 of 4 inputs each: 2 x fp4 + 12."""
     return [
         fp4_vector(lambda j: words.vload([j, 0], "uint32x8"), T.int32(v)) for v in range(BLOCK // 4)
     ]
 
 
 def _sums(weights: list[Expr], x: Buffer, *digit: int) -> Expr:
-    """int32x8 sums of vectors of 4 inputs each and x [32]: sdot takes fours of x out of a lane."""
+    """int32x8 sums of vectors of 4 inputs times x [32]; every lane holds the same 4 of x."""
     sums = T.broadcast(T.int32(0), LANES)
     fours = T.reinterpret(x.vload([*digit, 0], "int8x32"), dtype="int32x8")
     for v, weight in enumerate(weights):

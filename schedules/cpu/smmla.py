@@ -1,7 +1,7 @@
 """Byte products by `smmla` of AArch64: in panels, two rows of activations x two columns at once,
 eights of products added exactly to int32. One row alone is multiplied by `sdot`.
 
-The same functions as in `maddubs.py`.
+This file has the same functions as `maddubs.py`.
 """
 
 from tvm.ir import Expr
@@ -12,12 +12,12 @@ from . import sdot
 from .neon import call, joined, registers
 from .vectors import LANES, VectorOf
 
-ROWS, INPUTS = 2, 8  # of activations that a product takes; of a column in a vector of a panel
+ROWS, INPUTS = 2, 8  # rows of activations a product takes; inputs of a column in a panel's vector
 Q8_OFFSET = sdot.Q8_OFFSET
 Q8_VECTORS = BLOCK // INPUTS  # of a block of int8 weights in a panel
 MXFP4_PARTS = Q8_PARTS = BLOCK // INPUTS  # of the sum of a block
 
-# A register of sums is 2 x 2: columns 2j and 2j + 1 for one row of activations, then for the other.
+# A register holds 2 x 2 sums: columns 2j and 2j + 1 for one row of activations, then for the other.
 _IN_SQUARES = [
     row * LANES + column + j for column in range(0, LANES, 2) for row in range(ROWS) for j in (0, 1)
 ]
@@ -38,8 +38,8 @@ def q8_vector(word_of: VectorOf, vector: Expr) -> Expr:
 
 
 def dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) -> Expr:
-    """`start` (int32x16: 8 columns for each of two rows of activations) + the products of vector
-    `part` of weights (uint8x64) and of activations (int8x16: 8 inputs of each of the rows)."""
+    """Return `start` (int32x16: 8 columns for each of two rows of activations) + the products of
+    vector `part` of weights (uint8x64) and of activations (int8x16: 8 inputs of each row)."""
     squares = zip(
         registers(T.Shuffle([start], _IN_SQUARES)), registers(weight_of(part)), strict=True
     )
@@ -51,6 +51,6 @@ mxfp4_dot_part = q8_dot_part = dot_part
 
 
 def _by_rows(fours: list[Expr]) -> Expr:
-    """Two vectors of 4 inputs of 8 rows -> 8 inputs of one row after the other."""
+    """Join two vectors of 4 inputs of 8 rows to one with 8 inputs of row after row."""
     words = [T.reinterpret(four, dtype="int32x8") for four in fours]
     return T.reinterpret(T.Shuffle(words, _IN_COLUMNS), dtype="uint8x64")

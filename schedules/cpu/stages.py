@@ -1,4 +1,4 @@
-"""One stage of a kernel in vectors along its last loop."""
+"""Schedule one stage of a kernel in vectors along its last loop."""
 
 import math
 from collections.abc import Sequence
@@ -10,20 +10,22 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from ...targets import Target
 
-# Waking the other cores takes about as long as one core needs for so many elements.
+# Waking the other cores takes about as long as one core takes for this many elements.
 MIN_PARALLEL_ELEMENTS = 1 << 16
 
 
 def is_large(extents: Sequence[Expr]) -> bool:
-    """Whether so many elements, or an unknown number, are worth more than one core."""
+    """Whether the elements are worth more than one core; an unknown number is."""
     known = [int(extent) for extent in extents if isinstance(extent, tirx.IntImm)]
     return len(known) < len(extents) or math.prod(known) >= MIN_PARALLEL_ELEMENTS
 
 
 def vectorize(sch: Schedule, block: SBlockRV, target: Target) -> SBlockRV | None:
-    """Put the lanes of the last loop in vectors. For a sum over them, returns the block of what
-    each lane sums, for `zero_shares`, when all else is done: it leaves one that no primitive
-    takes."""
+    """Put the lanes of the last loop in vectors.
+
+    For a sum over them, returns the block of each lane's share. The caller passes it to
+    `zero_shares` when all else is done, because no primitive takes the block that this leaves.
+    """
     loops = list(sch.get_loops(block))
     kinds = [axis.iter_type for axis in sch.get(block).iter_vars]
     num_axes = kinds.count(tirx.IterVar.DataPar)
@@ -38,7 +40,7 @@ def vectorize(sch: Schedule, block: SBlockRV, target: Target) -> SBlockRV | None
 
 
 def zero_shares(sch: Schedule, shares: SBlockRV | None) -> None:
-    """Set what lanes sum to zero, in vectors."""
+    """Set the lanes' shares of a sum to zero, in vectors."""
     if shares is not None:
         zero_first(sch, shares, sch.get_loops(shares)[-2])
 
@@ -56,8 +58,10 @@ def _fills_vectors(extent: Expr, target: Target) -> bool:
 
 
 def _sum_in_lanes(sch: Schedule, block: SBlockRV, num_axes: int, target: Target) -> SBlockRV:
-    """Every lane of a vector reduces its share of the last loop, and then the lanes are reduced;
-    returns the block of the shares, not zeroed yet. `num_axes`: of the result."""
+    """Let every lane of a vector reduce its share of the last loop, and then reduce the lanes.
+
+    Returns the block of the shares, not zeroed yet. `num_axes` counts the result's axes.
+    """
     *outer, last = sch.get_loops(block)
     *_, lane = sch.split(last, [None, target.vector_lanes])
     shares = sch.rfactor(lane, num_axes)

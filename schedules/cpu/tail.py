@@ -1,4 +1,4 @@
-"""Schedule what follows a matrix product: the task that computed some columns goes on with them,
+"""Schedule the stages after a matrix product: the task that computed some columns goes on with them
 while they are in its core's caches."""
 
 import math
@@ -18,8 +18,11 @@ from .stages import vectorize, zero_shares
 def with_tail(
     product: PrimFunc, tail: PrimFunc | None, columns: int, target: Target, choose: Choose
 ) -> Schedule:
-    """The scheduled product, whose body is one loop over its tasks, each of as many `columns`, and
-    then the tail. Where the tail needs some columns together, tasks are as large as that."""
+    """Append the tail to the scheduled product, whose body is one loop over its tasks.
+
+    The tasks share the product's `columns` evenly. Where the tail needs several columns together,
+    tasks grow until each has them.
+    """
     if tail is None:
         return Schedule(product)
     needed = tail.attrs.get("columns_needed")
@@ -39,7 +42,7 @@ def with_tail(
 
 
 def _in_tasks(tail: PrimFunc, count: int, target: Target) -> PrimFunc:
-    """Every stage as a loop over `count` tasks, each of as many of its columns."""
+    """Make every stage a loop over `count` tasks, which share its columns evenly."""
     sch = Schedule(tail)
     for block in sch.get_child_blocks(sch.get_sblock("root")):
         row, column = sch.get_loops(block)[:2]

@@ -1,7 +1,7 @@
-"""Schedules for GPUs; they differ between GPUs by the numbers of the target's capabilities only.
+"""Schedules for GPUs; they differ between GPUs by the target's capabilities only.
 
-Where no other rule is better, every stage that a kernel returns is a launch of its own; what lies
-between is computed where it is needed.
+Where no other rule is better, every stage that a kernel returns is a launch of its own, and stages
+in between are computed where they are needed.
 """
 
 from .attention import attention
@@ -19,7 +19,7 @@ GPU_RULES = (
     attention_tf32,
     attention,
     matvec,
-    tiles_int8,  # takes what it can of what `tiles` takes
+    tiles_int8,  # takes some of the kernels that `tiles` takes
     tiles,
     tasks,  # kernels without blocks: no other rule can read them
     groups,

@@ -1,8 +1,8 @@
-"""Attention over the KV cache: a work-group serves all query heads of a KV head, of some tokens.
+"""Attention over the KV cache: a work-group serves all query heads of a KV head for some tokens.
 
-It goes through the keys in chunks, which it unpacks to float32 into shared memory; between the two
+It goes through the keys in chunks, which it unpacks to float32 into shared memory. Between the two
 products of a chunk, scores = queries x keys and weights x values, the softmax goes on from chunk to
-chunk (online). It begins with the sink: a maximum with mass 1 and no value.
+chunk (online). The softmax begins with the sink: a maximum with mass 1 and no value.
 """
 
 from tvm.s_tir import Schedule
@@ -13,9 +13,9 @@ from ...targets import Target
 from ..records import Choose
 from .token_tiles import HIDDEN, TokenTiles
 
-SIDE = 8  # threads of a work-group, in either direction
-KEYS = 32  # of a chunk
-TOKENS_TOGETHER = 4  # of a prefill
+SIDE = 8  # threads of a work-group in either direction
+KEYS = 32  # in a chunk
+TOKENS_TOGETHER = 4  # in a prefill
 
 
 def attention(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -30,7 +30,7 @@ def attention(function: PrimFunc, target: Target, choose: Choose) -> Schedule | 
 def _body(function: PrimFunc) -> Stmt:
     tiles = TokenTiles(function, TOKENS_TOGETHER, KEYS)
     queries, sinks, out, head_dim = tiles.queries, tiles.sinks, tiles.out, tiles.head_dim
-    rows, columns = -(-TOKENS_TOGETHER * tiles.group // SIDE), head_dim // SIDE  # of a thread
+    rows, columns = -(-TOKENS_TOGETHER * tiles.group // SIDE), head_dim // SIDE  # per thread
     all_rows, threads = rows * SIDE, SIDE * SIDE
 
     @T.macro
@@ -93,7 +93,7 @@ def _body(function: PrimFunc) -> Stmt:
                 shrink[r] = T.exp(shrink[r] - best[r])
                 top[0] = T.float32(0)
                 for k in T.unroll(KEYS // SIDE):
-                    score[r, k] = T.exp(score[r, k] - best[r])  # 0 of what is hidden
+                    score[r, k] = T.exp(score[r, k] - best[r])  # hidden keys weigh 0
                     weight[r * SIDE + ty, k * SIDE + tx] = score[r, k]
                     top[0] += score[r, k]
                 added[r * SIDE + ty, tx] = top[0]

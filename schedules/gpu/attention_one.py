@@ -1,10 +1,10 @@
 """Attention of one token over the KV cache: a work-group serves all query heads of a KV head.
 
-Its subgroups take chunks of keys by turns, as many keys as a subgroup has threads, each with an
-online softmax of its own: a thread has a key of the chunk when scores are computed, and some
-elements of the output when values are added up. The softmax begins with the sink: a maximum with
-mass 1 and no value. The context of a layer without a window is shared out over several work-groups,
-whose results a second kernel merges.
+Its subgroups take chunks of keys by turns, each with an online softmax of its own. A chunk has as
+many keys as a subgroup has threads: a thread has one key of it while scores are computed, and some
+elements of the output while values are added up. The softmax begins with the sink: a maximum with
+mass 1 and no value. In a layer without a window several work-groups share the context, and a second
+kernel merges their results.
 """
 
 import functools
@@ -22,17 +22,17 @@ from ..records import Choose
 from .reduce import num_slices, reduction
 from .token_tiles import HIDDEN, TokenTiles
 
-SUBGROUPS = (1, 2, 4, 8)  # of a work-group
-SHARED_BYTES = 30 << 10  # of a work-group, at most: every GPU has 32 KiB
+SUBGROUPS = (1, 2, 4, 8)  # in a work-group
+SHARED_BYTES = 30 << 10  # for a work-group, at most: every GPU has 32 KiB
 PARTS = (1, 2, 4, 8, 16, 32, 64)  # of a context without a window
 PARTS_WANTED = 16
-LOADS_TOGETHER = (8, 16, 32)  # of a thread, so that they hide each other's latency
+LOADS_TOGETHER = (8, 16, 32)  # by a thread, so that they hide each other's latency
 LOADS_WANTED = 16
 
 
 def attention_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
-    """Schedule attention of one token; declines other kernels, and more query heads for a KV head
-    than a subgroup has threads, or room."""
+    """Schedule attention of one token; declines other kernels, and groups of more query heads than
+    a subgroup has threads or shared memory for."""
     if str(function.attrs["op"]) != "attention":
         return None
     num_tokens = function.params[0].shape[0]
@@ -47,7 +47,7 @@ def attention_one(function: PrimFunc, target: Target, choose: Choose) -> Schedul
 
 
 def _fitting(tiles: TokenTiles, target: Target) -> list[int]:
-    """Numbers of subgroups that a work-group may have, and has shared memory for."""
+    """Return the numbers of subgroups that a work-group may have, and has shared memory for."""
     threads, row_bytes = target.subgroup_size, 4 * tiles.group
     each = row_bytes * (threads + tiles.head_dim + 2) + 4 * threads
     most = min(target.max_threads // threads, (SHARED_BYTES - row_bytes * tiles.head_dim) // each)
@@ -67,7 +67,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
     add_up = reduction(lambda x, y: x + y, threads, group)
 
     def first_chunk(part: Expr) -> Expr:
-        """Chunks that are seen, shared out over the parts."""
+        """Return where a part begins; the parts share the visible chunks evenly."""
         return tiles.first_chunk(first) + tiles.num_chunks(first) * part // parts
 
     def turns(part: Expr) -> Expr:
@@ -78,16 +78,16 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
         return (first_chunk(part) + turn * members + member) * threads
 
     def visible(part: Expr, key: Expr) -> Expr:
-        """And none of the next part's."""
+        """Whether the token sees the key, and the key is not the next part's."""
         return T.And(tiles.visible(first, first, key), key < first_chunk(part + 1) * threads)
 
     def value_at(kv_head: Expr, key: Expr, thread: Expr, i: Expr) -> Expr:
-        """Threads beyond the last element repeat it, and do not keep the result."""
+        """Return a thread's i-th element; threads past the last repeat it, and do not keep it."""
         d = T.min(thread * each + i, const(head_dim - 1, "int64"))
         return tiles.value_at(kv_head, key, d)
 
     def begins(part: Expr, member: Expr) -> Expr:
-        """Whether the sink is among what a subgroup adds up: it is in the first alone."""
+        """Whether a subgroup adds the sink: only the first one does."""
         return T.And(part == 0, member == 0)
 
     def largest_of(largest: Buffer, count: int, at: Expr) -> Expr:
@@ -95,7 +95,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
 
     @T.macro
     def merge(merged, count, best, mass, acc, at, d):  # type: ignore[no-untyped-def]
-        """`merged`: the sum, the mass and the maximum of `count` softmaxes together."""
+        """Set `merged` to the sum, the mass and the maximum of `count` softmaxes together."""
         merged[2] = largest_of(best, count, at)
         merged[0] = T.float32(0)
         merged[1] = T.float32(0)
@@ -124,7 +124,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
         score = T.alloc_buffer((group,), "float32", scope="local")
         top = T.alloc_buffer((group,), "float32", scope="local")
         best = T.alloc_buffer((group,), "float32", scope="local")  # the same in all threads
-        mass = T.alloc_buffer((group,), "float32", scope="local")  # of a thread's keys
+        mass = T.alloc_buffer((group,), "float32", scope="local")  # over a thread's keys
         acc = T.alloc_buffer((group, each), "float32", scope="local")
         loaded = T.alloc_buffer((at_once,), "float32", scope="local")
         merged = T.alloc_buffer((3,), "float32", scope="local")

@@ -1,10 +1,10 @@
 """Attention of many tokens by matrix units that multiply parts of float32 (`tf32.py`): a work-group
-computes 64 rows, 16 a warp, each a query head of a token; all belong to the same KV head.
+computes 64 rows, 16 a warp. A row is a query head of a token; all belong to the same KV head.
 
-It goes through the keys in chunks, which it unpacks into shared memory; between the two products of
-a chunk, scores = queries x keys and weights x values, which matrix units compute, the softmax goes
-on from chunk to chunk (online), two threads a row. It begins with the sink: a maximum with mass 1
-and no value.
+It goes through the keys in chunks, which it unpacks into shared memory. Matrix units compute a
+chunk's two products, scores = queries x keys and weights x values. Between them the softmax goes on
+from chunk to chunk (online), with two threads a row. The softmax begins with the sink: a maximum
+with mass 1 and no value.
 """
 
 from tvm.ir import Expr
@@ -18,12 +18,12 @@ from .mma import WARP, product
 from .tf32 import DEPTH, MMA, rest, upper
 from .token_tiles import HIDDEN, TokenTiles
 
-ROWS = 64  # of a tile
+ROWS = 64  # in a tile
 MATRIX_ROWS, MATRIX_COLUMNS = 16, 8
 THREADS = ROWS // MATRIX_ROWS * WARP
 SHARERS = THREADS // ROWS  # threads that share a row of scores
-KEYS = 32  # of a chunk
-# Words between rows of the first factor, and of the second, so that lanes use different banks.
+KEYS = 32  # in a chunk
+# Padding words after each row of the first and of the second factor: lanes use different banks.
 FIRST_SKEW, SECOND_SKEW = 4, 8
 
 
@@ -48,11 +48,11 @@ def _body(function: PrimFunc, together: int) -> Stmt:
         return thread // WARP * MATRIX_ROWS + thread % WARP // 4
 
     def factor(rows: Buffer, thread: Expr, k: Expr, i: Expr) -> Expr:
-        """The i-th number of a lane, of 16 rows and 8 columns of the first factor."""
+        """Return a lane's i-th number of 16 rows and 8 columns of the first factor."""
         return rows[first_row(thread) + i % 2 * 8, k * DEPTH + thread % 4 + i // 2 * 4]
 
     def other(chunk: Buffer, stride: int, thread: Expr, k: Expr, n: Expr, i: int) -> Expr:
-        """Of the second factor, its rows of inputs `stride` apart."""
+        """Return a lane's i-th number of the second factor, whose rows are `stride` apart."""
         at = (k * DEPTH + thread % 4 + i * 4) * stride
         return T.reinterpret(chunk[at + n * MATRIX_COLUMNS + thread % WARP // 4], dtype="uint32")
 
@@ -90,7 +90,7 @@ def _body(function: PrimFunc, together: int) -> Stmt:
         score = T.alloc_buffer((key_columns, 4), "float32", scope="local")
         acc = T.alloc_buffer((value_columns, 4), "float32", scope="local")
         own = T.alloc_buffer((KEYS // SHARERS,), "float32", scope="local")
-        best = T.alloc_buffer((2,), "float32", scope="local")  # of the thread's row; and before
+        best = T.alloc_buffer((2,), "float32", scope="local")  # now and before, of the thread's row
         mass = T.alloc_buffer((1,), "float32", scope="local")
         top = T.alloc_buffer((1,), "float32", scope="local")
         for i in range(T.int64(ROWS * head_dim // THREADS)):
@@ -141,7 +141,7 @@ def _body(function: PrimFunc, together: int) -> Stmt:
             best[1] = T.exp(best[1] - best[0])
             top[0] = T.float32(0)
             for k in T.unroll(KEYS // SHARERS):
-                own[k] = T.exp(own[k] - best[0])  # 0 of what is hidden
+                own[k] = T.exp(own[k] - best[0])  # hidden keys weigh 0
                 weight[thread // SHARERS, k * SHARERS + thread % SHARERS] = own[k]
                 top[0] += own[k]
             added[thread // SHARERS, thread % SHARERS] = top[0]

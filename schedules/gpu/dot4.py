@@ -10,17 +10,17 @@ from .packed_bytes import dot_by_instruction
 from .shared import WORDS, place
 
 SIDE = 8
-THREADS = SIDE * SIDE  # of a work-group that computes a tile
-ROWS_EACH = (1, 2, 4, 8)  # of a thread
+THREADS = SIDE * SIDE  # in a work-group, which computes a tile
+ROWS_EACH = (1, 2, 4, 8)  # that a thread computes
 ROWS_TOGETHER = 1
 COLUMNS_EACH = (1, 2, 4, 8)
-COLUMNS_WANTED = 4  # of both halves together
-TILE_ROWS = SIDE  # of a tile, for each of a thread's
+COLUMNS_WANTED = 4  # in both halves together
+TILE_ROWS = SIDE  # of a tile for each row of a thread
 TILE_COLUMNS = SIDE
 
 
 def row(thread: Expr, r: Expr, rows: int) -> Expr:
-    """Of the tile: row `r` of the `rows` of a thread."""
+    """Return row `r` of a thread's `rows` as a row of the tile."""
     return r * SIDE + thread // SIDE
 
 
@@ -29,18 +29,18 @@ def column(thread: Expr, c: Expr, columns: int) -> Expr:
 
 
 def span(thread: Expr, m: Expr, rows: int) -> tuple[Expr, Expr]:
-    """First and last of the rows of the tile that are multiplied together, the m-th time."""
+    """Return the first and last row of the tile that are multiplied together the m-th time."""
     return m * SIDE, m * SIDE + (SIDE - 1)
 
 
 def fragment_shape(halves: int, columns: int) -> tuple[int, ...]:
-    """Of the words of a block's columns that a thread holds."""
+    """Return the shape of a thread's words of a block's columns."""
     return (halves, columns, WORDS)
 
 
 def load(halves: int, columns: int) -> Callable[..., object]:
-    """Statements that load the `fragment` of block `b` from `weight` [depth, halves x columns of
-    the tile, WORDS] uint32, see `shared.py`."""
+    """Return statements that load the `fragment` of block `b` from `weight` uint32 [depth, halves x
+    columns of the tile, WORDS]; see `shared.py`."""
 
     def word(weight: Buffer, thread: Expr, b: Expr, h: Expr, c: Expr, k: Expr) -> Expr:
         w = h * columns * SIDE + column(thread, c, columns)
@@ -57,10 +57,10 @@ def load(halves: int, columns: int) -> Callable[..., object]:
 
 
 def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
-    """Statements that add products with the `fragment` to total [halves, ROWS_TOGETHER, columns]
-    int32: those of a thread's rows of the m-th time.
+    """Return statements that multiply a thread's rows of the m-th time by the `fragment` and add up
+    the products in total [halves, ROWS_TOGETHER, columns] int32.
 
-    `x` [depth, digits, rows of the tile, WORDS] uint32 holds blocks, see `shared.py`.
+    `x` [depth, digits, rows of the tile, WORDS] uint32 holds blocks; see `shared.py`.
     """
 
     def word(x: Buffer, thread: Expr, b: Expr, digit: Expr, m: Expr, k: Expr) -> Expr:

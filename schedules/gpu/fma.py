@@ -8,24 +8,24 @@ from tvm.script import tirx as T
 from ..formats import BLOCK
 
 SIDE = 8
-THREADS = SIDE * SIDE  # of a work-group that computes a tile
-ROWS_EACH = (1, 2, 4, 8)  # of a thread
+THREADS = SIDE * SIDE  # in a work-group, which computes a tile
+ROWS_EACH = (1, 2, 4, 8)  # that a thread computes
 ROWS_WANTED = 4
 COLUMNS_EACH = (1, 2, 4, 8)
-COLUMNS_WANTED = 4  # of both halves together
-TILE_ROWS = SIDE  # of a tile, for each of a thread's
+COLUMNS_WANTED = 4  # in both halves together
+TILE_ROWS = SIDE  # of a tile for each row of a thread
 TILE_COLUMNS = SIDE
 SCOPE = "local"  # of the sums
 ANY_WEIGHT = True
 
 
 def shape(count: int) -> tuple[int, int]:
-    """Of a block of inputs of `count` rows or columns, in shared memory."""
+    """Return the shape in shared memory of a block of inputs of `count` rows or columns."""
     return (BLOCK, count)
 
 
 def place(k: Expr, t: Expr) -> tuple[Expr, Expr]:
-    """Where input k of row or column t lies there."""
+    """Return where input k of row or column t lies in that shape."""
     return (k, t)
 
 
@@ -34,7 +34,7 @@ def sums_shape(halves: int, rows: int, columns: int) -> tuple[int, ...]:
 
 
 def clear(halves: int, rows: int, columns: int) -> Callable[..., object]:
-    """Statements that set the sums to zero."""
+    """Return statements that set the sums to zero."""
 
     @T.macro
     def clear(sums):  # type: ignore[no-untyped-def]
@@ -45,8 +45,8 @@ def clear(halves: int, rows: int, columns: int) -> Callable[..., object]:
 
 
 def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
-    """Statements that add the products of a block, `x` of the tile's rows and `weight` of its
-    columns, those of both halves side by side."""
+    """Return statements that add the products of a block: `x` holds the tile's rows, `weight` its
+    columns, with both halves side by side."""
 
     @T.macro
     def multiply(sums, x, weight, thread):  # type: ignore[no-untyped-def]
@@ -65,8 +65,8 @@ def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
 def keep_each(
     halves: int, rows: int, columns: int, keep: Callable[..., object]
 ) -> Callable[..., object]:
-    """Statements that call `keep` (at, row, num_columns, column_of(c), sum_of(half, c)) for every
-    sum, of rows and columns of the tile; `at` is what they were given."""
+    """Return statements that call `keep` (at, row, num_columns, column_of(c), sum_of(half, c)) for
+    every sum; rows and columns are the tile's, and `at` is passed through."""
 
     def row(thread: Expr, r: Expr) -> Expr:
         return r * SIDE + thread // SIDE
@@ -84,8 +84,8 @@ def keep_all(
     column: Callable[[Expr, Expr], Expr],
     keep: Callable[..., object],
 ) -> Callable[..., object]:
-    """The same, of threads that hold sums [half, row, column] of the rows and columns that `row`
-    and `column` (thread, number of it) name."""
+    """Return `keep_each` for threads that hold sums [half, row, column]; `row` and `column` take
+    (thread, number), and name rows and columns of the tile."""
 
     @T.macro
     def keep_each(sums, thread, at):  # type: ignore[no-untyped-def]

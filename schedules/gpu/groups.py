@@ -1,9 +1,9 @@
-"""Kernels of several stages in one launch: a work-group computes all that belongs to the same row,
-or the same part of one, stage after stage.
+"""Kernels of several stages in one launch: a work-group computes everything of one row, or of one
+part of a row, stage after stage.
 
-A group has the elements of all stages that agree in their first axes. What a later stage reads lies
-in shared memory; what is no sum is written into the expression that reads it. A sum that is alone
-in its group is found by all threads together.
+A group has the elements of all stages that agree in their first axes. Sums that a later stage reads
+lie in shared memory; other stages are written into the expression that reads them. All threads
+compute a sum together that is alone in its group.
 """
 
 import math
@@ -67,7 +67,7 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
 
 
 def _axes(sch: Schedule, block: SBlockRV) -> list[Expr]:
-    """The extents of the tensor that a stage computes."""
+    """Return the extents of the tensor that a stage computes."""
     return [a.dom.extent for a in sch.get(block).iter_vars if a.iter_type == IterVar.DataPar]
 
 
@@ -85,7 +85,7 @@ def _most(sch: Schedule, stages: list[SBlockRV], prefix: int) -> int:
 
 
 def _elements(sch: Schedule, block: SBlockRV, prefix: int) -> int:
-    """Of a stage in a group; of a sum that is alone in it, what it sums."""
+    """Count a stage's elements in a group, or the terms of a sum that is alone there."""
     extents = _axes(sch, block)[prefix:]
     if _is_alone(sch, block, prefix):
         variables = sch.get(block).iter_vars
@@ -94,5 +94,5 @@ def _elements(sch: Schedule, block: SBlockRV, prefix: int) -> int:
 
 
 def _is_alone(sch: Schedule, block: SBlockRV, prefix: int) -> bool:
-    """Whether a stage is one sum in a group."""
+    """Whether a stage computes a single sum in a group."""
     return is_sum(sch, block) and math.prod(map(int, _axes(sch, block)[prefix:])) == 1

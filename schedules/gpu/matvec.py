@@ -1,9 +1,9 @@
-"""Schedule the matrix products of a few rows of activations, which the memory's speed limits.
+"""Schedule the matrix products of a few rows of activations, whose speed memory limits.
 
-A subgroup computes one column: its threads take the blocks of 32 inputs by turns, 16 bytes of
-weights a load, and add up what they found. The weights of some turns are loaded before the first of
-them is used, so that their latencies hide each other. The subgroups of a work-group compute
-neighbouring columns of one row, and so read the same activations.
+A subgroup computes one column: its threads take the blocks of 32 inputs by turns, load 16 bytes of
+weights at once, and add up their sums. The weights of some turns are loaded before the first is
+used, so that the loads hide each other's latency. The subgroups of a work-group read the same
+activations: they compute neighbouring columns of one row.
 """
 
 from tvm.ir import Expr
@@ -27,15 +27,15 @@ from .packed_bytes import dot, fp4_bytes
 from .tail import with_tail
 from .texture import load_texel
 
-COLUMNS_TOGETHER = (1, 2, 4, 8, 16)  # subgroups of a work-group
+COLUMNS_TOGETHER = (1, 2, 4, 8, 16)  # one for each subgroup of a work-group
 TURNS_TOGETHER = (1, 2, 3, 4)
-WORDS_WANTED = 24  # of weights in a thread's registers
+WORDS_WANTED = 24  # words of weights in a thread's registers
 BF16_PER_WORD = 2
-VECTOR = 4  # elements, at most everywhere
+VECTOR = 4  # elements: the most that a vector has everywhere
 
 
 def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
-    """Schedule one of `OPS` of a known number of rows of activations; declines others."""
+    """Schedule one of `OPS` with a known number of rows of activations; declines others."""
     if str(function.attrs["op"]) not in OPS:
         return None
     product = Product(function)
@@ -50,11 +50,11 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     dense, fp4 = "weight" in tensors, product.expert is not None
     x, x_dtype = (tensors["x"], "float32") if dense else (tensors["xq"], "uint32")
     per_word = BF16_PER_WORD if dense else FP4_PER_WORD if fp4 else INT8_PER_WORD
-    words = 2 if dense else VECTOR  # of a load
-    loads = 2 if dense else BLOCK // per_word // words  # of 8 bfloat16 inputs, or of a block
+    words = 2 if dense else VECTOR  # in a load
+    loads = 2 if dense else BLOCK // per_word // words  # for 8 bfloat16 inputs, or for a block
     inputs = loads * words * per_word
-    parts = product.blocks * BLOCK // inputs  # that the threads of a subgroup take by turns
-    x_elements = inputs if dense else product.digits * BLOCK // INT8_PER_WORD  # of a part
+    parts = product.blocks * BLOCK // inputs  # which the threads of a subgroup take by turns
+    x_elements = inputs if dense else product.digits * BLOCK // INT8_PER_WORD  # in a part
     turns = -(-parts // threads)
     fitting = [n for n in COLUMNS_TOGETHER if n * threads <= target.max_threads]
     together = choose("columns_together", *whole_parts(columns, fitting, 4))
@@ -63,7 +63,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     groups, num_rows = columns // together, int(product.num_rows)
 
     def part_of(turn: Expr, thread: Expr) -> Expr:
-        """Of turns beyond the last part the last, which is not added."""
+        """Return a thread's part; turns past the last part repeat it, and it is not added."""
         return T.min(turn * threads + thread, const(parts - 1, "int64"))
 
     def added(turn: Expr, thread: Expr, value: Expr) -> Expr:
@@ -71,7 +71,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
         return T.Select(exists, value, const(0, "float32"))  # no branch: loads stay before it
 
     def weights(expert: Expr, half: Expr, column: Expr, part: Expr, load: Expr) -> Expr:
-        """The words of a load as one vector."""
+        """Return the words of a load as one vector."""
         if dense:
             at = part * inputs + load * words * per_word
             four = tensors["weight"].vload([column, at], "uint16x4")
@@ -80,14 +80,14 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
         return tensors["words"].vload([*at, load * words], f"uint32x{words}")
 
     def activations(flat: Buffer, row: Expr, part: Expr, load: Expr) -> Expr:
-        """`VECTOR` of a part's numbers, or words of bytes."""
+        """Load `VECTOR` numbers of a part, or words of bytes."""
         at = (row * parts + part) * x_elements + load * VECTOR
         if target.has_textures:
             return load_texel(flat, at)
         return flat.vload([at], f"{x_dtype}x{VECTOR}")
 
     def terms(word: Expr, xs: Buffer, k: Expr, digit: int) -> Expr:
-        """The products of the inputs of the k-th word of a part."""
+        """Return the sum of the products of the k-th word of a part."""
         if dense:
             low, high = (
                 bf16_to_float32((word >> const(16 * j, "uint32")).astype("uint16"))
@@ -194,7 +194,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
 
 @T.macro
 def add_up(value, total, thread):  # type: ignore[no-untyped-def]
-    """`total` is the sum of all threads' values."""
+    """Set `total` to the sum of all threads' values."""
     with T.attr(
         T.comm_reducer(lambda x, y: x + y, [T.float32(0)]),
         "reduce_scope",

@@ -1,10 +1,10 @@
-"""Quantised numbers, four bytes of a uint32 at a time.
+"""Read and multiply quantised numbers, four bytes of a uint32 at a time.
 
 `DOT` and `SELECT` name functions that a target's source begins with.
 
-DOT, int32 (uint32 a, uint32 b): the sum of the products of the four signed bytes of each.
-SELECT, uint32 (uint32 low, uint32 high, uint32 selectors): a byte for each of the lowest four
-nibbles of the selectors. The nibble's lower three bits number one of the eight bytes; where its
+DOT, int32 (uint32 a, uint32 b), sums the products of the four signed bytes of each.
+SELECT, uint32 (uint32 low, uint32 high, uint32 selectors), returns a byte for each of the lowest
+four nibbles of the selectors. A nibble's lower three bits number one of the eight bytes; where its
 highest bit is set, the result is that byte's sign, eight times.
 """
 
@@ -17,7 +17,7 @@ from ..formats import FP4_OFFSET, INT8_PER_WORD, const, fp4_bytes_offset_by_12, 
 DOT = "dot_4x8"
 SELECT = "select_bytes"
 
-# 12 + 2 x value of the codes 0 to 7, and 12 - 2 x value: bytes without a sign
+# 12 + 2 x value of the codes 0 to 7, and 12 - 2 x value, as unsigned bytes
 _POSITIVE = (0x0F0E0D0C, 0x18141210)
 _NEGATIVE = (0x090A0B0C, 0x00040608)
 _HIGHEST_BITS = 0x88888888
@@ -28,7 +28,7 @@ def dot_by_instruction(a: Expr, b: Expr) -> Expr:
 
 
 def dot(a: Expr, b: Expr, target: Target) -> Expr:
-    """By the target's instruction, if it has one."""
+    """Sum four products of signed bytes, by the target's instruction if it has one."""
     if target.int8_dot is not None:
         return dot_by_instruction(a, b)
     places = [const(i, "int64") for i in range(INT8_PER_WORD)]
@@ -37,7 +37,7 @@ def dot(a: Expr, b: Expr, target: Target) -> Expr:
 
 
 def fp4_bytes(word: Expr, half: Expr, target: Target) -> Expr:
-    """Inputs 4 `half` to 4 `half` + 3 of a uint32 word of fp4 in its four bytes: 2 x value + 12."""
+    """Return inputs 4 `half` to 4 `half` + 3 of a word of fp4 in four bytes, as 2 x value + 12."""
     if not target.selects_bytes:
         return fp4_bytes_offset_by_12(word, half)
     # the nibbles of a word are inputs 0 4 1 5 2 6 3 7
@@ -47,15 +47,15 @@ def fp4_bytes(word: Expr, half: Expr, target: Target) -> Expr:
 
 
 def fp4_signed_bytes(word: Expr, half: Expr, target: Target) -> Expr:
-    """The same, as signed bytes: 2 x value."""
+    """Return the inputs of `fp4_bytes` as signed bytes, 2 x value."""
     highest = const(0x80808080, "uint32")  # so that no byte borrows from the next
     offset = const(FP4_OFFSET * 0x01010101, "uint32")
     return ((fp4_bytes(word, half, target) | highest) - offset) ^ highest
 
 
 def _look_up(codes: Expr) -> Expr:
-    """2 x value + 12 of the lowest four codes. A code's highest bit is its sign: each table answers
-    for one sign, and with the sign of its bytes, none, for the other."""
+    """Return 2 x value + 12 of the lowest four codes. A code's highest bit is its sign: each table
+    answers for one sign, and gives 0, the sign of its bytes, for the other."""
     positive, negative = (
         (const(low, "uint32"), const(high, "uint32")) for low, high in (_POSITIVE, _NEGATIVE)
     )

@@ -1,7 +1,7 @@
-"""What the threads of every subgroup of a work-group find together, of several numbers each.
+"""Reduce several numbers of each thread over the threads of every subgroup of a work-group.
 
-By way of shared memory: TVM's own reduction declares its memory where it stands, and in a loop
-neither Metal nor OpenCL has that.
+This goes through shared memory of the caller: TVM's own reduction declares its memory where it
+stands, which neither Metal nor OpenCL allows in a loop.
 """
 
 import functools
@@ -14,11 +14,11 @@ from tvm.script import tirx as T
 def reduction(
     combine: Callable[[Expr, Expr], Expr], threads: int, count: int
 ) -> Callable[..., object]:
-    """Statements of (numbers, results, all_numbers, some_results, member, thread): `results`
-    [count] float32 are those of all `threads` numbers [count] combined, in every thread.
+    """Return a macro (numbers, results, all_numbers, some_results, member, thread). It combines the
+    `numbers` [count] of all `threads` into `results` [count] float32, the same in every thread.
 
-    They use `all_numbers` [subgroups, threads, count] and `some_results` [subgroups,
-    `num_slices`, count], both shared, and leave the numbers in the first.
+    It uses `all_numbers` [subgroups, threads, count] and `some_results` [subgroups, `num_slices`,
+    count], both shared, and leaves all threads' numbers in the first.
     """
     slices = num_slices(threads, count)
 
@@ -41,5 +41,5 @@ def reduction(
 
 
 def num_slices(threads: int, count: int) -> int:
-    """Of the threads, each combined by one thread for each of `count` numbers."""
+    """Return in how many slices the threads are first combined, each by `count` threads."""
     return max(n for n in range(1, threads + 1) if threads % n == 0 and n * count <= threads)

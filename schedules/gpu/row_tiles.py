@@ -11,7 +11,7 @@ from ..product import Product
 
 @dataclass(frozen=True)
 class RowTiles:
-    """`size` rows each of a product's activations."""
+    """Tiles of `size` rows of a product's activations."""
 
     product: Product
     size: int
@@ -20,11 +20,11 @@ class RowTiles:
         return (self.product.num_rows + (self.size - 1)) // self.size
 
     def row(self, tile: Expr, t: Expr) -> Expr:
-        """Row t of a tile; those beyond the last are computed as the last, and not kept."""
+        """Return row t of a tile; those past the last repeat the last, and are not kept."""
         return T.min(tile * self.size + t, self.product.num_rows - 1)
 
     def begins(self, tile: Expr, t: Expr) -> Expr:
-        """Whether row t of a tile is the first there of its expert."""
+        """Whether row t is the first row of its expert in the tile."""
         expert = self.product.expert
         if expert is None:
             return t == 0
@@ -33,7 +33,7 @@ class RowTiles:
         return T.And(exists, T.Or(t == 0, expert[self.row(tile, t)] != before))
 
     def belongs(self, tile: Expr, t: Expr, first: Expr) -> Expr:
-        """Whether row t is a row that has the expert of row `first`."""
+        """Whether row t exists and has the expert of row `first`."""
         expert = self.product.expert
         exists = tile * self.size + t < self.product.num_rows
         if expert is None:
@@ -41,6 +41,6 @@ class RowTiles:
         return T.And(exists, expert[self.row(tile, t)] == expert[self.row(tile, first)])
 
     def touches(self, tile: Expr, begin: Expr, last: Expr, first: Expr) -> Expr:
-        """Whether one of the rows `begin` to `last` has the expert of row `first`, its first."""
+        """Whether any row from `begin` to `last` has the expert whose first row is `first`."""
         after = T.Or(begin <= first, self.belongs(tile, begin, first))
         return T.And(last >= first, after)

@@ -2,10 +2,10 @@
 
 from tvm.ir import Expr
 
-WORDS = 8  # of a block, uint32
+WORDS = 8  # uint32 in a block
 
 
 def place(row: Expr, word: Expr) -> Expr:
-    """Where a word of a row's block lies among its words: threads that read the same words of eight
-    neighbouring rows find them in different banks, of which there are 32."""
+    """Return where a word lies among those of a row's block: threads that read the same words of
+    eight neighbouring rows find them in different banks, of which there are 32."""
     return (word + row // 4 * 4) % WORDS

@@ -1,7 +1,7 @@
 """Products of float32 by the matrix units of Apple's GPUs: a SIMD-group multiplies matrices of 8x8,
-which it holds together; which lane holds what of one, nobody says.
+which its lanes hold together; which lane holds which element is not documented.
 
-The sums of a matrix are put into shared memory, from where each lane takes two.
+So the sums of a matrix go into shared memory, from where each lane takes two.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from tvm.tirx import Buffer
 
 from ..formats import BLOCK
 
-SIMD_GROUP = 32  # threads
-GROUPS = 2  # of them along rows, and along columns
+SIMD_GROUP = 32  # threads in one
+GROUPS = 2  # SIMD-groups along rows, and along columns
 THREADS = GROUPS * GROUPS * SIMD_GROUP
 SIDE = 8  # of a matrix
-ROWS_EACH = (1, 2, 4)  # of a thread: one of a matrix
+ROWS_EACH = (1, 2, 4)  # that a thread takes: one of each matrix
 ROWS_WANTED = 2
-COLUMNS_EACH = (2, 4, 8)  # of a thread: two of a matrix
-COLUMNS_WANTED = 8  # of both halves together
-TILE_ROWS = GROUPS * SIDE  # of a tile, for each of a thread's
+COLUMNS_EACH = (2, 4, 8)  # that a thread takes: two of each matrix
+COLUMNS_WANTED = 8  # in both halves together
+TILE_ROWS = GROUPS * SIDE  # of a tile for each row of a thread
 TILE_COLUMNS = GROUPS * SIDE // 2
 SCOPE = "metal.simdgroup"  # of the sums
 ANY_WEIGHT = True
@@ -28,12 +28,12 @@ STRIDE = BLOCK + 4  # so that the rows of a matrix lie in different banks, of wh
 
 
 def shape(count: int) -> tuple[int, int]:
-    """Of a block of inputs of `count` rows or columns, in shared memory."""
+    """Return the shape in shared memory of a block of inputs of `count` rows or columns."""
     return (count, STRIDE)
 
 
 def place(k: Expr, t: Expr) -> tuple[Expr, Expr]:
-    """Where input k of row or column t lies there."""
+    """Return where input k of row or column t lies in that shape."""
     return (t, k)
 
 
@@ -42,7 +42,7 @@ def sums_shape(halves: int, rows: int, columns: int) -> tuple[int, ...]:
 
 
 def clear(halves: int, rows: int, columns: int) -> Callable[..., object]:
-    """Statements that set the sums to zero."""
+    """Return statements that set the sums to zero."""
 
     @T.macro
     def clear(sums):  # type: ignore[no-untyped-def]
@@ -55,8 +55,8 @@ def clear(halves: int, rows: int, columns: int) -> Callable[..., object]:
 
 
 def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
-    """Statements that add the products of a block, `x` of the tile's rows and `weight` of its
-    columns, those of both halves side by side."""
+    """Return statements that add the products of a block: `x` holds the tile's rows, `weight` its
+    columns, with both halves side by side."""
     wide = columns // 2  # matrices
 
     def pointer(block: Buffer, t: Expr, k: Expr) -> Expr:
@@ -110,8 +110,8 @@ def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
 def keep_each(
     halves: int, rows: int, columns: int, keep: Callable[..., object]
 ) -> Callable[..., object]:
-    """Statements that call `keep` (at, row, num_columns, column_of(c), sum_of(half, c)) for every
-    sum, of rows and columns of the tile; `at` is what they were given."""
+    """Return statements that call `keep` (at, row, num_columns, column_of(c), sum_of(half, c)) for
+    every sum; rows and columns are the tile's, and `at` is passed through."""
     wide = columns // 2
 
     def offset(thread: Expr, h: Expr) -> Expr:
@@ -151,5 +151,5 @@ def keep_each(
 
 
 def first_row(thread: Expr, rows: int) -> Expr:
-    """Of the tile: the first of the rows that the thread's SIMD-group computes."""
+    """Return the first row of the tile that the thread's SIMD-group computes."""
     return thread // (GROUPS * SIMD_GROUP) * rows * SIDE

@@ -1,4 +1,4 @@
-"""What follows a matrix product, in launches of its own."""
+"""Schedule what follows a matrix product in launches of its own."""
 
 from tvm.s_tir import Schedule
 from tvm.tirx import PrimFunc, Stmt
@@ -11,7 +11,7 @@ from .threads import threads
 
 
 def with_tail(function: PrimFunc, body: Stmt, target: Target, choose: Choose) -> Schedule:
-    """The kernel whose product `body` computes, and after it what follows."""
+    """Return the kernel whose product `body` computes, with the stages that follow it."""
     product, (_, tail) = function.with_body(body), split_tail(function)
     if tail is None:
         return Schedule(product)

@@ -16,7 +16,7 @@ from ..records import Choose
 
 
 def tasks(function: PrimFunc, target: Target, choose: Choose) -> s_tir.Schedule | None:
-    """A thread for every iteration of `task`, one thread for a kernel without that loop; declines
+    """Give every iteration of `task` a thread, and a kernel without that loop one thread; declines
     kernels made of blocks."""
     body = function.body
     if not isinstance(body, tirx.For | tirx.SeqStmt):
@@ -39,7 +39,7 @@ def _over_threads(loop: For, threads: int) -> Stmt:
 
 
 def _grid(groups: Expr, threads: Expr, body_of: Callable[[Expr, Expr], Stmt]) -> Stmt:
-    """`body_of` (group, thread) for every thread of every group."""
+    """Run `body_of` (group, thread) in every thread of every group."""
     group, thread = tirx.Var("group", "int64"), tirx.Var("thread", "int64")
     inner = bound(thread, threads, "threadIdx.x", body_of(group, thread))
     return bound(group, groups, "blockIdx.x", inner)

@@ -1,13 +1,13 @@
 """Products of float32 by the matrix units of NVIDIA's GPUs: a warp multiplies 16 rows x 8 inputs
 with 8 columns x 8 inputs, and every lane holds 2 x 2 of the sums, as in `mma.py`.
 
-The units read the upper 19 bits of a float32 (TF32: 11 of its 24 bits of precision). So a number
-of the rows is split into two, the products of both are added, and 22 bits count; those of the
-columns must have no more than 11: float16 and bfloat16 have not.
+The units read the upper 19 bits of a float32 (TF32: 11 of its 24 bits of precision). So each number
+of the rows is split into two, whose products are added, and 22 bits count. The numbers of the
+columns may have 11 bits at most: float16 and bfloat16 have no more.
 
-`MMA` names a function that a target's source begins with, of the addresses of a lane's four sums,
-float32, and of the bits, uint32, of its numbers of the rows (4) and of the columns (2). Which lane
-holds what is that of mma.m16n8k8 in NVIDIA's description of PTX.
+`MMA` names a function that a target's source begins with. It takes the addresses of a lane's four
+sums, float32, and the bits, uint32, of the lane's numbers of the rows (4) and of the columns (2).
+Lanes hold what NVIDIA's description of PTX says for mma.m16n8k8.
 """
 
 from collections.abc import Callable
@@ -28,38 +28,38 @@ from .mma import TILE_ROWS as TILE_ROWS
 from .mma import WARP, WARPS, column, product, row
 
 MMA = "mma_16x8x8"
-DEPTH = 8  # inputs of a product
+DEPTH = 8  # inputs in a product
 ROWS_WANTED = 4
-COLUMNS_WANTED = 8  # of both halves together
+COLUMNS_WANTED = 8  # in both halves together
 SCOPE = "local"  # of the sums
-ANY_WEIGHT = False  # but bfloat16
+ANY_WEIGHT = False  # only bfloat16
 STRIDE = BLOCK + 4  # so that a lane's numbers lie in a bank of their own, of which there are 32
 _UPPER_BITS = 0xFFFFE000
 
 
 def shape(count: int) -> tuple[int, int]:
-    """Of a block of inputs of `count` rows or columns, in shared memory."""
+    """Return the shape in shared memory of a block of inputs of `count` rows or columns."""
     return (count, STRIDE)
 
 
 def place(k: Expr, t: Expr) -> tuple[Expr, Expr]:
-    """Where input k of row or column t lies there."""
+    """Return where input k of row or column t lies in that shape."""
     return (t, k)
 
 
 def upper(number: Expr) -> Expr:
-    """The bits, uint32, that the units read of a float32."""
+    """Return the bits of a float32 that the units read, as uint32."""
     return T.reinterpret(number, dtype="uint32") & const(_UPPER_BITS, "uint32")
 
 
 def rest(number: Expr) -> Expr:
-    """The bits of what they leave."""
+    """Return the bits of the number's remainder, which `upper` leaves out."""
     return T.reinterpret(number - T.reinterpret(upper(number), dtype="float32"), dtype="uint32")
 
 
 def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
-    """Statements that add the products of a block, `x` of the tile's rows and `weight` of its
-    columns, those of both halves side by side."""
+    """Return statements that add the products of a block: `x` holds the tile's rows, `weight` its
+    columns, with both halves side by side."""
 
     def x_at(x: Buffer, thread: Expr, m: Expr, k: Expr, i: Expr) -> Expr:
         return x[row(thread, m * 2 + i % 2, rows), k * DEPTH + thread % 4 + i // 2 * 4]
@@ -95,8 +95,8 @@ def multiply(halves: int, rows: int, columns: int) -> Callable[..., object]:
 def keep_each(
     halves: int, rows: int, columns: int, keep: Callable[..., object]
 ) -> Callable[..., object]:
-    """Statements that call `keep` (at, row, num_columns, column_of(c), sum_of(half, c)) for every
-    sum, of rows and columns of the tile; `at` is what they were given."""
+    """Return statements that call `keep` (at, row, num_columns, column_of(c), sum_of(half, c)) for
+    every sum; rows and columns are the tile's, and `at` is passed through."""
 
     return keep_all(
         rows,

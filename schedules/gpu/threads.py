@@ -1,7 +1,7 @@
-"""The fallback: every tensor that a kernel returns in a launch of its own, a thread an element.
+"""The fallback: each tensor that a kernel returns is a launch of its own, with a thread an element.
 
-What lies between the arguments and a result is computed by the thread that needs it: written into
-the result's expression, or, if it is a sum, summed.
+A thread computes the stages in between that it needs: a sum in a loop, any other stage within the
+result's expression.
 """
 
 from tvm import s_tir
@@ -18,7 +18,7 @@ def threads(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
     sch = s_tir.Schedule(function)
     root = sch.get_sblock("root")
     results = {sch.get(block).name_hint for block in sch.get_output_blocks(root)}
-    for block in reversed(sch.get_child_blocks(root)):  # what needs a stage, before the stage
+    for block in reversed(sch.get_child_blocks(root)):  # consumers before what they need
         if sch.get(block).name_hint in results:
             elements = sch.fuse(*sch.get_loops(block)[: num_axes(sch, block)])
             group, thread = sch.split(elements, [None, target.subgroup_size])
@@ -38,5 +38,5 @@ def is_sum(sch: Schedule, block: SBlockRV) -> bool:
 
 
 def num_axes(sch: Schedule, block: SBlockRV) -> int:
-    """Of the tensor that a stage computes."""
+    """Count the axes of the tensor that a stage computes."""
     return sum(axis.iter_type == IterVar.DataPar for axis in sch.get(block).iter_vars)

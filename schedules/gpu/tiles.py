@@ -1,11 +1,11 @@
 """Matrix products of many rows of activations: a work-group computes a tile of rows x columns.
 
-It goes through the inputs a block of 32 at a time: weights and activations are unpacked to float32
-into shared memory, and the threads add up their products. Rows of several experts in a tile are
-taken one expert after the other.
+It goes through the inputs a block of 32 at a time: it unpacks weights and activations to float32
+into shared memory, and the threads add up their products. If a tile has rows of several experts, it
+takes one expert after the other.
 
-How a work-group multiplies and which sums a thread holds is up to the instruction (`fma.py`,
-`simdgroup.py`, `tf32.py`).
+The instruction (`fma.py`, `simdgroup.py`, `tf32.py`) decides how a work-group multiplies and which
+sums a thread holds.
 """
 
 from types import ModuleType
@@ -23,11 +23,11 @@ from . import fma, simdgroup, tf32
 from .row_tiles import RowTiles
 from .tail import with_tail
 
-INSTRUCTIONS = {"simdgroup": simdgroup, "tf32": tf32}  # by what `Target.matrix` calls them
+INSTRUCTIONS = {"simdgroup": simdgroup, "tf32": tf32}  # named as in `Target.matrix`
 
 
 def tiles(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
-    """Schedule one of `OPS` of a symbolic number of rows of activations; declines others, and
+    """Schedule one of `OPS` with a symbolic number of rows of activations; declines others, and
     columns that do not fill tiles."""
     if str(function.attrs["op"]) not in OPS:
         return None
@@ -39,7 +39,7 @@ def tiles(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None
 
 
 def _instruction(product: Product, target: Target) -> ModuleType | None:
-    """The best of the target that takes the weights, and whose tiles the columns fill."""
+    """Return the target's best instruction that takes the weights and whose tiles columns fill."""
     of_target = [INSTRUCTIONS[target.matrix]] if target.matrix is not None else []
     for instruction in (*of_target, fma):
         fills = product.columns % (instruction.TILE_COLUMNS * min(instruction.COLUMNS_EACH)) == 0
@@ -65,7 +65,7 @@ def _body(product: Product, instruction: ModuleType, choose: Choose) -> Stmt:
     clear, multiply = instruction.clear(*each), instruction.multiply(*each)
     shape, sums_shape, scope = instruction.shape, instruction.sums_shape(*each), instruction.SCOPE
 
-    # `at`: the tile, the group of columns, and the tile's first row of the expert
+    # `at` is the tile, the group of columns, and the tile's first row of the expert
     @T.macro
     def keep(at, row, num_columns, column_of, sum_of):  # type: ignore[no-untyped-def]
         if row_tiles.belongs(at[0], row, at[2]):
@@ -79,7 +79,7 @@ def _body(product: Product, instruction: ModuleType, choose: Choose) -> Stmt:
     keep_each = instruction.keep_each(*each, keep)
 
     def weight_of(tile: Expr, first: Expr, group: Expr, block: Expr, i: Expr) -> Expr:
-        """Number i of those of a block of the tile's columns, of both halves."""
+        """Return the i-th weight in a block of the tile's columns, counted over both halves."""
         column = i // BLOCK
         return product.weight(
             product.expert_of(row_tiles.row(tile, first)),
@@ -100,7 +100,7 @@ def _body(product: Product, instruction: ModuleType, choose: Choose) -> Stmt:
                     x = T.alloc_buffer(shape(tile_rows), "float32", scope="shared")
                     sums = T.alloc_buffer(sums_shape, "float32", scope=scope)
                     for first in range(T.int64(tile_rows)):
-                        # a loop: within a condition, TVM lets no threads wait for each other
+                        # a loop, because TVM lets no threads wait for each other within a condition
                         for _ in range(
                             T.if_then_else(row_tiles.begins(tile, first), T.int64(1), T.int64(0))
                         ):

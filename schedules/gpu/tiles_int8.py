@@ -1,12 +1,12 @@
 """Matrix products of many rows of quantised activations, on GPUs with a product of bytes: a
 work-group computes a tile of rows x columns.
 
-It goes through the inputs some blocks of 32 at a time: weights, as bytes, and activations are put
-into shared memory, and the threads add up each block's products as whole numbers, and then, scaled,
-in their registers. Rows of several experts in a tile are taken one expert after the other.
+It goes through the inputs some blocks of 32 at a time: it puts weights, as bytes, and activations
+into shared memory, and the threads add up each block's products as whole numbers, which they scale
+and add in registers. If a tile has rows of several experts, it takes one expert after the other.
 
-How a work-group multiplies and which sums a thread holds is up to the instruction (`dot4.py`,
-`mma.py`).
+The instruction (`dot4.py`, `mma.py`) decides how a work-group multiplies and which sums a thread
+holds.
 """
 
 from tvm.ir import Expr
@@ -24,14 +24,16 @@ from .row_tiles import RowTiles
 from .shared import WORDS, place
 from .tail import with_tail
 
-INSTRUCTIONS = {"dot4": dot4, "mma": mma}  # by what `Target.int8_dot` calls them
+INSTRUCTIONS = {"dot4": dot4, "mma": mma}  # named as in `Target.int8_dot`
 DEPTHS = (1, 2, 3, 4)  # blocks at a time
-VECTOR = 4  # words of a load
+VECTOR = 4  # words in a load
 
 
 def tiles_int8(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
-    """Schedule one of `OPS` of a symbolic number of rows of quantised activations; declines others,
-    columns that do not fill tiles, and targets without a product of bytes."""
+    """Schedule one of `OPS` with a symbolic number of rows of quantised activations.
+
+    Declines others, columns that do not fill tiles, and targets without a product of bytes.
+    """
     if str(function.attrs["op"]) not in OPS or target.int8_dot not in INSTRUCTIONS:
         return None
     product = Product(function)
@@ -68,28 +70,28 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     row_at, column_at = instruction.row, instruction.column
 
     def weight_at(expert: Expr, group: Expr, r: Expr, block: Expr) -> tuple[Expr, ...]:
-        """The first indices of a block of row r of the weights of a tile."""
+        """Return the first indices of a block in row r of a tile's weights."""
         column = group * tile_columns + r % tile_columns
         return product.weight_at(expert, r // tile_columns, column, block)
 
     def wanted(tile: Expr, thread: Expr, m: Expr, first: Expr) -> Expr:
-        """Whether there is a row of the expert among those that are multiplied the m-th time."""
+        """Whether any row that is multiplied the m-th time has the expert."""
         begin, last = instruction.span(thread, m, rows)
         return tiles.touches(tile, begin, last, first)
 
     def weight_bytes(loaded: Buffer, k: Expr) -> Expr:
-        """The k-th four weights of a block."""
+        """Return the k-th four weights of a block as bytes."""
         return fp4_signed_bytes(loaded[k // 2], k % 2, target) if fp4 else loaded[k]
 
     def activations(flat: Buffer, row: Expr, block: Expr, k: Expr) -> Expr:
-        """The k-th `VECTOR` words of a block of a digit, counted over both."""
+        """Load the k-th `VECTOR` words of a block; `block` counts over blocks and digits."""
         at = (row * product.blocks * digits + block) * WORDS + k * VECTOR
         return flat.vload([at], f"uint32x{VECTOR}")
 
     def weight_scale(at: tuple[Expr, ...]) -> Expr:
         return half_e8m0_to_float32(scales[at]) if fp4 else scales[at].astype("float32")
 
-    stored = BLOCK // (FP4_PER_WORD if fp4 else INT8_PER_WORD)  # words of a block of weights
+    stored = BLOCK // (FP4_PER_WORD if fp4 else INT8_PER_WORD)  # words in a block of weights
     num_weights, num_activations = depth * weight_rows, depth * digits * tile_rows
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)

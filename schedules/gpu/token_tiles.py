@@ -11,7 +11,7 @@ HIDDEN = -1e30  # score of a key that must not be seen
 
 
 class TokenTiles:
-    """`together` tokens a tile, `chunk` keys a chunk, of a kernel of `kernels/attention.py`."""
+    """The tiles of an attention kernel: `together` tokens a tile, `chunk` keys a chunk."""
 
     def __init__(self, function: PrimFunc, together: int, chunk: int) -> None:
         buffers = {parameter.name: parameter for parameter in function.params}
@@ -30,7 +30,7 @@ class TokenTiles:
         return (self.num_tokens + (self.together - 1)) // self.together
 
     def token_of(self, tile: Expr, row: Expr) -> Expr:
-        """Rows beyond the last are computed as the last, and not kept."""
+        """Return the token of a row; rows past the last token repeat it, and are not kept."""
         token = T.min(row // self.group, self.together - 1)
         return T.min(tile * self.together + token, self.num_tokens - 1)
 
@@ -42,7 +42,7 @@ class TokenTiles:
         return T.And(row < self.together * self.group, exists)
 
     def last_key(self, tile: Expr, row: Expr) -> Expr:
-        """The row's own."""
+        """Return the row's own key, the last one it sees."""
         return self.position[0].astype("int64") + self.token_of(tile, row)
 
     def visible(self, tile: Expr, row: Expr, key: Expr) -> Expr:
@@ -52,7 +52,7 @@ class TokenTiles:
         return T.And(key <= last, key > last - self.window)
 
     def first_chunk(self, tile: Expr) -> Expr:
-        """That any row of the tile sees."""
+        """Return the first chunk that any row of the tile sees."""
         zero = const(0, "int64")
         if self.window is None:
             return zero
@@ -71,5 +71,5 @@ class TokenTiles:
         return self.values[kv_head, self.slot(key), d].astype("float32")
 
     def slot(self, key: Expr) -> Expr:
-        """Of a ring or not: in 32 bits, as GPUs divide."""
+        """Return where a key lies, in a ring or not; GPUs divide in 32 bits."""
         return (key.astype("int32") % self.capacity).astype("int64")
