@@ -1,4 +1,4 @@
-"""How numbers are stored in words, and the TIR expressions that read them.
+"""The TIR expressions that read numbers out of the words in which they are stored.
 
 Every kernel of every target reads weights through these expressions, so that the meaning of a bit
 is said once. The numpy side, which writes the same words, is `importer/weights.py`.

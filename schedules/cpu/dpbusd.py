@@ -14,8 +14,8 @@ from .vectors import LANES, VectorOf
 
 ROWS, INPUTS = 1, 4  # rows of activations a product takes; inputs of a column in a panel's vector
 Q8_OFFSET = INT8_OFFSET  # added to int8 weights in a panel
-Q8_VECTORS = BLOCK // 4  # of a block of int8 weights in a panel
-MXFP4_PARTS = Q8_PARTS = BLOCK // 4  # of the sum of a block
+Q8_VECTORS = BLOCK // 4  # that a block of int8 weights fills in a panel
+MXFP4_PARTS = Q8_PARTS = BLOCK // 4  # that a block's sum is added up in
 
 
 def mxfp4_sums(weights: Buffer, x: Buffer) -> Expr:

@@ -14,7 +14,7 @@ from .vectors import LANES, VectorOf
 
 ROWS, INPUTS = 1, 4  # rows of activations a product takes; inputs of a column in a panel's vector
 Q8_OFFSET = INT8_OFFSET  # added to int8 weights in a panel
-Q8_VECTORS = 2 * BLOCK // 4  # of a block of int8 weights in a panel: low digits, then high ones
+Q8_VECTORS = 2 * BLOCK // 4  # that a block of int8 weights fills: low digits, then high ones
 MXFP4_PARTS = Q8_PARTS = 2  # that a block's sum is added up in
 
 

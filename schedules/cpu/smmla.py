@@ -14,8 +14,8 @@ from .vectors import LANES, VectorOf
 
 ROWS, INPUTS = 2, 8  # rows of activations a product takes; inputs of a column in a panel's vector
 Q8_OFFSET = sdot.Q8_OFFSET
-Q8_VECTORS = BLOCK // INPUTS  # of a block of int8 weights in a panel
-MXFP4_PARTS = Q8_PARTS = BLOCK // INPUTS  # of the sum of a block
+Q8_VECTORS = BLOCK // INPUTS  # that a block of int8 weights fills in a panel
+MXFP4_PARTS = Q8_PARTS = BLOCK // INPUTS  # that a block's sum is added up in
 
 # A register holds 2 x 2 sums: columns 2j and 2j + 1 for one row of activations, then for the other.
 _IN_SQUARES = [

@@ -1,4 +1,4 @@
-"""Where blocks of 32 bytes lie in memory that a work-group shares."""
+"""The layout of blocks of 32 bytes in memory that a work-group shares."""
 
 from tvm.ir import Expr
 

@@ -10,7 +10,7 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
 TEXEL = "load_texel"
-WORDS = 4  # of 32 bits, in a texel
+WORDS = 4  # 32-bit words in a texel
 
 
 def load_texel(flat: Buffer, at: Expr) -> Expr:
