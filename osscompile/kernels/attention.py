@@ -1,6 +1,6 @@
-"""Attention over the KV cache, with sinks: what is computed, key by key.
+"""Attention over the KV cache, with sinks, computed key by key.
 
-Loops are named for schedules that keep them: the iterations of `task` are independent, those of
+The names of loops tell schedules that keep them: iterations of `task` are independent, those of
 `lane` are the elements of a vector. Schedules that go through the keys in chunks write their own.
 """
 
@@ -27,7 +27,7 @@ def attention(
     """Causal attention of new tokens over the cache, which already holds them.
 
     queries [tokens, heads, head_dim] float32 (rotated and scaled), keys and values as in
-    `kv_cache.append_kv`, sinks [heads] float32, position [1] int32: that of the first token
+    `kv_cache.append_kv`, sinks [heads] float32, position [1] int32 (of the first token)
     -> [tokens, heads * head_dim] float32.
 
     The sink is a logit without a value: it starts the running maximum of the online softmax, and
@@ -67,7 +67,7 @@ def attention(
         T.func_attr({"op": "attention", "window": window or 0, "tirx.noalias": True})
         for task in range(num_tokens * heads):
             score = T.alloc_buffer((1,), "float32", scope="local")
-            best = T.alloc_buffer((2,), "float32", scope="local")  # after this key, and before it
+            best = T.alloc_buffer((2,), "float32", scope="local")  # after and before this key
             mass = T.alloc_buffer((1,), "float32", scope="local")
             best[0] = sinks[task % heads]
             mass[0] = T.float32(1.0)

@@ -1,11 +1,11 @@
-"""The next token, chosen where the logits are: the most probable, or drawn from their softmax.
+"""Choose the next token where the logits are: the most probable, or one drawn from their softmax.
 
-Adding to every logit a random number of Gumbel's distribution and taking the greatest draws from
-the softmax. Every kernel narrows down: a `task` looks at every `parts`-th candidate, so that
-neighbouring tasks read neighbouring numbers. A logit that is no number wins, and shows.
+Adding a random number of Gumbel's distribution to every logit and taking the greatest sum draws
+from the softmax. Every kernel narrows the candidates down: a `task` looks at every `parts`-th one,
+so that neighbouring tasks read neighbouring numbers. A logit that is NaN wins, and so shows.
 
-Scores are whole numbers, ordered as the floats are: compilers that take all floats for finite
-(Metal's, as TVM calls it) do not change which wins.
+Scores are whole numbers, ordered as the floats are, so that compilers that assume all floats are
+finite (Metal's, as TVM calls it) do not change which wins.
 """
 
 from functools import cache
@@ -18,16 +18,18 @@ from tvm.tirx import Buffer, PrimFunc
 from ..schedules.formats import const
 from .experts import ordered_bits
 
-_INFINITY = 0x7F800000  # its bits; greater ones, without the sign, are no number
-_MOST = 0x7FFFFFFF  # beyond what the bits of a number can be, either way
+_INFINITY = 0x7F800000  # its bits; greater bits, without the sign, are NaN
+_MOST = 0x7FFFFFFF  # beyond the bits of any number, positive or negative
 
 
 @cache
 def draw(vocab: int, parts: int) -> PrimFunc:
-    """options [3] int32: the bits of the float32 1 / temperature, or 0 for the most probable token;
-    and 64 random bits; logits [1, vocab] float32; mask [vocab] float32: 0, or -inf of tokens never
-    to be chosen -> of each part the greatest score and its id, [parts] int32 each. Of equal scores
-    the lowest id counts."""
+    """Find each part's greatest score and its id; among equal scores the lowest id wins.
+
+    options [3] int32: the bits of the float32 1 / temperature, or 0 for the most probable token;
+    then 64 random bits. logits [1, vocab] float32. mask [vocab] float32: 0, or -inf for a token
+    that must not be chosen -> scores and ids [parts] int32 each.
+    """
 
     def score_of(options: Buffer, logits: Buffer, mask: Buffer, token: Expr) -> Expr:
         logit = logits[0, token]
@@ -65,7 +67,7 @@ def draw(vocab: int, parts: int) -> PrimFunc:
 
 @cache
 def narrow(count: int, parts: int) -> PrimFunc:
-    """Scores and ids [count] -> those of each part with the greatest score [parts]."""
+    """scores and ids [count] -> each part's greatest score and its id [parts]."""
 
     @T.prim_func(private=True, s_tir=True)
     def narrow(
@@ -94,8 +96,8 @@ def narrow(count: int, parts: int) -> PrimFunc:
 
 @cache
 def choice(vocab: int) -> PrimFunc:
-    """The id that is left, [1] int32, and the logits [1, vocab] -> the id, as a number, and
-    its logit, float32 [1, 2]: whoever chose a logit that is not finite found nothing better."""
+    """ids [1] int32, the one that is left, and logits [1, vocab] -> the id and its logit, both
+    float32, [1, 2]. A logit that is not finite means that none was better."""
 
     @T.prim_func(private=True, s_tir=True)
     def choice(
@@ -112,11 +114,11 @@ def choice(vocab: int) -> PrimFunc:
 
 
 def gumbel(low: Expr, high: Expr, token: Expr) -> Expr:
-    """A number of Gumbel's distribution, float32, for a token and 64 random bits (int32 each)."""
+    """Return a number of Gumbel's distribution, float32, for a token and 2 x 32 random bits."""
     mixed = _mix(_mix(token.astype("uint32") + low.astype("uint32")) + high.astype("uint32"))
     uniform = (mixed.astype("float32") + const(0.5, "float32")) * const(2.0**-32, "float32")
     one = const(1.0, "float32")
-    # -log(1 - uniform), exact also where 1 - uniform is not
+    # -log(1 - uniform) by its series, also exact where 1 - uniform is not
     series = uniform * (
         one + uniform * (const(1 / 2, "float32") + uniform * const(1 / 3, "float32"))
     )
@@ -126,7 +128,7 @@ def gumbel(low: Expr, high: Expr, token: Expr) -> Expr:
 
 
 def _mix(x: Expr) -> Expr:
-    """A permutation of 32 bits in which every bit depends on all (C. Wellons' lowbias32)."""
+    """Permute 32-bit numbers so that every bit depends on all (C. Wellons' lowbias32)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> const(shift, "uint32"))) * const(factor, "uint32")
     return x ^ (x >> const(16, "uint32"))

@@ -1,4 +1,4 @@
-"""Routing: which experts a token goes to, and the rows that each expert serves.
+"""Routing: the experts that a token goes to, and the rows that each expert serves.
 
 Loops are named as in `attention.py`: the iterations of `task` are independent.
 """
@@ -14,11 +14,13 @@ from ..schedules.formats import Index, const, extent
 
 
 def chosen(logits: te.Tensor, top_k: int) -> list[te.Tensor]:
-    """logits [tokens, experts] float32 -> tensors of these names: places [tokens, experts] int32 of
-    the experts in the order of their logits, the best first, ties to the lower id; ids [tokens,
-    top_k] int32 of the top_k; and weights [tokens, top_k] float32, their softmax.
+    """Rank the experts of every token, and choose the top_k.
 
-    Numbers are compared by their bits, so that logits without a number have places too.
+    logits [tokens, experts] float32 -> tensors of these names: places [tokens, experts] int32, each
+    expert's place by logit, the best first, ties to the lower id; ids [tokens, top_k] int32; and
+    weights [tokens, top_k] float32, the softmax of the chosen.
+
+    Logits are compared by their bits, so that NaN has a place too.
     """
     tokens, experts = logits.shape
     top = (tokens, extent(top_k))
@@ -50,7 +52,7 @@ def chosen(logits: te.Tensor, top_k: int) -> list[te.Tensor]:
 
 
 def ordered_bits(x: Expr) -> Expr:
-    """An int32 that is greater the greater the float32 is; of both zeros the same."""
+    """Return int32 in the order of the float32; both zeros give the same."""
     bits = tirx.reinterpret("int32", x)
     magnitude = bits & const(0x7FFFFFFF, "int32")
     return tirx.Select(bits < const(0, "int32"), -magnitude, bits)
@@ -62,7 +64,7 @@ def sort_by_expert(tokens: Index, experts: int, top_k: int) -> PrimFunc:
 
     ids [tokens, top_k] int32 -> row_expert and row_token [tokens * top_k] int32: expert and token
     of every row; slots [tokens, top_k] int32: the pair's row. Within an expert, rows keep the order
-    of the tokens. Every expert looks through all pairs, and so needs no other.
+    of the tokens. Every expert looks through all pairs, and so needs no other expert's result.
     """
     num_tokens = extent(tokens)
     num_rows = num_tokens * top_k

@@ -2,8 +2,8 @@
 
 Keys lie in tiles of 16 positions with the position innermost, so that a vector, or neighbouring
 threads, hold the same element of 16 keys; values lie position by position. Position p is in slot p
-modulo the capacity: in a full layer the capacity is the context, in a sliding layer, a ring, window
-+ chunk.
+modulo the capacity. A full layer's capacity is the context; a sliding layer is a ring of window +
+chunk positions.
 """
 
 from functools import cache
@@ -31,7 +31,7 @@ def append_kv(
 
     keys [kv_heads, capacity/16, head_dim, 16], values [kv_heads, capacity, head_dim] of `dtype`,
     qkv [tokens, (heads + 2 kv_heads) head_dim] float32, rope [context, head_dim/2, 2] float32,
-    position [1] int32: that of the first token.
+    position [1] int32 (of the first token).
     """
     width = (heads + 2 * kv_heads) * head_dim
     key_start, value_start = heads * head_dim, (heads + kv_heads) * head_dim

@@ -1,14 +1,14 @@
 """Matrix products: rows of activations x packed weights, for the experts and for the dense layers.
 
-Of the experts' kernels every row has its own expert, `row_expert`; equal experts follow each other
-(`experts.sort_by_expert`), which a schedule may use. Weights appear in the graph as [.., row,
+In the experts' kernels every row has its own expert, `row_expert`; rows of one expert follow each
+other (`experts.sort_by_expert`), which a schedule may use. Weights appear in the graph as [.., row,
 block, word]; `passes/pack_weights.py` gives them the order that the target's vectors read.
 
 Every kernel has the stages `dot` (sum over one block of 32; absent for bfloat16 weights, which have
-no blocks), `acc` (float32 sum over blocks) and `out` (bias, residual, SwiGLU). Some go on with what
-is wanted of `out`; its attribute `columns_needed` says how many columns of a row those stages must
-see together: 1, `BLOCK`, or, if it is absent, all. Such kernels return `out` first, which takes the
-memory it needs and may stay unread.
+no blocks), `acc` (float32 sum over blocks) and `out` (bias, residual, SwiGLU). Some have further
+stages that read `out`; the attribute `columns_needed` says how many columns of a row these need
+together: 1, `BLOCK`, or, if it is absent, all. Such kernels return `out` as their first result,
+which gives it memory; it may stay unread.
 """
 
 from collections.abc import Callable
@@ -35,19 +35,19 @@ from ..schedules.formats import (
 from .experts import chosen
 from .quantize import quantized
 
-SWIGLU_ALPHA = 1.702  # of gpt-oss; not in its config.json
+SWIGLU_ALPHA = 1.702  # in gpt-oss; its config.json does not say
 
 
 @cache
 def moe_mxfp4_swiglu(
     activation: str, tokens: Index, experts: int, inputs: int, rows: int, limit: float
 ) -> PrimFunc:
-    """gate/up projection by each row's expert, bias and clamped SwiGLU.
+    """The gate/up projection by each row's expert, with bias and clamped SwiGLU.
 
     activations (see `_activations`), words [expert, 2, rows, blocks, 4] uint32,
     scales [expert, 2, rows, blocks] uint8, bias [expert, 2, rows] float32, row_expert [tokens]
-    int32 -> [tokens, rows] float32, and what `quantized` makes of it. Axis 1 of the weights: 0
-    gate, 1 up.
+    int32 -> [tokens, rows] float32, and the tensors that `quantized` makes of it. On axis 1 of the
+    weights 0 is gate and 1 is up.
     """
     x = _activations(activation, tokens, inputs)
     words, scales, bias, expert = _expert_weights(tokens, (experts, 2, rows), inputs)
@@ -59,7 +59,7 @@ def moe_mxfp4_swiglu(
         gate = tirx.min(gate, bound)
         up = tirx.max(tirx.min(up, bound), -bound)
         one = const(1.0, "float32")
-        # sigmoid(z) with |z| kept where e^-z is finite
+        # sigmoid(z), with z kept where e^-z is finite
         z = tirx.max(gate * const(SWIGLU_ALPHA, "float32"), const(-87.0, "float32"))
         return gate / (one + tirx.exp(-z)) * (up + one)
 
@@ -78,10 +78,10 @@ def moe_mxfp4_sum(
     rows: int,
     top_k: int,
 ) -> PrimFunc:
-    """down projection by each row's expert, bias, and residual + the weighted sum of each token's
-    experts.
+    """The down projection by each row's expert, with bias; then the residual + the weighted sum of
+    each token's experts.
 
-    activations of the `expert_rows`, words [expert, rows, blocks, 4] uint32, scales [expert, rows,
+    activations of `expert_rows`, words [expert, rows, blocks, 4] uint32, scales [expert, rows,
     blocks] uint8, bias [expert, rows] float32, row_expert [expert_rows] int32; slots [tokens,
     top_k] int32, a token's rows; weights [tokens, top_k], residual [tokens, rows] float32 ->
     [expert_rows, rows] and the sums [tokens, rows] float32.
@@ -109,12 +109,12 @@ def moe_mxfp4_sum(
 
 @cache
 def route_bf16(tokens: Index, inputs: int, experts: int, top_k: int) -> PrimFunc:
-    """The router: which experts a token goes to, and with which weights.
+    """The router: the experts that a token goes to, and their weights.
 
     x [tokens, inputs] float32, weight [experts, inputs] uint16 (bfloat16 bits), bias [experts]
-    float32 -> logits [tokens, experts] float32; the places of the experts in the order of their
-    logits, the best first, ties to the lower id, int32; the top_k experts of each token [tokens,
-    top_k] int32, the best first; and their softmax [tokens, top_k] float32.
+    float32 -> logits [tokens, experts] float32; the experts' places by logit [tokens, experts]
+    int32, the best first, ties to the lower id; the top_k experts of each token [tokens, top_k]
+    int32, the best first; and their softmax [tokens, top_k] float32.
     """
     x, weight, acc = _bf16_sum(tokens, inputs, experts)
     bias = te.placeholder(_shape(experts), "float32", name="bias")
@@ -125,7 +125,7 @@ def route_bf16(tokens: Index, inputs: int, experts: int, top_k: int) -> PrimFunc
 
 @cache
 def dense_q8(tokens: Index, inputs: int, rows: int, bias: bool, residual: bool) -> PrimFunc:
-    """A dense layer with int8 weights, one float16 scale per 32 inputs, on int8 activations.
+    """A dense layer of int8 weights, with one float16 scale per 32 inputs, on int8 activations.
 
     activations, words [rows, blocks, 8] uint32, scales [rows, blocks] float16,
     (bias [rows] float32), (residual [tokens, rows] float32) -> [tokens, rows] float32.
@@ -158,7 +158,7 @@ def dense_q8(tokens: Index, inputs: int, rows: int, bias: bool, residual: bool) 
 
 @cache
 def dense_bf16(tokens: Index, inputs: int, rows: int, bias: bool, residual: bool) -> PrimFunc:
-    """A dense layer with bfloat16 weights on float32 activations.
+    """A dense layer of bfloat16 weights on float32 activations.
 
     x [tokens, inputs] float32, weight [rows, inputs] uint16 (bfloat16 bits),
     (bias [rows] float32), (residual [tokens, rows] float32) -> [tokens, rows] float32.
@@ -169,7 +169,7 @@ def dense_bf16(tokens: Index, inputs: int, rows: int, bias: bool, residual: bool
 
 
 def _activations(kind: str, tokens: Index, inputs: int) -> list[te.Tensor]:
-    """Tensors as `quantized` makes them."""
+    """Return placeholders for the tensors that `quantized` makes."""
     blocks = inputs // BLOCK
     digits = (DIGITS,) if kind == "digits" else ()
     xq = te.placeholder(_shape(tokens, blocks, *digits, BLOCK), "int8", name="xq")
@@ -196,7 +196,7 @@ def _expert_sum(
     shape: tuple[Index, ...],
     inputs: int,
 ) -> te.Tensor:
-    """Sum over the inputs, `shape` = [tokens, *rows] float32; `rows` may be several axes."""
+    """Sum over the inputs to float32 of `shape` = [tokens, *rows]; `rows` may be several axes."""
     tokens, *rows = shape
     blocks = inputs // BLOCK
     k = te.reduce_axis((extent(0), extent(BLOCK)), name="k")
@@ -227,7 +227,7 @@ def _expert_sum(
 
 
 def _bf16_sum(tokens: Index, inputs: int, rows: int) -> tuple[te.Tensor, te.Tensor, te.Tensor]:
-    """x, the weights, and the sums over the inputs [tokens, rows] float32."""
+    """Return x, the weights, and the sums over the inputs [tokens, rows] float32."""
     x = te.placeholder(_shape(tokens, inputs), "float32", name="x")
     weight = te.placeholder(_shape(rows, inputs), "uint16", name="weight")
     k = te.reduce_axis((extent(0), extent(inputs)), name="k")
@@ -265,8 +265,8 @@ def _dense_output(
 def _prim_func(
     op: str, tensors: list[te.Tensor], row_axis: int, columns_needed: int | None = None
 ) -> PrimFunc:
-    """`op` is what schedule rules match; `packed_params` are the weights that
-    `passes/pack_weights.py` may reorder: (parameter, axis of its rows) pairs."""
+    """Make the kernel. Schedule rules match `op`; its attribute `packed_params` lists the weights
+    that `passes/pack_weights.py` may reorder, as pairs (parameter, axis of its rows)."""
     names = {"words", "scales", "weight"}
     packed = [[i, row_axis] for i, t in enumerate(tensors) if t.op.name in names]
     attributes: dict[str, object] = {"op": op, "packed_params": packed}

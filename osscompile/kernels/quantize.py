@@ -1,5 +1,5 @@
-"""Activations as whole numbers, a scale for every 32 of them: what products with packed weights
-take."""
+"""Quantise activations to whole numbers with a scale for every 32, as products with packed weights
+take them."""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,23 +16,23 @@ DIGITS_MAX = sum((DIGIT // 2 - 1) * DIGIT**place for place in range(DIGITS))
 
 @cache
 def quantize(kind: str, tokens: Index, inputs: int) -> PrimFunc:
-    """x [tokens, inputs] float32 -> `quantized` of it."""
+    """x [tokens, inputs] float32 -> the tensors of `quantized`."""
     x = te.placeholder((extent(tokens), extent(inputs)), "float32", name="x")
     function = te.create_prim_func([x, *quantized(kind, x)])
     return function.with_attr("op", f"quantize_{kind}")
 
 
 def quantized(kind: str, x: te.Tensor, suffix: str = "") -> list[te.Tensor]:
-    """x [tokens, inputs] float32 as tensors xq, xs and xoffset, their names with `suffix`.
+    """Return x [tokens, inputs] float32 as tensors xq, xs and xoffset; `suffix` ends their names.
 
     xq: whole numbers, int8 [tokens, blocks, 32] ("q8"), or int8 digits of larger ones, the highest
     first, [tokens, blocks, 3, 32] ("digits"). xs: float32 [tokens, blocks]. xoffset: int32 [tokens,
-    blocks], the sum of a block's whole numbers times `FP4_OFFSET`: what a product with offset
-    weights has too much.
+    blocks], the sum of a block's whole numbers times `FP4_OFFSET`, by which a product with offset
+    weights is too large.
 
     scale = max |x| / the largest whole number (127, or `DIGITS_MAX`); whole number = round half
-    to even (x / scale); a block of zeros has scale 0; one with an x that is no number has such a
-    scale, so that it shows. Digits hold 20 bits of a block's largest x.
+    to even (x / scale). A block of zeros has scale 0; a block with a NaN has scale NaN, so that it
+    shows. Digits hold 20 bits of a block's largest x.
     """
     assert kind in ("q8", "digits")
     tokens, inputs = x.shape
@@ -53,8 +53,8 @@ def quantized(kind: str, x: te.Tensor, suffix: str = "") -> list[te.Tensor]:
 
 
 def _digit(whole: Expr, place: Expr) -> Expr:
-    """Digit `place` of a whole number, int8; 0 is the highest."""
-    # the lowest digit first: each is taken off, centred, before the next
+    """Return digit `place` of a whole number as int8; place 0 is the highest."""
+    # from the lowest digit on, each is centred and subtracted before the next
     digits: list[Expr] = []
     half = const(DIGIT // 2, "int32")
     for _ in range(DIGITS - 1):
@@ -70,8 +70,8 @@ def _digit(whole: Expr, place: Expr) -> Expr:
 def _scaled(
     x: te.Tensor, shape: tuple[Expr, Expr], most: int, name: str
 ) -> tuple[te.Tensor, Callable[[Expr, Expr, Expr], Expr]]:
-    """Scales [tokens, blocks] float32 that make each block's largest x a whole number `most`; and
-    the whole number, int32, of (token, block, input)."""
+    """Return scales [tokens, blocks] float32 that make each block's largest x the whole number
+    `most`, and a function (token, block, input) -> whole number, int32."""
     k = te.reduce_axis((extent(0), extent(BLOCK)), name="k")
     largest = te.compute(
         shape, lambda i, g: te.max(_magnitude(x[i, g * BLOCK + k]), axis=k), name="largest"
@@ -82,19 +82,19 @@ def _scaled(
     )
 
     def whole(i: Expr, g: Expr, k: Expr) -> Expr:
-        # a zero scale belongs to zeros: divide them by 1
+        # a block of scale 0 holds zeros: divide them by 1
         zero = const(0.0, "float32")
         scale = tirx.Select(xs[i, g] > zero, xs[i, g], const(1.0, "float32"))
         rounded = tirx.nearbyint(x[i, g * BLOCK + k] / scale)
-        # a subnormal scale may be rounded so far down that the quotient exceeds the bound
+        # a subnormal scale may round down so far that the quotient exceeds the bound
         return tirx.max(tirx.min(rounded, bound), -bound).astype("int32")
 
     return xs, whole
 
 
 def _magnitude(x: Expr) -> Expr:
-    """The bits of |x|, ordered as |x| is; those of what is no number are greater than all, where a
-    maximum of floats may pass over it."""
+    """Return the bits of |x|, which are ordered as |x| is. NaN is greater than all numbers there,
+    while a maximum of floats may pass over it."""
     return tirx.reinterpret("uint32", x) & const(0x7FFFFFFF, "uint32")
 
 

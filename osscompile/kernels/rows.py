@@ -34,8 +34,8 @@ def embed_bf16(tokens: Index, vocab: int, hidden: int) -> PrimFunc:
 
 @cache
 def embed_q8(tokens: Index, vocab: int, hidden: int) -> PrimFunc:
-    """token ids [tokens] int32, words [vocab, hidden/32, 8] uint32, scales [vocab, hidden/32]
-    float16 -> [tokens, hidden] float32."""
+    """ids [tokens] int32, words [vocab, hidden/32, 8] uint32, scales [vocab, hidden/32] float16
+    -> [tokens, hidden] float32."""
     ids = te.placeholder((extent(tokens),), "int32", name="ids")
     blocks = (extent(vocab), extent(hidden // BLOCK))
     words = te.placeholder((*blocks, extent(BLOCK // INT8_PER_WORD)), "uint32", name="words")
@@ -58,14 +58,14 @@ def rms_norm(tokens: Index, hidden: int, eps: float) -> PrimFunc:
 
 @cache
 def rms_norm_quantized(kind: str, tokens: Index, hidden: int, eps: float) -> PrimFunc:
-    """`rms_norm`, float32 [tokens, hidden], and what `quantized` makes of it."""
+    """Return `rms_norm`, float32 [tokens, hidden], and the tensors that `quantized` makes of it."""
     tensors = _rms_norm(tokens, hidden, eps)
     return _row_func(f"rms_norm_{kind}", [*tensors, *quantized(kind, tensors[-1])])
 
 
 @cache
 def take_row(tokens: Index, hidden: int) -> PrimFunc:
-    """x [tokens, hidden] float32, index [1] int32 of a token -> its row [1, hidden]."""
+    """x [tokens, hidden] float32, index [1] int32 of a token -> the token's row [1, hidden]."""
     x = te.placeholder((extent(tokens), extent(hidden)), "float32", name="x")
     index = te.placeholder((extent(1),), "int32", name="index")
     out = te.compute((extent(1), extent(hidden)), lambda i, h: x[index[i], h], name="out")
@@ -74,8 +74,8 @@ def take_row(tokens: Index, hidden: int) -> PrimFunc:
 
 @cache
 def gather_rows(activation: str, tokens: Index, hidden: int, expert_rows: Index) -> PrimFunc:
-    """What `quantized` makes of x [tokens, hidden], row_token [expert_rows] int32 -> the same of
-    the rows of those tokens."""
+    """The tensors of `quantized` for x [tokens, hidden], row_token [expert_rows] int32 -> the same
+    tensors for those tokens' rows."""
     blocks = (extent(tokens), extent(hidden // BLOCK))
     digits = (extent(DIGITS),) if activation == "digits" else ()
     xq = te.placeholder((*blocks, *digits, extent(BLOCK)), "int8", name="xq")
@@ -98,7 +98,7 @@ def gather_rows(activation: str, tokens: Index, hidden: int, expert_rows: Index)
 def rotate_queries(
     tokens: Index, heads: int, kv_heads: int, head_dim: int, context: int
 ) -> PrimFunc:
-    """RoPE of the query part of qkv, scaled by 1/sqrt(head_dim).
+    """Rotate the queries in qkv (RoPE) and scale them by 1/sqrt(head_dim).
 
     qkv [tokens, (heads + 2 kv_heads) head_dim] float32, rope [context, head_dim/2, 2] float32
     (cos, sin), position [1] int32 -> [tokens, heads, head_dim] float32.
@@ -126,7 +126,7 @@ def rotated(
     d: Expr,
     head_dim: int,
 ) -> Expr:
-    """Element d of the head that starts at column `start` of a row, rotated: pairs (d, d + D/2)."""
+    """Return element d, rotated, of the head at column `start` of a row; pairs are (d, d + D/2)."""
     half = head_dim // 2
     x = qkv[row, start + d]
     partner = qkv[row, start + (d + half) % head_dim]
