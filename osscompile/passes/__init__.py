@@ -1,4 +1,4 @@
-"""The pipeline from the unscheduled graph to what the virtual machine executes."""
+"""The pipeline from the unscheduled graph to the IR that the virtual machine executes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,25 +18,25 @@ from .verify import verify
 
 Pass = Callable[[ir.IRModule, Target], ir.IRModule]
 
-# Once for all variants of a target, which read the same weights; first, because schedules are
-# written for the target's layout.
+# These run once for all variants of a target, which read the same weights. They run first, because
+# schedules are written for the target's layout.
 SHARED_PASSES: tuple[Pass, ...] = (pack_weights,)
-# For each variant.
+# These run for each variant.
 VARIANT_PASSES: tuple[Pass, ...] = (
     schedule_kernels,
-    expand_exp,  # after scheduling: the primitives see a call, not twenty operations
-    name_rounding,  # after scheduling: TVM knows nothing of the function that it calls
-    plan_memory,  # after all kernels are final: it fixes who owns which storage
+    expand_exp,  # after scheduling, whose primitives then see a call, not twenty operations
+    name_rounding,  # after scheduling: TVM does not know the function it calls
+    plan_memory,  # after all kernels are final: it assigns the storages
     lower_graph,
 )
-# For each variant of a target that the runtime drives launch by launch.
+# These run for each variant of a target that the runtime drives launch by launch.
 LAUNCH_PASSES: tuple[Pass, ...] = (
     schedule_kernels,
     expand_exp,
     name_rounding,
     plan_memory,
-    store_halves,  # after scheduling: rules see the graph's types
-    split_launches,  # last: what it leaves are no kernels that a pass could read
+    store_halves,  # after scheduling, so that rules see the graph's types
+    split_launches,  # last: no pass can read the kernels that it leaves
 )
 
 
@@ -47,9 +47,9 @@ def run_passes(
     dump: Path | None = None,
     after: tuple[Pass, ...] = (),
 ) -> ir.IRModule:
-    """Run `passes` in order, checking the IR between them; `dump` gets one file a phase.
+    """Run `passes` in order and check the IR between them; `dump` gets one file a phase.
 
-    `after`: the passes that the module went through before.
+    `after` names the passes that the module went through before.
     """
     done = tuple(rewrite.__name__ for rewrite in after)
     if not done:

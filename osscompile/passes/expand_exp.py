@@ -1,6 +1,6 @@
 """Write e^x as arithmetic where the target's vectors have no instruction for it.
 
-A call of the C library's expf would be made for every lane of a vector.
+Otherwise every lane of a vector would call the C library's expf.
 """
 
 from tvm import ir, tirx
@@ -31,11 +31,11 @@ def _expand(call: ir.Call) -> Expr:
 
 
 def exp_float32(x: Expr) -> Expr:
-    """e^x to 2 units in the last place for x <= 88; e^-87 below -87 and for NaN.
+    """Return e^x to 2 units in the last place for x <= 88; e^-87 for x below -87 and for NaN.
 
-    x is split into n ln 2 + rest, |rest| <= 0.35: n becomes the bits of the exponent, e^rest a
-    Taylor polynomial of degree 7. ln 2 is taken in two parts (Cody and Waite 1980), so that the
-    rest is exact.
+    x is split into n ln 2 + rest, |rest| <= 0.35. n becomes the exponent's bits, and a Taylor
+    polynomial of degree 7 gives e^rest. ln 2 is taken in two parts (Cody and Waite 1980), so that
+    the rest is exact.
     """
 
     def const(value: float) -> Expr:

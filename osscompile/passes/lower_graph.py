@@ -1,4 +1,4 @@
-"""Turn the graph into what the virtual machine executes: the end of the pipeline."""
+"""Turn the graph into IR that the virtual machine executes, at the end of the pipeline."""
 
 import tvm
 from tvm import ir

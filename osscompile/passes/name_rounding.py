@@ -1,4 +1,4 @@
-"""Round to the nearest whole number, ties to even, by the function that the target names."""
+"""Round to the nearest whole number, ties to even, with the function that the target names."""
 
 from tvm import ir, tirx
 from tvm.ir import Expr
@@ -9,8 +9,8 @@ from ..targets import Target
 
 
 def name_rounding(module: ir.IRModule, target: Target) -> ir.IRModule:
-    """Replace every `nearbyint` in the kernels of `module` by a call of that function; without one
-    TVM knows what to call."""
+    """Replace every `nearbyint` in the kernels of `module` by a call of that function. A target
+    without one leaves the choice to TVM."""
     if target.nearest_even is None:
         return module
 

@@ -14,12 +14,12 @@ PACKED_ROWS = "packed_rows"  # module attribute: {weight: [axis of its rows, lan
 
 
 def pack_weights(module: ir.IRModule, target: Target) -> ir.IRModule:
-    """Reorder the weights of every kernel that declares `packed_params`, and its callers' types.
+    """Reorder the weights of every kernel that declares `packed_params`, and retype its callers.
 
     A kernel whose rows do not fill whole vectors keeps its layout.
     """
     lanes = target.vector_lanes
-    builder = relax.BlockBuilder()  # gives every kernel a name of the new type
+    builder = relax.BlockBuilder()  # gives every kernel a name with the new type
     kernels: dict[ir.GlobalVar, tuple[ir.GlobalVar, dict[int, int]]] = {}
     for name, function in module.functions_items():
         if isinstance(function, PrimFunc):
@@ -36,8 +36,8 @@ def pack_weights(module: ir.IRModule, target: Target) -> ir.IRModule:
 
 
 def packable(function: PrimFunc, lanes: int) -> dict[int, int]:
-    """The weights of a kernel that can be packed: {parameter: axis of its rows}; of vectors of one
-    lane, which the checkpoint's order suits, none."""
+    """Return the weights of a kernel that can be packed, {parameter: axis of its rows}. Vectors of
+    one lane need no packing: the checkpoint's order suits them."""
     if lanes == 1:
         return {}
     axes = {int(i): int(axis) for i, axis in function.attrs.get("packed_params", [])}
@@ -46,7 +46,7 @@ def packable(function: PrimFunc, lanes: int) -> dict[int, int]:
 
 
 def pack_kernel(function: PrimFunc, axes: dict[int, int], lanes: int) -> PrimFunc:
-    """The kernel, reading the weights of `axes` with `lanes` rows side by side."""
+    """Return the kernel, which now reads the weights of `axes` with `lanes` rows side by side."""
     if not axes:
         return function
     sch = s_tir.Schedule(function)
@@ -67,7 +67,7 @@ def _retype(
     kernels: dict[ir.GlobalVar, tuple[ir.GlobalVar, dict[int, int]]],
     lanes: int,
 ) -> tuple[relax.Function, dict[str, list[int]]]:
-    """Call the packed kernels, and give the packed weights among the parameters their shapes."""
+    """Call the packed kernels, and give parameters that are packed weights their new shapes."""
     layout: dict[str, list[int]] = {}
     for block in function.body.blocks:
         for binding in block.bindings:
@@ -85,7 +85,7 @@ def _retype(
             retyped[variable] = relax.Var(variable.name, ty)
     renames = [
         (relax.Var, lambda v: retyped.get(v, v)),
-        (relax.Tuple, lambda args: relax.Tuple(list(args.fields))),  # to know its new type
+        (relax.Tuple, lambda args: relax.Tuple(list(args.fields))),  # infers the new type
         (ir.GlobalVar, lambda name: kernels[name][0] if name in kernels else name),
     ]
     return structural_map(function, renames), layout

@@ -10,7 +10,7 @@ from ..targets import Target
 _PASSES = (
     transform.ToNonDataflow(),
     transform.RemovePurityChecking(),
-    transform.CallTIRRewrite(),  # results become allocations, which the planner sees
+    transform.CallTIRRewrite(),  # turns results into allocations, which the planner sees
     transform.StaticPlanBlockMemory(),
 )
 
@@ -24,7 +24,7 @@ def plan_memory(module: ir.IRModule, target: Target) -> ir.IRModule:
 
 
 def _workspace_bytes(module: ir.IRModule) -> dict[str, int]:
-    """Storage that each function allocates for activations."""
+    """Return the bytes that each function allocates for activations."""
     totals: dict[str, int] = {}
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):

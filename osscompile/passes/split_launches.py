@@ -1,4 +1,4 @@
-"""Split every kernel into functions of the device and the launches that the host makes of them."""
+"""Split every kernel into device functions and the launches that the host makes of them."""
 
 import tvm
 from tvm import ir
@@ -9,7 +9,7 @@ from tvm.tirx import transform as tirx
 
 from ..targets import Target
 
-# TVM's own pipeline for GPUs, without what it has for other GPUs, and up to where it begins to
+# TVM's own pipeline for GPUs, without the passes for other GPUs. It ends before the passes that
 # prepare the host's part for a CPU.
 _PASSES = (
     s_tir.CanonicalizeLoop(),
@@ -35,7 +35,7 @@ _PASSES = (
     tirx.StmtSimplify(),
     tirx.RemoveNoOp(),
     s_tir.RewriteUnsafeSelect(),
-    tirx.VerifyMemory(),  # raises for what is computed by no thread
+    tirx.VerifyMemory(),  # raises if no thread computes a stage
     tirx.AnnotateEntryFunc(),
     s_tir.ThreadSync("shared"),
     s_tir.LowerThreadAllreduce(),
@@ -45,9 +45,9 @@ _PASSES = (
 
 
 def split_launches(module: ir.IRModule, target: Target) -> ir.IRModule:
-    """The kernels of `module` become calls of `tirx.call_ffi_kernel`; beside them are the functions
-    that these name, marked by the attribute `calling_conv`."""
-    # without a host TVM takes a kernel for a part of the device's code
+    """Turn the kernels of `module` into calls of `tirx.call_ffi_kernel`, and add the functions that
+    these name, marked by the attribute `calling_conv`."""
+    # without a host, TVM takes a kernel for device code
     device = TvmTarget(target.tvm, host={"kind": "llvm"})
     bound = ir.IRModule({}, attrs=module.attrs)
     for name, function in module.functions_items():

@@ -1,7 +1,7 @@
-"""Let float16 be how numbers are stored and no more: bits in memory, float32 in expressions.
+"""Use float16 for storage only: bits in memory, float32 in expressions.
 
-In OpenCL C arithmetic on halves is an extension, which not every device has; functions that convert
-them are not. `codegen/opencl.py` defines those that are called here.
+Arithmetic on halves is an extension of OpenCL C that not every device has; functions that convert
+halves are not. `codegen/opencl.py` defines the functions that are called here.
 """
 
 from tvm import ir, tirx
@@ -16,8 +16,8 @@ FLOAT_TO_HALF = "float_to_half"  # float32 -> uint16 bits, rounded to the neares
 
 
 def store_halves(module: ir.IRModule, target: Target) -> ir.IRModule:
-    """Rewrite the kernels of `module`: their float16 parameters become uint16. Where the device
-    computes with float16, nothing is to do."""
+    """Rewrite the kernels of `module` so that their float16 parameters become uint16. Where the
+    device computes with float16, nothing changes."""
     if target.has_half:
         return module
     rewritten = ir.IRModule({}, attrs=module.attrs)
@@ -27,7 +27,7 @@ def store_halves(module: ir.IRModule, target: Target) -> ir.IRModule:
 
 
 def _rewrite(kernel: PrimFunc) -> PrimFunc:
-    """A half that is loaded is converted at once, one that is stored was converted just before."""
+    """Convert halves as soon as they are loaded, and just before they are stored."""
     bits_of = {
         parameter: tirx.decl_buffer(parameter.shape, "uint16", parameter.name)
         for parameter in kernel.params

@@ -14,14 +14,14 @@ def verify(module: ir.IRModule, target: Target, done: tuple[str, ...]) -> None:
         if isinstance(function, PrimFunc):
             _verify_kernel(name.name_hint, function, target, done)
     if "lower_graph" not in done:
-        relax.analysis.well_formed(module)  # raises; it also compares calls with their kernels
+        relax.analysis.well_formed(module)  # raises, also if a call does not fit its kernel
 
 
 def _verify_kernel(name: str, kernel: PrimFunc, target: Target, done: tuple[str, ...]) -> None:
     if "lower_graph" in done and "op" not in kernel.attrs:
-        return  # TVM's own, which compute shapes on the host
+        return  # TVM's own functions, which compute shapes on the host
     if "split_launches" in done and "calling_conv" in kernel.attrs:
-        return  # made by TVM of kernels that were checked before
+        return  # TVM made it from kernels that were checked before
     assert "op" in kernel.attrs, f"{name}: no `op` for schedules to match"
     if "schedule_kernels" in done:
         assert "scheduled_by" in kernel.attrs, f"{name}: not scheduled"
@@ -34,7 +34,7 @@ def _verify_kernel(name: str, kernel: PrimFunc, target: Target, done: tuple[str,
 
 
 def _unbound_symbols(kernel: PrimFunc) -> list[str]:
-    """Variables that neither a parameter, a parameter's extent nor a block defines."""
+    """Return variables that no parameter, no parameter's extent and no block defines."""
     defined = list(kernel.params)
     for parameter in kernel.params:
         defined += [e for e in getattr(parameter, "shape", ()) if isinstance(e, tirx.Var)]
