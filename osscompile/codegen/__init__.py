@@ -1,1 +1,1 @@
-"""From scheduled kernels to code: a library, or OpenCL C or machine code and what launches it."""
+"""Turn scheduled kernels into code: a library, or OpenCL C or machine code and its launches."""

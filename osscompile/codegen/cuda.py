@@ -1,6 +1,6 @@
 """Turn lowered IR into machine code for an NVIDIA GPU, and the programs that launch it.
 
-CUDA's compiler is needed here, and nothing of CUDA but the driver where the artifact runs.
+This needs CUDA's compiler; where the artifact runs, only the driver is needed.
 """
 
 import importlib
@@ -52,22 +52,24 @@ static __device__ unsigned {SELECT}(unsigned low, unsigned high, unsigned select
 
 
 def build_cuda(module: ir.IRModule, target: Target, output: Path) -> None:
-    """Write a fat binary as `output`, and what launches its kernels beside it. Raises CompileError
-    without CUDA's compiler, or if it fails."""
+    """Write a fat binary as `output`, and beside it the programs that launch its kernels.
+
+    Raises CompileError without CUDA's compiler, or if it fails.
+    """
     programs = write_programs(build_programs(module))
     write_cuda(module, target, output)
     output.with_suffix(PROGRAMS_SUFFIX).write_text(programs, encoding="utf-8")
 
 
 def write_cuda(module: ir.IRModule, target: Target, output: Path) -> None:
-    """Write the kernels' fat binary alone. Raises CompileError as `build_cuda`."""
+    """Write only the kernels' fat binary. Raises CompileError as `build_cuda` does."""
     compile_cuda(cuda_source(module, target), target, output)
 
 
 def cuda_source(module: ir.IRModule, target: Target) -> str:
-    """CUDA C++ of all functions of the device."""
+    """Return CUDA C++ of all device functions."""
     lower = tvm.transform.Sequential([tirx.StmtSimplify(), tirx.LowerIntrin()])
-    # of the module, not of the function of this name in tvm.tirx
+    # from the module: tvm.tirx has a function of the same name
     codegen_build = importlib.import_module("tvm.tirx.build").codegen_build
     functions = {
         name: function
@@ -75,7 +77,7 @@ def cuda_source(module: ir.IRModule, target: Target) -> str:
         if isinstance(function, PrimFunc) and "calling_conv" in function.attrs
     }
     built = codegen_build(lower(ir.IRModule(functions)), TvmTarget(target.tvm))
-    # Told that one block at a time is enough, nvcc does not save registers by loading late.
+    # If one block at a time is enough, nvcc does not load late to save registers.
     bounds = (r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 1)")
     return PRELUDE + re.sub(*bounds, str(built.inspect_source()))
 
@@ -88,7 +90,7 @@ def compile_cuda(source: str, target: Target, output: Path) -> None:
             "CUDA_HOME; install the CUDA toolkit, 12.4 or later"
         )
     output = output.absolute()  # nvcc runs in a folder of its own
-    # beside the output: the next compile removes what a killed one leaves there
+    # beside the output, where the next compile removes what a killed one leaves
     with tempfile.TemporaryDirectory(dir=output.parent) as workspace:
         file = Path(workspace, "kernels.cu")
         file.write_text(source, encoding="utf-8")
@@ -102,6 +104,6 @@ def compile_cuda(source: str, target: Target, output: Path) -> None:
 
 
 def find_nvcc() -> str | None:
-    """On the path, or under CUDA_HOME."""
+    """Look for nvcc on the path and under CUDA_HOME."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)

@@ -13,12 +13,12 @@ from tvm.target import Target as TvmTarget
 from ..errors import CompileError
 from ..targets import Target
 
-ROOM_BYTES = 16 << 20  # for objects and library: about 2 MB
+ROOM_BYTES = 16 << 20  # more than objects and library take, about 2 MB
 
 
 def build_library(module: ir.IRModule, target: Target, output: Path) -> None:
-    """Compile a module that went through all passes, or kernels that were scheduled, and link it
-    for the target's system.
+    """Compile a module that went through all passes, or scheduled kernels, and link it for the
+    target's system.
 
     The same module gives the same bytes. Raises CompileError if the linker fails, OSError if there
     is no room.
@@ -33,21 +33,21 @@ def build_library(module: ir.IRModule, target: Target, output: Path) -> None:
         _link(Path(path), objects, target)
 
     link.output_format = output.suffix.removeprefix(".")  # type: ignore[attr-defined]
-    # beside the output: the next compile removes what a killed one leaves there
+    # beside the output, where the next compile removes what a killed one leaves
     with tempfile.TemporaryDirectory(dir=output.parent) as workspace:
         _check_room(Path(workspace))
         executable.export_library(str(output), fcompile=link, workspace_dir=workspace)
 
 
 def _check_room(folder: Path) -> None:
-    """Raise OSError here if the disk is full, or a quota reached: LLVM would end the process."""
+    """Raise OSError if the disk or a quota is full, where LLVM would end the process."""
     with tempfile.TemporaryFile(dir=folder) as stream:
         stream.write(bytes(ROOM_BYTES))
 
 
 def _link(output: Path, objects: Sequence[str], target: Target) -> None:
-    """Link with the C compiler of the ziglang package; functions of the C library resolve when
-    the library is loaded, so that nothing of it is built here."""
+    """Link with the C compiler of the ziglang package. Functions of the C library resolve when the
+    library is loaded, so that no C library is built here."""
     command = [sys.executable, "-m", "ziglang", "cc", "-target", target.link_triple]
     command += ["-shared", "-nostdlib", *target.link_flags, "-o", str(output), *objects]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Turn lowered IR into the two files that the runtime drives an OpenCL device with."""
+"""Turn lowered IR into the two files with which the runtime drives an OpenCL device."""
 
 import importlib
 import re
@@ -20,7 +20,7 @@ from .programs import build_programs
 
 IMAGE = "__read_only image1d_buffer_t"
 
-# Of values, not of pointers: then it does not matter which memory holds the half.
+# The functions take values, not pointers, so that any memory may hold the half.
 PRELUDE = f"""\
 static float {HALF_TO_FLOAT}(ushort bits) {{ return vload_half(0, (const half *)&bits); }}
 static ushort {FLOAT_TO_HALF}(float x) {{
@@ -44,7 +44,7 @@ static uint4 {TEXEL}({IMAGE} image, int i) {{
 
 
 def build_opencl(module: ir.IRModule, target: Target, output: Path) -> None:
-    """Write the kernels' source as `output`, and what launches them beside it.
+    """Write the kernels' source as `output`, and beside it the programs that launch them.
 
     The same module gives the same bytes.
     """
@@ -54,26 +54,26 @@ def build_opencl(module: ir.IRModule, target: Target, output: Path) -> None:
 
 
 def write_opencl(module: ir.IRModule, target: Target, output: Path) -> None:
-    """Write the kernels' source alone."""
+    """Write only the kernels' source."""
     output.write_text(opencl_source(module, target), encoding="utf-8")
 
 
 def opencl_source(module: ir.IRModule, target: Target) -> str:
-    """OpenCL C of all functions of the device."""
+    """Return OpenCL C of all device functions."""
     lower = tvm.transform.Sequential([tirx.StmtSimplify(), tirx.LowerIntrin()])
-    # of the module, not of the function of this name in tvm.tirx
+    # from the module: tvm.tirx has a function of the same name
     codegen_build = importlib.import_module("tvm.tirx.build").codegen_build
     parts = [PRELUDE]
     for name, function in sorted(module.functions_items(), key=lambda item: item[0].name_hint):
         if isinstance(function, PrimFunc) and "calling_conv" in function.attrs:
-            # one by one: before each function TVM declares all others of its module
+            # one by one, because TVM declares all other functions of a module before each
             built = codegen_build(lower(ir.IRModule({name: function})), TvmTarget(target.tvm))
             parts.append(_with_images(str(built.inspect_source())))
     return "".join(parts)
 
 
 def _with_images(kernel: str) -> str:
-    """Its parameters that are read as texels are images: TVM knows no such type."""
+    """Make parameters that are read as texels images, a type that TVM does not have."""
     for name in set(re.findall(rf"\b{TEXEL}\((\w+),", kernel)):
         kernel = re.sub(rf"__global \w+\* restrict {name}\b", f"{IMAGE} {name}", kernel)
     return kernel

@@ -1,8 +1,8 @@
-"""Turn the graph's functions, once memory is planned and kernels are split, into programs.
+"""Turn the graph's functions into programs, after memory is planned and kernels are split.
 
 A function is a straight line: storages, tensors at their beginning, calls of kernels. Every launch
-that a called kernel makes becomes one of the program's, with the kernel's symbols in terms of the
-number of tokens of the call.
+of a called kernel becomes a launch of the program, with the kernel's symbols in terms of the call's
+number of tokens.
 """
 
 import math
@@ -26,7 +26,7 @@ from ..runtime.devices.program import (
     evaluate,
 )
 
-INPUT_DTYPE = "int32"  # of what comes with every call; no cache or weight has it
+INPUT_DTYPE = "int32"  # arguments that come with every call; no cache or weight has this type
 _OPERATORS = {
     tirx.Add: "+",
     tirx.Sub: "-",
@@ -37,11 +37,11 @@ _OPERATORS = {
 }
 _TAGS = [f"{index}.{axis}" for index in ("blockIdx", "threadIdx") for axis in "xyz"]
 
-Place = tuple[str, int]  # which memory, as in an argument of `Launch`
+Place = tuple[str, int]  # a memory, as in an argument of `Launch`
 
 
 def build_programs(module: ir.IRModule) -> dict[str, Program]:
-    """The program of every function of a module that `split_launches` gave."""
+    """Return the program of every function of a module from `split_launches`."""
     return {
         name.name_hint: _Extraction(module, function).program()
         for name, function in sorted(module.functions_items(), key=lambda item: item[0].name_hint)
@@ -50,7 +50,7 @@ def build_programs(module: ir.IRModule) -> dict[str, Program]:
 
 
 class _Extraction:
-    """Goes through one function, and keeps where its variables are."""
+    """Goes through one function, and notes where its variables are."""
 
     def __init__(self, module: ir.IRModule, function: relax.Function) -> None:
         self.module, self.function = module, function
@@ -80,7 +80,7 @@ class _Extraction:
         )
 
     def _value(self, value: Expr) -> Any:
-        """Where it is: a place, several for a tuple, None for a call of a kernel."""
+        """Return where a value is: a place, several for a tuple, None for a kernel's call."""
         if isinstance(value, relax.Var):
             return self.places[value]
         if isinstance(value, relax.Tuple):
@@ -113,7 +113,7 @@ class _Extraction:
 
 
 def kernel_launches(kernel: PrimFunc, shapes: Sequence[Sequence[int]]) -> Launches:
-    """Of a single kernel that `split_launches` gave, bound to arguments of these shapes."""
+    """Return the launches of one kernel from `split_launches`, for arguments of these shapes."""
     symbols = {
         extent: tirx.const(size, "int64")
         for parameter, shape in zip(kernel.params, shapes, strict=True)
@@ -137,10 +137,10 @@ def launches_of(
     symbols: dict[tirx.Var, Expr],
     new_storage: Callable[[int], Place],
 ) -> list[Launch]:
-    """What a kernel that `split_launches` gave launches, for arguments in these places.
+    """Return the launches of a kernel from `split_launches`, for arguments in these places.
 
-    `symbols`: its symbolic extents, as constants or in the number of tokens. `new_storage`: of so
-    many bytes, for what one launch leaves for the next.
+    `symbols` gives its symbolic extents, as constants or in the number of tokens. `new_storage`
+    makes a place of so many bytes for what one launch leaves for the next.
     """
     place_of = dict(zip(kernel.params, places, strict=True))
 
@@ -154,7 +154,7 @@ def launches_of(
             buffer = statement.buffer
             size = math.prod(int(extent) for extent in buffer.shape)
             place_of[buffer] = new_storage(size * np.dtype(str(buffer.dtype)).itemsize)
-        elif isinstance(statement, tirx.DeclBuffer):  # another shape of the same memory
+        elif isinstance(statement, tirx.DeclBuffer):  # the same memory in another shape
             place_of[statement.buffer] = place_of[statement.data.args[0]]
         else:
             assert isinstance(statement, tirx.Evaluate), f"no launch: {statement}"
@@ -183,7 +183,7 @@ def _launch(
 
 
 def _expression(value: Expr) -> Expression:
-    """In the number of tokens, the only variable that may be left."""
+    """Write a value in terms of the number of tokens, the only variable that may be left."""
     value = Analyzer().simplify(value)
     if isinstance(value, tirx.IntImm):
         return int(value.value)
