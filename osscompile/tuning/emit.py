@@ -1,4 +1,4 @@
-"""Build the candidates of a kernel into a folder that `runtime/trials/measure.py` can measure."""
+"""Build a kernel's candidates into a folder that `runtime/trials/measure.py` can measure."""
 
 import hashlib
 from pathlib import Path
@@ -37,12 +37,12 @@ from ..targets import Target
 from .space import Point, Report, choose_points, name_program
 from .workloads import Workload
 
-HOST = {"kind": "llvm"}  # what the unscheduled kernel is compiled for
-WRITE_KERNELS = {"opencl": write_opencl, "cuda": write_cuda}  # by the target's `runtime`
+HOST = {"kind": "llvm"}  # the unscheduled kernel is compiled for it
+WRITE_KERNELS = {"opencl": write_opencl, "cuda": write_cuda}  # target's `runtime` -> function
 
 
 def folder_name(workload: Workload) -> str:
-    """Of the same kernel always the same."""
+    """Return a name that is always the same for the same kernel."""
     text = workload.function.script(show_meta=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{workload.function.attrs['op']}-{digest[:12]}"
@@ -51,9 +51,9 @@ def folder_name(workload: Workload) -> str:
 def emit_kernel(
     folder: Path, workload: Workload, target: Target, most: int, report: Report = print
 ) -> None:
-    """Write the plan, the answer and the libraries: the default, up to `most` others.
+    """Write the plan, the answer and the libraries: the default and up to `most` others.
 
-    What was built for an earlier plan is kept. `report` hears of candidates that do not build;
+    Libraries that an earlier plan built are kept. `report` hears of candidates that do not build;
     raises CompileError if the default does not.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def emit_kernel(
     def try_build(point: Point) -> Candidate | None:
         try:
             return build(point)
-        except Exception as error:  # LLVM's and the linker's are many
+        except Exception as error:  # LLVM and the linker may raise anything
             report(f"{workload.function.attrs['op']} with {point.constants}: no library: {error}")
             return None
 
@@ -93,8 +93,8 @@ def emit_kernel(
 
 
 def compute_answer(workload: Workload) -> list[np.ndarray]:
-    """What the unscheduled kernel writes when it is called to be checked, on this machine, whatever
-    the target."""
+    """Return what the unscheduled kernel writes in the checked call, computed on this machine for
+    any target."""
     arrays = checked_inputs(workload.arguments)
     module = ir.IRModule({FUNCTION: workload.function.with_attr("global_symbol", FUNCTION)})
     tvm.compile(module, tvm.target.Target(HOST))[FUNCTION](*map(tensor, arrays))
@@ -114,7 +114,7 @@ def _write_answer(folder: Path, workload: Workload, target: Target, known: Plan 
 def _build(
     function: PrimFunc, arguments: tuple[Argument, ...], target: Target, file: Path
 ) -> dict[str, Launches] | None:
-    """Write a scheduled kernel's library; what to launch of it, where the runtime does that."""
+    """Write a scheduled kernel's library; returns its launches if the runtime makes them."""
     module = ir.IRModule({FUNCTION: function.with_attr("global_symbol", FUNCTION)})
     module = name_rounding(expand_exp(module, target), target)
     write_kernels = WRITE_KERNELS.get(target.runtime)
@@ -130,7 +130,7 @@ def _build(
 
 
 def _known_plan(folder: Path) -> Plan | None:
-    """None if there is none, or a damaged one."""
+    """Read the plan in a folder; None if there is none, or if it is damaged."""
     try:
         return read_plan(folder)
     except TuningError:

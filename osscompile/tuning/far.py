@@ -14,7 +14,7 @@ from ..runtime.trials.files import Candidate, read_plan
 from ..runtime.trials.machines import FUNCTION, TrialMachine
 from ..runtime.trials.measure import Attempt, Failure, Seconds, compare_and_time
 
-BATCH_SECONDS = 900  # of a batch of candidates, one of which may hang
+BATCH_SECONDS = 900  # for a batch of candidates, one of which may hang
 
 
 class There(TrialMachine):
@@ -45,8 +45,8 @@ class There(TrialMachine):
 
 
 def attempt_there(remote: Remote) -> Attempt:
-    """An attempt in a session of its own. Raises RemoteError; also for a candidate that crashes,
-    because TVM's server ends with the session."""
+    """Return an attempt that runs in a session of its own. It raises RemoteError, also when a
+    candidate crashes, because TVM's server ends with the session."""
 
     def attempt(folder: Path, libraries: list[str]) -> tuple[Seconds | None, list[Failure]]:
         plan = read_plan(folder)
@@ -69,7 +69,7 @@ def attempt_there(remote: Remote) -> Attempt:
         session = remote.session(BATCH_SECONDS)
         try:
             return compare_and_time(folder, libraries, There(session), tell), failures
-        except Exception as error:  # a broken connection raises whatever was going on
+        except Exception as error:  # a broken connection may raise anything
             if is_alive(session):
                 raise
             constants = {c.library: c.constants for c in plan.candidates}

@@ -1,4 +1,4 @@
-"""What the arguments of kernels hold when they are checked and measured, by their names."""
+"""Choose by name what the arguments of kernels hold when they are checked and measured."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -8,19 +8,19 @@ from tvm import tirx
 from ..importer.config import ModelConfig
 from ..schedules.formats import DIGIT, FP4_OFFSET
 
-Fill: TypeAlias = tuple[str, int, int]  # one of `FILLS` of `runtime/trials/files.py`, low, high
+Fill: TypeAlias = tuple[str, int, int]  # (one of `FILLS` in `runtime/trials/files.py`, low, high)
 OUTPUT: Fill = ("output", DIGIT, 0)
-IN_PLACE: Fill = ("zeros", 0, 0)  # whatever else is written there shows
-# Powers of two that bring what a product gives, and the scores of attention, near 1.
+IN_PLACE: Fill = ("zeros", 0, 0)  # so that a write elsewhere shows
+# Powers of two that bring the results of products, and the scores of attention, near 1.
 EXPONENTS = {"scales": -12, "xs": -5, "queries": -3}
-EXPONENT_OF_DIGITS = -18  # of xs, where the whole numbers are of digits
+EXPONENT_OF_DIGITS = -18  # of xs where whole numbers are in digits
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides on an argument beside itself: the shapes of all by name, when the kernel is
-    timed; the number of rows when its result is compared, where that is symbolic; the position of
-    the first token."""
+    """What an argument's fill depends on beside itself: the shapes of all by name, when the kernel
+    is timed; the number of rows when its result is compared, where that is symbolic; the position
+    of the first token; and the model's config."""
 
     sizes: dict[str, tuple[int, ...]]
     rows: int
@@ -29,8 +29,8 @@ class Setting:
 
 
 def fill_of(parameter: tirx.Buffer, setting: Setting) -> Fill:
-    """Of an argument that is only read. The result depends on each: none is lost beside others, few
-    sums are clamped, and what indices name exists."""
+    """Return the fill of an argument that is only read. The result depends on every argument: none
+    is lost beside others, few sums are clamped, and indices name what exists."""
     name, dtype = parameter.name, str(parameter.dtype)
     if dtype == "int32":
         return _whole_numbers(name, setting)
@@ -43,11 +43,11 @@ def fill_of(parameter: tirx.Buffer, setting: Setting) -> Fill:
     if dtype == "uint32":
         return "bits", 0, 0
     if dtype == "uint16":
-        return "bfloat16", -5, 0  # so that the router's logits are near 1, too
+        return "bfloat16", -5, 0  # so that the router's logits are near 1 too
     if name == "mask":
         return "integers", 0, 2  # tokens whose number is not 0 are never chosen
     if name == "sinks":
-        return "integers", 3, 10  # scores: each counts like some of a window or of the context
+        return "integers", 3, 10  # scores: each counts like several of a window or the context
     if name == "xs" and len(setting.sizes["xq"]) == 4:
         return "normal", EXPONENT_OF_DIGITS, 0
     return "normal", EXPONENTS.get(name, 0), 0
@@ -57,7 +57,7 @@ def _whole_numbers(name: str, setting: Setting) -> Fill:
     sizes, config = setting.sizes, setting.config
 
     def row_of(other: str) -> int:
-        """One that is there also when the result is compared."""
+        """Return a number of rows that also exist when the result is compared."""
         return min(setting.rows, sizes[other][0])
 
     match name:
@@ -77,12 +77,12 @@ def _whole_numbers(name: str, setting: Setting) -> Fill:
             return "integers", 0x3F000000, 0x3F800000  # bits of 0.5 to 1: 1 / temperature
         case "scores":
             return "integers", -4, 4  # many are equal
-        case "ids" if "scores" in sizes:  # of `narrow`
+        case "ids" if "scores" in sizes:  # in `narrow`
             return "integers", 0, config.vocab_size
-        case "ids" if "logits" in sizes:  # of `choice`: small, because they come out beside a logit
+        case "ids" if "logits" in sizes:  # in `choice`: small, because they come out beside a logit
             return "indices", 1, 4
-        case "ids" if "row_expert" in sizes:  # of `sort_by_expert`
+        case "ids" if "row_expert" in sizes:  # in `sort_by_expert`
             return "integers", 0, config.num_experts
-        case "ids":  # of `embed_*`
+        case "ids":  # in `embed_*`
             return "indices", 0, config.vocab_size
     raise AssertionError(f"{name}: say here which int32 values it may hold")

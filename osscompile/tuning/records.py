@@ -1,4 +1,4 @@
-"""Keep what measuring found: the constants of clear winners, for compiles to read."""
+"""Keep the constants of clear winners, for compiles to read."""
 
 import json
 import os
@@ -10,22 +10,22 @@ from ..runtime.errors import TuningError
 from ..runtime.trials.files import read_plan, read_trials, write_json
 from ..targets import Target
 
-LEAST_GAIN = 0.02  # of the default's time, beyond the measured spread: less may be chance
+LEAST_GAIN = 0.02  # share of the default's time, beyond the measured spread: less may be chance
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The best candidate of a kernel beside the default, in seconds a call."""
+    """A kernel's best candidate and its default, in seconds a call."""
 
     key: str
     default_seconds: float
     best_seconds: float
     ratio: float
-    constants: dict[str, int]  # of the best; empty if the default is as good
+    constants: dict[str, int]  # of the best candidate; empty if the default is as good
 
 
 def read_findings(folders: list[Path], target: Target) -> list[Finding]:
-    """What was found for each kernel that was measured; TuningError for one of another target."""
+    """Return the finding of each measured kernel; TuningError for a kernel of another target."""
     findings = []
     for folder in folders:
         plan = read_plan(folder)
@@ -36,7 +36,7 @@ def read_findings(folders: list[Path], target: Target) -> list[Finding]:
                 "--variant"
             )
         trials = read_trials(folder, plan)
-        trials.pop(plan.default.library, None)  # it was checked; nothing was found beside it
+        trials.pop(plan.default.library, None)  # a check of the default alone is no finding
         if not trials:
             continue
         library = min(trials, key=lambda name: trials[name].ratio + trials[name].spread)
@@ -52,7 +52,7 @@ def read_findings(folders: list[Path], target: Target) -> list[Finding]:
 
 
 def check_records(file: Path) -> None:
-    """Raise CompileError unless records can be written there: before hours of measuring."""
+    """Raise CompileError, before hours of measuring, unless records can be written there."""
     folder = next(parent for parent in file.parents if parent.exists())
     if not os.access(file if file.exists() else folder, os.W_OK):
         raise CompileError(f"{file}: expected a file that can be written; give --output FILE")
@@ -60,7 +60,7 @@ def check_records(file: Path) -> None:
 
 
 def write_records(file: Path, findings: list[Finding]) -> None:
-    """Merge into the records of other kernels; a kernel whose default is as good loses its own."""
+    """Merge findings into the records; a kernel whose default is as good loses its record."""
     records = _read(file)
     for finding in findings:
         records.pop(finding.key, None)

@@ -1,4 +1,4 @@
-"""The points of a kernel's space: every way to answer what its schedule rule asks."""
+"""The points of a kernel's space: all ways to answer the questions of its schedule rule."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +11,15 @@ from ..schedules.records import Choose
 from ..schedules.rule import schedule
 from ..targets import Target
 
-DRAWS_PER_POINT = 20  # random answers often repeat a program that is known
-SEED = 1  # the same points every time: an interrupted run goes on with those it measured
+DRAWS_PER_POINT = 20  # random answers often repeat a known program
+SEED = 1  # the same points every time, so that an interrupted run goes on with those it measured
 
 Report = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A schedule of a kernel and the constants that it took. `program`: names what it computes."""
+    """A schedule of a kernel and the constants that it took. `program` names the code."""
 
     constants: dict[str, int]
     function: PrimFunc
@@ -29,10 +29,10 @@ class Point:
 def choose_points(
     function: PrimFunc, target: Target, most: int, report: Report = print
 ) -> list[Point]:
-    """The default first, then up to `most` others, no two of the same program.
+    """Return the default first, then up to `most` others, no two with the same program.
 
-    A space of so few points comes whole, of a larger one they are drawn. `report` hears of answers
-    that the rule cannot follow.
+    A space with so few points comes whole; from a larger one points are drawn. `report` hears of
+    answers that the rule cannot follow.
     """
     default = make_point(function, target, lambda name, candidates, default: default)
     points = {default.program: default}
@@ -42,7 +42,7 @@ def choose_points(
         constants: dict[str, int] = {}
         try:
             point = make_point(function, target, choose, constants)
-        except Exception as error:  # a schedule primitive raises whatever it likes
+        except Exception as error:  # schedule primitives may raise anything
             if repr(constants) not in failed:
                 report(f"{function.attrs['op']} with {constants}: cannot be scheduled: {error!r}")
             failed.add(repr(constants))
@@ -71,11 +71,11 @@ def make_point(
     choose: Choose,
     constants: dict[str, int] | None = None,
 ) -> Point:
-    """The schedule for the answers of `choose`, which are also written into `constants`."""
+    """Return the schedule for the answers of `choose`, which it also writes into `constants`."""
     chosen: dict[str, int] = {} if constants is None else constants
 
     def once(name: str, candidates: Sequence[int], default: int) -> int:
-        if name not in chosen:  # a record has one value a name
+        if name not in chosen:  # a record has one value for a name
             chosen[name] = choose(name, candidates, default)
         return chosen[name]
 
@@ -84,14 +84,14 @@ def make_point(
 
 
 def name_program(function: PrimFunc, target: Target) -> str:
-    """The same for the same code, in every process; what else goes into a library goes into it."""
+    """Return the same name for the same code in every process; it covers all of a library."""
     text = f"{target!r}\n{function.script(show_meta=True)}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _every_point(answer: Callable[[Choose], Point | None]) -> Iterator[Point | None]:
-    """Depth first: what is asked later may depend on earlier answers."""
-    path: list[int] = []  # which candidate was taken, question by question
+    """Visit all points depth first, because later questions may depend on earlier answers."""
+    path: list[int] = []  # the candidate taken for each question
     while True:
         counts: list[int] = []
 
@@ -115,11 +115,11 @@ def _every_point(answer: Callable[[Choose], Point | None]) -> Iterator[Point | N
 def _random_points(
     function: PrimFunc, answer: Callable[[Choose], Point | None], count: int
 ) -> Iterator[Point | None]:
-    """Points that TVM's sampling primitive draws.
+    """Draw points with TVM's sampling primitive.
 
     MetaSchedule's strategies, which call it too, do not fit: evolutionary and replay-trace replay a
-    trace, in which the numbers that a rule computed from its answers stay as they were recorded,
-    and replay-func takes no symbolic shapes.
+    trace, in which the numbers that a rule computed from its answers stay as recorded, and
+    replay-func takes no symbolic shapes.
     """
     sampler = Schedule(function, seed=SEED)
 

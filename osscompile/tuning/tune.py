@@ -23,8 +23,8 @@ MODELS = ("synthetic:gpt-oss-20b", "synthetic:gpt-oss-120b")
 
 
 def choose_target(name: str | None, variant: str | None) -> Target:
-    """The variant of that name, else the best that runs here, else the first; TargetError if there
-    is none."""
+    """Return the variant of that name, else the best that runs here, else the first; TargetError if
+    there is none."""
     if name is None:
         name = targets.of_this_machine().name
     variants = targets.load_variants(name)
@@ -49,7 +49,7 @@ def tune(
     trials: int,
     attempt: Attempt,
 ) -> list[Finding]:
-    """Build, measure and compare; trials in `work` are not made again. `attempt`: on which machine.
+    """Build, measure and compare; trials in `work` are not made again. `attempt` picks the machine.
 
     Raises CompileError, CheckpointError or TuningError.
     """
@@ -68,8 +68,11 @@ def tune(
 
 
 def emit(directory: Path, target: Target, models: Sequence[str], profile: str, trials: int) -> int:
-    """Build the candidates of all kernels for another machine; returns the number of kernels. For
-    no `trials`, the default of every kernel, also of those that cannot be tuned: to be checked."""
+    """Build the candidates of all kernels for another machine; returns the number of kernels.
+
+    With 0 `trials` it builds the default of every kernel for a check, also of kernels that cannot
+    be tuned.
+    """
     if trials < 0:
         raise CompileError(f"trials: expected at least 0, found {trials}")
     workloads = _workloads(models, profile, target, trials)
@@ -80,9 +83,9 @@ def emit(directory: Path, target: Target, models: Sequence[str], profile: str, t
 
 
 def measure(directory: Path, attempt: Attempt) -> None:
-    """Measure what `emit` built; what was measured before is not measured again.
+    """Measure what `emit` built, but nothing that was measured before.
 
-    Raises TuningError; for a kernel whose default fails only when all others were measured.
+    Raises TuningError; if a kernel's default fails, only after all others were measured.
     """
     folders, failed = kernel_folders(directory), []
     for number, folder in enumerate(folders, start=1):
@@ -100,7 +103,7 @@ def measure(directory: Path, attempt: Attempt) -> None:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """For people: kernel, default and best in microseconds, their ratio, constants."""
+    """Return a text table: kernel, default and best in microseconds, their ratio, constants."""
     rows = [("default us", "best us", "ratio", "constants", "kernel")]
     for f in findings:
         times = (f"{f.default_seconds * 1e6:.1f}", f"{f.best_seconds * 1e6:.1f}", f"{f.ratio:.3f}")
@@ -129,7 +132,7 @@ def _workloads(models: Sequence[str], profile: str, target: Target, trials: int)
 def _make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / ".gitignore").write_text("*\n", encoding="utf-8")  # nothing to be committed
+        (directory / ".gitignore").write_text("*\n", encoding="utf-8")  # nothing here is committed
     except OSError as error:
         raise CompileError(
             f"{directory}: expected a folder that can be written, found: {error}; give another"

@@ -1,4 +1,4 @@
-"""The kernels of a model, and what they are called with when they are checked and measured."""
+"""The kernels of a model, and the arguments with which they are checked and measured."""
 
 import dataclasses
 import math
@@ -23,19 +23,19 @@ from ..targets import Target
 from .fills import IN_PLACE, OUTPUT, Setting, fill_of
 
 NOT_TUNED = ("score",)  # functions whose speed nobody waits for
-# Of the first new token: attention has that many keys before it, and the new ones go on from the
-# end of a ring of 128 + 512 slots to its beginning.
+# The position of the first new token: attention sees that many keys before it, and new keys wrap
+# from the end of a ring of 128 + 512 slots to its beginning.
 POSITION = 1270
-# Of a kernel with a symbolic number of them, when its result is compared: more than a tile of 64,
-# and fewer where the host would take minutes.
+# The rows of a kernel with a symbolic number of them, when its result is compared: more than a tile
+# of 64, and fewer where the host would take minutes.
 CHECKED_ROWS = 85
-CHECKED_ELEMENTS = 1 << 20  # of the result, but for a row
+CHECKED_ELEMENTS = 1 << 20  # in the result at most, unless one row has more
 
 
 @dataclass(frozen=True)
 class Workload:
-    """An unscheduled kernel, packed for the target, and its arguments. `tuned`: whether its
-    schedule leaves constants open, and someone waits for its speed."""
+    """An unscheduled kernel, packed for the target, and its arguments. `tuned` says whether its
+    schedule leaves constants open and its speed matters."""
 
     key: str
     function: PrimFunc
@@ -44,9 +44,9 @@ class Workload:
 
 
 def collect_workloads(config: ModelConfig, profile: str, target: Target) -> list[Workload]:
-    """The distinct kernels of a model, with arguments as in the largest call: that of a whole
+    """Return the distinct kernels of a model, with the arguments of the largest call: a whole
     prefill chunk where the number of tokens is symbolic."""
-    kinds = sorted(set(config.sliding))  # a layer of each kind has all kernels
+    kinds = sorted(set(config.sliding))  # one layer of each kind has all kernels
     config = dataclasses.replace(config, num_layers=len(kinds), sliding=tuple(kinds))
     module = build_graph(config, profile, config.max_context, DEFAULT_CHUNK).module
     if target.device != CPU:
@@ -65,7 +65,7 @@ def collect_workloads(config: ModelConfig, profile: str, target: Target) -> list
 
 @dataclass(frozen=True)
 class _Call:
-    """Of a kernel by a function; `sizes`: the largest value of each symbol in the shapes."""
+    """A function's call of a kernel; `sizes` has the largest value of each symbol in the shapes."""
 
     caller: str
     call: ir.Call
@@ -89,7 +89,7 @@ def _calls_by_kernel(module: ir.IRModule) -> dict[str, list[_Call]]:
 
 
 def _argument_types(call: ir.Call) -> list[relax.TensorType]:
-    """Of the inputs, then of the outputs that are arguments of their own."""
+    """Return the types of the inputs, then of the outputs that are separate arguments."""
     types = [field.ty for field in call.args[1].fields]
     if call.op.name == "relax.call_tir":
         types += getattr(call.ty, "fields", [call.ty])
@@ -141,7 +141,7 @@ def _arguments(function: PrimFunc, call: _Call, config: ModelConfig) -> tuple[Ar
 
 
 def _shape(extents: Sequence[Expr], sizes: dict[str, int]) -> tuple[int, ...]:
-    """Extents, which may be expressions, with values for their symbols."""
+    """Evaluate extents, which may be expressions, with these values for their symbols."""
 
     def value(extent: Expr) -> int:
         replaced = structural_map(extent, (tirx.Var, lambda v: tirx.const(sizes[v.name], "int64")))
