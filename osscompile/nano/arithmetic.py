@@ -43,7 +43,7 @@ OPERATION_WORDS = {
 def draw_sum(
     rng: Random, held_out: bool, three_digits: float = 0.0
 ) -> tuple[str, str, tuple[int, str, int]]:
-    """-> question, final answer, (a, operation, b); three-digit numbers are never held out."""
+    """Return question, final answer, (a, operation, b); three-digit numbers are never held out."""
     operation = rng.choice("+-")
     large = not held_out and rng.random() < three_digits
 
@@ -62,7 +62,7 @@ def draw_sum(
 
 
 def explain_columns(a: int, operation: str, b: int, effort: str) -> str:
-    """Column arithmetic from the units up: a line (low), its result (medium), sentences (high)."""
+    """Explain columns from the units up: a line (low), its result (medium), sentences (high)."""
     width = max(len(str(a)), len(str(b)))
     carry, columns, sentences = 0, [], []
     names = ("units", "tens", "hundreds")

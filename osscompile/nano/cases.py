@@ -1,4 +1,4 @@
-"""Held-out prompts for nano and how its answers are judged; needs neither torch nor numpy."""
+"""Held-out prompts for nano and the judge of its answers; needs neither torch nor numpy."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from osscompile.nano.dialogues import EFFORTS, draw_dialogue
 
-# Category -> the tasks whose held-out dialogues it takes.
+# Category -> the tasks that its held-out dialogues come from.
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "arithmetic": ("arithmetic",),
     "tool_call": ("tools",),
@@ -42,18 +42,18 @@ class Case:
     expected: str
 
     def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
-        """The prompt in tokens; special tokens in the text become their ids."""
+        """Return the prompt in tokens; special tokens in the text become their ids."""
         return list(tokenizer.encode(self.prompt, add_special_tokens=False).ids)
 
 
 def held_out_cases(category: str, count: int, seed: int, effort: str | None = None) -> list[Case]:
-    """Cases with harmony's default system message that training never draws.
+    """Return cases with harmony's default system message that training never draws.
 
-    `effort` fixes the reasoning effort, otherwise each of the three comes up. The greetings and
+    `effort` fixes the reasoning effort; without it each of the three comes up. The greetings and
     facts of `chat` are a closed list: only their surroundings are new.
     """
     rng = Random(f"cases {category} {effort} {seed}")
-    # One per dialogue, so that cases are independent; some draws have no such branch.
+    # One case per dialogue keeps cases independent; some draws have no such branch.
     cases: list[Case] = []
     while len(cases) < count:
         chosen = effort or rng.choice(EFFORTS)
@@ -78,7 +78,7 @@ def held_out_cases(category: str, count: int, seed: int, effort: str | None = No
 def judge(case: Case, text: str) -> bool:
     """Whether a completion (special tokens included) ends in the message that was expected.
 
-    Calls and JSON are compared as values, sentences letter by letter. What the analysis says does
+    Calls and JSON are compared as values, sentences letter by letter. The words of the analysis do
     not matter, but everything must be well-formed harmony.
     """
     expected, found = _messages(case.expected), _messages(text)
@@ -95,7 +95,7 @@ def judge(case: Case, text: str) -> bool:
 
 
 def complete(generate: Generate, tokenizer: Tokenizer, cases: list[Case]) -> list[str]:
-    """Completions by any function from prompt ids to new ids, such as a compiled artifact's."""
+    """Complete the prompts by any function from prompt ids to new ids, such as an artifact's."""
     return [
         tokenizer.decode(generate(case.prompt_ids(tokenizer)), skip_special_tokens=False)
         for case in cases
@@ -103,18 +103,18 @@ def complete(generate: Generate, tokenizer: Tokenizer, cases: list[Case]) -> lis
 
 
 def analysis_of(text: str) -> str:
-    """The analysis in a completion, empty if there is none."""
+    """Return the analysis in a completion, empty if there is none."""
     messages = _messages(text) or []
     return "".join(m["content"] for m in messages if m["header"] == "analysis")
 
 
 def stop_ids(tokenizer: Tokenizer) -> set[int]:
-    """Ids that end a completion."""
+    """Return the ids that end a completion."""
     return {tokenizer.encode(token).ids[0] for token in STOP_TOKENS}
 
 
 def accuracy(verdicts: Iterable[bool]) -> float:
-    """Share of True, in percent."""
+    """Return the share of True in percent."""
     all_verdicts = list(verdicts)
     return 100 * sum(all_verdicts) / len(all_verdicts)
 

@@ -1,4 +1,4 @@
-"""Seeded synthetic harmony dialogues: what nano is trained on and, held out, judged by.
+"""Seeded synthetic harmony dialogues: nano is trained on them, and judged by those held out.
 
 A dialogue is a tree: one prefix (system and developer messages, facts, earlier turns) and several
 independent continuations of it. The trainer reads the prefix once for all of its branches.
@@ -22,7 +22,7 @@ from osscompile.nano.lookups import (
 
 EFFORTS = ("low", "medium", "high")
 TASKS = ("arithmetic", "tools", "json", "recall", "chat")
-WINDOW = 32  # tokens nano's sliding layers see; recall must reach further back
+WINDOW = 32  # tokens that nano's sliding layers see; recall must reach further back
 
 CAPITALS = {
     "France": "Paris",
@@ -92,7 +92,7 @@ def draw_dialogue(
     num_earlier_turns: int | None = None,
     official: bool | None = None,
 ) -> Dialogue:
-    """Draw a dialogue of a task; held-out ones share no number pair, name and value with others.
+    """Draw a dialogue of a task; held-out ones share no number pair or name and value with others.
 
     `official` forces (True) or forbids (False) the system message that harmony renders by default.
     """
@@ -114,7 +114,7 @@ def draw_dialogue(
 def system_message(
     rng: Random, effort: str, *, with_tools: bool, official: bool | None = None
 ) -> str:
-    """The official harmony system message with a random date or, a fifth of the time, a variant."""
+    """Return harmony's official system message with a random date or, in a fifth, a variant."""
     if official is None:
         official = rng.random() < 0.8
     if not official and rng.random() < 0.5:
@@ -133,7 +133,7 @@ def system_message(
 
 
 def message(role: str, text: str) -> str:
-    """One harmony message without a channel."""
+    """Return one harmony message without a channel."""
     return f"<|start|>{role}<|message|>{text}<|end|>"
 
 
@@ -153,7 +153,7 @@ def _final(text: str, end: str = "<|return|>") -> str:
 
 
 def _turn(question: str, final: str) -> str:
-    """A finished turn as it appears in a prompt: the analysis is gone."""
+    """Return a finished turn as it appears in a prompt: without its analysis."""
     return message("user", question) + "<|start|>assistant" + _final(final, "<|end|>")
 
 
@@ -205,7 +205,7 @@ def _draw_tools(rng: Random, effort: str, held_out: bool) -> tuple[str, list[Bra
 
 
 def _tool_branches(rng: Random, use: ToolUse, effort: str) -> tuple[Branch, Branch]:
-    """The call, and the sentence after its result."""
+    """Return the call, and the sentence after its result."""
     analysis = {
         "low": None,
         "medium": f"I call {use.name}.",
@@ -227,7 +227,7 @@ def _tool_branches(rng: Random, use: ToolUse, effort: str) -> tuple[Branch, Bran
 
 
 def compact_json(value: object) -> str:
-    """JSON without spaces, as nano writes it."""
+    """Return JSON without spaces, as nano writes it."""
     return json.dumps(value, separators=(",", ":"))
 
 
@@ -274,7 +274,7 @@ def _draw_recall(rng: Random, effort: str, held_out: bool) -> tuple[str, list[Br
     facts = _draw_facts(rng, held_out)
     told = " ".join(statement for _, statement, _ in facts)
     filler = ""
-    # Words are at most as many as tokens, so the last fact is out of every question's window.
+    # A text has as many tokens as words or more, so no question's window reaches the last fact.
     while len(filler.split()) <= WINDOW:
         filler += " " + rng.choice(FILLERS)
     where = rng.random()
@@ -298,8 +298,8 @@ def _draw_recall(rng: Random, effort: str, held_out: bool) -> tuple[str, list[Br
 
 
 def _draw_facts(rng: Random, held_out: bool) -> list[tuple[str, str, tuple[str, ...]]]:
-    """-> (who, the fact about them, ways to ask for it), two to five of different people."""
-    # What is trained is harder than what is promised and judged: codes of three digits, of people
+    """Return two to five (who, the fact about them, ways to ask for it), of different people."""
+    # Training is harder than what is promised and judged: codes of up to three digits, and people
     # and places whose names are known.
     invented = 0.0 if held_out else INVENTED
     kinds: tuple[tuple[str, Callable[[], str], tuple[str, ...]], ...] = (
@@ -349,7 +349,7 @@ def _draw_chat(rng: Random, effort: str, held_out: bool) -> tuple[str, list[Bran
 
 
 def _draw_instructions(rng: Random) -> str:
-    """Instructions that change nothing, a fifth of the time."""
+    """Return, in a fifth of the draws, instructions that change nothing."""
     if rng.random() < 0.8:
         return ""
     text = rng.choice(("Be brief.", "You are a helpful assistant.", "Answer the question."))

@@ -58,7 +58,7 @@ def decode_greedily(model: Nano, prompts: list[list[int]], stops: set[int]) -> l
 
 
 def evaluate_batched(model: Nano, tokenizer: Tokenizer, cases: list[Case]) -> list[str]:
-    """The completions of all cases, in their order."""
+    """Return the completions of all cases, in their order."""
     prompts = [case.prompt_ids(tokenizer) for case in cases]
     order = sorted(range(len(cases)), key=lambda index: len(prompts[index]))
     completions = [""] * len(cases)

@@ -1,7 +1,8 @@
 """Write nano as a Hugging Face gpt-oss checkpoint, and read it back.
 
-`python -m osscompile.nano.export --state DIR --out DIR`: DIR/state.pt and DIR/tokenizer.json of
-the training become config.json, model.safetensors (MXFP4 experts, bfloat16 elsewhere) and the rest.
+`python -m osscompile.nano.export --state DIR --out DIR` turns the training's DIR/state.pt and
+DIR/tokenizer.json into config.json, model.safetensors (MXFP4 experts, bfloat16 elsewhere) and the
+rest.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from osscompile.nano.network import MXFP4_BLOCK, Nano, NanoConfig, round_to_mxfp
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_BIAS = 127
 
-# Our parameter of a layer -> its name in the checkpoint; q, k, v and experts are apart below.
+# Our parameter of a layer -> its name in the checkpoint; q, k, v and experts follow below.
 LAYER_NAMES = {
     "attention_norm": "input_layernorm.weight",
     "out": "self_attn.o_proj.weight",
@@ -93,7 +94,7 @@ def load_checkpoint(folder: Path) -> Nano:
 
 
 def to_tensors(model: Nano) -> dict[str, Tensor]:
-    """The model's parameters under the names and in the dtypes of gpt-oss-20b's checkpoint."""
+    """Return the parameters under the names and in the dtypes of gpt-oss-20b's checkpoint."""
     state, config = model.state_dict(), model.config
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     tensors = {name: state[ours].bfloat16() for ours, name in TOP_NAMES.items()}
@@ -117,7 +118,7 @@ def to_tensors(model: Nano) -> dict[str, Tensor]:
 def pack_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[expert, row, in] -> uint8 blocks [expert, row, in / 32, 16] and e8m0 scales [.., in / 32].
 
-    Of the two values in a byte the first is in the low nibble.
+    The low nibble of a byte holds the first of its two values.
     """
     values, exponents = round_to_mxfp4(weight)
     scaled = values.unflatten(-1, (-1, MXFP4_BLOCK)) / torch.exp2(exponents).unsqueeze(-1)
@@ -128,14 +129,14 @@ def pack_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Inverse of `pack_mxfp4`, float32."""
+    """Invert `pack_mxfp4`, to float32."""
     table = torch.tensor([*E2M1_MAGNITUDES, *(-value for value in E2M1_MAGNITUDES)])
     codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).long()
     return torch.ldexp(table[codes], scales.int().unsqueeze(-1) - E8M0_BIAS).flatten(-2)
 
 
 def hf_config(config: NanoConfig, tokenizer: Tokenizer) -> dict[str, object]:
-    """config.json with the keys of gpt-oss-20b's."""
+    """Return config.json with the keys of gpt-oss-20b's."""
     kinds = ("sliding_attention", "full_attention")
     return {
         "architectures": ["GptOssForCausalLM"],
@@ -189,7 +190,7 @@ def hf_config(config: NanoConfig, tokenizer: Tokenizer) -> dict[str, object]:
 
 
 def nano_config(config: dict[str, int]) -> NanoConfig:
-    """The shapes in a config.json of ours."""
+    """Read the shapes from a config.json of ours."""
     return NanoConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -205,7 +206,7 @@ def nano_config(config: dict[str, int]) -> NanoConfig:
 
 
 def _interleave(x: Tensor) -> Tensor:
-    """Halves [gate; up] of axis 1 -> rows gate 0, up 0, gate 1, up 1, ..."""
+    """Turn halves [gate; up] of axis 1 into rows gate 0, up 0, gate 1, up 1, ..."""
     return torch.stack(x.chunk(2, 1), 2).flatten(1, 2)
 
 

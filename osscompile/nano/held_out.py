@@ -1,4 +1,4 @@
-"""Which numbers, names and values nano never sees in training."""
+"""The numbers, names and values that nano never sees in training."""
 
 import zlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a key (a number pair, a name and its value) belongs to the held-out twentieth."""
+    """Whether a key (a number pair, a name and its value) is in the held-out twentieth."""
     return zlib.crc32(key.encode()) % 20 == 0
 
 

@@ -1,4 +1,4 @@
-"""Names, places and tools that nano's dialogues speak of."""
+"""Names, places and tools that occur in nano's dialogues."""
 
 import json
 from collections.abc import Mapping
@@ -23,17 +23,17 @@ INVENTED = 0.15  # share of names and places that are made up, so that copying m
 
 
 def draw_name(rng: Random, invented: float = INVENTED) -> str:
-    """A first name, or an invented one."""
+    """Draw a first name, or an invented one."""
     return _invent(rng) if rng.random() < invented else rng.choice(NAMES)
 
 
 def draw_place(rng: Random, invented: float = INVENTED) -> str:
-    """A city, or an invented one."""
+    """Draw a city, or an invented one."""
     return _invent(rng) if rng.random() < invented else rng.choice(PLACES)
 
 
 def draw_color(rng: Random) -> str:
-    """One of a few colours."""
+    """Draw one of a few colours."""
     return rng.choice(COLORS)
 
 
@@ -56,7 +56,7 @@ class ToolUse:
 
     @property
     def key(self) -> str:
-        """What makes this use another one than those trained on."""
+        """The key that tells this use from those trained on."""
         return f"{self.kind} {list(self.arguments.values())}"
 
 

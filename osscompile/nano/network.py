@@ -37,7 +37,7 @@ class NanoConfig:
 
 @dataclass
 class LayerCache:
-    """Keys and values a layer has seen, [batch, kv_head, token, head_dim]."""
+    """The keys and values that a layer has seen, [batch, kv_head, token, head_dim]."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -84,10 +84,10 @@ class Nano(nn.Module):  # type: ignore[misc]
         caches: list[LayerCache] | None = None,
         selected: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """-> (logits, load-balance loss).
+        """Return (logits, load-balance loss).
 
-        ids, positions: [batch, token]; visible: bool [batch, token, key], which keys a token may
-        see before the window is applied; key_positions: [batch, key] where keys come from caches;
+        ids, positions: [batch, token]; visible: bool [batch, token, key], the keys that a token may
+        see before the window is applied; key_positions: [batch, key], if keys come from caches;
         selected: flat indices of the tokens whose logits are wanted, all by default.
         """
         config = self.config
@@ -151,8 +151,8 @@ class Layer(nn.Module):  # type: ignore[misc]
         q, k = rotation(q) / math.sqrt(config.head_dim), rotation(k)
         if cache is not None:
             k, v = cache.extend(k, v)
-        # The sink is a first key whose score is the learned logit and whose value is zero:
-        # an extra input that is the logit in queries and one in that key only.
+        # The sink is a first key whose score is the learned logit and whose value is zero. An extra
+        # input gives that score: it is the logit in queries, and one in the sink's key only.
         sinks = self.sinks.view(1, heads, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
         q = torch.cat((q, sinks), -1)
         k, v = F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
@@ -196,7 +196,7 @@ class Layer(nn.Module):  # type: ignore[misc]
 
 
 def yarn_rotation(config: NanoConfig, positions: Tensor) -> Rotation:
-    """YaRN without truncation of its range (gpt-oss `truncate: false`), at [batch, token]."""
+    """Return YaRN's rotation at [batch, token], with its range not truncated, as in gpt-oss."""
     half = config.head_dim // 2
     dim = torch.arange(half, dtype=torch.float64)
     period = config.rope_theta ** (dim / half)
@@ -226,7 +226,7 @@ def round_to_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     exponent = torch.ceil(torch.log2(largest / MXFP4_MAX)).clamp(-127, 127)
     scale = torch.exp2(exponent)
     scaled = blocks / scale
-    # E2M1 steps: 0.5 below 2, 1 below 4, 2 up to 6.
+    # E2M1 has steps of 0.5 below 2, 1 below 4, 2 up to 6.
     magnitude = scaled.abs()
     step = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
     rounded = (torch.round(scaled / step) * step).clamp(-MXFP4_MAX, MXFP4_MAX)
@@ -234,7 +234,7 @@ def round_to_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantise(weight: Tensor) -> Tensor:
-    """The weight as MXFP4 stores it; gradients pass straight through."""
+    """Return the weight as MXFP4 stores it; gradients pass straight through."""
     return weight + (round_to_mxfp4(weight.detach())[0] - weight.detach())
 
 

@@ -44,9 +44,9 @@ SPECIALS = (
     "<|endofprompt|>",
 )
 
-# Lower-case words take a space before them, capitalised words do not: a name is the same tokens
-# after a space, a quote or a newline, so that copying it needs no second spelling. Digits are
-# single, as column arithmetic wants them.
+# Lower-case words include the space before them, capitalised words do not: a name has the same
+# tokens after a space, a quote or a newline, so that copying it needs no second spelling. Digits
+# are single, as column arithmetic needs them.
 PIECES = (
     r" ?[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[\p{Lu}\p{Lt}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -78,7 +78,7 @@ def build_tokenizer(seed: int = 1) -> Tokenizer:
 
 
 def _with_specials(tokenizer: Tokenizer) -> Tokenizer:
-    """Fill the vocabulary up, so that the special tokens are its last ids."""
+    """Pad the vocabulary, so that the special tokens are its last ids."""
     state = json.loads(tokenizer.to_str())
     for index in range(tokenizer.get_vocab_size(), VOCAB_SIZE - len(SPECIALS)):
         state["model"]["vocab"][f"<|unused_{index}|>"] = index

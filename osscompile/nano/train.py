@@ -4,9 +4,9 @@ The run of 8,400 steps read 22 million tokens, about 100 minutes on two busy cor
 at step 6400 and resumed with a faster decay, and the later mixtures were added when step 7000 still
 erred in calls and step 7900 in recall; the constants below describe what the run did in the end.
 
-Two processes of one thread each see different dialogues and average their gradients, which on a
-busy machine is much faster than one process of two threads. All draws follow from the step, so
-that a resumed run is the uninterrupted one.
+Two processes of one thread each see different dialogues and average their gradients; on a busy
+machine this is much faster than one process of two threads. All draws follow from the step, so
+that a resumed run equals an uninterrupted one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from osscompile.nano.tokenizer import build_tokenizer
 
 SEED = 17
 NUM_WORKERS = 2
-ROWS_PER_WORKER = 4  # dialogues a step and worker; about 300 tokens each, 130 of them learned
+ROWS_PER_WORKER = 4  # dialogues per step and worker; about 300 tokens each, 130 of them learned
 BATCHES_PER_BUCKET = 32  # drawn together and sorted by length, to pad little
 # (first step, a multiple of BATCHES_PER_BUCKET; weights of the tasks). Arithmetic, JSON and chat
 # are learned in the first stage; the others are for copying names of parameters and values.
@@ -40,8 +40,8 @@ MIXTURES = (
 )
 EFFORT_WEIGHTS = (40, 33, 27)
 
-QUANTISE_FROM = 2000  # before it the experts learn in float32, which is faster
-# (step, learning rate), straight lines between: up, stay, down; and again for each later mixture.
+QUANTISE_FROM = 2000  # before this step experts learn in float32, which is faster
+# (step, learning rate), linear in between: up, constant, down, and again for each later mixture.
 LEARNING_RATES = (
     (-1, 0.0),
     (49, 2e-3),
@@ -54,7 +54,7 @@ LEARNING_RATES = (
     (8400, 1e-5),
 )
 NUM_STEPS = LEARNING_RATES[-1][0]
-WEIGHT_DECAY = 0.05  # of matrices; 0.01 elsewhere
+WEIGHT_DECAY = 0.05  # for matrices; 0.01 elsewhere
 BALANCE_WEIGHT = 0.005
 MAX_GRADIENT_NORM = 1.0
 
@@ -84,7 +84,7 @@ class Batch:
 
 
 def train(out: Path, last_step: int) -> None:
-    """Train up to `last_step` in `out`, which afterwards holds tokenizer.json and state.pt."""
+    """Train up to `last_step`; `out` then holds tokenizer.json and state.pt."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.json").exists():
         build_tokenizer().save(str(out / "tokenizer.json"))
@@ -95,7 +95,7 @@ def train(out: Path, last_step: int) -> None:
 
 
 def learning_rate(step: int) -> float:
-    """The learning rate of a step, by interpolation in LEARNING_RATES."""
+    """Return the learning rate of a step, interpolated in LEARNING_RATES."""
     for (start, first), (end, last) in pairwise(LEARNING_RATES):
         if step <= end:
             return first + (last - first) * (step - start) / (end - start)
@@ -134,7 +134,7 @@ def collate(rows: list[Row]) -> Batch:
     learned = pad([[int(flag) for flag in row.learned] for row in rows], 0)
     key, query = branches[:, None, :], branches[:, :, None]
     visible = ((key == 0) | (key == query)) & (positions[:, None, :] <= positions[:, :, None])
-    # Within a branch the token before a learned one predicts it: prompts are never empty.
+    # The token before a learned one predicts it, within the branch: prompts are never empty.
     targets = torch.where(learned.bool(), ids, -1)[:, 1:].flatten()
     indices = torch.arange(ids.numel()).view_as(ids)[:, :-1].flatten()
     chosen = targets >= 0
@@ -142,7 +142,7 @@ def collate(rows: list[Row]) -> Batch:
 
 
 def batches(tokenizer: Tokenizer, worker: int, first_step: int) -> Iterator[Batch]:
-    """The batches of one worker from a step on."""
+    """Yield the batches of one worker from a step on."""
     bucket = first_step // BATCHES_PER_BUCKET
     skipped = first_step % BATCHES_PER_BUCKET
     while True:
