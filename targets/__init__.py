@@ -1,4 +1,4 @@
-"""What is known about each machine: one TOML file a target, read into frozen `Target`s."""
+"""Facts about each machine: one TOML file for each target, read into frozen `Target`s."""
 
 import dataclasses
 import tomllib
@@ -19,20 +19,20 @@ class Target:
     """Facts about one machine. Code branches on these, never on a name."""
 
     name: str
-    variant: str  # of the machine's instructions; the name again where there is but one
+    variant: str  # of the machine's instructions; the name again if there is only one
     description: str
-    checked: str  # what ran on such a machine, what under emulation, what was only compiled
-    family: str  # which schedules apply: "cpu" or "gpu"
-    runtime: str  # what executes its artifacts: "tvm" (a shared library), "opencl" or "cuda"
-    device: str  # of TVM's runtime: "cpu" or "metal"; of other runtimes none
+    checked: str  # says what ran on such a machine, under emulation, or was only compiled
+    family: str  # of its schedules: "cpu" or "gpu"
+    runtime: str  # that executes its artifacts: "tvm" (a shared library), "opencl" or "cuda"
+    device: str  # of TVM's runtime: "cpu" or "metal"; empty for other runtimes
     tvm: dict[str, Any]  # the TVM target
     system: str  # platform.system() where artifacts run, or "any"
     architecture: str  # platform.machine() where artifacts run, or "any"
     cpu_features: tuple[str, ...]  # names as in /proc/cpuinfo
-    vector_bits: int  # of a group of rows of packed weights
-    register_bits: int  # of a vector register; 0 for a GPU, and so the number
-    num_registers: int  # vectors
-    max_threads: int  # of a work-group; 0 for a CPU, and so the size
+    vector_bits: int  # in a group of rows of packed weights
+    register_bits: int  # in a vector register; 0 for a GPU, as `num_registers` is
+    num_registers: int  # for vectors
+    max_threads: int  # in a work-group; 0 for a CPU, as `subgroup_size` is
     subgroup_size: int  # threads that execute an instruction together
     int8_dot: str | None  # instruction that sums products of bytes
     matrix: str | None  # instruction that multiplies matrices of float32
@@ -41,25 +41,25 @@ class Target:
     dtypes: tuple[str, ...]  # legal for kernel arguments
     has_exp: bool
     has_half: bool  # arithmetic in float16
-    nearest_even: str | None  # the function that rounds to it, where TVM does not know
+    nearest_even: str | None  # function that rounds to nearest even, if TVM knows none
     link_triple: str  # for the linker: architecture, system, C library and its oldest version
     link_flags: tuple[str, ...]  # for the linker of that system
     library: str  # file name of the compiled library
 
     @property
     def vector_lanes(self) -> int:
-        """32-bit lanes of a group: rows of a weight that are interleaved."""
+        """32-bit lanes in a group, each for one of a weight's rows that are interleaved."""
         return self.vector_bits // 32
 
 
 def names(folder: Path | None = None) -> list[str]:
-    """Targets that can be compiled for: the TOML files of `folder` (default: those shipped)."""
+    """Return the targets to compile for: the TOML files of `folder` (default: those shipped)."""
     return sorted(path.stem for path in (folder or _shipped()).glob("*.toml"))
 
 
 def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
-    """The variants of the target of that name, best first; TargetError if there is no such target
-    or its file is incomplete.
+    """Return the variants of the target of that name, best first; TargetError if there is no such
+    target or its file is incomplete.
 
     They differ in instructions only: the same packed weights serve all of them.
     """
@@ -110,8 +110,8 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
 
 
 def of_this_machine() -> Target:
-    """The target whose system, architecture and CPU features this machine has, with the widest
-    vectors, and of its variants the best that runs here; TargetError if there is none."""
+    """Return the best variant that runs here of the target whose system, architecture and CPU
+    features this machine has, with the widest vectors; TargetError if there is none."""
     here = Machine.here()
     fitting = [
         target
@@ -125,7 +125,7 @@ def of_this_machine() -> Target:
             f"target: none fits this machine ({here.system} on {here.architecture}); choose one "
             f"of {', '.join(names())} to compile for another machine"
         )
-    return max(fitting, key=lambda target: target.vector_bits)  # of equals the first
+    return max(fitting, key=lambda target: target.vector_bits)  # the first among equals
 
 
 def _variant(target: Target, facts: dict[str, Any]) -> Target:
