@@ -1,1 +1,1 @@
-"""What measures candidates of kernels, made by `osscompile/tuning/`, without the compiler."""
+"""Measure the candidates of kernels that `osscompile/tuning/` made, without the compiler."""

@@ -1,8 +1,8 @@
-"""What `osscompile tune` measures, and what it found: the files of one kernel's folder.
+"""The files of one kernel's folder: what `osscompile tune` measures, and what it found.
 
-`plan.json` says how the kernel is called, which libraries hold it and which file what it must
-answer; `results.json` what they took. Both are checked when read. Libraries are code: measure only
-folders that you trust.
+`plan.json` says how the kernel is called, which libraries hold its candidates, and which file holds
+the right answer; `results.json` says what the candidates took. Both are checked when they are read.
+Libraries are code: measure only folders that you trust.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ FORMAT_VERSION = 3
 PLAN = "plan.json"
 RESULTS = "results.json"
 DTYPES = ("float32", "float16", "int8", "int32", "uint8", "uint16", "uint32")
-# What an argument holds. "integers": from `low` up to, not including, `high`; "indices": such ones
-# that say where in others a kernel reads or writes; "normal", "bfloat16": random numbers times 2 to
-# the power `low`; "experts": one of `high` experts a row; "offsets": see `inputs._set_offsets`;
-# "output": nothing yet, and if it is of digits, to the base `low`; "zeros": what is written in
-# places only.
+# The contents of an argument. "integers": from `low` up to, not including, `high`; "indices":
+# integers that say where a kernel reads or writes in other arguments; "normal", "bfloat16": random
+# numbers times 2 to the power `low`; "experts": one of `high` experts for each row; "offsets": see
+# `inputs._set_offsets`; "output": nothing yet (digits will have the base `low`); "zeros": zeros, of
+# which a kernel overwrites some.
 FILLS = (
     "bits",
     "bfloat16",
@@ -43,9 +43,9 @@ FILLS = (
     "output",
     "zeros",
 )
-MAX_EXPONENT = 24  # of a power of two, either way
-MAX_BYTES = 2 << 30  # of all arguments together
-CHECKED, TIMED = "checked", "timed"  # calls: with the arguments' `check_shape`, and with `shape`
+MAX_EXPONENT = 24  # of a power of two, positive or negative
+MAX_BYTES = 2 << 30  # in all arguments together
+CHECKED, TIMED = "checked", "timed"  # calls, with the arguments' `check_shape` and `shape`
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Argument:
     name: str
     dtype: str
     shape: tuple[int, ...]  # when the kernel is timed
-    check_shape: tuple[int, ...]  # when its result is compared: smaller if the kernel allows it
+    check_shape: tuple[int, ...]  # when its result is compared; smaller if the kernel allows
     fill: str
     low: int = 0
     high: int = 0
-    written: bool = False  # by the kernel
+    written: bool = False  # whether the kernel writes it
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) * np.dtype(self.dtype).itemsize
@@ -69,17 +69,17 @@ class Argument:
 class Candidate:
     """A library that holds the kernel, scheduled with some constants."""
 
-    library: str  # file name; it follows from the program, so that the same program has the same
+    library: str  # file name, which follows from the program: the same program has the same
     sha256: str
     constants: dict[str, int]
-    # What to launch for each kind of call, bound to the arguments; None for a library that does so.
+    # The launches of each kind of call, bound to the arguments; None if the library makes them.
     programs: dict[str, Launches] | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a right kernel writes when it is called to be checked: the arrays one after the other,
-    compressed by zlib, because a cache of which some rows are written is mostly zeros."""
+    """The output of a right kernel in the checked call: the arrays one after the other, compressed
+    by zlib, because a cache with a few written rows is mostly zeros."""
 
     file: str
     sha256: str
@@ -91,9 +91,9 @@ class Plan:
 
     target: str
     variant: str
-    runtime: str  # what executes them, as in an artifact's manifest
-    device: str  # of TVM's runtime, as there; of other runtimes none
-    system: str  # what a machine needs to measure it
+    runtime: str  # that executes them, as in an artifact's manifest
+    device: str  # of TVM's runtime, as in a manifest; empty for other runtimes
+    system: str  # of machines that can measure it
     architecture: str
     cpu_features: tuple[str, ...]
     key: str  # of the kernel in the records
@@ -108,12 +108,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trial:
-    """What one candidate took beside the default, a call: medians over rounds of both."""
+    """The time of a candidate and of the default, per call: medians over rounds of both."""
 
     seconds: float
     default_seconds: float
-    ratio: float  # to the default in the same round
-    spread: float  # of the ratio: half of what the middle half of the rounds spans
+    ratio: float  # of the candidate's time to the default's in the same round
+    spread: float  # of the ratio: half the span of the middle half of the rounds
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
@@ -121,7 +121,7 @@ def write_plan(folder: Path, plan: Plan) -> None:
 
 
 def read_plan(folder: Path) -> Plan:
-    """Raises TuningError if it is missing or damaged, or asks for more memory than it should."""
+    """Read a plan; TuningError if it is missing, damaged, or asks for too much memory."""
     file = folder / PLAN
     fields = _read_object(file, f"a folder that `osscompile tune --emit` wrote, with {PLAN}")
     if fields.pop("format_version", None) != FORMAT_VERSION:
@@ -158,8 +158,8 @@ def read_plan(folder: Path) -> Plan:
 
 
 def check_machine(folder: Path, plan: Plan) -> None:
-    """Raises TuningError unless this machine can run the libraries, as far as that is known before
-    a device is opened."""
+    """Raise TuningError unless this machine can run the libraries, as far as that is known before a
+    device is opened."""
     here = Machine.here()
     if plan.system not in (ANY, here.system) or plan.architecture not in (ANY, here.architecture):
         raise TuningError(
@@ -174,7 +174,7 @@ def check_machine(folder: Path, plan: Plan) -> None:
 
 
 def check_files(folder: Path, plan: Plan) -> None:
-    """Raises TuningError unless the libraries and the answer are those planned."""
+    """Raise TuningError unless the libraries and the answer are those planned."""
     files = {plan.answer.file: plan.answer.sha256}
     for name, sha256 in (files | {c.library: c.sha256 for c in plan.candidates}).items():
         found = sha256_of(folder / name)
@@ -187,7 +187,7 @@ def write_answer(file: Path, arrays: Sequence[np.ndarray]) -> None:
 
 
 def read_answer(folder: Path, plan: Plan) -> list[np.ndarray]:
-    """What a right kernel writes, of every argument that is written, with its `check_shape`. Raises
+    """Read what a right kernel writes: every written argument, in its `check_shape`. Raises
     TuningError if the file holds something else."""
     written = [a for a in plan.arguments if a.written]
     file, num_bytes = folder / plan.answer.file, sum(a.num_bytes(a.check_shape) for a in written)
@@ -207,19 +207,19 @@ def read_answer(folder: Path, plan: Plan) -> list[np.ndarray]:
 
 
 def sha256_of(file: Path) -> str | None:
-    """sha256 of a file in hexadecimal; None if there is none."""
+    """Return the sha256 of a file in hexadecimal; None if there is no file."""
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def write_trials(folder: Path, plan: Plan, trials: dict[str, Trial]) -> None:
-    """`trials`: by the name of their library."""
+    """Write the results; `trials` maps the names of libraries to their trials."""
     measured = {library: asdict(trial) for library, trial in sorted(trials.items())}
     fields = {"key": plan.key, "default": plan.default.library, "trials": measured}
     write_json(folder / RESULTS, {"format_version": FORMAT_VERSION, **fields})
 
 
 def read_trials(folder: Path, plan: Plan) -> dict[str, Trial]:
-    """Trials of the plan's candidates by library; none if the default was another program then.
+    """Read the trials of the plan's candidates, by library; none if the default has changed.
 
     Raises TuningError if the file is damaged.
     """
@@ -244,7 +244,7 @@ def read_trials(folder: Path, plan: Plan) -> dict[str, Trial]:
 
 
 def kernel_folders(directory: Path) -> list[Path]:
-    """The folders of all kernels; TuningError if there is none."""
+    """Return the folders of all kernels; TuningError if there is none."""
     folders = sorted(file.parent for file in directory.glob(f"*/{PLAN}"))
     if not folders:
         raise TuningError(
@@ -255,7 +255,7 @@ def kernel_folders(directory: Path) -> list[Path]:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """At once: whoever is interrupted leaves the old contents."""
+    """Write a file at once, so that an interrupt leaves the old contents."""
     staged = file.with_name(f"{file.name}.{os.getpid()}.partial")
     staged.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(staged, file)
@@ -279,7 +279,7 @@ def _argument(fields: dict[str, Any]) -> Argument:
 
 
 def _check_offsets(arguments: tuple[Argument, ...]) -> None:
-    """Those that sum int8 numbers need some, and one for each of their rows and blocks."""
+    """Check that offsets, which sum int8 numbers, fit rows and blocks of such an argument."""
     numbers = next((a for a in arguments if a.dtype == "int8"), None)
     for argument in arguments:
         if argument.fill == "offsets":
@@ -304,7 +304,7 @@ def _candidate(fields: dict[str, Any], num_arguments: int) -> Candidate:
 
 
 def _check_name(file: str) -> None:
-    """Of a file in the folder itself."""
+    """Check that a name is that of a file in the folder itself."""
     _check(file and Path(file).name == file, f"name {file!r}")
 
 

@@ -1,4 +1,4 @@
-"""What a kernel is called with when it is measured: random, the same wherever it is made."""
+"""Make the arguments of a measured kernel: random, and the same on every machine."""
 
 import math
 from collections.abc import Sequence
@@ -8,19 +8,20 @@ import numpy as np
 from ..devices.tvm_cpu import aligned_copy, aligned_empty
 from .files import Argument, Plan
 
-COLD_BYTES = 512 << 20  # read between two calls that read the same weights: beyond all caches
-MAX_COPIED_BYTES = 1200 << 20  # of all copies of the arguments, unless one alone is larger
+COLD_BYTES = 512 << 20  # read between two calls with the same weights: more than any cache
+MAX_COPIED_BYTES = 1200 << 20  # in all copies of the arguments, unless one alone is larger
 MAX_TURNS = 1024
-RANDOM_ELEMENTS = (1 << 20) - 3  # then they repeat; odd, so that rows differ
+RANDOM_ELEMENTS = (1 << 20) - 3  # after which they repeat; odd, so that rows differ
 
 Arrays = list[np.ndarray]
 
 
 def timed_inputs(plan: Plan) -> list[Arrays]:
-    """Arguments of consecutive calls, whose weights are not in a cache when their turn comes.
+    """Make the arguments of consecutive calls, whose weights are in no cache when their turn comes.
 
-    A model reads other weights between two calls of the same kernel: so do these, in copies and,
-    where a kernel picks experts, with other experts. What a kernel writes, all calls share.
+    A model reads other weights between two calls of the same kernel. So do these calls: they read
+    copies of the weights and, where a kernel picks experts, other experts. All calls share the
+    arguments that a kernel writes.
     """
     turns, share = count_turns(plan.arguments)
     copies = [[make_array(a, a.shape) for a in plan.arguments]]
@@ -39,8 +40,8 @@ def timed_inputs(plan: Plan) -> list[Arrays]:
 
 
 def count_turns(arguments: Sequence[Argument]) -> tuple[int, float]:
-    """Calls until the first weights are read again, and the share of one copy that a call reads:
-    1, or its experts of all experts."""
+    """Return the number of calls until the first weights are read again, and the share of one copy
+    that a call reads: 1, or its experts among all experts."""
     num_bytes = max(1, sum(a.num_bytes(a.shape) for a in arguments if not a.written))
     shares = [math.prod(a.shape) / a.high for a in arguments if a.fill == "experts"]
     share = min([1.0, *shares])
@@ -50,8 +51,8 @@ def count_turns(arguments: Sequence[Argument]) -> tuple[int, float]:
 
 
 def moved_bytes(arguments: Sequence[Argument]) -> int | None:
-    """What a timed call reads and writes, of experts' weights those of its experts; None where
-    indices say what that is."""
+    """Count the bytes that a timed call reads and writes, with only its own experts' weights; None
+    where indices decide that."""
     if any(a.fill == "indices" for a in arguments):
         return None
     _, share = count_turns(arguments)
@@ -67,8 +68,8 @@ def moved_bytes(arguments: Sequence[Argument]) -> int | None:
 def checked_inputs(
     arguments: Sequence[Argument], timed: Sequence[np.ndarray] | None = None
 ) -> Arrays:
-    """Arguments of the comparison. `timed`: those of a call that is timed, of which weights, which
-    have the same shape, are taken instead of being made again."""
+    """Make the arguments of the comparison. From `timed`, those of a timed call, it takes weights,
+    which have the same shape, instead of making them again."""
     arrays = []
     for i, argument in enumerate(arguments):
         if argument.fill == "experts":
@@ -83,8 +84,8 @@ def checked_inputs(
 
 
 def _set_offsets(arguments: Sequence[Argument], arrays: Arrays) -> None:
-    """Of every row and block `high` x the sum of the whole numbers that the int8 argument holds:
-    numbers of one digit, or on its last axis but one their digits to the base `low`."""
+    """Set offsets to `high` x the sum of each row's and block's whole numbers in the int8 argument.
+    Numbers have one digit, or their digits to the base `low` on its last axis but one."""
     for argument, offsets in zip(arguments, arrays, strict=True):
         if argument.fill == "offsets":
             numbers = whole_numbers(next(a for a in arrays if a.dtype == np.int8), argument.low)
@@ -92,7 +93,7 @@ def _set_offsets(arguments: Sequence[Argument], arrays: Arrays) -> None:
 
 
 def whole_numbers(array: np.ndarray, base: int) -> np.ndarray:
-    """int8 [rows, blocks, 32] as int32, or of digits [rows, blocks, digits, 32] what they mean."""
+    """Return int8 [rows, blocks, 32], or digits [rows, blocks, digits, 32], as int32 numbers."""
     numbers = array.astype(np.int32)
     if numbers.ndim == 4:
         places = base ** np.arange(numbers.shape[-2])[::-1, None]
@@ -101,7 +102,7 @@ def whole_numbers(array: np.ndarray, base: int) -> np.ndarray:
 
 
 def make_array(argument: Argument, shape: tuple[int, ...]) -> np.ndarray:
-    """An aligned array with what the argument holds; outputs hold what no kernel may leave."""
+    """Make an aligned array with an argument's fill; outputs hold what no kernel may leave."""
     array = aligned_empty(shape, np.dtype(argument.dtype))
     if argument.fill == "output":
         array.fill(np.nan if array.dtype.kind == "f" else np.iinfo(array.dtype).min)
@@ -136,8 +137,8 @@ def _random(argument: Argument, count: int, seed: list[int]) -> np.ndarray:
 def _experts(
     argument: Argument, shape: tuple[int, ...], turn: int, repeated: bool = False
 ) -> np.ndarray:
-    """Experts of the rows in order, as many different ones as fit, or each `repeated` for some
-    neighbours; the next ones every turn."""
+    """Return the experts of the rows in order. They are as many different ones as fit, or
+    `repeated`, each for some neighbours; every turn takes the next ones."""
     count = math.prod(shape)
     different = min(argument.high, max(2, count // 2) if repeated else count)
     array = aligned_empty(shape, np.dtype(argument.dtype))

@@ -1,5 +1,5 @@
-"""What measures the candidates of a kernel: loads them, makes their arguments, calls and times
-them."""
+"""Machines that measure the candidates of a kernel: they load them, make their arguments, call and
+time them."""
 
 import time
 from collections.abc import Sequence
@@ -16,39 +16,39 @@ from ..devices.tvm_memory import TensorMemory
 from ..errors import TuningError
 from .files import CHECKED, TIMED, Candidate, Plan
 
-FUNCTION = "kernel"  # in every library
-GUARD_BYTES = 1 << 20  # rows of a tile of activations that are not there
+FUNCTION = "kernel"  # its name in every library
+GUARD_BYTES = 1 << 20  # covers rows of a tile that do not exist
 GUARD = 0xA5
 
 
 class TrialMachine:
-    """A machine, or a device of one. Arguments of a kernel are what `tensor` gave."""
+    """A machine, or a device of one. A kernel's arguments come from `tensor` and `output`."""
 
-    most_calls: int | None = None  # that `seconds` may be asked for
+    most_calls: int | None = None  # that `seconds` takes at once
 
     def load(self, folder: Path, candidate: Candidate) -> Any:
-        """The candidate's kernel; raises what it likes."""
+        """Load the candidate's kernel; may raise anything."""
         raise NotImplementedError
 
     def tensor(self, array: np.ndarray) -> Any:
-        """Holds what the aligned array holds, perhaps in its memory."""
+        """Return a tensor with the aligned array's contents, perhaps in the array's memory."""
         raise NotImplementedError
 
     def output(self, array: np.ndarray) -> Any:
-        """The same, for what a call is about to write."""
+        """Return such a tensor for an argument that a call writes."""
         return self.tensor(array)
 
     def array(self, written: Any, like: np.ndarray) -> np.ndarray:
-        """What an output holds, of the shape and type of `like`; raises TuningError if more was
-        written than belongs to it, where that is seen."""
+        """Return what an output holds, in the shape and type of `like`; raises TuningError if a
+        write beyond it is found."""
         raise NotImplementedError
 
     def call(self, kernel: Any, arguments: Sequence[Any]) -> None:
-        """With arguments of `check_shape`."""
+        """Call a kernel with arguments of `check_shape`."""
         raise NotImplementedError
 
     def seconds(self, kernel: Any, calls: Sequence[Sequence[Any]]) -> float:
-        """A call, on average, with arguments of `shape`."""
+        """Return the mean seconds of a call with arguments of `shape`."""
         raise NotImplementedError
 
     def is_alive(self) -> bool:
@@ -83,15 +83,15 @@ class Cpu(TrialMachine):
 
 
 class Launched(TrialMachine):
-    """A device of this machine that the runtime launches kernels on; the clock is the device's.
-    Raises OsscompileError without one."""
+    """A device of this machine on which the runtime launches kernels; the clock is the device's.
+    Raises OsscompileError if there is none."""
 
-    most_calls = 512  # Python prepares each in some 20 us
+    most_calls = 512  # Python takes some 20 us to prepare each
 
     def __init__(self, runtime: str) -> None:
         self._device = LAUNCH_DEVICES[runtime]
         self._opened: Any = self._device.open()
-        self._memory: LaunchDevice | None = None  # any kernel's: all take the same
+        self._memory: LaunchDevice | None = None  # of any kernel: all share it
 
     def load(self, folder: Path, candidate: Candidate) -> LaunchDevice:
         assert candidate.programs is not None
@@ -123,8 +123,8 @@ class Launched(TrialMachine):
 
 
 class TensorMachine(TrialMachine):
-    """A device of this machine that TVM's runtime launches kernels on; the clock is the host's, see
-    `TensorMemory.seconds`. Raises OsscompileError without one."""
+    """A device here on which TVM's runtime launches kernels; the clock is the host's, see
+    `TensorMemory.seconds`. Raises OsscompileError if there is none."""
 
     def __init__(self, device: str, threads: int) -> None:
         self._memory, self._threads = TensorMemory(device), threads
@@ -152,34 +152,34 @@ class TensorMachine(TrialMachine):
     def is_alive(self) -> bool:
         try:
             self._memory.synchronize()
-        except Exception:  # whatever TVM makes of what the driver says
+        except Exception:  # TVM may raise anything for the driver's errors
             return False
         return True
 
 
 @dataclass(frozen=True)
 class _Output:
-    """A tensor, and the bytes that it begins."""
+    """A tensor, and the bytes at whose beginning it lies."""
 
     whole: Any
     tensor: Any
 
 
 def _guarded(array: np.ndarray) -> np.ndarray:
-    """Its bytes, and a guard behind them: a device does not fault at the end of its arrays."""
+    """Return an array's bytes with a guard behind them: devices do not fault past an array."""
     guard = np.full(GUARD_BYTES, GUARD, np.uint8)
     return np.concatenate([array.reshape(-1).view(np.uint8), guard])
 
 
 def _unguarded(found: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """The array of such bytes. Raises TuningError where the guard is no longer whole."""
+    """Return the array in guarded bytes. Raises TuningError if the guard is not whole."""
     if (found[like.nbytes :] != GUARD).any():
         raise TuningError("writes beyond the end of its result")
     return found[: like.nbytes].view(like.dtype).reshape(like.shape)
 
 
 def open_machine(plan: Plan, threads: int) -> TrialMachine:
-    """That of a plan. Raises OsscompileError if there is none."""
+    """Open the machine that a plan needs. Raises OsscompileError if there is none."""
     if plan.runtime in LAUNCH_DEVICES:
         return Launched(plan.runtime)
     return Cpu(threads) if plan.device == CPU else TensorMachine(plan.device, threads)

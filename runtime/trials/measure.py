@@ -1,9 +1,9 @@
-"""Measure the candidates of kernels, without the compiler: `python -m osscompile_runtime.measure
-DIR` where the runtime alone was copied to (`osscompile bundle`).
+"""Measure the candidates of kernels without the compiler: `python -m osscompile_runtime.measure
+DIR` where there is only a copy of the runtime (`osscompile bundle`).
 
 Candidates run in a process of their own: one that crashes or hangs ends that process only. Each is
-compared with the answer in the folder before it is timed, by the clock of the device where that can
-be read. All machines measure alike: what this file asks of them is in `TrialMachine`.
+compared with the answer in the folder before it is timed, by the device's clock where that can be
+read. All machines measure alike, through the methods of `TrialMachine`.
 """
 
 import argparse
@@ -39,17 +39,17 @@ from .inputs import Arrays, checked_inputs, moved_bytes, timed_inputs, whole_num
 from .machines import TrialMachine, open_machine
 
 BATCH = 8  # candidates measured together, in turns; an interrupt loses one batch
-ROUNDS = (5, 15)  # at least and at most: medians of fewer are noise
-BURST_SECONDS = 0.02  # of calls of one candidate in a round
-# At how long the default takes, in bursts of more and more calls: a single one seems to take long
-# where the machine needs time to begin, or to tell that it is ready.
+ROUNDS = (5, 15)  # least and most: medians of fewer are noise
+BURST_SECONDS = 0.02  # for the calls of one candidate in a round
+# Times to measure the default, in bursts of more and more calls: a single call seems to take long
+# where the machine needs time to begin, or to say that it is ready.
 LOOKS = 2
-CANDIDATE_SECONDS = 1.0  # of all bursts of a candidate, if that is enough rounds
-HOPELESS = 1.5  # times the default in the first round: not measured further
-# Of the rms of the result: sums of float32 in another order differ by 1e-6. Where no argument is of
-# floats nothing may differ.
+CANDIDATE_SECONDS = 1.0  # for all bursts of a candidate, if that is enough rounds
+HOPELESS = 1.5  # times the default's time: a candidate that takes this in the first round is out
+# Allowed error, relative to the result's rms: sums of float32 in another order differ by 1e-6. If
+# no argument has floats, nothing may differ.
 TOLERANCE = 1e-4
-COMPARED_ELEMENTS = 1 << 20  # at once: a whole cache as float64 would take gigabytes
+COMPARED_ELEMENTS = 1 << 20  # compared at once: a whole cache as float64 would take gigabytes
 TIMEOUT_SECONDS = 120  # without a word from the measuring process
 
 
@@ -61,10 +61,10 @@ class Failure:
     reason: str
 
 
-Seconds: TypeAlias = dict[str, list[float]]  # of each library in each round
-# Measures the libraries of a folder, the default first; None if the last of the failures ended it.
+Seconds: TypeAlias = dict[str, list[float]]  # library -> seconds in each round
+# Measures the libraries of a folder, the default first; None if the last failure ended the process.
 Attempt: TypeAlias = Callable[[Path, list[str]], tuple[Seconds | None, list[Failure]]]
-Tell: TypeAlias = Callable[[tuple[Any, ...]], object]  # what the measuring does, as it begins
+Tell: TypeAlias = Callable[[tuple[Any, ...]], object]  # hears of each step as it begins
 
 
 def measure_kernel(
@@ -73,13 +73,13 @@ def measure_kernel(
     progress: Callable[[int, float], object] = lambda done, best: None,
     report: Callable[[str], object] = print,
 ) -> str:
-    """Measure the candidates of one kernel that have no result yet, and write their results; of a
-    kernel without any, its default. Returns for people that the default is right, and its speed.
+    """Measure the candidates of one kernel that have no result yet, and write their results.
 
-    `attempt`: on which machine (default: this one, on its physical cores). `progress` hears the
-    candidates done and the best ratio to the default so far; `report` hears of each candidate that
-    fails. Raises DefaultError if the default fails, TuningError if the folder is damaged or for
-    another machine.
+    If a kernel has no candidates, its default is measured. Returns a text for people: the default
+    is right, and its speed. `attempt` picks the machine (default: this one, on its physical cores).
+    `progress` hears the candidates done and the best ratio to the default so far; `report` hears of
+    each candidate that fails. Raises DefaultError if the default fails, TuningError if the folder
+    is damaged or for another machine.
     """
     plan = read_plan(folder)
     check_files(folder, plan)
@@ -105,7 +105,7 @@ def measure_kernel(
 def _measure_batch(
     folder: Path, plan: Plan, libraries: Sequence[str], attempt: Attempt
 ) -> tuple[dict[str, Trial], list[Failure]]:
-    """Measure beside the default; who ends the process is left out of the next attempt."""
+    """Measure beside the default; a candidate that ends the process is left out next time."""
     default = plan.default.library
     left = [default, *(library for library in libraries if library != default)]
     failures: list[Failure] = []
@@ -126,7 +126,7 @@ def _measure_batch(
 
 
 def _speed(plan: Plan, trials: dict[str, Trial]) -> str:
-    """What the default took, if that was measured."""
+    """Return a text with the default's speed, if that was measured."""
     if not trials:
         return ""
     seconds = statistics.median(trial.default_seconds for trial in trials.values())
@@ -147,7 +147,7 @@ def _trial(seconds: list[float], default_seconds: list[float]) -> Trial:
 
 
 def attempt_here(threads: int | None) -> Attempt:
-    """An attempt in a process of its own, on the device of the plan or with so many threads
+    """Return an attempt in a process of its own, on the plan's device or with so many threads
     (default: the physical cores). Raises TuningError."""
     if threads is not None and threads < 1:
         raise TuningError(f"threads: expected at least 1, found {threads}")
@@ -188,8 +188,8 @@ def attempt_here(threads: int | None) -> Attempt:
 
 
 def _work(connection: Connection, folder: Path, libraries: list[str], threads: int) -> None:
-    """The measuring process: tells what it does, so that its end can be blamed on someone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, who ends us
+    """Run the measuring process. It tells each step, so that we know which one ended it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt, and ends us
     with contextlib.suppress(BrokenPipeError):  # the parent was killed
         try:
             machine = open_machine(read_plan(folder), threads)
@@ -198,7 +198,7 @@ def _work(connection: Connection, folder: Path, libraries: list[str], threads: i
             return
         try:
             seconds = compare_and_time(folder, libraries, machine, connection.send)
-        except Exception as error:  # of a device that can no longer be used, for example
+        except Exception as error:  # of a lost device, for example
             connection.send(("ended", f"ended the measuring: {error}"))
             return
         connection.send(("measured", seconds))
@@ -207,11 +207,11 @@ def _work(connection: Connection, folder: Path, libraries: list[str], threads: i
 def compare_and_time(
     folder: Path, libraries: Sequence[str], machine: TrialMachine, tell: Tell
 ) -> Seconds:
-    """Seconds of the libraries that answer what is right; none if the default, the first, does not.
-    `tell` hears ("running", library) and ("failed", library, reason)."""
+    """Return the seconds of the libraries that answer right; none if the default, the first, does
+    not. `tell` hears ("running", library) and ("failed", library, reason)."""
     plan = read_plan(folder)
     calls = timed_inputs(plan)
-    known: dict[int, Any] = {}  # of arrays that several calls share
+    known: dict[int, Any] = {}  # tensors of arrays that several calls share
 
     def placed(array: np.ndarray) -> Any:
         if id(array) not in known:
@@ -226,7 +226,7 @@ def compare_and_time(
             kernels[library] = result
     if libraries[0] not in kernels:
         return {}
-    tell(("running", libraries[0]))  # whom a lack of room for all calls is blamed on
+    tell(("running", libraries[0]))  # if memory is short for all calls, the default is blamed
     tensors = [[placed(array) for array in arrays] for arrays in calls]
     return _time_in_turns(kernels, tensors, machine, tell)
 
@@ -240,7 +240,7 @@ def _compare(
     placed: Callable[[np.ndarray], Any],
     tell: Tell,
 ) -> Iterator[tuple[str, Any]]:
-    """Each library with its kernel, or with what is wrong with it."""
+    """Yield each library with its kernel, or with what is wrong with it."""
     inputs = checked_inputs(plan.arguments, timed)
     expected = _whole(plan, read_answer(folder, plan))
     rounds = any(np.dtype(a.dtype).kind == "f" for a in plan.arguments)
@@ -248,7 +248,7 @@ def _compare(
     candidates = {candidate.library: candidate for candidate in plan.candidates}
 
     def answer(kernel: Any) -> Arrays:
-        """What one call writes; the inputs stay as they are."""
+        """Return what one call writes; the inputs stay as they are."""
         arguments = list(zip(plan.arguments, inputs, strict=True))
         tensors = [
             machine.output(aligned_copy(array)) if argument.written else placed(array)
@@ -263,7 +263,7 @@ def _compare(
         try:
             kernel = machine.load(folder, candidates[library])
             error = _error(_whole(plan, answer(kernel)), expected)
-        except Exception as failure:  # a kernel raises whatever it was made to
+        except Exception as failure:  # kernels may raise anything
             if not machine.is_alive():
                 raise
             yield library, str(failure) or repr(failure)
@@ -275,15 +275,15 @@ def _compare(
 
 
 def _whole(plan: Plan, written: Arrays) -> Arrays:
-    """What a kernel wrote, and of digits the numbers that they mean."""
+    """Return what a kernel wrote, with digits turned into the numbers that they mean."""
     pairs = zip((a for a in plan.arguments if a.written), written, strict=True)
     return [whole_numbers(x, a.low) if x.dtype == np.int8 else x for a, x in pairs]
 
 
 def _error(found: Arrays, expected: Arrays) -> float:
-    """The largest difference, beyond what may be rounded to a neighbour, over the rms of what is
-    expected and not 0; NaN if either is not finite. Of whole numbers the mean difference: sums of
-    float32 in another order are rounded to others."""
+    """Return the largest difference, less one rounding step, over the rms of the expected numbers
+    that are not 0; NaN if a number is not finite. For whole numbers it is the mean difference,
+    because sums of float32 in another order round to other whole numbers."""
     errors = []
     for actual, right in zip(found, expected, strict=True):
         squares, count, difference = 0.0, 0, np.float64(0.0)
@@ -307,8 +307,8 @@ def _error(found: Arrays, expected: Arrays) -> float:
 def _time_in_turns(
     kernels: dict[str, Any], calls: list[list[Any]], machine: TrialMachine, tell: Tell
 ) -> Seconds:
-    """Seconds a call of each kernel in each round. Kernels take turns, because a machine's speed
-    changes over seconds: what counts is the ratio to the default, the first, in the same round."""
+    """Return the seconds of a call for each kernel and round. Kernels take turns, because the
+    machine's speed changes: the ratio to the default, the first, in the same round counts."""
     turns = itertools.cycle(calls)
 
     def burst(library: str, count: int) -> float:
@@ -337,14 +337,14 @@ def _time_in_turns(
 
 
 def _count_calls(once: float, machine: TrialMachine) -> int:
-    """Of a burst, when one takes so many seconds."""
+    """Return the calls in a burst if one takes so many seconds."""
     count = max(1, round(BURST_SECONDS / once))
     return min(count, machine.most_calls or count)
 
 
 def main() -> int:
-    """Check and measure a folder of `osscompile tune --emit`; 1 after an error of ours. A kernel
-    whose default fails is told, and does not keep others from being measured."""
+    """Check and measure a folder of `osscompile tune --emit`; returns 1 after an error of ours. It
+    reports a kernel whose default fails, and goes on with the others."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
