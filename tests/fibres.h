@@ -1,8 +1,7 @@
 // The threads of a GPU's work-group on one thread of the CPU, for the stand-ins in metal/ and cuda/.
 //
-// They are fibres. One runs until it waits for others; what threads do together, barriers and what the
-// lanes of a SIMD-group exchange, is done once all of them wait, so that a barrier that some threads
-// miss is found.
+// They are fibres. One runs until it waits for others. Barriers, and exchanges between the lanes of a
+// SIMD-group, are done once all threads wait, so that a barrier that some threads miss is found.
 #ifndef FIBRES
 #define FIBRES
 
@@ -17,10 +16,10 @@
 #include <vector>
 
 namespace fibres {
-namespace {  // every stand-in has its own
+namespace {  // every stand-in has its own copy
 
 constexpr unsigned kSimdWidth = 32;
-constexpr size_t kStackBytes = (32 << 10) + 192;  // so that they do not share lines of the cache
+constexpr size_t kStackBytes = (32 << 10) + 192;  // so that stacks use different cache lines
 
 struct Index {
   unsigned x, y, z;
@@ -36,16 +35,16 @@ struct Fibre : Position {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   jmp_buf place;
   State state;
-  unsigned lane;  // of its SIMD-group
-  void* request;  // of its exchange
+  unsigned lane;  // in its SIMD-group
+  void* request;  // for an exchange
 };
 
-// Answers the requests of the lanes of a SIMD-group, null where a lane makes none, as far as they can be
-// answered now: bits of the lanes that go on.
+// Answers those requests of a SIMD-group's lanes that can be answered now (null where a lane makes
+// none), and returns a bit for each lane that goes on.
 using Exchange = unsigned (*)(void* const* requests, unsigned num_lanes);
 
 std::vector<std::unique_ptr<Fibre>> all;
-Fibre* current;  // null while none runs
+Fibre* current;  // null while no fibre runs
 std::function<void()> body;
 std::string failure;
 jmp_buf scheduler;
@@ -63,10 +62,10 @@ void RunForever() {
   }
 }
 
-// Of the thread that runs: wait for all others of its group.
+// Lets the running thread wait for all others of its group.
 void Barrier() { Leave(State::kBarrier); }
 
-// Wait for an answer to a request, which it holds afterwards.
+// Waits for the answer to a request, which the request then holds.
 void Ask(void* request) {
   current->request = request;
   Leave(State::kExchange);
@@ -78,8 +77,8 @@ void Fail(const char* why) {
   Leave(State::kDone);
 }
 
-// Memory of the work-group, of which one runs at a time, is declared where a kernel begins; what
-// another group left there is no value of this one.
+// A kernel declares a work-group's memory where it begins. Groups run one at a time and share it, so
+// what another group left there is cleared.
 std::vector<void*> declared;
 size_t declared_bytes;
 
@@ -87,7 +86,7 @@ void Declare(void* memory, size_t size) {
   if (std::find(declared.begin(), declared.end(), memory) != declared.end()) return;
   declared.push_back(memory);
   declared_bytes += size;
-  memset(memory, 0xff, size);  // not a number
+  memset(memory, 0xff, size);  // NaN
 }
 
 void Make() {
@@ -107,7 +106,7 @@ void Resume(Fibre* fibre) {
   if (!_setjmp(scheduler)) _longjmp(fibre->place, 1);
 }
 
-// How many lanes of all SIMD-groups go on.
+// Returns how many lanes of all SIMD-groups go on.
 unsigned ExchangeAll(unsigned count, Exchange exchange) {
   unsigned answered = 0;
   for (unsigned first = 0; first < count; first += kSimdWidth) {
@@ -125,10 +124,10 @@ unsigned ExchangeAll(unsigned count, Exchange exchange) {
   return answered;
 }
 
-// All threads of a group; what is wrong with them, or nothing.
+// Runs all threads of a group; returns what is wrong with them, or nothing.
 std::string RunAll(unsigned count, Exchange exchange) {
   static bool backwards = false;
-  backwards = !backwards;  // in turns, so that a barrier that is missing shows
+  backwards = !backwards;  // by turns, so that a missing barrier shows
   while (true) {
     unsigned in[4] = {};
     for (unsigned n = 0; n < count; ++n) {
@@ -149,7 +148,7 @@ std::string RunAll(unsigned count, Exchange exchange) {
   }
 }
 
-// `run` in every thread of a group; what is wrong, or nothing.
+// Calls `run` in every thread of a group; returns what is wrong, or nothing.
 std::string RunGroup(std::function<void()> run, Index group, Index size, Exchange exchange) {
   unsigned count = size.x * size.y * size.z;
   while (all.size() < count) Make();
@@ -165,7 +164,7 @@ std::string RunGroup(std::function<void()> run, Index group, Index size, Exchang
   std::string wrong = RunAll(count, exchange);
   current = nullptr;
   failure.clear();
-  if (!wrong.empty()) all.clear();  // they are where they are
+  if (!wrong.empty()) all.clear();  // fibres that are not done cannot be used again
   return wrong;
 }
 

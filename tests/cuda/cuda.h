@@ -1,1 +1,1 @@
-// TVM includes this header of CUDA, and uses nothing of it.
+// TVM includes this header of CUDA, but uses nothing from it.

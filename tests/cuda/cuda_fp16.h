@@ -1,4 +1,4 @@
-// What TVM's sources use of this header of CUDA.
+// The part of this header of CUDA that TVM's sources use.
 #ifndef CUDA_FP16
 #define CUDA_FP16
 using half = _Float16;

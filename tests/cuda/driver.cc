@@ -1,7 +1,7 @@
 // A stand-in for NVIDIA's driver (libcuda.so.1), for machines without a GPU. A module is a shared
-// library: kernels compiled by g++ as C++, see nvcc.h. What is launched while a stream is captured is
-// kept, and done when the graph is launched. Memory ends before a page that nobody may use, so that
-// most kernels that use what lies beyond are found.
+// library of kernels that g++ compiled as C++ (see nvcc.h). Launches are recorded while a stream is
+// captured, and run when the graph is launched. Memory ends before a page that nobody may use, so that
+// most kernels that access memory beyond their own are found.
 #include <dlfcn.h>
 #include <elf.h>
 #include <signal.h>
@@ -25,8 +25,8 @@ namespace {
 enum { kSuccess, kInvalidValue, kOutOfMemory, kNoDevice = 100, kInvalidImage = 200, kNotFound = 500,
        kIllegalAddress = 700, kTooManyResources = 701, kLaunchFailed = 719 };
 
-constexpr unsigned kMaxThreads = 1024;      // of a block
-constexpr size_t kSharedBytes = 48 << 10;  // of a block
+constexpr unsigned kMaxThreads = 1024;      // in a block
+constexpr size_t kSharedBytes = 48 << 10;  // for a block
 constexpr size_t kAlignment = 256;          // of memory
 
 struct Memory {
@@ -42,7 +42,7 @@ using Graph = std::vector<Call>;
 
 std::map<uint64_t, Memory> memories;
 Graph* capturing;
-int broken;  // since a kernel failed
+int broken;  // the status since a kernel failed
 std::string why;
 struct sigaction python_handler;
 
@@ -50,7 +50,7 @@ const char kIllegal[] = "illegal address";
 
 void OnFault(int, siginfo_t*, void*) {
   if (fibres::current) fibres::Fail(kIllegal);
-  sigaction(SIGSEGV, &python_handler, nullptr);  // it comes again
+  sigaction(SIGSEGV, &python_handler, nullptr);  // the access faults again, under this handler
 }
 
 void Declare(void* memory, size_t size) {
@@ -58,7 +58,7 @@ void Declare(void* memory, size_t size) {
   if (fibres::declared_bytes > kSharedBytes) fibres::Fail("a block with too much shared memory");
 }
 
-// Blocks come in any order, and so last first.
+// Runs blocks last first, because a GPU may run them in any order.
 void Run(const Call& call) {
   if (broken) return;
   std::vector<void*> parameters;
@@ -74,7 +74,7 @@ void Run(const Call& call) {
   }
 }
 
-// A shared library knows its size.
+// Reads the size of a shared library from its header.
 size_t SizeOf(const char* image) {
   const auto* header = reinterpret_cast<const Elf64_Ehdr*>(image);
   return header->e_shoff + size_t(header->e_shnum) * header->e_shentsize;
@@ -96,7 +96,7 @@ template <class T> bool Set(void* module, const char* name, T value) {
   return variable;
 }
 
-// --- For osscompile/bench/bandwidth_device.py, whose kernel is PTX: the same written again --------
+// --- The PTX kernel of osscompile/bench/bandwidth_device.py, written again in C++ -----------------
 
 template <class T> T At(void* const* parameters, int i) { return *static_cast<T*>(parameters[i]); }
 
@@ -120,7 +120,7 @@ int ptx_module;
 extern "C" {
 
 int fake_launches, fake_graph_launches, fake_freed, fake_devices = 1;
-int fake_graphs, fake_events;  // that were not destroyed
+int fake_graphs, fake_events;  // not destroyed yet
 size_t fake_room = size_t(1) << 40;
 
 int cuInit(unsigned) {  // nothing is broken in a new process
@@ -218,7 +218,7 @@ int cuLaunchKernel(const Function* function, unsigned gx, unsigned gy, unsigned 
   if (capturing) return capturing->push_back(call), kSuccess;
   ++fake_launches;
   Run(call);
-  return kSuccess;  // that it fails is told later
+  return kSuccess;  // a later call tells that it failed
 }
 int cuStreamBeginCapture_v2(void*, int) { return capturing = new Graph, kSuccess; }
 int cuStreamEndCapture(void*, Graph** graph) {

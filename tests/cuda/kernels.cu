@@ -1,12 +1,12 @@
 // Kernels for tests of the runtime.
 
-// A thread a number: 2 x ids.
+// Writes 2 x ids, one number a thread.
 extern "C" __global__ void __launch_bounds__(1024) twice(float* out, const int* ids, long count) {
   long i = blockIdx.x * 2 + threadIdx.x;
   if (i < count) out[i] = 2 * ids[i];
 }
 
-// Adds the position, `first` and what the cache holds, and counts in it.
+// Adds the position, `first` and the cache's number, which it counts up.
 extern "C" __global__ void __launch_bounds__(1024) add(float* out, const int* position, float* cache, long n, int first) {
   for (long i = 0; i < n; ++i) out[i] += position[0] + cache[0] + first;
   cache[0] += 1;

@@ -1,2 +1,2 @@
-// What TVM's sources use of this header of CUDA.
+// The part of this header of CUDA that TVM's sources use.
 #define CUDART_INF_F __builtin_inff()

@@ -1,6 +1,6 @@
-// What our kernels use of CUDA C++, as C++17 for g++, and no more: what CUDA does not have must not
-// compile here either. nvcc knows all this without an include. Threads of a block take turns, see
-// driver.cc; so that they find each other's memory, `__shared__` is rewritten (`cuda_device.py`).
+// The part of CUDA C++ that our kernels use, as C++17 for g++, and no more: code that CUDA rejects
+// must not compile here either. nvcc knows all this without an include. Threads of a block take turns
+// (see driver.cc). `cuda_device.py` rewrites `__shared__`, so that they see each other's memory.
 #ifndef NVCC
 #define NVCC
 
@@ -35,13 +35,13 @@ struct Position {  // as in fibres.h
   uint3 group, thread;
 };
 
-// What a lane gives to its warp, and gets from it: answered in driver.cc.
+// A lane's request to its warp, with the answer that driver.cc gives.
 struct Request {
   enum Kind { kActiveMask, kShuffleDown, kShuffle, kMultiply, kMultiplyTf32 } kind;
   unsigned mask, value;
-  int lane, width;      // of a shuffle: by how many, or which
-  unsigned a[4], b[2];  // of a product
-  int c[4];             // or the bits of floats
+  int lane, width;      // of a shuffle: the distance or the lane
+  unsigned a[4], b[2];  // factors of a product
+  int c[4];             // sums of a product, or the bits of floats
 };
 
 }  // namespace cuda
@@ -83,7 +83,7 @@ inline int __dp4a(int a, int b, int c) {
   return c;
 }
 
-// Instructions of PTX, by their names.
+// Instructions of PTX, as functions of their names.
 inline void prmt_b32(unsigned& d, unsigned a, unsigned b, unsigned selectors) {
   unsigned long long bytes = a | (unsigned long long)b << 32;
   d = 0;
@@ -120,7 +120,7 @@ inline void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(
   d3 = __builtin_bit_cast(float, request.c[3]);
 }
 
-// Types must agree, unless CUDA has the overload; of a number and none, the number.
+// Types must agree, unless CUDA has the overload. Given a number and a NaN, they return the number.
 #define CUDA_MIN_MAX(T) \
   inline T min(T x, T y) { return y < x ? y : x; } \
   inline T max(T x, T y) { return x < y ? y : x; }
@@ -140,7 +140,7 @@ float fabsf(float);
 float nearbyintf(float);
 }
 
-// --- How driver.cc finds a kernel -----------------------------------------------------------
+// --- The entry by which driver.cc finds a kernel ----------------------------------------------
 
 namespace cuda {
 

@@ -1,4 +1,4 @@
-// What the lanes of a warp do together: the answers to their requests.
+// Operations that the lanes of a warp do together: the answers to their requests.
 #ifndef WARP
 #define WARP
 
@@ -9,11 +9,11 @@
 
 namespace cuda {
 
-constexpr unsigned kNoValue = 0x7fc00bad;  // not a number: of lanes that give nothing
+constexpr unsigned kNoValue = 0x7fc00bad;  // NaN: the value of lanes that give none
 constexpr unsigned kLanes = 32;
 
-// mma.m16n8k32 of signed bytes. Which lane holds what: NVIDIA's description of PTX, "Matrix Fragments
-// for mma.m16n8k32".
+// mma.m16n8k32 of signed bytes. NVIDIA's description of PTX says what each lane holds: "Matrix
+// Fragments for mma.m16n8k32".
 inline void Multiply(Request* const* lanes) {
   signed char a[16][32], b[8][32];  // b: by columns
   auto byte = [](unsigned word, int i) { return (signed char)(word >> 8 * i); };
@@ -38,7 +38,7 @@ inline void Multiply(Request* const* lanes) {
   }
 }
 
-// mma.m16n8k8 of the upper 19 bits of floats: "Matrix Fragments for mma.m16n8k8" there.
+// mma.m16n8k8 of the upper 19 bits of floats; lanes hold "Matrix Fragments for mma.m16n8k8".
 inline void MultiplyTf32(Request* const* lanes) {
   float a[16][8], b[8][8];  // b: by columns
   auto number = [](unsigned bits) { return __builtin_bit_cast(float, bits & 0xffffe000); };
@@ -65,14 +65,14 @@ inline bool Multiplies(const Request& request) {
   return request.kind == Request::kMultiply || request.kind == Request::kMultiplyTf32;
 }
 
-// Which lane's value one gets; beyond its part of the warp, its own.
+// Returns the lane whose value one gets; beyond its part of the warp a lane gets its own.
 inline unsigned Source(const Request& request, unsigned lane) {
   unsigned width = unsigned(request.width), first = lane / width * width, at = unsigned(request.lane);
   if (request.kind == Request::kShuffle) return first + at % width;
   return lane - first + at < width ? lane + at : lane;
 }
 
-// What other lanes give is known when all that a mask names have come, with the same mask.
+// Whether all lanes that the mask names have come with the same mask, so that their values are known.
 inline bool HaveCome(Request* const* lanes, const Request& request) {
   for (unsigned i = 0; i < kLanes; ++i) {
     if (!(request.mask >> i & 1)) continue;

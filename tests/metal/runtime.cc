@@ -1,5 +1,5 @@
-// A stand-in for TVM's Metal runtime (libtvm_runtime_metal), for machines without Metal: kernels are
-// compiled by g++ as C++, see metal_stdlib, and run on the CPU. TVM's virtual machine, host code,
+// A stand-in for TVM's Metal runtime (libtvm_runtime_metal), for machines without Metal: g++ compiles
+// kernels as C++ (see metal_stdlib), and they run on the CPU. TVM's virtual machine, host code,
 // allocators and copies are the real ones.
 #include <dlfcn.h>
 #include <stdlib.h>
@@ -24,11 +24,11 @@ using tvm::Device;
 
 namespace {
 
-constexpr unsigned kNoValue = 0x7fc00bad;  // not a number: of lanes that shuffle nothing
-constexpr unsigned kMaxThreads = 1024;     // of a threadgroup
+constexpr unsigned kNoValue = 0x7fc00bad;  // NaN: the value of lanes that shuffle none
+constexpr unsigned kMaxThreads = 1024;     // in a threadgroup
 
-// As TVM's runtime keeps it: what the first kernel did that failed. It is told when somebody waits or
-// copies, and until the device is reset no kernel does anything.
+// The failure of the first kernel that failed, kept as TVM's runtime keeps it. A wait or a copy tells
+// it, and no kernel does anything until the device is reset.
 std::string failure;
 
 void TellFailure() { TVM_FFI_CHECK(failure.empty(), RuntimeError) << "GPUError after kernel " << failure; }
@@ -46,12 +46,12 @@ struct Thread {  // as in metal_stdlib
 };
 using Kernel = void (*)(const Thread&);
 
-using Work = const char* (*)(void* const* lanes);  // what is wrong, or null
+using Work = const char* (*)(void* const* lanes);  // returns what is wrong, or null
 
 struct Request {
   unsigned value, delta;  // of a shuffle
-  Work work;              // or what all lanes do together
-  void* own;              // what this one gives to it
+  Work work;              // else a task of all lanes together
+  void* own;              // this lane's argument to it
   const char* wrong;
 };
 
@@ -69,7 +69,7 @@ void Together(Work work, void* own) {
 
 unsigned Lane() { return fibres::current->lane; }
 
-// Lanes that do not take part give no value.
+// Lanes that do not take part give kNoValue.
 unsigned ShuffleDown(Request* const* lanes, unsigned num_lanes) {
   std::vector<unsigned> given(num_lanes, kNoValue);
   unsigned answered = 0;
@@ -110,7 +110,7 @@ void RunGroup(const std::string& name, Kernel kernel, void* const* arguments, In
 
 // --- Kernels ---------------------------------------------------------------------------------
 
-// What TVM writes of a kernel: see SaveToBytes of its Metal modules.
+// The data that TVM writes for a kernel; see SaveToBytes of its Metal modules.
 struct Info {
   std::string source;
   std::vector<DLDataType> types;
@@ -161,8 +161,8 @@ std::map<std::string, Info> ReadKernels(const ffi::Bytes& bytes) {
   return kernels;
 }
 
-// Memory of a threadgroup, of which one runs at a time, is declared where a kernel begins; Metal has
-// it nowhere else.
+// Makes a threadgroup's memory static, since one threadgroup runs at a time. Metal allows its
+// declaration only where a kernel begins.
 std::string ShareMemory(const std::string& source) {
   static const std::regex nested("\n {3,}threadgroup \\w+ \\w+\\[");
   TVM_FFI_ICHECK(!std::regex_search(source, nested)) << "threadgroup memory in an inner scope";
@@ -171,7 +171,7 @@ std::string ShareMemory(const std::string& source) {
   return std::regex_replace(source, declaration, shared);
 }
 
-// All of them in one library; the same kernels once.
+// Compiles all kernels into one library, and the same kernels only once.
 void* Compile(const std::map<std::string, Info>& kernels) {
   std::string text = "#include <metal_stdlib>\n";
   for (const auto& [name, info] : kernels) {
@@ -198,7 +198,7 @@ void* Compile(const std::map<std::string, Info>& kernels) {
   return compiled[text] = library;
 }
 
-// Memory of the device, which the host has but a handle of.
+// Memory of the device; the host has only a handle to it.
 struct Buffer {
   std::vector<char> memory;
 };
@@ -220,7 +220,7 @@ class MetalModule : public ffi::ModuleObj {
  private:
   void Launch(const std::string& name, const Info& info, Kernel call, ffi::PackedArgs args) {
     std::vector<void*> memory;
-    std::vector<int64_t> numbers;  // in one buffer, 8 bytes each
+    std::vector<int64_t> numbers;  // in one buffer, with 8 bytes each
     for (size_t i = 0; i < info.types.size(); ++i) {
       if (info.types[i].code == kDLOpaqueHandle) {
         TVM_FFI_ICHECK(numbers.empty()) << "a buffer after a number";
@@ -262,7 +262,7 @@ class MetalDevice final : public tvm::runtime::DeviceAPI {
   }
   void* AllocDataSpace(Device, size_t size, size_t, DLDataType) final {
     held_bytes += size;
-    return new Buffer{std::vector<char>(size, char(0xff))};  // not a number
+    return new Buffer{std::vector<char>(size, char(0xff))};  // NaN
   }
   void FreeDataSpace(Device, void* data) final {
     Buffer* buffer = static_cast<Buffer*>(data);
@@ -300,7 +300,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("device_api.metal",
            []() -> void* { return static_cast<tvm::runtime::DeviceAPI*>(TheDevice()); })
       .def("metal.ResetGlobalState", []() { failure.clear(); })
-      .def("metal.held_bytes", []() { return TheDevice()->held_bytes; })  // not TVM's
+      .def("metal.held_bytes", []() { return TheDevice()->held_bytes; })  // not a function of TVM
       .def("ffi.Module.load_from_bytes.metal", [](const ffi::Bytes& bytes) {
         return ffi::Module(ffi::make_object<MetalModule>(bytes));
       });
