@@ -1,7 +1,7 @@
 """AArch64 Linux under emulation by qemu-user: Python, what the runtime imports, and kernels.
 
-`python tests/aarch64.py FOLDER` downloads it all, 130 MB, with pip and Debian's apt as they are set
-up here. Tests look for it in the folder that `OSSCOMPILE_AARCH64` names.
+`python tests/aarch64.py FOLDER` downloads everything, 130 MB, with this machine's pip and apt
+(Debian's). Tests look for it in the folder that `OSSCOMPILE_AARCH64` names.
 """
 
 import os
@@ -24,17 +24,17 @@ from osscompile.bundle import bundle_runtime
 from osscompile.codegen.library import build_library
 from osscompile.targets import Target
 
-ARCHITECTURE = "aarch64"  # platform.machine() there
+ARCHITECTURE = "aarch64"  # platform.machine() under emulation
 VARIABLE = "OSSCOMPILE_AARCH64"
 EMULATOR = "qemu-aarch64"
-PYTHON = "python3.11"  # Debian's
+PYTHON = "python3.11"  # the one in Debian 12
 DEBS = (PYTHON, "libpython3.11", "libstdc++6")
-WHEELS = ("apache-tvm-ffi", "numpy", "tokenizers", "typing-extensions")  # the last for tvm_ffi
-TVM = "apache-tvm"  # of it libtvm_runtime.so alone
+WHEELS = ("apache-tvm-ffi", "numpy", "tokenizers", "typing-extensions")  # tvm_ffi needs the last
+TVM = "apache-tvm"  # only libtvm_runtime.so is taken
 TVM_RUNTIME = "tvm/lib/libtvm_runtime.so"
-# libc's, by which wheels are named
+# versions of libc in the names of wheels
 MANYLINUX = ("2014", "_2_17", "_2_24", "_2_27", "_2_28")
-# What Linux would list in /proc/cpuinfo, by the bits that getauxval tells of.
+# Prints the features that Linux would list in /proc/cpuinfo, from the bits of getauxval.
 FEATURES = """
 import ctypes
 auxiliary = ctypes.CDLL(None).getauxval
@@ -45,7 +45,7 @@ print(*(n for kind, bits in names.items() for b, n in bits.items() if auxiliary(
 
 
 def why_absent() -> str | None:
-    """What emulation lacks here, or None."""
+    """Say what emulation lacks here, or None."""
     if shutil.which(EMULATOR) is None:
         return f"needs {EMULATOR} (Debian's qemu-user)"
     folder = os.environ.get(VARIABLE)
@@ -55,14 +55,14 @@ def why_absent() -> str | None:
 
 
 def command(bundle: Path, *arguments: object) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of a Python process that can import the runtime of `bundle`."""
+    """Return command and environment of a Python process that imports the runtime of `bundle`."""
     folder = Path(os.environ[VARIABLE])
     environment = {"PYTHONPATH": f"{folder / 'site'}:{bundle}", "PATH": os.environ["PATH"]}
     return _python(folder, *arguments), environment | {"PYTHONHOME": str(folder / "root/usr")}
 
 
 def bundle_for_aarch64(directory: Path) -> Path:
-    """As `osscompile bundle` would on an AArch64 machine."""
+    """Bundle as `osscompile bundle` would on an AArch64 machine."""
     os.environ["OSSCOMPILE_TVM_RUNTIME"] = str(Path(os.environ[VARIABLE]) / TVM_RUNTIME)
     try:
         bundle_runtime(directory)
@@ -72,7 +72,7 @@ def bundle_for_aarch64(directory: Path) -> Path:
 
 
 class Kernels:
-    """A process that runs kernels: `aarch64_worker.py`. It ends with this one."""
+    """A process that runs kernels (`aarch64_worker.py`). It ends with this process."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -83,14 +83,14 @@ class Kernels:
         self._process = subprocess.Popen(arguments, env=environment, stdin=pipe, stdout=pipe)
 
     def build(self, module: ir.IRModule, target: Target) -> Path:
-        """The library of a module with one kernel, `main`."""
+        """Build the library of a module with one kernel, `main`."""
         self._count += 1
         library = Path(self._folder.name) / f"kernel{self._count}.so"
         build_library(module, target, library)
         return library
 
     def run(self, library: Path, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        """What the arguments hold after `main` was called with them."""
+        """Call `main` with the arguments, and return what they hold afterwards."""
         assert self._process.stdin is not None and self._process.stdout is not None
         file = library.with_suffix(".npz")
         np.savez(file, *arrays)  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def prepare(folder: Path) -> None:
 
 
 def _cpuinfo(folder: Path) -> Path:
-    """Opened by emulated processes in place of the host's, which some versions of qemu show."""
+    """Return the emulated processes' /proc/cpuinfo; some versions of qemu show the host's."""
     return folder / "root/proc/cpuinfo"
 
 
@@ -139,7 +139,7 @@ def _python(folder: Path, *arguments: object) -> list[str]:
 
 
 def _download_debs(folder: Path) -> list[Path]:
-    """With everything that they depend on, in a state of apt's own."""
+    """Download packages with all that they depend on, in a state of apt of its own."""
     (folder / "status").touch()
     options = ["APT::Architecture=arm64", "APT::Architectures=arm64", f"Dir::State={folder}/state"]
     options += [f"Dir::State::status={folder}/status", f"Dir::Cache={folder}/cache"]
@@ -153,7 +153,7 @@ def _download_debs(folder: Path) -> list[Path]:
 
 
 def _download_wheels(folder: Path, *packages: str) -> list[Path]:
-    """Of the versions that are installed here."""
+    """Download wheels of the versions that are installed here."""
     wheels = Path(tempfile.mkdtemp(dir=folder))
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--implementation=cp"]
     options += [f"--platform=manylinux{libc}_aarch64" for libc in MANYLINUX]

@@ -1,5 +1,5 @@
-"""Runs kernels where they are emulated: for each path of a library on stdin, calls its `main` with
-the arrays of the .npz beside it, writes them back, and says so."""
+"""Run kernels under emulation: for each path of a library on stdin, call its `main` with the arrays
+of the .npz beside it, write them back, and say so."""
 
 import sys
 from pathlib import Path

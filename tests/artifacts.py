@@ -1,4 +1,4 @@
-"""Handle compiled artifacts in tests: damage them on purpose, run Python elsewhere."""
+"""Handle compiled artifacts in tests: damage them on purpose, and run Python in other folders."""
 
 import hashlib
 import json
@@ -25,9 +25,9 @@ def _variants_here() -> list[str] | None:
         return None
 
 
-# For tests that need no other: a compile for all takes three times as long.
+# Tests that need no other variant use these: compiling all takes three times as long.
 VARIANTS_HERE = _variants_here()
-# What `tiny_artifact` (conftest.py) is compiled with.
+# The options with which `tiny_artifact` (conftest.py) is compiled.
 TINY_OPTIONS = {
     "variants": VARIANTS_HERE,
     "profile": "exact",
@@ -37,7 +37,7 @@ TINY_OPTIONS = {
 
 
 def leave_libraries_empty(patch: pytest.MonkeyPatch) -> None:
-    """Compiles for CPUs make no kernels, which take most of their time."""
+    """Let compiles for CPUs make no kernels, which take most of their time."""
 
     def touch(module: ir.IRModule, target: Target, output: Path) -> None:
         output.touch()
@@ -47,7 +47,7 @@ def leave_libraries_empty(patch: pytest.MonkeyPatch) -> None:
 
 
 def copy_artifact(artifact: Path, folder: Path) -> Path:
-    """A copy that a test may damage."""
+    """Return a copy that a test may damage."""
     return Path(shutil.copytree(artifact, folder / "copy.osc"))
 
 
@@ -60,7 +60,7 @@ def flip_byte(file: Path, position: int) -> None:
 
 def reseal(artifact: Path, change: Callable[[dict[str, Any]], object] | None = None) -> None:
     """Make all sizes and hashes right again after `change` to the manifest or damage to files, so
-    that only checks of the contents are left to find it."""
+    that only checks of the contents can find it."""
     fields = json.loads((artifact / MANIFEST).read_text())
     for name in fields["files"]:
         if (artifact / name).is_file():
@@ -80,7 +80,7 @@ def reseal(artifact: Path, change: Callable[[dict[str, Any]], object] | None = N
 def library_is_loaded(artifact: Path) -> bool:
     """Whether this process has a library of the artifact, which is code, in its memory.
 
-    Where the system has no /proc the answer is no.
+    Without /proc the answer is no.
     """
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []

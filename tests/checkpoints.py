@@ -1,7 +1,7 @@
-"""Write checkpoints as they lie on Hugging Face, from any canonical source: for tests only.
+"""Write checkpoints in the layout of Hugging Face from any canonical source, for tests only.
 
-Written from the checkpoint's published layout, not from the importer, so that a round trip through
-both compares two readings of it.
+This follows the checkpoint's published layout, not the importer, so that a round trip through both
+compares two readings of the layout.
 """
 
 import json
@@ -38,7 +38,7 @@ def write_checkpoint(
         return directory
     weight_map = {}
     names = list(tensors)
-    for shard in range(shards):  # the published files count from zero and name the last as total
+    for shard in range(shards):  # published files count from zero and name the last as total
         file = f"model-{shard:05d}-of-{shards - 1:05d}.safetensors"
         held = names[shard::shards]
         write_safetensors(directory / file, {name: tensors[name] for name in held})
@@ -52,7 +52,7 @@ def write_checkpoint(
 
 
 def hf_tensors(source: Source) -> dict[str, np.ndarray]:
-    """Every tensor under its Hugging Face name, gate/up rows interleaved, q, k and v apart."""
+    """Return all tensors by Hugging Face name, with gate/up rows interleaved and q, k, v apart."""
     config = source.config
 
     def read(name: str) -> np.ndarray:
@@ -85,7 +85,7 @@ def hf_tensors(source: Source) -> dict[str, np.ndarray]:
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of transformers 4 that describes this model."""
+    """Return the config.json of transformers 4 that describes this model."""
     return {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",

@@ -4,7 +4,7 @@ import os
 import warnings
 from pathlib import Path
 
-# Before numpy: threads of OpenBLAS make the small matrix products of the reference 5 times slower.
+# Set before numpy loads: threads of OpenBLAS slow the reference's small matrix products 5 times.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
@@ -25,9 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A process a core for the whole suite, since most of a compile is one thread's work; for more
-    than four there are too few files of some length. What is named on the command line runs in this
-    process: speeds (tests/bench) are measured alone."""
+    """Use a process a core for the whole suite, since most of a compile is one thread's work. For
+    more than four there are too few long files. Tests named on the command line run in this
+    process, because speeds (tests/bench) are measured alone."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     return min(os.cpu_count() or 1, 4) if whole else 0
 
@@ -39,7 +39,7 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def this_machine() -> Target:
-    """The target that runs here; tests that run artifacts skip without one."""
+    """The target that runs here; tests that run artifacts skip if there is none."""
     try:
         return targets.of_this_machine()
     except targets.TargetError as error:
@@ -48,7 +48,7 @@ def this_machine() -> Target:
 
 @pytest.fixture(scope="session")
 def tiny_artifact(this_machine: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of seconds, without a tokenizer. Copy it before you change it."""
+    """A random model without a tokenizer, compiled in seconds. Copy it before you change it."""
     output = tmp_path_factory.mktemp("tiny") / "tiny.osc"
     with warnings.catch_warnings(action="ignore"):  # it has no tokenizer, which is its purpose
         return osscompile.compile("synthetic:tiny", this_machine.name, output, **TINY_OPTIONS)

@@ -1,5 +1,5 @@
-"""The target h100, and its kernels on this machine: compiled by g++ with `cuda/nvcc.h`, launched by
-a stand-in for NVIDIA's driver, `cuda/driver.cc`."""
+"""The target h100 and its kernels on this machine: g++ compiles them with `cuda/nvcc.h`, and a
+stand-in for NVIDIA's driver, `cuda/driver.cc`, launches them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ASM = re.compile(r'\basm\(((?:\s*"[^"]*")+)\s*:([^;]*)\);')
 
 @cache
 def driver() -> Path:
-    """The stand-in's library."""
+    """Build the stand-in's library."""
     folder = Path(tempfile.mkdtemp(prefix="cuda-"))
     atexit.register(shutil.rmtree, folder)
     output = folder / "libcuda.so.1"
@@ -38,13 +38,13 @@ def driver() -> Path:
 
 
 def open_here() -> cuda._Opened:
-    """The stand-in's GPU."""
+    """Open the stand-in's GPU."""
     with mock.patch.object(cuda, "DRIVER", str(driver())):
         return cuda.CudaDevice.open()
 
 
 def compile_here(source: str, target: Target, output: Path) -> None:
-    """In place of `codegen.cuda.compile_cuda`: a module of the stand-in."""
+    """Replaces `codegen.cuda.compile_cuda`: compiles a module for the stand-in."""
     entries = "".join(
         f"CUDA_ENTRY({name}, {threads or H100.max_threads})\n"
         for threads, name in re.findall(KERNEL, source, re.MULTILINE)
@@ -52,8 +52,8 @@ def compile_here(source: str, target: Target, output: Path) -> None:
     source = SHARED.sub(r"\1\2 static \3 cuda_declare(\4, sizeof(\4));", ASM.sub(_call, source))
     flags = ["-O1", f"-I{SHIM}", "-include", "nvcc.h", "-xc++", "-"]
     flags.append("-fno-strict-aliasing")  # TVM reads numbers' bits through pointers of other types
-    flags.append("-fno-gnu-unique")  # modules have kernels of the same names
-    flags.append("-Wframe-larger-than=16384")  # a fibre's stack has twice as many bytes
+    flags.append("-fno-gnu-unique")  # modules have kernels with the same names
+    flags.append("-Wframe-larger-than=16384")  # a fibre's stack has twice that
     result = subprocess.run(
         [*COMPILER, *flags, "-o", str(output)],
         input=source + entries,
@@ -65,7 +65,7 @@ def compile_here(source: str, target: Target, output: Path) -> None:
 
 
 def _call(match: re.Match[str]) -> str:
-    """An instruction of PTX as the call of a function of its name."""
+    """Turn a PTX instruction into the call of a function of its name."""
     text = "".join(re.findall(r'"(.*?)"', match[1]))
     operands = re.findall(r'"[+=]?[rf]"\(([^()]*)\)', match[2])
     name, numbers = text.split(" ", 1)

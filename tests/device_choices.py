@@ -1,4 +1,4 @@
-"""What must hold of nano on devices that choose the next token where the logits are."""
+"""Checks of nano on devices that choose the next token where the logits are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ every_option_of_the_sampler = pytest.mark.parametrize(
 
 
 def check_logits_stay(nano: Path, temperature: float) -> None:
-    """Greedy, or drawn from all of the softmax, as gpt-oss is meant to be used."""
+    """Logits stay on the device if a token is greedy or drawn from the whole softmax."""
     model = load(nano)
     shapes: list[tuple[int, ...]] = []
     numpy: Callable[[Any], np.ndarray] = model._device.numpy
@@ -42,7 +42,7 @@ def check_logits_stay(nano: Path, temperature: float) -> None:
 
 
 def check_sampler_does_the_rest(nano: Path, option: dict[str, Any]) -> None:
-    """From the same logits, up to rounding: what cannot differ is the same."""
+    """The sampler gets the same logits up to rounding, so that what cannot differ is the same."""
     tokens = list(load(nano).generate(range(20), max_tokens=4, temperature=1e-3, **option))
     greedy = list(load(nano).generate(range(20), max_tokens=4))
     assert [t.token_id for t in tokens] == [t.token_id for t in greedy]

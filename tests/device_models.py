@@ -1,4 +1,4 @@
-"""What must hold of whole models on every device: of random weights, and of nano."""
+"""Checks of whole models, with random weights and nano, that every device must pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from osscompile.runtime import load
 
 
 def check_exact(target: str, folder: Path) -> None:
-    """Score, prefill and decode of random weights, past the window and around the rings."""
+    """Score, prefill and decode with random weights, past the window and around the rings."""
     config, tensors = random_model(0, window=16)
     checkpoint = write_checkpoint(folder / "checkpoint", config, tensors)
     options: dict[str, Any] = {"profile": "exact", "context": 256, "prefill_chunk": 32}
@@ -32,7 +32,7 @@ def check_exact(target: str, folder: Path) -> None:
 
 
 def check_nano(nano: Path, on_cpu: Path, record: Any) -> None:
-    """It says what it says on a CPU, and is close to float64."""
+    """nano says the same as on a CPU, and is close to float64."""
     model = load(nano)
     prompt, answer = nano_answer(model, *NANO_QUESTIONS[0])
     assert len(answer) > 3

@@ -1,4 +1,4 @@
-"""Messages, answers and golden texts of the chat format, which tests of it share."""
+"""Messages, answers and golden texts of the chat format, shared by its tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def golden(name: str) -> str:
 
 
 def marked(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text in which names of special tokens stand for these tokens."""
+    """Return the ids of a text in which names of special tokens stand for these tokens."""
     parts = re.split(r"(<\|\w+\|>)", text)
     return [
         id

@@ -1,8 +1,8 @@
-"""Kernels, arguments and what they must give, which tests of kernels share.
+"""Kernels, arguments and expected results that tests of kernels share.
 
 A `Case` is one of each, made for a `Form`: for one token (decode) or for a symbolic number of them
-(prefill). Where no target runs on this machine,
-importing this module skips the tests of the importing one.
+(prefill). If no target runs on this machine, importing this module skips the importing module's
+tests.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ RUNNABLE = [  # variants that this machine can run
     for target in targets.load_variants(HERE.name)
     if set(target.cpu_features) <= set(Machine.here().cpu_features)
 ]
-OTHERS = [target for target in RUNNABLE if target != HERE]  # beside its best
-LIMIT = 7.0  # of SwiGLU, as in gpt-oss
+OTHERS = [target for target in RUNNABLE if target != HERE]  # all but the best
+LIMIT = 7.0  # SwiGLU's clamp, as in gpt-oss
 CLOSE = 2e-6  # relative rms: a sum of 2880 float32 products is off by less
 
 
 @dataclass(frozen=True)
 class Form:
-    """How many tokens a kernel sees: `count`; `tokens` is what the kernel is built for."""
+    """The number of tokens: a kernel is built for `tokens`, and called with `count`."""
 
     name: str
     tokens: Index
@@ -67,7 +67,7 @@ every_form = pytest.mark.parametrize("form", FORMS, ids=repr)
 class Case:
     kernel: PrimFunc
     inputs: tuple[Array, ...]
-    expected: F64  # of the first result
+    expected: F64  # the first result
     tolerance: float = CLOSE
     check_rest: Callable[..., None] | None = None  # called with all results, if there are several
 
@@ -81,7 +81,7 @@ class Case:
 
 
 def assert_close(actual: Array, expected: Array, case: Case | float = CLOSE) -> None:
-    """In the rms, and every element within 10 times that; NaN and untouched outputs fail too."""
+    """Check the rms, and every element to 10 times that; NaN and untouched outputs fail too."""
     tolerance = case.tolerance if isinstance(case, Case) else case
     assert actual.shape == expected.shape
     error = np.abs(actual - expected.astype(np.float64))
@@ -106,7 +106,7 @@ def int32(*values: int) -> Array:
 
 
 def q8_weights(seed: int, num_rows: int, inputs: int) -> tuple[Array, Array]:
-    """codes [rows, blocks, 32] int8 with both extremes, scales [rows, blocks] float16."""
+    """Return codes [rows, blocks, 32] int8 with both extremes, scales [rows, blocks] float16."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(-127, 128, (num_rows, inputs // 32, 32)).astype(np.int8)
     codes[0] = 127
@@ -121,7 +121,7 @@ def dequantized(codes: Array, scales: Array) -> F64:
 
 
 def mxfp4_weights(seed: int, inputs: int, *shape: int) -> tuple[Array, Array]:
-    """blocks [*shape, blocks, 16] and scales [*shape, blocks], for outputs of an rms near 3."""
+    """Return blocks [*shape, blocks, 16] and scales [*shape, blocks], for outputs of rms near 3."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (*shape, inputs // 32, 16), dtype=np.uint8)
     scales = 127 - round(np.log2(np.sqrt(inputs))) + rng.integers(-2, 2, (*shape, inputs // 32))
@@ -129,7 +129,7 @@ def mxfp4_weights(seed: int, inputs: int, *shape: int) -> tuple[Array, Array]:
 
 
 def activations(x: Array, kind: str) -> tuple[tuple[Array, ...], F64]:
-    """Arguments of a kernel, and the numbers that they stand for."""
+    """Return the arguments of a kernel, and the numbers that they stand for."""
     if kind == "digits":
         digits, scales, offsets = build(quantize("digits", TOKENS, x.shape[-1]), HERE)(x)
         return (digits, scales, offsets), to_float64(x)
@@ -177,7 +177,7 @@ ROW_CASES = [embed_bf16, embed_q8, rms_norm, take_row]
 
 
 def check_quantize(form: Form, x: Array, target: Target = HERE, rule: Rule | None = None) -> None:
-    """Bit for bit: the format of the profile `fast` is defined, not approximated."""
+    """Check bit for bit, because the format of the profile `fast` is defined, not approximated."""
     (codes, scales, offsets), _ = activations(x, "q8")
     kernel = quantize("q8", form.tokens, x.shape[-1])
     actual_codes, actual_scales, actual_offsets = build(kernel, target, rule=rule)(x)
@@ -189,7 +189,7 @@ def check_quantize(form: Form, x: Array, target: Target = HERE, rule: Rule | Non
 # --- RoPE -------------------------------------------------------------------------------------
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
-CONTEXT = 4224  # past the 4096 positions before YaRN
+CONTEXT = 4224  # beyond the 4096 positions before YaRN
 YARN = {
     "factor": 32.0,
     "beta_fast": 32.0,
@@ -258,7 +258,8 @@ def dense_extra(form: Form, num_rows: int, bias: bool, residual: bool) -> tuple[
 
 
 def row_experts(form: Form, num_experts: int) -> Array:
-    """One a row: more than one in decode too; equal ones together, but not sorted; some absent."""
+    """Return an expert per row, equal ones together but not sorted, some absent; decode has more
+    than one too."""
     if form is DECODE:
         return int32(num_experts - 1, 0, 2, 2) % num_experts
     return np.repeat(int32(num_experts - 1, 0, 2) % num_experts, form.count)[: 2 * form.count + 1]
@@ -306,7 +307,7 @@ def moe_mxfp4_sum(
     num_experts: int = 8,
     top_k: int = 4,
 ) -> Case:
-    """The slots are any, so that a wrong one shows."""
+    """The slots are arbitrary, so that a wrong one shows."""
     x, values = moe_activations(form, inputs, kind)
     blocks, scales = mxfp4_weights(34, inputs, num_experts, num_rows)
     bias = numbers(35, num_experts, num_rows)
@@ -341,7 +342,7 @@ def route_bf16(form: Form, inputs: int = 96, num_experts: int = 32, top_k: int =
 
 
 def check_choice(logits: Array, places: Array, ids: Array, weights: Array) -> None:
-    """What a router chose by its logits."""
+    """Check what a router chose by its logits."""
     order = np.argsort(-to_float64(logits), axis=-1, kind="stable")
     np.testing.assert_array_equal(np.argsort(places, axis=-1), order)
     expected_ids, expected_weights = reference.route(to_float64(logits), ids.shape[-1])

@@ -1,6 +1,6 @@
 """Compile one kernel as the pipeline does, and call it on numpy arrays.
 
-Kernels for AArch64 run under emulation where this machine is another (`aarch64.py`).
+Kernels for AArch64 run under emulation if this machine is another (`aarch64.py`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _BUILT: dict[tuple[PrimFunc, str, bool, Rule | None], BuiltKernel] = {}
 def build(
     kernel: PrimFunc, target: Target, *, scheduled: bool = True, rule: Rule | None = None
 ) -> BuiltKernel:
-    """Pack, schedule (by the target's rules, or by `rule` alone), expand exp and compile."""
+    """Pack, schedule (by the target's rules, or only by `rule`), expand exp and compile."""
     key = (kernel, repr(target), scheduled, rule)
     if key not in _BUILT:
         _BUILT[key] = BuiltKernel(kernel, target, scheduled, rule)
@@ -58,7 +58,7 @@ def build(
 
 
 class BuiltKernel:
-    """Takes weights in the order of the checkpoint: they are packed as the target wants them."""
+    """A compiled kernel that takes weights in the checkpoint's order, and packs them itself."""
 
     def __init__(
         self, kernel: PrimFunc, target: Target, scheduled: bool, rule: Rule | None
@@ -81,10 +81,10 @@ class BuiltKernel:
         self.main = _main(module, target)
 
     def __call__(self, *inputs: Array, in_place: int = 0) -> Any:
-        """Arrays for the first parameters -> the remaining ones, which the kernel must fill.
+        """Take arrays for the first parameters, and return the others, which the kernel must fill.
 
-        The first `in_place` inputs are written too: their new contents come first. One result
-        comes as an array, several as a tuple.
+        The first `in_place` inputs are written too; their new contents come first. One result
+        comes as an array, several come as a tuple.
         """
         symbols: dict[str, int] = {}
         arguments = []
@@ -112,7 +112,7 @@ class BuiltKernel:
 
 
 def _main(module: ir.IRModule, target: Target) -> Callable[..., object]:
-    """The compiled function of that name, on tensors."""
+    """Return the compiled function `main`, which takes tensors."""
     if target.device == "metal":
         return MetalKernel(module, target)
     if target.architecture != aarch64.ARCHITECTURE or target.architecture == platform.machine():
@@ -128,8 +128,8 @@ def _main(module: ir.IRModule, target: Target) -> Callable[..., object]:
 
 
 class LaunchedKernel:
-    """A scheduled kernel on the OpenCL device, or on the stand-in for CUDA; takes what a function
-    compiled by TVM takes."""
+    """A scheduled kernel on the OpenCL device, or on the stand-in for CUDA, called as a function
+    compiled by TVM is."""
 
     def __init__(self, function: PrimFunc, target: Target) -> None:
         module = ir.IRModule({"main": function.without_attr("global_symbol")})
@@ -165,7 +165,7 @@ class LaunchedKernel:
 
 
 class MetalKernel:
-    """A scheduled kernel on the stand-in for Metal; takes what a function compiled by TVM takes."""
+    """A scheduled kernel on the stand-in for Metal, called as a function compiled by TVM is."""
 
     def __init__(self, module: ir.IRModule, target: Target) -> None:
         metal_device.load_stand_in()
@@ -182,16 +182,16 @@ class MetalKernel:
             for argument, tensor in zip(arguments, tensors, strict=True):
                 tensor.copyto(argument)
         finally:
-            metal_device.reset()  # if it failed
+            metal_device.reset()  # in case it failed
 
 
 def _poison(shape: tuple[int, ...], dtype: str) -> Array:
-    """What an output must not keep: NaN, or the smallest integer."""
+    """Return an output with numbers that it must not keep: NaN, or the smallest integer."""
     kind = np.dtype(dtype)
     return np.full(shape, np.nan if kind.kind == "f" else np.iinfo(kind).min, kind)
 
 
 def value_of(extent: Any, symbols: dict[str, int]) -> int:
-    """An extent, which may be an expression of the symbols bound so far."""
+    """Evaluate an extent, which may be an expression of the symbols bound so far."""
     known = structural_map(extent, (tirx.Var, lambda v: tirx.const(symbols[v.name], "int64")))
     return int(Analyzer().simplify(known))

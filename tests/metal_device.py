@@ -1,5 +1,5 @@
-"""The target for Metal, and its kernels on this machine: compiled by g++ with `metal/metal_stdlib`,
-launched by a stand-in for TVM's Metal runtime, `metal/runtime.cc`."""
+"""The target for Metal and its kernels on this machine. g++ compiles them with
+`metal/metal_stdlib`; a stand-in for TVM's Metal runtime, `metal/runtime.cc`, launches them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from osscompile.targets import Target
 
 (METAL,) = targets.load_variants("apple")
 SHIM = Path(__file__).parent / "metal"
-# Attributes are Metal's; that a thread beyond the end computes nothing, g++ does not see.
+# Attributes are Metal's, and g++ does not see that a thread beyond the end computes nothing.
 NO_WARNINGS = ["-Wno-attributes", "-Wno-unused", "-Wno-maybe-uninitialized"]
 COMPILER = ["g++", "-std=c++17", "-Wall", "-Werror", *NO_WARNINGS, f"-I{SHIM}"]
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 def on_this_machine(here: Target) -> Target:
-    """Metal's target, its host's part compiled for this machine."""
+    """Return Metal's target, with its host's part compiled for this machine."""
     return dataclasses.replace(
         METAL,
         tvm=METAL.tvm | {"host": here.tvm},
@@ -48,13 +48,13 @@ def on_this_machine(here: Target) -> Target:
 
 
 def stand_in() -> dict[str, str]:
-    """The environment of a process that is to find the stand-in beside libtvm_runtime."""
+    """Return the environment of a process that finds the stand-in beside libtvm_runtime."""
     return {"OSSCOMPILE_TVM_RUNTIME": str(_build_runtime()), "METAL_COMPILER": " ".join(COMPILER)}
 
 
 @cache
 def load_stand_in() -> None:
-    """Let this process have it."""
+    """Load the stand-in into this process."""
     environment = stand_in()
     os.environ["METAL_COMPILER"] = environment["METAL_COMPILER"]
     with mock.patch.dict(os.environ, environment):
@@ -62,13 +62,13 @@ def load_stand_in() -> None:
 
 
 def reset() -> None:
-    """After a kernel that failed, let the next ones run."""
+    """Let kernels run again after one that failed."""
     tvm_ffi.get_global_func("metal.ResetGlobalState")()
 
 
 @cache
 def _build_runtime() -> Path:
-    """libtvm_runtime in a folder with the stand-in."""
+    """Return libtvm_runtime in a folder with the stand-in."""
     installed = find_runtime_library()
     assert installed is not None
     folder = Path(tempfile.mkdtemp(prefix="metal-"))

@@ -1,4 +1,4 @@
-"""Whether this machine has an OpenCL device, and the target whose kernels it runs."""
+"""The target whose kernels run on this machine's OpenCL device, and whether there is one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from osscompile.runtime.errors import OsscompileError
 
 
 def missing() -> str | None:
-    """What is missing to run OpenCL here."""
+    """Say what is missing to run OpenCL here."""
     try:
         _first_device(_import_pyopencl())
     except OsscompileError as error:

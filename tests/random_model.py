@@ -1,4 +1,4 @@
-"""Seeded random gpt-oss models in Hugging Face layout, and their files, for the tests."""
+"""Make seeded random gpt-oss models in Hugging Face layout, and their files, for the tests."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def random_model(
     window: int = 16,
     vocab: int = 320,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, tensors by name): bfloat16, experts MXFP4; even layers slide.
+    """Return (config.json, tensors by name): bfloat16, with MXFP4 experts; even layers slide.
 
-    Scaled so that every part matters: logits spread over a few units, sinks take a visible share,
-    no bias is zero, some gates and ups lie beyond the clamp, block scales differ.
+    Numbers are scaled so that every part matters: logits spread over a few units, sinks take a
+    visible share, no bias is zero, some gates and ups lie beyond the clamp, block scales differ.
     """
     if hidden % 32 or intermediate % 32:
         raise ValueError(f"hidden {hidden} and intermediate {intermediate}: multiples of 32 wanted")
@@ -46,11 +46,11 @@ def random_model(
         return (mean + rms * rng.standard_normal(shape)).astype(ml_dtypes.bfloat16)
 
     def matrix(out: int, inputs: int, rms: float) -> Tensor:
-        """[out, inputs] that turns inputs of rms 1 into outputs of this rms."""
+        """Return [out, inputs] that turns inputs of rms 1 into outputs of this rms."""
         return normal(out, inputs, rms=rms / math.sqrt(inputs))
 
     def mxfp4(out: int, inputs: int, rms: float) -> tuple[Tensor, Tensor]:
-        """blocks [E, out, G, 16] and scales [E, out, G], for outputs of about this rms."""
+        """Return blocks [E, out, G, 16] and scales [E, out, G], for outputs of about this rms."""
         groups = inputs // 32
         blocks = rng.integers(0, 256, (experts, out, groups, 16), dtype=np.uint8)
         exponent = round(math.log2(rms / (MXFP4_RMS * math.sqrt(inputs))))
@@ -157,7 +157,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, tensors by name) of a folder with one `model.safetensors`."""
+    """Read (config.json, tensors by name) from a folder with one `model.safetensors`."""
     data = (folder / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     tensors = {}

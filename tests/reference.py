@@ -1,8 +1,8 @@
 """gpt-oss in numpy float64, written from its published maths: the judge of every kernel and model.
 
-In: a Hugging Face `config.json` and its tensors by name. Out: logits [T, vocab] of a sequence.
-No cache, no batching, no speed: each function is one formula. Shapes: T tokens, H hidden, D head
-size, E experts, I intermediate, G blocks of 32 inputs.
+It takes a Hugging Face `config.json` and its tensors by name, and gives logits [T, vocab] of a
+sequence. It has no cache, no batching, no speed: each function is one formula. Shapes: T tokens, H
+hidden, D head size, E experts, I intermediate, G blocks of 32 inputs.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ Tensor = NDArray[Any]  # bfloat16 (ml_dtypes), its bits as uint16, a float type,
 BLOCK = 32  # inputs that share one scale, in MXFP4 and in q8
 SWIGLU_ALPHA = 1.702
 MXFP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-QUERY_ROWS = 512  # attention works on this many queries at a time: bounds memory, not the result
+QUERY_ROWS = 512  # queries that attention takes at a time, which bounds memory
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """Deliberate mistakes: a test shows with each that its inputs would reveal that mistake."""
+    """Deliberate mistakes: with each, a test shows that its inputs would reveal the mistake."""
 
     no_sinks: bool = False
-    no_attention_bias: bool = False  # of the q, k, v and o projections
+    no_attention_bias: bool = False  # in the q, k, v and o projections
     no_router_bias: bool = False
-    no_expert_bias: bool = False  # of gate_up and down
+    no_expert_bias: bool = False  # in gate_up and down
     no_clamp: bool = False
     swapped_gate_up: bool = False  # even rows read as up, odd rows as gate
     softmax_before_top_k: bool = False  # expert weights that do not sum to 1
     yarn_truncate: bool = False  # correction range rounded outwards to whole dimensions
     no_yarn: bool = False  # plain RoPE, concentration 1
-    window_offset: int = 0  # added to the window of the sliding layers
+    window_offset: int = 0  # added to the window of sliding layers
 
 
 class Model:
@@ -57,7 +57,7 @@ class Model:
         self.ablation = ablation or Ablation()
 
     def logits(self, token_ids: ArrayLike, *, trace: dict[str, Tensor] | None = None) -> F64:
-        """[T] ids -> [T, vocab]. `trace` receives the activations, in the order of computation:
+        """ids [T] -> logits [T, vocab]. `trace` gets the activations in the order of computation:
 
         `embed` [T, H]; per layer `layers.{i}.`: `attention_norm` [T, H], `q` [T, heads, D] and
         `k` [T, kv_heads, D] (both after RoPE), `v`, `attention` [T, heads, D] (before o_proj),
@@ -78,13 +78,13 @@ class Model:
         return logits
 
     def window(self, layer: int) -> int | None:
-        """Keys a query of this layer sees, itself included; None = all before it."""
+        """Return how many keys a query in this layer sees, with its own; None: all up to it."""
         kinds = self.config.get("layer_types")
         sliding = layer % 2 == 0 if kinds is None else kinds[layer] == "sliding_attention"
         return self.config["sliding_window"] + self.ablation.window_offset if sliding else None
 
     def rope(self) -> tuple[F64, float]:
-        """`yarn_inv_freq` of this model's config, ablations applied."""
+        """Return `yarn_inv_freq` of this model's config, with ablations."""
         c = self.config
         scaling = c.get("rope_parameters") or c["rope_scaling"]  # transformers 5 renamed the key
         theta = scaling.get("rope_theta", c.get("rope_theta"))
@@ -154,7 +154,7 @@ class Model:
         return np.zeros(self.tensors[name].shape) if dropped else self._weight(name)
 
     def _experts(self, name: str) -> Experts:
-        """Indexed by expert -> [out, in]."""
+        """Return the weights, which give [out, in] for an expert's index."""
         if name in self.tensors:
             return DenseExperts(self.tensors[name])
         return Mxfp4Experts(self.tensors[name + "_blocks"], self.tensors[name + "_scales"])
@@ -220,9 +220,9 @@ def attention(
 ) -> F64:
     """q [T, heads, D], k and v [S, kv_heads, D], sinks [heads] -> [T, heads, D].
 
-    A key is seen if it is not after the query and fewer than `window` positions before it. The sink
-    is one more score that has no value. Positions default to 0..S-1 for the keys and the last T of
-    these for the queries.
+    A query sees a key if the key is not after it and fewer than `window` positions before it. The
+    sink is one more score that has no value. Positions default to 0..S-1 for the keys and the last
+    T of these for the queries.
     """
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
@@ -249,7 +249,7 @@ def attention(
 def route(logits: F64, k: int) -> tuple[NDArray[np.int64], F64]:
     """logits [T, E] -> ids [T, k] by falling logit (ties: lowest id first), weights [T, k].
 
-    Softmax over the chosen k only: the weights of a token sum to 1.
+    The softmax is over the chosen k only, so that the weights of a token sum to 1.
     """
     ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     return ids, np.exp(log_softmax(np.take_along_axis(logits, ids, axis=1)))
@@ -282,8 +282,8 @@ def moe(
 ) -> F64:
     """h [T, H], ids and weights [T, k] from `route` -> [T, H], without the residual.
 
-    gate_up[e] [2I, H] and gate_up_bias [E, 2I]: even rows gate, odd rows up. down[e] [H, I] and
-    down_bias [E, H]: added before the expert's weight is applied.
+    In gate_up[e] [2I, H] and gate_up_bias [E, 2I] even rows are gate, odd rows are up. down_bias
+    [E, H] is added after down[e] [H, I], before the expert's weight is applied.
     """
     out = np.zeros(h.shape)
     for expert in np.unique(ids):
@@ -322,7 +322,7 @@ class DenseExperts:
 
 
 def to_float64(tensor: Tensor) -> F64:
-    """A checkpoint's tensor of any float type; uint16 is taken as the bits of bfloat16."""
+    """Convert a checkpoint's tensor of any float type; uint16 holds the bits of bfloat16."""
     if tensor.dtype == np.uint16:
         return (tensor.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if tensor.dtype == np.uint8:
@@ -345,9 +345,9 @@ def dequantize_mxfp4(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> F6
 def quantize_q8(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """x [..., K] -> (q [..., K], scale [..., K/32]): the int8 format of the profile `fast`.
 
-    The definition, in float32 arithmetic throughout: scale = max|x| / 127 over 32 inputs in a row;
+    It is defined in float32 arithmetic throughout: scale = max|x| / 127 over 32 inputs in a row;
     q = x / scale rounded to nearest, ties to even. A block of zeros, or of values so small that the
-    scale is 0, has scale 0 and q 0. (q is limited to 127: only subnormal scales can exceed it.)
+    scale is 0, has scale 0 and q 0. (q is limited to 127, which only subnormal scales exceed.)
     """
     x = np.asarray(x, np.float32)
     blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
@@ -367,12 +367,12 @@ def dequantize_q8(q: NDArray[np.int8], scale: NDArray[np.float32]) -> F64:
 
 
 def sigmoid(x: F64) -> F64:
-    """1 / (1 + exp(-x)), by tanh so that no exponential overflows."""
+    """1 / (1 + exp(-x)), computed by tanh so that no exponential overflows."""
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 def log_softmax(logits: F64) -> F64:
-    """Over the last axis."""
+    """Return log(softmax) over the last axis."""
     shifted: F64 = logits - logits.max(axis=-1, keepdims=True)
     log_total: F64 = np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return shifted - log_total
@@ -391,7 +391,7 @@ def kl_divergence(expected_logits: ArrayLike, actual_logits: ArrayLike) -> float
 
 
 def top1_agreement(expected_logits: ArrayLike, actual_logits: ArrayLike) -> float:
-    """Share of the rows of [T, vocab] with the same highest logit."""
+    """Return the share of rows of [T, vocab] that have the same highest logit."""
     expected, actual = _pair(expected_logits, actual_logits)
     return float(np.mean(expected.argmax(axis=-1) == actual.argmax(axis=-1)))
 

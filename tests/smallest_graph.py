@@ -1,4 +1,4 @@
-"""The smallest graph with every kind of kernel, which tests of passes share."""
+"""The smallest graph with every kind of kernel, shared by tests of passes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from osscompile.importer.synthetic import TINY
 (AVX2,) = (target for target in targets.load_variants("x86") if target.variant == "avx2")
 PROFILES = ("fast", "exact")
 
-# Every kind of kernel, as small as it gets: a sliding and a full layer, a router whose 2 rows do
-# not fill a vector.
+# The smallest model with every kind of kernel: a sliding and a full layer, and a router whose 2
+# rows do not fill a vector.
 SMALLEST = dataclasses.replace(
     TINY,
     vocab_size=16,

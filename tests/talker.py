@@ -47,7 +47,7 @@ def compile_talker(
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
-    """Ordinary tokens."""
+    """Return random ordinary tokens."""
     return np.random.default_rng(seed).integers(0, 1000, count).tolist()
 
 
@@ -56,7 +56,7 @@ def ids_of(tokens: Iterator[GeneratedToken]) -> list[int]:
 
 
 def allowed_logits(model: Model, ids: list[int]) -> NDArray[np.float64]:
-    """[n, vocab], -inf for the ids that the model must not say; computed from nothing."""
+    """Return logits [n, vocab], computed anew; -inf for ids that must not be said."""
     logits = model.logits(ids).astype(np.float64)
     assert model.tokenizer is not None
     special, size = model.tokenizer.special, model.tokenizer.vocab_size
@@ -65,7 +65,7 @@ def allowed_logits(model: Model, ids: list[int]) -> NDArray[np.float64]:
 
 
 def say(model: Model, ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Let the network say these ids, whatever the prompts; returns the prompts as they come."""
+    """Let the network say these ids for any prompt; returns the list of the prompts it gets."""
     rest: list[int] = []
     prompts: list[list[int]] = []
 

@@ -1,4 +1,4 @@
-"""What is compiled for AArch64 Linux, under emulation: every kernel, and nano."""
+"""Every kernel, and nano, compiled for AArch64 Linux and run under emulation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Answers: TypeAlias = list[list[tuple[str, str]]]
 
 VARIANTS = targets.load_variants("snapdragon")
 (APPLE,) = targets.load_variants("apple-cpu")
-# what LLVM makes of kernels for that CPU, in the file format of Linux
+# kernels that LLVM compiles for that CPU, in the file format of Linux
 APPLE_KERNELS = dataclasses.replace(
     next(t for t in VARIANTS if t.int8_dot == APPLE.int8_dot),
     variant="apple",
@@ -65,7 +65,7 @@ both_forms = pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
 
 @pytest.fixture
 def here(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tests of kernels, called here as functions, run them there."""
+    """Let tests of kernels, which are called as functions here, run them under emulation."""
     for module in (attention, matmul, routing, rows):
         monkeypatch.setattr(module, "HERE", target)
 
@@ -116,7 +116,7 @@ def test_attention(target: Target, window: int | None, dtype: str) -> None:
 @on_variants
 @pytest.mark.usefixtures("here")
 class TestAgain:
-    """Tests of kernels that other files define for this machine."""
+    """Tests of kernels that other files define for this machine, run again."""
 
     @both_forms
     def test_int8_at_its_extremes(self, form: Form) -> None:
@@ -185,7 +185,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask(
     artifact: Path, folder: Path, variant: str, ids: list[int], *questions: str
 ) -> tuple[Answers, Array]:
-    """(answers, logits of those ids) as the bundled runtime gives them under emulation."""
+    """Return (answers, logits of those ids) of the bundled runtime under emulation."""
     bundle = aarch64.bundle_for_aarch64(folder)
     what = (artifact, variant, ids, *questions)
     arguments, environment = aarch64.command(bundle, "-c", ASK, *what)
@@ -208,7 +208,7 @@ def test_nano_says_what_it_says_here(
         pieces = model.chat([message], reasoning="low", current_date="2026-01-01")
         assert [tuple(piece) for piece in said] == [(p.channel, p.text) for p in pieces]
     assert reference.relative_rms(logits, model.logits(ids)) < 4e-2  # as in test_variants.py
-    # what int8 costs, here as on this machine
+    # int8 costs the same as on this machine
     judge = reference.Model(*read_checkpoint(NANO))
     assert reference.kl_divergence(judge.logits(ids), logits) < MAX_KL
 

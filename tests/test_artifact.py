@@ -1,4 +1,4 @@
-"""A whole artifact: how it comes under its name, what is in it, how its weights get into memory."""
+"""A whole artifact: the rename to its name, its contents, and how its weights get into memory."""
 
 import hashlib
 import os
@@ -33,7 +33,7 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-# How it comes under its name
+# The rename to its name
 
 
 def test_nothing_has_the_final_name_before_everything_is_written(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_nothing_has_the_final_name_before_everything_is_written(tmp_path: Path)
         assert not output.exists()
         assert folder.is_relative_to(
             tmp_path / "out.partial"
-        )  # one file system: a rename is enough
+        )  # the same file system, so that a rename is enough
     assert listing(tmp_path) == ["out", f"out/{MANIFEST}"]
 
 
@@ -95,7 +95,7 @@ def test_interrupted_between_the_two_renames(
 
 
 def test_killed_between_the_two_renames(tmp_path: Path) -> None:
-    """The next compile, even one that fails, gives the name back to what had it."""
+    """The next compile, even one that fails, gives the name back to the old artifact."""
     write_artifact(tmp_path / "out.partial" / "replaced", "first")
     (tmp_path / "out.partial.lock").touch()
     with pytest.raises(KeyboardInterrupt), staged_directory(tmp_path / "out", 0):
@@ -155,14 +155,14 @@ def test_lock_file_removed_while_another_compile_opened_it(
             pass
 
 
-# What is in it
+# Its contents
 
 
 def test_compiled_twice_is_byte_identical(
     tiny_artifact: Path, this_machine: Target, tmp_path: Path
 ) -> None:
-    """In another process, folder, order of hashes and temporary folder, and with an empty PATH: the
-    linker comes with the package ziglang."""
+    """Process, folder, order of hashes and temporary folder do not matter, nor does an empty PATH:
+    the linker comes with the package ziglang."""
     (tmp_path / "temporary").mkdir()
     run_python(
         "import sys, osscompile; osscompile.compile('synthetic:tiny', sys.argv[1], 'other/name.osc'"
@@ -222,7 +222,7 @@ def test_artifact_by_a_relative_path(
     assert osscompile.load("copy.osc").logits([1]).shape[0] == 1
 
 
-# How its weights get into memory
+# Its weights in memory
 
 MEMORY_OF_WEIGHTS = """
 import sys
@@ -247,7 +247,7 @@ show()
 
 @linux
 def test_weights_are_mapped_not_read_or_copied(nano_artifact: Path, tmp_path: Path) -> None:
-    """One mapping of the whole file; a load touches no page of it, a run writes to none."""
+    """One mapping holds the whole file. A load touches no page of it, a run writes to none."""
     output = run_python(MEMORY_OF_WEIGHTS, nano_artifact, cwd=tmp_path).stdout
     after_load, after_run = (
         {line.split()[0]: int(line.split()[1]) for line in part.strip().splitlines()}
@@ -307,6 +307,6 @@ def test_small_file_leaves_nothing_in_the_cache(
 
 
 def write_artifact(output: Path, manifest: str) -> None:
-    """Something that the writer takes for an artifact."""
+    """Write something that the writer takes for an artifact."""
     with staged_directory(output, 0) as folder:
         (folder / MANIFEST).write_text(manifest)

@@ -1,5 +1,5 @@
-"""Artifacts that cannot be used: an error of ours that says what was expected, what was found and
-what to do, before any code of the artifact runs."""
+"""Artifacts that cannot be used raise an error of ours before any of their code runs. It says what
+was expected, what was found and what to do."""
 
 import _json
 import json
@@ -28,7 +28,7 @@ def copy(nano_artifact: Path, tmp_path: Path) -> Path:
 
 
 def file_of(artifact: Path, name: str) -> Path:
-    """`library`: the one that would be loaded."""
+    """Return a file of the artifact; `library` is the one that would be loaded."""
     if name != "library":
         return artifact / name
     variant = read_manifest(artifact).variant_here()
@@ -110,7 +110,7 @@ def test_folder_in_place_of_a_file(copy: Path) -> None:
 
 
 def test_unreadable_file(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Permissions do not stop root, who may run the tests: let opening the file fail."""
+    """Opening the file is made to fail: permissions do not stop root, who may run the tests."""
     open_path = Path.open
 
     def refuse_weights(self: Path, *arguments: Any, **options: Any) -> Any:
@@ -151,14 +151,14 @@ def test_manifest_is_no_json_object(copy: Path, text: str) -> None:
 
 @pytest.mark.parametrize("version", [0, 3, 5, "4", None, [4]])
 def test_other_format_version(copy: Path, version: object) -> None:
-    """Told apart from damage, whatever else that version has: its fields are not looked at."""
+    """Another version is told apart from damage: no other field is read."""
     fields = {"format_version": version, "something": "new"}
     (copy / MANIFEST).write_text(json.dumps(fields))
     refuse(copy, f"expected format version 4, found {version!r}", "compile the model again")
 
 
 def test_cpu_features_that_this_machine_lacks(copy: Path) -> None:
-    """Those of every variant are told; one that needs less would have been taken."""
+    """The error names those of every variant, since one that needs less would have been taken."""
     add_variant(copy)
 
     def change(fields: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ def test_cpu_features_that_this_machine_lacks(copy: Path) -> None:
 
 
 def test_missing_library_of_a_variant_for_other_machines(copy: Path) -> None:
-    """The artifact is not whole: it would fail there."""
+    """The artifact is not whole: it would fail on those machines."""
     other = add_variant(copy)
     assert other != file_of(copy, "library")
     other.unlink()
@@ -363,7 +363,7 @@ def test_manifest_with_half_a_variant(copy: Path, field: str) -> None:
 
 
 def test_a_damaged_artifact_can_be_compiled_again(copy: Path) -> None:
-    """What the messages advise must work."""
+    """The advice of the messages works."""
     from osscompile.write import staged_directory
 
     for name in FILES[::-1]:
@@ -373,17 +373,17 @@ def test_a_damaged_artifact_can_be_compiled_again(copy: Path) -> None:
     assert [path.name for path in copy.iterdir()] == [MANIFEST]
 
 
-# What holds for all of the above
+# All of the above
 
 
 def test_errors_are_one_family() -> None:
-    """One `except osscompile.OsscompileError` catches all that users can be blamed for."""
+    """One `except osscompile.OsscompileError` catches all errors that users can cause."""
     for error in (ArtifactError, InputError, CompileError):
         assert issubclass(error, osscompile.OsscompileError)
 
 
 def test_a_whole_artifact_has_its_library_loaded(nano_artifact: Path) -> None:
-    """Else `refuse` could not tell."""
+    """Otherwise `refuse` would prove nothing."""
     if not Path("/proc/self/maps").exists():
         pytest.skip("needs Linux's /proc")
     osscompile.load(nano_artifact).logits([1])

@@ -1,4 +1,4 @@
-"""Requests to a whole artifact that cannot be served: an error of ours that says what was expected,
+"""Requests that a whole artifact cannot serve raise an error of ours. It says what was expected,
 what was found and what to do."""
 
 from pathlib import Path
@@ -17,7 +17,7 @@ def model(nano_artifact: Path) -> osscompile.Model:
 
 def test_prompt_longer_than_the_context(model: osscompile.Model) -> None:
     ids = [1] * (model.context + 1)
-    for request in (model.logits, model.generate):  # told at the call, not at the first token
+    for request in (model.logits, model.generate):  # both raise at the call, not at the first token
         with pytest.raises(InputError, match=r"at most 4096 tokens, found 4097; .* larger context"):
             request(ids)
 
@@ -36,7 +36,7 @@ def test_conversation_longer_than_the_context(nano_artifact: Path) -> None:
 
 
 def test_prompt_that_fills_the_context(nano_artifact: Path) -> None:
-    """The token after the last position can be said, it needs no position of its own."""
+    """The token after the last position can be said: it needs no position of its own."""
     model = osscompile.load(nano_artifact, context=16)
     assert len(list(model.generate([5] * 16))) == 1
     assert len(list(model.generate([5] * 16, max_tokens=100))) == 1

@@ -1,4 +1,4 @@
-"""`osscompile bench`: that its figures are there and count what they say; never how large."""
+"""`osscompile bench`: its figures are there and count what they say. No test asserts a speed."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ from osscompile.runtime.artifact import Manifest, Tensor, read_manifest
 from osscompile.runtime.engine import Model
 from osscompile.targets import Target
 
-# What is known of an artifact
+# Facts of an artifact
 
 
 def test_kv_bytes_of_gpt_oss_20b(tiny_artifact: Path) -> None:
@@ -40,7 +40,7 @@ def test_token_macs_of_gpt_oss_20b(tiny_artifact: Path, profile: str) -> None:
 
 
 def manifest_of_20b(other: Path, profile: str) -> Manifest:
-    """What the compiler would write of its tensors; the rest is that of another artifact."""
+    """Return a manifest with the tensors of 20b; all other fields are another artifact's."""
     config = gpt_oss_config(num_layers=24, num_experts=32)
     tensors = weight_parameters(config, profile, 64), cache_parameters(config, profile, 64, 16)
     weights, caches = (tuple(Tensor(p.name, p.shape, p.dtype) for p in part) for part in tensors)
@@ -59,7 +59,7 @@ def manifest_of_20b(other: Path, profile: str) -> Manifest:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits of the machine that nobody looks at."""
+    """Measure the machine's limits in little time, since no test looks at them."""
     monkeypatch.setattr(bandwidth, "READ_BYTES", 1 << 24)
 
 
@@ -88,7 +88,7 @@ def test_report_of_a_small_model(tiny_artifact: Path) -> None:
 def test_cache_of_each_depth_is_filled_once(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deepest first, for the memory and for the time; the report keeps the order asked for."""
+    """The deepest is filled first, to save memory and time; the report keeps the asked order."""
     filled: list[int] = []
     fill = models._fill_cache
 
@@ -162,7 +162,7 @@ def test_other_processes_are_seen_and_our_own_are_not() -> None:
         process.kill()
         process.wait()
     assert alone is not None and busy is not None and busy > 0.3
-    assert alone < busy  # others may run too
+    assert alone < busy  # others may also run
 
 
 def spin(seconds: float) -> None:
@@ -195,7 +195,7 @@ def test_command_measures_two_and_compares_them(
     printed = capfd.readouterr().out
     assert printed.count("read bandwidth") == 2 and "of roofline" in printed
     first, second = read_reports(file)
-    # each in a process of its own: what the second took at most is not the sum of both
+    # each model has its own process, so that the second's peak is not the sum of both
     assert first.peak_bytes and second.peak_bytes and second.peak_bytes < 1.5 * first.peak_bytes
     assert cli.main(["bench", "--compare", str(file), "--plot", str(tmp_path / "p.png")]) == 0
     assert "decode at 0, tok/s" in capfd.readouterr().out
@@ -242,7 +242,7 @@ def test_plot_without_matplotlib(
 
 
 def test_kernel_benchmarks_run() -> None:
-    """Some of them, once; their figures are nobody's concern here."""
+    """Some of them run once; their figures do not matter here."""
     command = [
         sys.executable,
         "-m",

@@ -73,7 +73,7 @@ def test_without_the_compiler(nano: Path, tmp_path: Path) -> None:
 
 
 def test_artifact_of_a_device_is_not_sent(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """TVM's server could not launch its kernels."""
+    """TVM's server could not launch the artifact's kernels."""
     assert cli.main(["bench", str(nano), "--rpc", "127.0.0.1:1", "--key", "far"]) == 1
     assert "found one for opencl" in capsys.readouterr().err
 
@@ -98,7 +98,7 @@ def test_cache_is_filled_up_to_the_depth(nano: Path) -> None:
 
 
 def check_reader(reader: DeviceReader) -> None:
-    """Every thread's sum is that of its bytes: nothing is left out."""
+    """Every thread's sum is that of its bytes, so that nothing is left out."""
     data = np.empty(reader.num_bytes // 4, np.uint32)
     sums = np.empty(data.size * 4 // PIECE_BYTES * THREADS, np.uint32)
     for array, memory in zip((data, sums), reader._bound, strict=True):
@@ -123,7 +123,7 @@ def test_opencl_reads_everything() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_cuda_reads_everything(driver: ctypes.CDLL) -> None:
-    """As the stand-in does; that the PTX does the same, only a GPU can tell."""
+    """This checks the stand-in's kernel; only a GPU can show that the PTX does the same."""
     ctypes.c_size_t.in_dll(driver, "fake_room").value = 8 << 20
     check_reader(DeviceReader("cuda", CudaDevice.open()))
 

@@ -20,7 +20,7 @@ from osscompile.bench.report import (
     write_reports,
 )
 
-# 100 GB/s, 1 TMAC/s; a step reads 2 GB of weights, and 1 MB a position in each kind of layer.
+# 100 GB/s and 1 TMAC/s; a step reads 2 GB of weights, and 1 MB a position in each kind of layer.
 REPORT = Report(
     model="made-up",
     profile="fast",

@@ -1,4 +1,4 @@
-"""The KV cache across calls: what is kept, and who may use it."""
+"""The KV cache across calls: the entries that are kept, and the calls that may use them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(talker: Path) -> Model:
 
 @pytest.fixture
 def other(talker: Path) -> Model:
-    """A second one, whose cache nothing has used."""
+    """A second model, whose cache nothing has used."""
     return load(talker)
 
 
@@ -45,7 +45,7 @@ def check_against_fresh(
 
 
 def computed_positions(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Filled, as the model runs, with the first position of every run."""
+    """Return a list that gets the first position of every run of the model."""
     positions: list[int] = []
     run = model._device.run
 
@@ -62,8 +62,8 @@ def computed_positions(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[in
 def test_next_turn_continues_where_the_prompts_part(
     model: Model, talker: Path, monkeypatch: pytest.MonkeyPatch, length: int, generated: int
 ) -> None:
-    """As in a chat, where the reasoning is left out of the next prompt: a long answer goes back by
-    the snapshot. Only what is new is computed."""
+    """A chat leaves the reasoning out of the next prompt; a long answer goes back by the snapshot.
+    Only new tokens are computed."""
     prompt = random_ids(length)
     list(model.generate(prompt, max_tokens=generated))
     positions = computed_positions(model, monkeypatch)
@@ -131,8 +131,8 @@ def test_interrupted_prefill_leaves_a_usable_cache(
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_history_gives_what_a_fresh_model_gives(model: Model, talker: Path, seed: int) -> None:
-    """Random prompts that share a prefix of random length with what came before, with answers of
-    random length, answers left in the middle, and scoring in between."""
+    """Random prompts share a prefix of random length with what came before. Answers have random
+    lengths, some are left in the middle, and scoring happens in between."""
     rng = np.random.default_rng(seed)
     history = random_ids(int(rng.integers(1, 120)), seed=seed)
     for step in range(12):

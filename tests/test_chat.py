@@ -1,4 +1,4 @@
-"""Chat: messages to pieces of text with their channels."""
+"""Chat: messages become pieces of text with their channels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokenizer() -> Tokenizer:
 
 
 def answer_ids(tokenizer: Tokenizer, *messages: tuple[str, str, str]) -> list[int]:
-    """What a model says after `<|start|>assistant`: (channel, text, end token) of each message."""
+    """Return a model's answer after `<|start|>assistant`; messages: (channel, text, end token)."""
     special = tokenizer.special
     ids: list[int] = []
     for i, (channel, text, end) in enumerate(messages):
@@ -56,7 +56,7 @@ def test_chat_tells_the_channels_apart(
         for channel, group in itertools.groupby(pieces, lambda piece: piece.channel)
     }
     assert by_channel == {"analysis": "Let me think.", "final": UNICODE}
-    assert len(pieces) > 10  # piece by piece, not at the end
+    assert len(pieces) > 10  # pieces come one by one, not all at the end
 
 
 def test_chat_that_max_tokens_cuts_gives_what_there_is(
@@ -123,7 +123,7 @@ def test_bad_chat_raises_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr(model._device, "run", None)
     with pytest.raises(InputError):
-        model.chat(messages, **options)  # not even iterated
+        model.chat(messages, **options)  # raises before any iteration
 
 
 @pytest.mark.parametrize("length", [5, 60])

@@ -1,4 +1,4 @@
-"""Opening checkpoints: the canonical tensors of good ones, the message for each bad one."""
+"""Open checkpoints: the canonical tensors of good ones, and the message for each bad one."""
 
 import dataclasses
 import json
@@ -269,7 +269,7 @@ def test_shard_that_is_no_safetensors_file(tmp_path: Path) -> None:
 
 
 def test_one_row_of_a_shard_too_large_for_memory(tmp_path: Path) -> None:
-    """The weights are a hole in the file: half a gigabyte each of embedding and output."""
+    """The weights are a hole in the file: embedding and output have half a gigabyte each."""
     config = dataclasses.replace(TINY, vocab_size=1 << 22)
     small = hf_tensors(SOURCE)
     header, offset = {}, 0

@@ -1,4 +1,4 @@
-"""The command line: what a person types, what appears, and what an error looks like."""
+"""The command line: the commands a person types, their output, and their errors."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_inspect_works_for_an_artifact_of_another_machine(
 
 
 def test_dump_writes_the_ir_after_each_phase(this_machine: Target, tmp_path: Path) -> None:
-    """Phases of the instructions of one variant are in a folder of its name."""
+    """Phases of one variant's instructions are in a folder of its name."""
     arguments = ["compile", "nano", "-o", str(tmp_path / "out"), "--context", "256"]
     arguments += ["--target", this_machine.name, "--variants", this_machine.variant]
     folder = tmp_path / "ir"

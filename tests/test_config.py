@@ -1,4 +1,4 @@
-"""config.json in every accepted spelling, and what is refused."""
+"""config.json in every accepted spelling, and in those that are refused."""
 
 import copy
 import json

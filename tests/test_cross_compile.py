@@ -1,5 +1,5 @@
-"""What is compiled for machines that are not here, as far as it shows without them: instructions,
-file formats, and that a new target is a file."""
+"""Compiles for machines that are not here, checked as far as that goes without them: instructions,
+file formats, and a new target in a file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ALL_KERNELS = KERNELS | {"moe_mxfp4_swiglu_q8_prefill": SWIGLU_PREFILL}
 @on_aarch64
 @pytest.mark.parametrize("name", ALL_KERNELS)
 def test_byte_products(target: Target, name: str) -> None:
-    """Sums in registers, fp4 by table lookup, no calls where most of the time goes."""
+    """The hot loop keeps sums in registers, looks fp4 up in a table, and calls nothing."""
     text = assembly(ALL_KERNELS[name], target)
     product = PRODUCTS[target.int8_dot]["prefill" in name]
     assert set(re.findall(r"\t(sdot|smmla)", text)) == ({product} if product else set())
@@ -73,7 +73,7 @@ ID_DYLIB, LOAD_DYLIB, CODE_SIGNATURE = 0xD, 0xC, 0x1D
 
 
 def load_commands(library: bytes) -> dict[int, bytes]:
-    """By kind; the last of each."""
+    """Return the load commands by kind, the last of each."""
     count, start, commands = struct.unpack_from("<I", library, 16)[0], 32, {}
     for _ in range(count):
         kind, size = struct.unpack_from("<II", library, start)
@@ -133,7 +133,7 @@ library = "lib.so"
 def test_nano_for_a_target_that_is_but_a_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of vectors half as wide as in any that ships, without a product of bytes."""
+    """The target has vectors half as wide as any that ships, and no product of bytes."""
     (tmp_path / "old-cpu.toml").write_text(OLD_CPU)
     monkeypatch.setattr(targets, "_shipped", lambda: tmp_path)
     path = osscompile.compile("nano", "old-cpu", tmp_path / "nano.osc", context=256)

@@ -1,5 +1,5 @@
-"""CUDA: what is compiled for it, and that the driver is called as it wants to be. No GPU is at hand
-where this runs; a stand-in for the driver does what it is told (see `cuda_device.py`)."""
+"""CUDA: the code that is compiled, and the calls of the driver. No GPU is at hand where this runs:
+a stand-in for the driver does what it is told (see `cuda_device.py`)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs CUDA's compil
 @pytest.mark.parametrize("profile", ["fast", "exact"])
 @pytest.mark.parametrize("num_experts", [32, 128], ids=["20b", "120b"])
 def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
-    """Two layers have every kernel."""
+    """Two layers contain every kernel."""
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)
     module = with_choose(build_graph(config, profile, 131072, 512).module, config.vocab_size)
     module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
@@ -52,7 +52,7 @@ def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
 
 @needs_nvcc
 def test_compile_20b_for_sm_90a(tmp_path: Path) -> None:
-    """Every kernel of the profile fast, and none spills registers."""
+    """Every kernel of the profile fast compiles, and none spills registers."""
     config = gpt_oss_config(num_layers=2, num_experts=32)
     module = with_choose(build_graph(config, "fast", 131072, 512).module, config.vocab_size)
     module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
@@ -100,7 +100,7 @@ COUNT = ("int64", "tokens")
 
 
 def program(max_tokens: int, *, add: tuple[Any, ...] = (OUT, POSITION, CACHE, COUNT)) -> Program:
-    """2 x ids + position + the number of calls before + 7."""
+    """Return a program for 2 x ids + position + the number of calls before + 7."""
     groups = ["//", ["+", "tokens", 1], 2]
     launches = (
         Launch("twice", (OUT, IDS, COUNT), (groups,), (2,)),
@@ -111,7 +111,7 @@ def program(max_tokens: int, *, add: tuple[Any, ...] = (OUT, POSITION, CACHE, CO
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the kernels in `cuda/kernels.cu`."""
+    """The module of the kernels in `cuda/kernels.cu`."""
     if needs_gxx.args[0]:
         pytest.skip(str(needs_gxx.kwargs["reason"]))
     output = tmp_path_factory.mktemp("cuda") / "lib.fatbin"
@@ -124,7 +124,7 @@ COUNTS = ("launches", "graph_launches", "freed", "graphs", "events")
 
 @pytest.fixture
 def driver(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    """The stand-in, which has counted nothing, of a GPU with little memory."""
+    """The stand-in for a GPU with little memory; its counters are zero."""
     library = str(cuda_device.driver())
     monkeypatch.setattr(cuda, "DRIVER", library)
     loaded = ctypes.CDLL(library)
@@ -186,7 +186,7 @@ def test_arrays_of_the_cache(driver: ctypes.CDLL, image: Path) -> None:
 
 
 def test_memory_that_nobody_holds_is_freed(driver: ctypes.CDLL, image: Path) -> None:
-    """As of the snapshots of a long chat."""
+    """The snapshots of a long chat are such memory."""
     device = CudaDevice(image, {})
     array = device.zeros((2, 3), "float32")
     for _ in range(3):
@@ -220,7 +220,7 @@ TWICE = Launches((), (Launch("quick", (("bound", 0), ("bound", 1), ("int64", 3))
 
 
 def test_calls_are_timed_as_one_graph(driver: ctypes.CDLL, image: Path) -> None:
-    """Each with its own memory; nothing of it is left."""
+    """Each call has its own memory, and nothing of the graph is left."""
     device = CudaDevice(image, {"twice": TWICE})
     calls = [
         [device.tensor(np.zeros(3, np.float32)), device.tensor(np.float32([n, 2, 3]))]

@@ -1,5 +1,6 @@
-"""Artifacts for h100 on this machine, their kernels compiled by g++ and launched by a stand-in for
-NVIDIA's driver (see `cuda_device.py`): what they compute, and that bench and tune go through."""
+"""Artifacts for h100 on this machine: g++ compiles their kernels, and a stand-in for NVIDIA's
+driver launches them (see `cuda_device.py`). They compute what is right; bench and tune go through.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ pytestmark = needs_gxx
 
 @pytest.fixture(scope="module", autouse=True)
 def stand_in() -> Iterator[None]:
-    """Of the driver, and of CUDA's compiler."""
+    """Replace the driver and CUDA's compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("osscompile.codegen.cuda.compile_cuda", compile_here)
         patch.setattr(cuda, "DRIVER", str(cuda_device.driver()))
@@ -71,7 +72,7 @@ def test_logits_stay_on_the_device(nano: Path, temperature: float) -> None:
 
 
 def test_bench(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bandwidth is that of a kernel in C++ in place of the one in PTX."""
+    """A kernel in C++, in place of the one in PTX, measures the bandwidth."""
     monkeypatch.setattr(bandwidth_device, "READ_BYTES", 1 << 22)
     monkeypatch.setattr("osscompile.bench.models.DECODE_STEPS", 3)
     report = bench(nano, (16,), (0, 100))
@@ -84,7 +85,7 @@ def test_tune_finds_the_faster_schedule(
     offer: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offer(SLOW, FAST, WRONG)
-    # of the processes that measure
+    # for the measuring processes
     monkeypatch.setenv("LD_LIBRARY_PATH", str(cuda_device.driver().parent))
     folder, told = emit_tiny(tmp_path / "emitted", H100), list[str]()
     measure_kernel(folder, report=told.append)

@@ -1,5 +1,5 @@
-"""What stands in for an NVIDIA GPU (`cuda_device.py`) does what one does, and finds what one would
-not forgive."""
+"""The stand-in for an NVIDIA GPU (`cuda_device.py`) does what a GPU does, and finds errors that a
+GPU would not forgive."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def run_kernel(image: Path, body: str, threads: int, *inputs: np.ndarray) -> np.ndarray:
-    """A kernel that fills out[threads x 4] int32, in one block; `inputs`: int32, a, b and c."""
+    """Run a kernel that fills out[threads x 4] int32 in one block; `inputs` are int32 a, b, c."""
     pointers = "int* out, int* a, int* b, int* c"
     head = f'extern "C" __global__ void __launch_bounds__({threads}) f({pointers}) {{'
     compile_here(f"{PRELUDE}{head}\n{body}\n}}\n", H100, image)
@@ -41,7 +41,7 @@ def run_kernel(image: Path, body: str, threads: int, *inputs: np.ndarray) -> np.
 
 
 def test_matrix_units_multiply_signed_bytes(image: Path) -> None:
-    """16 x 32 by 32 x 8, and what is added, as NVIDIA lays them out over a warp's registers."""
+    """16 x 32 by 32 x 8, and the addend, lie in a warp's registers as NVIDIA describes."""
     rng = np.random.default_rng(0)
     a = rng.integers(-128, 128, (16, 32), dtype=np.int8)
     b = rng.integers(-128, 128, (32, 8), dtype=np.int8)
@@ -72,7 +72,7 @@ def test_four_bytes_at_a_time(image: Path) -> None:
 
 
 def test_lanes_shuffle_what_the_mask_names(image: Path) -> None:
-    """Beyond the warp a lane keeps its own; of lanes without a place in the mask it gets none."""
+    """A lane keeps its own value beyond the warp, and gets none from lanes outside the mask."""
     body = """  int lane = threadIdx.x;
   if (lane % 4 != 2) {
     unsigned mask = __activemask();
@@ -104,7 +104,7 @@ def test_barrier_that_some_threads_miss(image: Path) -> None:
 
 @pytest.mark.parametrize("turn", ["forwards", "backwards"])
 def test_barrier_that_is_missing(image: Path, turn: str) -> None:
-    """What a block shares begins as no value, and its threads start at either end."""
+    """A block's shared memory begins as NaN, and its threads start at either end by turns."""
     body = """  __shared__ alignas(64) int x[40];
   x[threadIdx.x] = 7;
 BARRIER
@@ -124,7 +124,7 @@ def test_too_much_shared_memory(image: Path) -> None:
 
 @pytest.mark.parametrize("use", ["out[300] = 1", "out[0] = a[300]", "out[0] = a[-(1L << 40)]"])
 def test_address_beyond_what_was_allocated(image: Path, use: str) -> None:
-    """The device is lost; a new process has it again."""
+    """The device is lost, but a new process has it again."""
     with pytest.raises(ArtifactError, match=r"illegal address"):
         run_kernel(image, f"  {use};", 32)
     assert run_kernel(image, "  out[threadIdx.x] = 1;", 32).sum() == 32 - 96
@@ -148,7 +148,7 @@ def test_what_cuda_does_not_have_or_we_do_not_use(image: Path, use: str) -> None
 
 
 def test_matrix_units_multiply_the_upper_bits_of_floats(image: Path) -> None:
-    """16 x 8 by 8 x 8, and what is added; 19 bits are read."""
+    """The units multiply 16 x 8 by 8 x 8 and add; they read 19 bits."""
     rng = np.random.default_rng(0)
     a, b, c = (
         rng.standard_normal(shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8))
@@ -168,7 +168,7 @@ def test_matrix_units_multiply_the_upper_bits_of_floats(image: Path) -> None:
 
 
 def test_bytes_are_selected_and_signs_repeated(image: Path) -> None:
-    """As NVIDIA describes prmt without a mode."""
+    """The result is what NVIDIA describes for prmt without a mode."""
     low, high = 0x83020100, 0x87060504
     selectors = {0x3210: low, 0x7654: high, 0x0427: 0x00040287, 0x8CBF: 0x0000FFFF}
     body = f"  out[threadIdx.x * 4] = select_bytes({low}u, {high}u, a[threadIdx.x] | 0x77770000);"

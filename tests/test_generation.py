@@ -1,4 +1,4 @@
-"""Generation: which token is chosen, where it ends, and its text."""
+"""Generation: the choice of tokens, its end, and its text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(talker: Path) -> Model:
 
 @pytest.fixture
 def other(talker: Path) -> Model:
-    """A second one, whose cache nothing has used."""
+    """A second model, whose cache nothing has used."""
     return load(talker)
 
 
@@ -81,7 +81,7 @@ def test_drawn_tokens_are_within_top_k(model: Model, other: Model) -> None:
 def test_logprobs_are_those_of_the_allowed_tokens(
     model: Model, other: Model, temperature: float
 ) -> None:
-    """Of the model's own distribution: whatever the temperature."""
+    """They are of the model's own distribution at any temperature."""
     prompt = random_ids(20)
     tokens = list(
         model.generate(prompt, max_tokens=40, temperature=temperature, seed=3, logprobs=3)
@@ -190,7 +190,7 @@ def test_bad_arguments_raise_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr(model._device, "run", None)
     with pytest.raises(InputError, match=message):
-        model.generate(prompt, **options)  # not even iterated
+        model.generate(prompt, **options)  # raises before any iteration
 
 
 def test_characters_of_several_tokens_stream_whole(

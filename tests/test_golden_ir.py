@@ -1,4 +1,4 @@
-"""The IR of a whole model as text: it shows what a change did to the IR.
+"""The IR of a whole model as text, which shows what a change did to the IR.
 
 `pytest --update-golden` writes the text anew.
 """
@@ -30,7 +30,7 @@ def test_golden_imported(profile: str, update_golden: bool) -> None:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_golden_scheduled_for_x86(profile: str, update_golden: bool) -> None:
-    """The kernels only, and which weights were packed; the graph differs by their shapes."""
+    """The text has only kernels and names of packed weights; the graph differs by their shapes."""
     module = run_passes(imported(profile), AVX2, (pack_weights, schedule_kernels))
     shown = _shown_kernels(module, profile)
     dropped = [name for name in module.get_global_vars() if name not in shown]
@@ -38,8 +38,8 @@ def test_golden_scheduled_for_x86(profile: str, update_golden: bool) -> None:
 
 
 def _shown_kernels(module: ir.IRModule, profile: str) -> set[ir.GlobalVar]:
-    """Of every operation one kernel for decode and one for prefill; in `exact` what differs from
-    `fast`."""
+    """Return a kernel for decode and one for prefill of every operation; for `exact` only those
+    that differ from `fast`."""
     other = imported("fast") if profile == "exact" else ir.IRModule()
     if PACKED_ROWS in (module.attrs or {}):
         other = run_passes(other, AVX2, (pack_weights, schedule_kernels))

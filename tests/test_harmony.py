@@ -42,7 +42,7 @@ def rendered(tokenizer: Tokenizer, messages: Any, **options: Any) -> str:
 
 
 def without_system(text: str) -> str:
-    """Harmony's golden conversations need not begin with a system message, ours do."""
+    """Remove the system message: ours begin with one, harmony's golden conversations need not."""
     assert text.startswith("<|start|>system<|message|>")
     return text.split("<|end|>", 1)[1]
 
@@ -291,7 +291,7 @@ def test_incomplete_characters_are_held_back(tokenizer: Tokenizer) -> None:
             [Piece("analysis", "A"), Piece("final", "B")],
         ),
         ("<|channel|>final<|message|>A<|message|>B<|constrain|>C", [Piece("final", "ABC")]),
-        # Cut off before anything was said.
+        # This answer is cut off before anything was said.
         ("<|channel|>analysis", []),
         ("<|channel|>final<|return|>", []),
         (" to=functions.f", []),

@@ -1,4 +1,4 @@
-"""The chat format against openai-harmony itself, where it is installed, on the real vocabulary."""
+"""The chat format against openai-harmony itself, if it is installed, on the real vocabulary."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def o200k(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that BPE joins last to make this one."""
+    """Return the two tokens that BPE joins last to make this one."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [a + b for a, b in itertools.pairwise(parts)]

@@ -1,4 +1,4 @@
-"""Compiles that cannot start, cannot finish, or are cut off: an error of ours, and nothing left."""
+"""Compiles that cannot start, cannot finish, or are cut off raise our errors and leave nothing."""
 
 import contextlib
 import dataclasses
@@ -99,7 +99,7 @@ def test_output_is_a_file(tmp_path: Path, target: str) -> None:
 def test_output_is_a_folder_of_something_else(
     tmp_path: Path, target: str, names: list[str]
 ) -> None:
-    """A manifest.json alone makes no artifact: web pages have one too, and would be deleted."""
+    """A manifest.json alone makes no artifact: folders of web pages have one too."""
     (tmp_path / "out").mkdir()
     for name in names:
         (tmp_path / "out" / name).write_text("mine")
@@ -179,7 +179,7 @@ def test_failure_in_the_middle_of_the_weights(
     before: str,
     problem: str,
 ) -> None:
-    """Nothing is left; an artifact that had the name still has it."""
+    """Nothing is left, and an artifact that had the name still has it."""
     write_checkpoint(tmp_path / "model", TINY)
     output = tmp_path / "out"
     if before == "artifact":
@@ -233,7 +233,7 @@ def in_the_middle(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> N
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a file system of so many bytes."""
+    """Mount a file system of so many bytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -258,7 +258,7 @@ def test_disk_fills_up_while_weights_are_written(
 
     def fill() -> None:
         with (disk / "other").open("wb", buffering=0) as stream:
-            for size in (1 << 20, 1 << 12):  # whoever writes meanwhile takes some of it
+            for size in (1 << 20, 1 << 12):  # a concurrent writer takes some of it
                 with contextlib.suppress(OSError):
                     while stream.write(bytes(size)):
                         pass
@@ -272,7 +272,7 @@ def test_disk_fills_up_while_weights_are_written(
 def test_disk_fills_up_while_kernels_are_compiled(
     small_disk: Callable[[int], Path], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LLVM ends the process if it cannot write: it must not get that far."""
+    """LLVM ends the process if it cannot write, so it must not get that far."""
     disk = small_disk(1 << 20)
     monkeypatch.setattr("osscompile.write._check_free_space", lambda folder, needed: None)
     with pytest.raises(CompileError, match="make room, or choose another -o"):
@@ -318,7 +318,7 @@ module.compile("synthetic:tiny", sys.argv[1], "out", **{TINY_OPTIONS})
 
 @pytest.fixture
 def slow_compile(tmp_path: Path, target: str) -> Iterator[subprocess.Popen[str]]:
-    """A compile to tmp_path/out in a process of its own, in the middle of the weights."""
+    """A compile to tmp_path/out in its own process, stopped in the middle of the weights."""
     command = [sys.executable, "-W", "ignore", "-c", COMPILE_SLOWLY, target]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -355,7 +355,7 @@ def test_ctrl_c_in_the_middle(tmp_path: Path, slow_compile: subprocess.Popen[str
 def test_a_whole_compile_leaves_only_the_artifact(
     tmp_path: Path, target: str, without_kernels: None
 ) -> None:
-    """Else the tests above could not tell."""
+    """Otherwise the tests above would prove nothing."""
     compile_tiny(tmp_path / "out", target)
     assert [name for name in listing(tmp_path) if "/" not in name] == ["out"]
     files = read_manifest(tmp_path / "out").files

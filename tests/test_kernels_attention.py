@@ -67,7 +67,7 @@ def check_append(form: Form, dtype: str, position: int, target: Target = HERE) -
     kernel = kv_cache.append_kv(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, capacity, dtype)
     run = build(kernel, target)
     new_keys, new_values = run(keys, values, qkv, rope_of(CONTEXT), int32(position), in_place=2)
-    np.testing.assert_array_equal(new_values, expected_values)  # also that no other slot changed
+    np.testing.assert_array_equal(new_values, expected_values)  # no other slot changed either
     rounding = 2.0**-11 if dtype == "float16" else 3e-7
     np.testing.assert_allclose(new_keys.astype(np.float64), expected_keys, rtol=rounding, atol=5e-7)
 
@@ -78,8 +78,8 @@ def check_append(form: Form, dtype: str, position: int, target: Target = HERE) -
 class Layer:
     """An attention layer's cache and its kernels, fed with chunks of queries, keys and values.
 
-    Keys come unrotated (the RoPE table says angle 0), and representable in the cache's type, so
-    that the reference sees the same numbers.
+    Keys are not rotated (the RoPE table says angle 0), and can be represented in the cache's type,
+    so that the reference sees the same numbers.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class Layer:
         self.sinks = np.linspace(-2, 3, heads).astype(np.float32)
 
     def tokens(self, seed: int, count: int) -> Array:
-        """qkv [count, width] whose scores spread over several units."""
+        """Return qkv [count, width] whose scores spread over several units."""
         heads, kv_heads, head_dim = self.sizes
         values = numbers(seed, count, (heads + 2 * kv_heads) * head_dim, scale=1.5)
         return values.astype(self.dtype).astype(np.float32)
 
     def run(self, qkv: Array, position: int, form: Form = PREFILL) -> Array:
-        """Append the tokens [count, width], then attend: -> [count, heads, head_dim]."""
+        """Append the tokens [count, width], then attend -> [count, heads, head_dim]."""
         heads, _, head_dim = self.sizes
         cache = (self.capacity, self.dtype)
         append = kv_cache.append_kv(form.tokens, *self.sizes, self.context, *cache)
@@ -122,13 +122,13 @@ class Layer:
             form.tokens, *self.sizes, self.capacity, self.window, self.dtype
         )
         queries = qkv[:, : heads * head_dim].reshape(len(qkv), heads, head_dim)
-        queries = queries * np.float32(head_dim**-0.5)  # of a power of 4: exact
+        queries = queries * np.float32(head_dim**-0.5)  # exact: head_dim is a power of 4
         kernel = build(attend, self.target, rule=self.rule)
         out = kernel(queries, self.keys, self.values, self.sinks, int32(position))
         return out.reshape(len(qkv), heads, head_dim)
 
     def check_in_parts(self, seed: int) -> None:
-        """140 tokens, 20 at a time, and one more."""
+        """Check 140 tokens, 20 at a time, and one more."""
         qkv = self.tokens(seed, 141)
         expected = self.expected(qkv)
         for start in range(0, 140, 20):
@@ -136,7 +136,7 @@ class Layer:
         assert_close(self.run(qkv[140:], 140, DECODE), expected[140:])
 
     def expected(self, qkv: Array) -> F64:
-        """For all tokens from position 0 on."""
+        """Return the reference's result for all tokens from position 0 on."""
         q, k, v = split_qkv(qkv, *self.sizes)
         return reference.attention(q, k, v, to_float64(self.sinks), self.window)
 
@@ -228,7 +228,7 @@ def test_attention_past_position_4096(window: int | None) -> None:
 
 @pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
 def test_attention_does_not_see_keys_outside_the_window_or_after_it(form: Form) -> None:
-    """Whatever lies in the slots of other positions, as long as it is a number."""
+    """The slots of other positions may hold any number, but not NaN."""
     window, position, count = 16, 37, 1 if form is DECODE else 8
     layer = Layer(window, "float16", capacity=64)
     qkv = layer.tokens(14, position + count)
@@ -259,7 +259,7 @@ def test_attention_sinks_take_their_share(sink: float) -> None:
 
 
 def test_attention_with_scores_far_apart() -> None:
-    """Scores of hundreds: the running maximum jumps, and what was summed before vanishes."""
+    """Scores are in the hundreds: the running maximum jumps, and earlier sums vanish."""
     layer = Layer(None)
     qkv = layer.tokens(17, 100) * np.float32(16)
     assert_close(layer.run(qkv, 0), layer.expected(qkv), 5e-5)  # e^score: a score of 1e3 is off by

@@ -1,4 +1,4 @@
-"""Choosing the next token on the device, against numpy in float64."""
+"""The choice of the next token on the device, against numpy in float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def chosen(
     seed: tuple[int, int] = (0, 0),
     masked: tuple[int, ...] = (),
 ) -> tuple[int, float]:
-    """The token and its logit."""
+    """Run the kernels, and return the token and its logit."""
     options = np.array([0, *seed], np.int32)
     if temperature:
         options[:1] = np.float32([1 / temperature]).view(np.int32)
@@ -51,7 +51,7 @@ def random_logits(seed: int = 0) -> Array:
 
 
 def gumbel(seed: tuple[int, int]) -> F64:
-    """Of every token: from 64 random bits by a hash of the token."""
+    """Return every token's number, made from 64 random bits by a hash of the token."""
 
     def mix(x: Array) -> Array:
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -94,7 +94,7 @@ def test_draws_by_the_defined_random_numbers(target: Target, temperature: float)
 
 
 def test_random_numbers_draw_from_the_softmax() -> None:
-    """The numbers that the kernels were just compared with: 20,000 draws from some tokens."""
+    """The numbers that kernels are compared with draw right: 20,000 draws from some tokens."""
     logits = np.array([2.0, 1.0, 0.0, -1.0, -3.0])
     expected = np.exp(logits) / np.exp(logits).sum()
     tokens = np.array([0, 1, 77, 500, 999])

@@ -1,5 +1,5 @@
 """Every kernel, scheduled for GPUs, against the float64 reference: on this machine's OpenCL device,
-and on the stand-ins for Metal and CUDA, which run what Metal and CUDA would compile.
+and on the stand-ins for Metal and CUDA, which run the source that Metal and CUDA would compile.
 
 Cases and checks are those of the kernels for CPUs.
 """
@@ -73,7 +73,7 @@ def test_matmul_of_2880(gpu: Target, case: Callable[..., Case]) -> None:
     case(PREFILL, 2880, 64).check(gpu)
 
 
-MORE_ROWS = Form("prefill", TOKENS, 70)  # than a tile has, and no multiple of any; see row_experts
+MORE_ROWS = Form("prefill", TOKENS, 70)  # than any tile has, and not a multiple; see row_experts
 
 
 @pytest.mark.parametrize("columns", [24, 48, 192])
@@ -81,7 +81,7 @@ MORE_ROWS = Form("prefill", TOKENS, 70)  # than a tile has, and no multiple of a
     "case", [dense_bf16, dense_q8, moe_mxfp4_sum_digits], ids=lambda case: case.__name__
 )
 def test_matmul_of_several_tiles(gpu: Target, case: Callable[..., Case], columns: int) -> None:
-    """Of columns that fill the tiles of single threads only, or those of matrices too."""
+    """Columns fill only the tiles of single threads, or those of matrices too."""
     case(MORE_ROWS, 64, columns).check(gpu)
 
 
@@ -187,7 +187,7 @@ def test_attention_with_the_heads_of_gpt_oss(gpu: Target, form: Form) -> None:
 def test_attention_of_a_prompt_and_of_its_last_token(
     gpu: Target, window: int | None, count: int
 ) -> None:
-    """Chunk borders, and parts of the context without a key."""
+    """Lengths cover chunk borders, and parts of the context without a key."""
     layer = Layer(window, target=gpu)
     qkv = layer.tokens(count, count)
     expected = layer.expected(qkv)
@@ -228,7 +228,7 @@ def test_attention_sinks(gpu: Target, window: int | None, sink: float) -> None:
     assert_close(layer.run(qkv[-1:], 23, DECODE), expected[-1:])
 
 
-# --- Under the plain rules --------------------------------------------------------------------
+# --- The plain rules --------------------------------------------------------------------------
 
 
 @every_form

@@ -96,7 +96,7 @@ def test_matmul_of_2880_for_many_tokens(case: Callable[..., Case]) -> None:
 
 @pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
 def test_int8_products_at_their_extremes_do_not_overflow(form: Form) -> None:
-    """127 x 127 and -127 x 127 in every place."""
+    """Every product is 127 x 127 or -127 x 127."""
     shape = (form.count, 64)
     x, values = activations(np.resize(np.float32([1, 1, -1]), shape), "q8")
     signs = np.resize(np.int8([[1], [-1], [1]]), (8, 64)) * np.resize(np.int8([1, 1, -1]), 64)
@@ -112,7 +112,7 @@ def test_int8_products_at_their_extremes_do_not_overflow(form: Form) -> None:
 def test_mxfp4_products_at_their_extremes_do_not_overflow(
     tokens: Index, code: int, sign: int
 ) -> None:
-    """Every input +-127 and every weight +-6 (or +-0, with the offset 12 alone)."""
+    """Every input is +-127 and every weight +-6 (or +-0, which leaves only the offset 12)."""
     x, values = activations(np.full((4, 64), sign, np.float32), "q8")
     blocks = np.full((1, 8, 2, 16), code, np.uint8)
     scales, bias = np.full((1, 8, 2), 127, np.uint8), np.full((1, 8), 0.5, np.float32)
@@ -132,7 +132,7 @@ def test_mxfp4_products_at_their_extremes_do_not_overflow(
 
 @pytest.mark.parametrize("kind", ["q8", "digits"])
 def test_swiglu_clamps_beyond_7_and_survives_hugely_negative_gates(kind: str) -> None:
-    """Biases push gate and up to +-1e4: every pair of signs, in every form of the vector."""
+    """Biases push gate and up to +-1e4, with every pair of signs in every form of the vector."""
     bias = np.zeros((8, 2, 96), np.float32)
     bias[:, 0] = np.resize([1e4, -1e4, 1e4, -1e4, 0, 20, -4, 7], 96)
     bias[:, 1] = np.resize([1e4, 1e4, -1e4, -1e4, 0, -20, 20, -7], 96)

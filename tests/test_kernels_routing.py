@@ -1,4 +1,4 @@
-"""Routing tokens to experts, sorting them, and all that experts do as one layer."""
+"""Routing tokens to experts, sorting them, and the whole layer of experts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from osscompile.targets import Target
 
 
 def check_route(form: Form, logits: Array, top_k: int, target: Target = HERE) -> None:
-    """Of a router that gives these logits."""
+    """Check a router that gives these logits."""
     num_experts = logits.shape[-1]
     inputs = -(-num_experts // 32) * 32
     x = np.zeros((form.count, inputs), np.float32)

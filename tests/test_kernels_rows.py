@@ -1,4 +1,4 @@
-"""Kernels of one token's row by itself: embedding, norm, moving rows, quantising to int8."""
+"""Kernels that treat a token's row by itself: embed, normalise, move rows, quantise to int8."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_quantize_q8_of_hard_blocks(block: str) -> None:
 
 
 def check_digits(x: Array, target: Target = HERE) -> None:
-    """Whole numbers in digits of -64..63 that are the nearest multiples of the scale."""
+    """Check that digits are -64..63, and stand for the nearest multiples of the scale."""
     digits, scales, offsets = build(quantize("digits", TOKENS, x.shape[-1]), target)(x)
     assert digits.min() >= -64 and digits.max() <= 63
     places = np.array([DIGIT**2, DIGIT, 1])[:, None]
@@ -125,7 +125,7 @@ def test_quantize_of_what_is_no_number_shows(kind: str) -> None:
 
 
 def check_no_number(kind: str, target: Target = HERE) -> None:
-    """In the scale, wherever it lies among the 32."""
+    """Check that a NaN shows in its block's scale, wherever it lies among the 32."""
     x = numbers(12, 21, 96)
     rows_of, inputs = np.arange(10), np.resize([32, 40, 63], 10)
     x[rows_of, inputs] = np.resize([np.nan, -np.nan], 10)

@@ -1,5 +1,5 @@
-"""Kernels under other schedules than the best of this machine: by the fallback rule, without int8
-products, in narrower vectors."""
+"""Kernels with other schedules than the best of this machine: the fallback rule, no int8 products,
+narrower vectors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_matmul_in_vectors_of_128_bits(case: Callable[..., Case]) -> None:
 @pytest.mark.parametrize("num_rows", [32, 128, 192])
 @pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
 def test_swiglu_in_vectors_of_128_bits(form: Form, num_rows: int) -> None:
-    """Of one task, and of as many blocks as fill vectors, which different tasks quantise."""
+    """The rows make one task, or as many blocks as fill vectors, which several tasks quantise."""
     moe_mxfp4_swiglu_q8(form, 64, num_rows).check(NARROW)
 
 

@@ -1,5 +1,7 @@
-"""Tiles for GPUs with other constants than the defaults, and numbers of rows around their borders:
-on the stand-ins for CUDA and Metal, whose kernels use the matrix units, for bytes and for float32.
+"""Tiles for GPUs with other constants than the defaults, and numbers of rows around their borders.
+
+They run on the stand-ins for CUDA and Metal, whose kernels use the matrix units, for bytes and for
+float32.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name
 
 
 def with_constants(of: Rule, **constants: int) -> Rule:
-    """A rule with all that it asks."""
+    """Return the rule `of` with constants for all that it asks."""
 
     def rule(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
         def answer(name: str, candidates: Sequence[int], default: int) -> int:
@@ -60,7 +62,7 @@ def with_constants(of: Rule, **constants: int) -> Rule:
     ("rows", "columns", "blocks"), [(2, 2, 1), (2, 8, 2), (8, 2, 3), (8, 4, 1)]
 )
 def test_other_constants(case: Callable[..., Case], rows: int, columns: int, blocks: int) -> None:
-    """As many rows as fill no tile; 6 blocks of inputs, 64 columns."""
+    """The rows fill no tile; there are 6 blocks of inputs and 64 columns."""
     rule = with_constants(tiles_int8, rows_each=rows, columns_each=columns, blocks_together=blocks)
     checked = case(Form("prefill", TOKENS, 83), 192, 64)
     checked.check(H100, rule)
@@ -74,7 +76,7 @@ BORDERS = with_constants(tiles_int8, rows_each=2, columns_each=4, blocks_togethe
 @every_case
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 65])
 def test_rows_around_the_borders_of_tiles(case: Callable[..., Case], count: int) -> None:
-    """Of 32 rows; experts begin and end within."""
+    """Tiles have 32 rows; experts begin and end within them."""
     case(Form("prefill", TOKENS, count), 96, 32).check(H100, BORDERS)
 
 
@@ -87,7 +89,7 @@ on_metal = pytest.mark.parametrize(
 @on_metal
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2), (1, 8), (4, 2), (4, 8)])
 def test_other_constants_for_metal(case: Callable[..., Case], rows: int, columns: int) -> None:
-    """As many rows as fill no tile, and several tiles of columns."""
+    """The rows fill no tile, and there are several tiles of columns."""
     rule = with_constants(tiles, rows_each=rows, columns_each=columns)
     case(Form("prefill", TOKENS, 83), 64, 128).check(METAL, rule)
 

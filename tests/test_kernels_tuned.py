@@ -1,6 +1,6 @@
-"""Kernels under the constants of the committed records, at sizes that those constants divide.
+"""Kernels with the constants of the committed records, at sizes that those constants divide.
 
-Records are for the shapes of gpt-oss; elsewhere tests compile small kernels, which have none.
+Records are for the shapes of gpt-oss; other tests compile small kernels, which have none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ every_tuned = pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.variant
 
 
 def rules(target: Target, op: str) -> list[Rule]:
-    """The target's rules, with each of the constants that records of `op` hold."""
+    """Return the target's rules with each set of constants in the records of `op`."""
     found = [c for key, c in load_records(target).items() if key.split()[0] == op]
     return [with_constants(c) for i, c in enumerate(found) if c not in found[:i]]
 
@@ -56,7 +56,7 @@ def test_attention(target: Target, window: int | None) -> None:
 
 
 def test_records_name_kernels_that_ask() -> None:
-    """A record of a kernel that is no more would stay for ever."""
+    """Otherwise the record of a kernel that no longer exists would stay for ever."""
     ops = {str(make(DECODE).kernel.attrs["op"]) for make in MATMULS} | {"attention"}
     for target in TARGETS:
         assert {key.split()[0] for key in load_records(target)} <= ops

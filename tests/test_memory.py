@@ -1,4 +1,4 @@
-"""What `osscompile inspect` says a run needs, against what a run then uses."""
+"""The memory that `osscompile inspect` says a run needs, against what a run uses."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from osscompile.runtime.engine import memory_bytes
 
 CONTEXT = 4096
 
-# Fills the context in a process of its own; prints its resident memory then.
+# Fills the context in its own process, and then prints its resident memory.
 RUN = """
 import sys
 import numpy as np

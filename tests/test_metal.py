@@ -1,6 +1,6 @@
-"""Artifacts for Metal. No Mac is at hand where this runs: what is compiled for one is inspected,
-and its kernels are compiled as C++. With this machine's CPU for the host they run too, under TVM's
-own virtual machine, on a stand-in for TVM's Metal runtime (see `metal_device.py`)."""
+"""Artifacts for Metal. No Mac is at hand where this runs, so compiles for one are inspected, and
+their kernels are compiled as C++. With this machine's CPU as the host they also run, in TVM's own
+virtual machine, on a stand-in for TVM's Metal runtime (see `metal_device.py`)."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from osscompile.runtime.devices.tvm_cpu import device_library, find_runtime_libr
 from osscompile.runtime.errors import ArtifactError, OsscompileError
 from osscompile.targets import Target
 
-MAX_BUFFERS = 31  # arguments of a kernel
+MAX_BUFFERS = 31  # as arguments of a kernel
 ITEM_BYTES = {"char": 1, "float": 4, "int": 4, "uint": 4}
 
-# --- What is compiled for a Mac ---------------------------------------------------------------
+# --- Compiles for a Mac -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def check_library(library: bytes) -> None:
 
 
 def test_same_model_gives_the_same_bytes(nano: Path, tmp_path: Path) -> None:
-    """In another process too."""
+    """Another process gives them too."""
     code = "import osscompile, sys; osscompile.compile('nano', *sys.argv[1:], context=1024)"
     run_python(code, METAL.name, tmp_path / "again.osc", cwd=tmp_path)
     for file in nano.iterdir():
@@ -76,7 +76,7 @@ def test_same_model_gives_the_same_bytes(nano: Path, tmp_path: Path) -> None:
 
 
 def kernels_in(library: bytes) -> dict[str, str]:
-    """Sources by name."""
+    """Return the sources of kernels by name."""
     sources = re.findall(rb"#include <metal_stdlib>\n.*?\n}\n\n", library, re.DOTALL)
     names = [re.findall(rb"^kernel void (\w+)\(", source, re.MULTILINE) for source in sources]
     return {name.decode(): s.decode() for (name,), s in zip(names, sources, strict=True)}
@@ -86,8 +86,8 @@ def kernels_in(library: bytes) -> dict[str, str]:
 @pytest.mark.parametrize("profile", ["fast", "exact"])
 @pytest.mark.parametrize("model", ["nano", "20b", "120b"])
 def test_every_kernel_compiles(model: str, profile: str, tmp_path: Path) -> None:
-    """Two layers of the large models have every kernel. Within the limits of Metal, and as it wants
-    a threadgroup's memory declared: where the kernel begins."""
+    """Two layers of the large models contain every kernel. Kernels keep within Metal's limits, and
+    declare a threadgroup's memory where Metal wants it: where the kernel begins."""
     config = gpt_oss_config(num_layers=2, num_experts=32 if model == "20b" else 128)
     if model == "nano":
         config = resolve_model(model).source.config
@@ -110,7 +110,7 @@ def test_every_kernel_compiles(model: str, profile: str, tmp_path: Path) -> None
         assert max(map(int, re.findall(r"\[\[ buffer\((\d+)\) \]\]", source))) < MAX_BUFFERS, name
 
 
-# --- Where it cannot run ----------------------------------------------------------------------
+# --- Machines where it cannot run -------------------------------------------------------------
 
 
 def test_artifact_for_a_mac_on_another_machine(nano: Path, this_machine: Target) -> None:
@@ -136,7 +136,7 @@ def test_unknown_device(nano: Path, tmp_path: Path, this_machine: Target) -> Non
 
 @pytest.fixture(scope="module")
 def for_here(this_machine: Target) -> Iterator[None]:
-    """Compiles for Metal take this machine for the host."""
+    """Let compiles for Metal take this machine as the host."""
     here, load_variants = on_this_machine(this_machine), targets.load_variants
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -199,7 +199,7 @@ def test_metal_runtime_that_is_no_library(nano_here: Path, tmp_path: Path) -> No
 
 
 def runtime_with_metal(library: Path, content: bytes) -> Path:
-    """This machine's libtvm_runtime by that name, with something beside it."""
+    """Copy this machine's libtvm_runtime to that name, with something beside it."""
     installed = find_runtime_library()
     assert installed is not None
     library.symlink_to(installed)
@@ -217,7 +217,7 @@ def test_bundle_for_a_mac_has_the_metal_runtime(
     assert (folder / "libtvm_runtime.dylib").stat().st_size > 1 << 20
 
 
-# --- What it computes, on the stand-in --------------------------------------------------------
+# --- Runs on the stand-in ---------------------------------------------------------------------
 
 
 @needs_gxx
@@ -273,7 +273,7 @@ def test_long_answer_goes_back_by_the_snapshot(talker: Path) -> None:
 def test_forgetting_sets_what_was_written_to_zero(
     talker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In pieces that divide no row."""
+    """It goes in pieces that divide no row."""
     monkeypatch.setattr("osscompile.runtime.devices.tvm_memory.PIECE_BYTES", 1000)
     model = load(talker)
     model.prefill(random_ids(100))

@@ -41,15 +41,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def held_bytes() -> int:
-    """Of the stand-in's memory."""
+    """Return the bytes held in the stand-in's memory."""
     return int(tvm_ffi.get_global_func("metal.held_bytes")())
 
 
 @needs_gxx
 @pytest.mark.usefixtures("small")
 def test_report(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory that it tells is what the device holds, though nobody was asked."""
-    monkeypatch.setattr("osscompile.bench.models.DECODE_STEPS", 4)  # long on the stand-in
+    """The report tells the planned memory, which is what the device holds."""
+    monkeypatch.setattr("osscompile.bench.models.DECODE_STEPS", 4)  # more take long on the stand-in
     monkeypatch.setattr("osscompile.bench.models.REPEATS", 2)
     load_stand_in()
     before, held = held_bytes(), []
@@ -78,7 +78,7 @@ def test_report(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @needs_gxx
 @pytest.mark.usefixtures("small")
 def test_reader_reads_everything(for_here: None) -> None:
-    """Every thread's sum is that of its bytes: nothing is left out."""
+    """Every thread's sum is that of its bytes, so that nothing is left out."""
     load_stand_in()
     memory = TensorMemory("metal")
     reader = TensorReader(memory, METAL.name, METAL.variant)
@@ -95,7 +95,7 @@ def test_reader_that_the_driver_does_not_take(tiny: Path, monkeypatch: pytest.Mo
     load_stand_in()
     device = load(tiny)._device
     monkeypatch.setenv("METAL_COMPILER", "false")
-    monkeypatch.setattr(bandwidth_tensor, "TOGETHER", 2)  # a kernel that nobody compiled yet
+    monkeypatch.setattr(bandwidth_tensor, "TOGETHER", 2)  # a kernel that is not compiled yet
     assert isinstance(device, TensorDevice)
     with pytest.raises(ArtifactError, match=r"expected kernels that the metal device can run"):
         TensorReader(device, METAL.name, METAL.variant)
@@ -103,7 +103,7 @@ def test_reader_that_the_driver_does_not_take(tiny: Path, monkeypatch: pytest.Mo
 
 @needs_gxx
 def test_cache_is_filled_up_to_the_depth(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pieces that divide no row."""
+    """It is filled in pieces that divide no row."""
     monkeypatch.setattr("osscompile.runtime.devices.tvm_memory.PIECE_BYTES", 1000)
     load_stand_in()
     model = load(tiny)
@@ -117,7 +117,7 @@ def test_cache_is_filled_up_to_the_depth(tiny: Path, monkeypatch: pytest.MonkeyP
     assert np.isfinite(model.decode(1)).all()
 
 
-# --- Where it cannot run ----------------------------------------------------------------------
+# --- Machines where it cannot run -------------------------------------------------------------
 
 
 def test_machine_without_the_metal_runtime(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +140,7 @@ def test_artifact_is_not_sent(tiny: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "expected an artifact for a CPU, found one for metal" in capsys.readouterr().err
 
 
-# --- What macOS says of a machine -------------------------------------------------------------
+# --- Facts of a machine from macOS ------------------------------------------------------------
 
 DISPLAYS = {"_name": "x", "sppci_model": "Apple M1", "sppci_cores": "8", "sppci_bus": "y"}
 

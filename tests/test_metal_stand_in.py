@@ -1,4 +1,4 @@
-"""The stand-in for Metal itself: what it takes, and that it finds what Metal would not forgive."""
+"""The stand-in for Metal takes what Metal takes, and finds errors that Metal would not forgive."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kernel(body: str) -> str:
 
 
 def run_kernel(body: str, threads: int) -> list[float]:
-    """A kernel that fills out[threads], in one threadgroup."""
+    """Run a kernel that fills out[threads] in one threadgroup."""
     load_stand_in()
 
     def text(value: str) -> bytes:
@@ -73,7 +73,7 @@ def test_threads_wait_for_each_other() -> None:
 @needs_gxx
 @pytest.mark.parametrize("turn", ["forwards", "backwards"])
 def test_barrier_that_is_missing(turn: str) -> None:
-    """Memory of a threadgroup begins as not-a-numbers, and its threads start at either end."""
+    """A threadgroup's memory begins as NaN, and its threads start at either end by turns."""
     body = """threadgroup float x[40];
   x[threadIdx] = 1.0f;
   out[threadIdx] = x[39 - threadIdx];"""
@@ -82,7 +82,7 @@ def test_barrier_that_is_missing(turn: str) -> None:
 
 @needs_gxx
 def test_lanes_that_give_nothing_are_not_a_number() -> None:
-    """Beyond a SIMD-group of 32, and those that do not take part."""
+    """These are lanes beyond a SIMD-group of 32, and lanes that do not take part."""
     body = """out[threadIdx] = -1.0f;
   if (threadIdx % 4 != 2) { out[threadIdx] = simd_shuffle_down((float)threadIdx, 1); }"""
     found = run_kernel(body, 40)
@@ -122,7 +122,7 @@ def test_matrices_of_a_simd_group() -> None:
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("turn", ["forwards", "backwards"])
 def test_barrier_that_is_missing_beside_matrices(which: int, turn: str) -> None:
-    """Before they are loaded, or after they are stored."""
+    """The barrier is missing before matrices are loaded, or after they are stored."""
     barrier = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
     parts = MULTIPLY.split(barrier)
     body = [parts[0] + parts[1] + barrier + parts[2], parts[0] + barrier + parts[1] + parts[2]]

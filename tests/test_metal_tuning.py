@@ -1,5 +1,5 @@
-"""Tuning for Metal: what is built for a Mac is inspected, and with this machine's CPU for the host
-it is measured on the stand-in for TVM's Metal runtime."""
+"""Tuning for Metal: libraries built for a Mac are inspected. With this machine's CPU as the host,
+candidates are measured on the stand-in for TVM's Metal runtime."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BEYOND, FAULTY = 10, 11
 
 
 def norm_with_faults(function: PrimFunc, way: int) -> PrimFunc:
-    """Also one that writes beyond its result, and one whose threads do not meet at a barrier."""
+    """Also offer a norm that writes beyond its result, and one whose threads miss a barrier."""
     if way not in (BEYOND, FAULTY):
         return norm(function, way)
     hidden = int(function.params[1].shape[0])
@@ -72,19 +72,19 @@ def here(this_machine: Target, monkeypatch: pytest.MonkeyPatch) -> Target:
 
 @pytest.fixture
 def with_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measuring process finds it."""
+    """Let the measuring process find the stand-in."""
     for name, value in stand_in().items():
         monkeypatch.setenv(name, value)
 
 
-# --- What is built for a Mac ------------------------------------------------------------------
+# --- Builds for a Mac -------------------------------------------------------------------------
 
 
 @needs_gxx
 def test_candidates_of_the_real_rules_compile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one kernel of each kind, in libraries for a Mac; nothing runs."""
+    """One kernel of each kind is built into libraries for a Mac; nothing runs."""
 
     def one_of_each(*arguments: Any) -> list[Workload]:
         found = collect_workloads(*arguments)
@@ -108,7 +108,7 @@ def test_candidates_of_the_real_rules_compile(
     assert len(kernels) >= 8 and result.returncode == 0, result.stderr
 
 
-# --- What is measured, on the stand-in --------------------------------------------------------
+# --- Measuring on the stand-in ----------------------------------------------------------------
 
 
 @needs_gxx
@@ -119,8 +119,8 @@ def test_emitted_is_measured_by_the_bundle_alone_and_ingested(
     with_stand_in: None,
     tmp_path: Path,
 ) -> None:
-    """What is wrong or cannot be launched is told, and never kept; nor what ends the device, which
-    serves the others in another process."""
+    """Candidates that are wrong, cannot be launched or end the device are told and never kept. If
+    one ends the device, another process measures the others."""
     offer(SLOW, FAST, WRONG, TOO_LARGE, BEYOND, FAULTY)
     folder = emit_tiny(tmp_path / "emitted", here)
     far, told = measure_alone(folder, tmp_path / "far", "tvm", "tqdm", "pyopencl")
@@ -146,7 +146,7 @@ def test_tune_on_the_device_of_this_machine(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where there is none, it is not the default that fails, and what was built is kept."""
+    """Without a device it is not the default that fails, and builds are kept."""
     offer(SLOW, FAST)
     work = tmp_path / "work"
     options = ["--target", METAL.name, "--model", "synthetic:tiny", "--profile", "exact"]
@@ -173,7 +173,7 @@ def test_tune_on_the_device_of_this_machine(
 
 
 class SlowToBegin(TrialMachine):
-    """A burst takes a time of its own beside its calls."""
+    """A machine that needs some time for a burst in addition to its calls."""
 
     def __init__(self, own: float, call: float) -> None:
         self.own, self.of_call, self.counts = own, call, list[int]()

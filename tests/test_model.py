@@ -23,9 +23,9 @@ from osscompile.targets import Target
 
 EXACT = 1e-5  # relative rms to float64; measured 3e-7 to 1.1e-6
 SAME = 1e-5  # relative rms between two ways to compute the same in float32
-NOTICED = 100 * EXACT  # the mistakes that the tests must notice are farther away; see MISTAKES
-SAFE_MARGIN = 1e-5  # router logits closer than this may be ordered otherwise by rounding
-WINDOW, CHUNK = 16, 32  # of the model `small`: its rings hold 48 positions
+NOTICED = 100 * EXACT  # mistakes that the tests must notice are farther away; see MISTAKES
+SAFE_MARGIN = 1e-5  # rounding may reorder router logits that are closer than this
+WINDOW, CHUNK = 16, 32  # in the model `small`, whose rings hold 48 positions
 
 F64 = NDArray[np.float64]
 Tensors = dict[str, NDArray[Any]]
@@ -40,8 +40,8 @@ class Compiled:
     tensors: Tensors
 
     def reference(self, ids: list[int], ablation: Ablation | None = None) -> F64:
-        """Logits [n, vocab]. Without an ablation, makes sure that rounding cannot reroute a token,
-        so that a difference is a mistake."""
+        """Return logits [n, vocab]. Without an ablation it makes sure that rounding cannot reroute
+        a token, so that a difference is a mistake."""
         trace: dict[str, NDArray[Any]] = {}
         logits = reference.Model(self.config, self.tensors, ablation).logits(ids, trace=trace)
         if ablation is None:
@@ -54,7 +54,7 @@ class Compiled:
 
 
 def router_margins(trace: dict[str, NDArray[Any]], config: dict[str, Any]) -> Iterable[float]:
-    """Per layer: the smallest distance of an expert that was chosen from one that was not."""
+    """Yield each layer's smallest distance between a chosen expert and one not chosen."""
     k, num_experts = config["num_experts_per_tok"], config["num_local_experts"]
     for name, logits in trace.items():
         if name.endswith("router_logits") and k < num_experts:
@@ -99,19 +99,19 @@ def build(
 
 @pytest.fixture(scope="module")
 def small(build: Callable[..., Compiled]) -> Compiled:
-    """Four layers, window 16, 4 queries per KV head."""
+    """A model with four layers, window 16, 4 queries per KV head."""
     return build(0, window=WINDOW)
 
 
 @pytest.fixture(scope="module")
 def long(build: Callable[..., Compiled]) -> Compiled:
-    """The window of gpt-oss, and a context beyond the one before YaRN."""
+    """A model with the window of gpt-oss, and a context beyond the one before YaRN."""
     return build(1, layers=2, heads=2, kv_heads=1, window=128, context=4400, chunk=512)
 
 
 def check_exact(compiled: Compiled, ids: list[int], record: Callable[[str, object], None]) -> None:
-    """`score`, `prefill` and `decode` against the reference, as a whole and in the last row alone:
-    among many rows an error at the edge of a window would hide."""
+    """Compare `score`, `prefill` and `decode` with the reference, as a whole and in the last row
+    alone, because an error at the edge of a window would hide among many rows."""
     expected = compiled.reference(ids)
     scored = compiled.model.logits(ids)
     prefilled = compiled.model.prefill(ids)
@@ -160,14 +160,14 @@ MISTAKES = {f.name: Ablation(**{f.name: True}) for f in fields(Ablation) if f.ty
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_exact_is_far_from_every_mistake(small: Compiled, mistake: str) -> None:
-    """What the other tests would see if the compiler forgot a part of the model."""
+    """The other tests would notice if the compiler forgot a part of the model."""
     ids = small.random_ids(75)
     wrong = small.reference(ids, MISTAKES[mistake])
     assert relative_rms(small.model.logits(ids), wrong) > NOTICED
     assert relative_rms(small.model.prefill(ids), wrong[-1]) > NOTICED
 
 
-# --- exact: the ways to the same logits -------------------------------------------------------
+# --- exact: several ways to the same logits ---------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_last_position_of_the_context(small: Compiled) -> None:
 
 
 def test_number_of_threads_changes_nothing(small: Compiled, tmp_path: Path) -> None:
-    """In processes of their own: TVM has one pool of threads per process."""
+    """Each number runs in its own process, because TVM has one pool of threads per process."""
     script = """
 import sys
 import numpy as np
@@ -246,11 +246,11 @@ def test_exact_on_other_shapes(
     check_exact(compiled, compiled.random_ids(75), record_property)
 
 
-ALWAYS, NEVER = (1, 2, 5, 7), 3  # experts of layer 0, expert of layer 1
+ALWAYS, NEVER = (1, 2, 5, 7), 3  # experts of layer 0, and an expert of layer 1
 
 
 def go_to_extremes(tensors: Tensors) -> None:
-    """Routing that is decided by the bias, gates and ups far outside the clamp, sinks that take
+    """Let the bias decide routing, put gates and ups far outside the clamp, and let sinks take
     everything or nothing."""
 
     def set_rows(name: str, rows: Any, value: float) -> None:
@@ -260,7 +260,7 @@ def go_to_extremes(tensors: Tensors) -> None:
     set_rows("1.mlp.router.bias", NEVER, -50.0)
     bias = "1.mlp.experts.gate_up_proj_bias"
     for row, value in enumerate((30.0, 30.0, -30.0, -30.0, -300.0, 300.0, 300.0, -300.0)):
-        set_rows(bias, (slice(None), row), value)  # even: gates, odd: ups
+        set_rows(bias, (slice(None), row), value)  # even rows are gates, odd ones ups
     set_rows("0.self_attn.sinks", 0, 60.0)
     set_rows("0.self_attn.sinks", 1, -60.0)
 
@@ -293,7 +293,7 @@ def test_gates_and_ups_far_beyond_the_clamp(extreme: Compiled) -> None:
 
 
 class Q8Matrix:
-    """`x @ m.T` as the profile `fast` defines it: with x in int8."""
+    """A matrix m whose `x @ m.T` is as the profile `fast` defines it, with x in int8."""
 
     __array_ufunc__ = None  # numpy leaves `x @ self` to __rmatmul__
 
@@ -310,7 +310,7 @@ class Q8Matrix:
 
 
 class FastReference(reference.Model):
-    """What `fast` computes, without rounding but its own: int8 activations and dense weights."""
+    """The model as `fast` defines it: only activations and dense weights are rounded, to int8."""
 
     def __init__(self, config: dict[str, Any], tensors: Tensors) -> None:
         embed = "model.embed_tokens.weight"
@@ -328,7 +328,7 @@ class FastReference(reference.Model):
 
 
 def round_to_q8(weight: F64) -> F64:
-    """[out, in] to the nearest multiples of the scale of 32 inputs, which is a float16."""
+    """Round [out, in] to the nearest multiples of the scale, float16, of 32 inputs."""
     blocks = weight.reshape(len(weight), -1, reference.BLOCK)
     least = (np.abs(blocks).max(axis=-1) / 127).astype(np.float32)
     scale = least.astype(np.float16)
@@ -345,8 +345,8 @@ def to_float16(x: F64) -> F64:
 def test_fast_layer_computes_its_definition(
     build: Callable[..., Compiled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exactly, in the tokens in which rounding takes no int8 or float16 to its neighbour. Further
-    layers would spread such a step to all tokens."""
+    """It is exact in tokens where rounding takes no int8 or float16 to its neighbour. More layers
+    would spread such a step to all tokens."""
     compiled = build(1, profile="fast", layers=1)
     ids = compiled.random_ids(150)
     definition = FastReference(compiled.config, compiled.tensors)

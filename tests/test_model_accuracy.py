@@ -1,5 +1,5 @@
-"""How close the compiled models `tiny` and nano are to the float64 reference: `exact` computes the
-same, `fast` stays near."""
+"""The compiled models `tiny` and nano against the float64 reference: `exact` computes the same, and
+`fast` stays near."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_fast_is_close_to_float64_on_synthetic_weights(
 
 
 def test_tiny_artifact_is_exact(tiny_artifact: Path) -> None:
-    """Head size 32 and 8 queries per KV head, from weights that the synthetic source draws."""
+    """The model has head size 32, 8 queries per KV head, and synthetic weights."""
     judge = reference.Model(config_json(TINY), hf_tensors(SyntheticSource(TINY)))
     ids = np.random.default_rng(7).integers(0, TINY.vocab_size, 100).tolist()
     assert relative_rms(load(tiny_artifact).logits(ids), judge.logits(ids)) < EXACT
@@ -75,7 +75,7 @@ NANO_QUESTIONS = (
 
 
 def nano_answer(model: Model, question: str, reasoning: str) -> tuple[list[int], list[int]]:
-    """(prompt ids, ids of the greedy answer)."""
+    """Return (prompt ids, ids of the greedy answer)."""
     assert model.tokenizer is not None
     messages = [{"role": "user", "content": question}]
     prompt = render_chat(messages, model.tokenizer, reasoning=reasoning, current_date="2026-01-01")
@@ -83,7 +83,7 @@ def nano_answer(model: Model, question: str, reasoning: str) -> tuple[list[int],
 
 
 def test_nano_exact_says_what_the_reference_says(this_machine: Target, tmp_path: Path) -> None:
-    """Greedily; a token may differ only where float32 cannot tell the best two apart."""
+    """Both are greedy; a token may only differ where float32 cannot tell the best two apart."""
     path = osscompile.compile(
         "nano",
         this_machine.name,

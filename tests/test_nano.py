@@ -1,4 +1,4 @@
-"""The nano model that ships, compiled as users compile it, on tasks that it was not trained on."""
+"""The nano that ships, compiled as users compile it, on tasks that it was not trained on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from osscompile.nano.cases import (
 from osscompile.nano.dialogues import EFFORTS, WINDOW
 from osscompile.runtime import Model, load
 
-NUM_CASES = 200  # a category
+NUM_CASES = 200  # per category
 MIN_ACCURACY = 95.0  # percent
 SEED = 11
 
@@ -33,13 +33,13 @@ def nano(nano_artifact: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def backend() -> Tokenizer:
-    """Unlike the runtime's, this one turns the special tokens of a prompt's text into their ids."""
+    """A tokenizer that, unlike the runtime's, turns special tokens in a text into their ids."""
     checkpoint = Path(osscompile.nano.__file__).parent / "checkpoint"
     return Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
 
 
 def answers(model: Model, tokenizer: Tokenizer, cases: list[Case]) -> list[str]:
-    """Greedy, with the special tokens as text."""
+    """Answer greedily, with special tokens as text."""
 
     def generate(prompt: list[int]) -> list[int]:
         return [token.token_id for token in model.generate(prompt, max_tokens=MAX_NEW_TOKENS)]
@@ -70,8 +70,8 @@ def test_held_out_cases(
 
 
 def test_recall_cases_reach_beyond_the_window(backend: Tokenizer) -> None:
-    """So that they need the full attention layers: the answer repeats a sentence of the prompt that
-    ended before the last window."""
+    """They need the full attention layers: the answer repeats a sentence of the prompt that ended
+    before the last window."""
     for case in held_out_cases("recall", NUM_CASES, SEED):
         answer = case.expected.split("<|message|>")[-1].removesuffix("<|return|>")
         end = case.prompt.rindex(answer) + len(answer)

@@ -1,4 +1,4 @@
-"""Artifacts for OpenCL: what they compute on this machine's device, and what is refused."""
+"""Artifacts for OpenCL: their results on this machine's device, and what is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def damaged(nano: Path, tmp_path: Path) -> Path:
     return copy_artifact(nano, tmp_path)
 
 
-# --- What they compute ------------------------------------------------------------------------
+# --- Results ----------------------------------------------------------------------------------
 
 
 @needs_opencl
@@ -163,14 +163,14 @@ def test_forgetting_sets_the_cache_to_zero(talker: Path) -> None:
 @pytest.mark.parametrize("profile", ["fast", "exact"])
 @pytest.mark.parametrize("num_experts", [32, 128], ids=["20b", "120b"])
 def test_kernels_of_gpt_oss(num_experts: int, profile: str) -> None:
-    """Two layers have every kernel. Where there is a device, its compiler takes the source."""
+    """Two layers contain every kernel. If there is a device, its compiler takes the source."""
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)
     module = with_choose(build_graph(config, profile, 131072, 512).module, config.vocab_size)
     module = run_passes(module, OPENCL, SHARED_PASSES + LAUNCH_PASSES)
     source, programs = opencl_source(module, OPENCL), build_programs(module)
     launched = {launch.kernel for program in programs.values() for launch in program.launches}
     assert launched == set(re.findall(r"^__kernel void (\w+)\(.*\{$", source, re.MULTILINE))
-    assert not re.search(r"\bhalf\b", source.partition("__kernel")[2])  # they are bits
+    assert not re.search(r"\bhalf\b", source.partition("__kernel")[2])  # halves are bits
     for launch in (launch for program in programs.values() for launch in program.launches):
         assert math.prod(launch.threads) <= OPENCL.max_threads
     if MISSING is None:
@@ -178,7 +178,7 @@ def test_kernels_of_gpt_oss(num_experts: int, profile: str) -> None:
         cl.Program(cl.Context([_first_device(cl)]), source).build()
 
 
-# --- What is refused --------------------------------------------------------------------------
+# --- Refusals ---------------------------------------------------------------------------------
 
 
 def first_launch(programs: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def damage(artifact: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_program(damaged: Path, name: str) -> None:
-    """Told before a device is looked for."""
+    """The error comes before a device is looked for."""
     change, words = DAMAGE[name]
     file = damage(damaged, change)
     with pytest.raises(ArtifactError) as caught:
@@ -338,7 +338,7 @@ def test_without_room_on_the_device(talker: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_products_of_one_token_read_activations_as_images(nano: Path) -> None:
-    """And prefill, whose work-groups share what they loaded, none."""
+    """Prefill reads none as images, because its work-groups share what they loaded."""
     source = (nano / "lib.cl").read_text()
     parameters = dict(re.findall(r"^__kernel void (\w+)\((.*)\) \{$", source, re.MULTILINE))
     programs = read_programs(open_artifact(nano))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.oracle
 
 
 def transformers_logits(checkpoint: Path, token_ids: list[int]) -> F64:
-    """[T, vocab] of GptOssForCausalLM in float32, eager attention, experts unpacked from MXFP4."""
+    """Return logits [T, vocab] of GptOssForCausalLM: float32, eager, with experts from MXFP4."""
     torch = pytest.importorskip("torch", reason=NEEDED)
     transformers = pytest.importorskip("transformers", reason=NEEDED)
     pytest.importorskip("accelerate", reason=NEEDED)
@@ -48,13 +48,13 @@ def test_logits_equal_transformers(tmp_path: Path, window: int, num_tokens: int)
     assert relative_rms(actual, expected) <= TOLERANCE
     assert top1_agreement(expected, actual) == 1
     assert relative_rms(actual[-1], expected[-1]) <= TOLERANCE
-    if num_tokens > window:  # the last row alone shows a window wrong by one token
+    if num_tokens > window:  # only the last row shows a window that is wrong by one token
         wrong = Model(config, tensors, Ablation(window_offset=1)).logits(ids)
         assert relative_rms(wrong[-1], actual[-1]) > 10 * TOLERANCE
 
 
 def test_logits_equal_transformers_past_4096_positions(tmp_path: Path) -> None:
-    """Beyond the context that YaRN extends; float32 angles are the largest error here."""
+    """This is beyond the context that YaRN extends; float32 angles are the largest error."""
     config, tensors = random_model(layers=2, heads=2, kv_heads=1, window=128)
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], 4200).tolist()
     actual = transformers_logits(write_checkpoint(tmp_path, config, tensors), ids)

@@ -1,4 +1,4 @@
-"""What the checkout and the wheel hold, and who may import and name whom."""
+"""The contents of the checkout and the wheel, and which parts may import and name others."""
 
 import ast
 import dataclasses
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("osscompile", "targets", "schedules", "runtime")
 ENTRIES = {*FOLDERS, "tests", "pyproject.toml", "README.md"}
 BESIDE = {".ci", ".gitignore", "LICENSE"}
-RUNTIME_NEEDS = {"numpy", "pyopencl", "tokenizers", "tvm_ffi"}  # pyopencl: for OpenCL alone
+RUNTIME_NEEDS = {"numpy", "pyopencl", "tokenizers", "tvm_ffi"}  # pyopencl is for OpenCL only
 
 
 # The wheel
@@ -32,7 +32,7 @@ RUNTIME_NEEDS = {"numpy", "pyopencl", "tokenizers", "tvm_ffi"}  # pyopencl: for 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads: it writes into its folder, and picks up what lies there."""
+    """A copy of what a build reads: a build writes into its folder, and takes what lies there."""
     folder = tmp_path_factory.mktemp("source")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -43,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site_packages(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which the wheel is installed, alone."""
+    """A folder with only the installed wheel."""
     folder = tmp_path_factory.mktemp("installed")
     build = ["wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder / "wheel"), str(source)]
     has_backend = int(metadata.version("setuptools").split(".")[0]) >= 77
@@ -68,7 +68,7 @@ def test_one_name_at_the_top_level_of_site_packages(site_packages: Path) -> None
     assert {path.name for path in site_packages.iterdir()} == {
         "osscompile",
         f"osscompile-{version}.dist-info",
-        "bin",  # where pip puts scripts with --target
+        "bin",  # pip puts scripts here with --target
     }
     assert [path.name for path in (site_packages / "bin").iterdir()] == ["osscompile"]
 
@@ -119,7 +119,7 @@ def test_command_of_the_wheel(site_packages: Path, tmp_path: Path) -> None:
 
 
 def test_checkout_works_where_it_lies(source: Path) -> None:
-    """Without an installation: the folders beside osscompile/ belong to it."""
+    """It needs no installation: the folders beside osscompile/ belong to it."""
     code = """if True:
         import osscompile.compiler, osscompile.schedules, osscompile.targets, osscompile.runtime
         print(osscompile.runtime.__file__)
@@ -168,7 +168,7 @@ def test_import_is_free_of_the_compiler(name: str, tmp_path: Path) -> None:
     assert not modules & {"tvm", "torch", "transformers", "huggingface_hub"}
 
 
-# Who imports whom
+# Imports between parts
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -176,7 +176,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Names of imported modules as written: with leading dots if relative."""
+    """Yield the names of imported modules as written, with leading dots if relative."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -188,7 +188,7 @@ def imports(file: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("file", python_files("runtime"), ids=lambda path: path.name)
 def test_runtime_imports_neither_the_compiler_nor_tvm(file: Path) -> None:
-    """Itself, relatively, so that the folder works under any name; and what a bundle asks for."""
+    """It imports what a bundle asks for, and itself, relatively: the folder may have any name."""
     depth = len(file.relative_to(ROOT).parts) - 1  # dots that reach the folder itself
     for name in imports(file):
         if name.startswith("."):
@@ -211,7 +211,7 @@ def test_facts_and_decisions_do_not_import_the_compiler(folder: str) -> None:
                 assert outside in ("targets", "schedules", "runtime"), f"{file}: {name}"
 
 
-# Who names whom
+# Names in code
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_target_has_what_it_needs(name: str) -> None:
         assert all(isinstance(feature, str) and feature for feature in target.cpu_features)
         assert (ROOT / "schedules" / target.family).is_dir()
         assert Path(target.library).name == target.library  # a file in the artifact
-        assert Path(target.library).suffix in LIBRARY_SUFFIXES  # else it could not be replaced
+        assert Path(target.library).suffix in LIBRARY_SUFFIXES  # otherwise it could not be replaced
         assert target.link_triple.count("-") == (2 if target.runtime == "tvm" else 0)
         tvm_target = importlib.import_module("tvm.target").Target(target.tvm)
         assert str(tvm_target.kind.name) == target.tvm["kind"]
@@ -316,5 +316,5 @@ def test_target_without_variants_is_its_only_one(tmp_path: Path) -> None:
 
 
 def base_facts(name: str) -> str:
-    """A target's file without its variants."""
+    """Return a target's file without its variants."""
     return (ROOT / "targets" / f"{name}.toml").read_text().partition("[[variants]]")[0]

@@ -1,6 +1,6 @@
-"""The passes: the pipeline, what `verify` catches, choice and records of schedules, e^x.
+"""The passes: the pipeline, the faults that `verify` catches, choice and records of schedules, e^x.
 
-That the compiled result is right is judged by `test_kernels_*.py` and by the tests of whole models;
+`test_kernels_*.py` and the tests of whole models judge that the compiled result is right;
 `test_golden_ir.py` shows what a change did to the IR.
 """
 
@@ -60,7 +60,7 @@ def test_pipeline_dumps_every_phase_and_leaves_calls_of_the_machine_only(
 
 
 def test_pack_weights_packs_all_whose_rows_fill_vectors_and_no_others() -> None:
-    """The router of 2 experts does not, and the embedding is looked up by row."""
+    """The router's 2 rows do not fill vectors, and the embedding is looked up by row."""
     packed = pack_weights(imported("fast"), AVX2).attrs[PACKED_ROWS]
     parts = {"qkv", "out", "gate_up", "down"}
     names = {f"layers.{i}.{part}.{kind}" for i in (0, 1) for part in parts for kind in WEIGHT}
@@ -89,11 +89,11 @@ def _calls(node: Any) -> list[ir.Call]:
     return calls
 
 
-# --- What verify catches ----------------------------------------------------------------------
+# --- Faults that verify catches ---------------------------------------------------------------
 
 
 def kernel_of(value: Callable[[te.Tensor, Any], Any], dtype: str = "float32") -> PrimFunc:
-    """out[i] = value(x, i) for 64 numbers."""
+    """Return a kernel for out[i] = value(x, i), with 64 numbers."""
     x = te.placeholder((64,), dtype, name="x")
     out = te.compute((64,), lambda i: value(x, i), name="out")
     return te.create_prim_func([x, out]).with_attr("op", "test").without_attr("global_symbol")
@@ -108,7 +108,7 @@ def copy(x: te.Tensor, i: Any) -> Any:
 
 
 def test_verify_accepts_a_kernel_without_faults() -> None:
-    """Or else the tests below would pass for another reason."""
+    """Otherwise the tests below would pass for another reason."""
     verify(alone(kernel_of(copy)), AVX2, ())
     scheduled = schedule_kernels(alone(kernel_of(copy)), AVX2)
     verify(scheduled, AVX2, ("pack_weights", "schedule_kernels"))
@@ -211,7 +211,7 @@ KERNEL = matmul.dense_bf16(1, 32, 8 * 24, False, False)
 
 @pytest.fixture
 def write_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Takes a target and its records; the folder lies beside the module that reads them."""
+    """A function that writes a target's records where the module that reads them looks."""
     (tmp_path / "records").mkdir()
     monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
     records._records.cache_clear()

@@ -1,4 +1,4 @@
-"""The judge judged: by numbers worked out by hand and by properties that the maths must have."""
+"""The judge, tested by numbers worked out by hand and by properties that the maths must have."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GPT_OSS_YARN = {
     "original_max_position_embeddings": 4096,
     "truncate": False,
 }
-NUM_TOKENS = 75  # several windows of the random model
+NUM_TOKENS = 75  # spans several windows of the random model
 NO_SINK = np.array([-np.inf])
 
 
@@ -52,7 +52,7 @@ def random_ids(num_tokens: int = NUM_TOKENS) -> list[int]:
 
 
 def test_mxfp4_table_and_nibble_order() -> None:
-    """Codes 0..15 then 15..0, low nibble first, under the scales 1/2 and 4."""
+    """The codes are 0..15 then 15..0, low nibble first, with the scales 1/2 and 4."""
     ascending = [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
     descending = [0xEF, 0xCD, 0xAB, 0x89, 0x67, 0x45, 0x23, 0x01]
     block = np.array(ascending + descending, np.uint8)
@@ -72,7 +72,7 @@ def test_mxfp4_extreme_scales() -> None:
 def test_q8_rounds_ties_to_even() -> None:
     x = np.zeros(64, np.float32)
     x[:8] = [127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -126.5]
-    x[32:36] = [-254, 1, 3, 5]  # scale 2: halves again
+    x[32:36] = [-254, 1, 3, 5]  # the scale is 2, so that halves occur again
     q, scale = quantize_q8(x)
     np.testing.assert_array_equal(scale, np.array([1, 2], np.float32))
     np.testing.assert_array_equal(q[:8], [127, 0, 2, 2, 0, -2, -2, -126])
@@ -86,7 +86,7 @@ def test_q8_zero_and_extreme_blocks(largest: float) -> None:
     x[:, 1::2] *= -1
     q, scale = quantize_q8(x)
     assert np.isfinite(scale).all() and np.abs(q.astype(int)).max() <= 127
-    if largest >= 1e-36:  # a normal scale: the largest input is met
+    if largest >= 1e-36:  # the scale is normal, so that the largest input is met
         np.testing.assert_allclose(dequantize_q8(q, scale), x, rtol=1e-6)
     if largest == 0:
         assert not q.any() and not scale.any()
@@ -168,7 +168,7 @@ def test_attention_large_scores_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("num_tokens", [127, 128, 129, 300])
 def test_window_of_128_keys_includes_the_query_itself(num_tokens: int) -> None:
-    """Equal scores: the output is the mean of the values seen."""
+    """Scores are equal, so that the output is the mean of the values seen."""
     zeros = np.zeros((num_tokens, 1, 64))
     v = np.arange(num_tokens, dtype=np.float64)[:, None, None] ** 2 * np.ones(64)
     last = attention(zeros, zeros, v, NO_SINK, 128)[-1, 0, 0]
@@ -190,7 +190,7 @@ def test_attention_of_late_queries_equals_rows_of_all(monkeypatch: pytest.Monkey
     sinks = rng.standard_normal(4)
     full = attention(q, k, v, sinks, 10)
     np.testing.assert_allclose(attention(q[30:], k, v, sinks, 10), full[30:], rtol=1e-12)
-    # Keys in the order of a ring buffer, positions given:
+    # Keys in the order of a ring buffer, with their positions:
     ring = np.roll(np.arange(21, 50), 5)
     late = attention(q[30:], k[ring], v[ring], sinks, 10, np.arange(30, 50), ring)
     np.testing.assert_allclose(late, full[30:], rtol=1e-12)
@@ -219,13 +219,13 @@ def test_swiglu_clamps_gate_above_and_up_on_both_sides() -> None:
 def test_route_softmax_follows_the_choice() -> None:
     logits = np.array([[0.0, 3.0, 1.0, 2.0], [5.0, 5.0, 5.0, 5.0], [1.0, 9.0, 9.0, 1.0]])
     ids, weights = route(logits, 2)
-    assert ids.tolist() == [[1, 3], [0, 1], [1, 2]]  # falling; a tie goes to the lowest id
+    assert ids.tolist() == [[1, 3], [0, 1], [1, 2]]  # by falling logit; a tie goes to the lowest id
     np.testing.assert_allclose(weights.sum(axis=1), 1)
     assert weights[0, 0] == pytest.approx(math.e / (math.e + 1))
 
 
 def test_route_ties_among_128_experts_go_to_the_lowest_ids() -> None:
-    """As many as in gpt-oss-120b: an unstable sort keeps the order of a few by luck."""
+    """gpt-oss-120b has as many; an unstable sort keeps the order of fewer by luck."""
     logits = np.zeros((1, 128))
     logits[0, 5::7] = 2.0
     ids, weights = route(logits, 4)
@@ -241,7 +241,7 @@ def test_moe_equals_the_sum_over_each_tokens_experts() -> None:
     down = rng.standard_normal((experts, hidden, inner))
     down_bias = rng.standard_normal((experts, hidden))
     logits = rng.standard_normal((tokens, experts))
-    logits[:, 3] = -9  # nobody's choice
+    logits[:, 3] = -9  # no token chooses it
     ids, weights = route(logits, 2)
     out = moe(h, ids, weights, gate_up, gate_up_bias, down, down_bias, 7.0)
     for t in range(tokens):
@@ -265,7 +265,7 @@ def test_logits_of_a_prefix_do_not_depend_on_what_follows() -> None:
 
 
 def test_sliding_layers_forget_and_full_layers_do_not() -> None:
-    """One sliding layer: a token beyond the window changes nothing; with a full layer it does."""
+    """A token beyond the window changes nothing in a sliding layer, but it does in a full one."""
     ids = random_ids(20)
     other = [(ids[0] + 1) % 320, *ids[1:]]
     sliding = Model(*random_model(layers=1, window=16))
@@ -277,7 +277,7 @@ def test_sliding_layers_forget_and_full_layers_do_not() -> None:
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Ablation)])
 def test_every_ablation_changes_the_logits(field: str) -> None:
-    """By ten times the tolerance of the profile `exact`, at least."""
+    """It changes them by at least ten times the tolerance of the profile `exact`."""
     config, tensors = random_model()
     expected = Model(config, tensors).logits(random_ids())
     wrong: dict[str, Any] = {field: 1 if field == "window_offset" else True}

@@ -1,4 +1,4 @@
-"""Far machines over TVM's RPC: a tracker and a server on this machine stand for one."""
+"""Far machines over TVM's RPC; a tracker and a server on this machine stand for one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tracker() -> Iterator[Remote]:
 
 @contextmanager
 def a_tracker() -> Iterator[Remote]:
-    """A tracker that knows one server, of key "far"."""
+    """Start a tracker that knows one server, with the key "far"."""
     processes = []
 
     def start(name: str, *arguments: str) -> None:
@@ -69,12 +69,12 @@ def a_tracker() -> Iterator[Remote]:
         yield remote
     finally:
         for process in processes:
-            os.killpg(process.pid, signal.SIGKILL)  # with the workers that it started
+            os.killpg(process.pid, signal.SIGKILL)  # and the workers that it started
             process.wait()
 
 
 def test_tune(this_machine: Target, offer, tracker: Remote, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A candidate that is wrong there does not win."""
+    """A candidate that is wrong on the far machine does not win."""
     offer(SLOW, WRONG, FAST)
     folder = emit_tiny(tmp_path / "emitted", this_machine)
     told: list[str] = []
@@ -97,7 +97,7 @@ def test_tune_command(this_machine: Target, offer, tracker: Remote, tmp_path: Pa
 def test_candidate_that_crashes_ends_the_server_of_tvm(  # type: ignore[no-untyped-def]
     this_machine: Target, offer, tmp_path: Path
 ) -> None:
-    """And is named, and told how to go on."""
+    """The error names the candidate, and says how to go on."""
     offer(SLOW, CRASHES, FAST)
     folder = emit_tiny(tmp_path / "emitted", this_machine)
     with a_tracker() as remote:
@@ -156,7 +156,7 @@ def test_options_that_do_not_go_together(
 
 
 def test_kernels_of_a_device_are_not_sent(planned: Path) -> None:
-    """TVM's server could not launch them."""
+    """TVM's server could not launch these kernels."""
     far = Remote("127.0.0.1", 1, "far")
     with pytest.raises(RemoteError, match=r"found those of cuda.*measure it without --rpc"):
         measure_kernel(planned, attempt_there(far))

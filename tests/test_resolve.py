@@ -1,4 +1,4 @@
-"""From what the user writes to a model. Nothing here touches the network."""
+"""Find the model that a user names. Nothing here touches the network."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from osscompile.importer.synthetic import TINY, SyntheticSource
 
 SOURCE = SyntheticSource(TINY)
 
-# The files of openai/gpt-oss-20b, and traps.
+# WANTED and UNWANTED list the files of openai/gpt-oss-20b, and some traps.
 WANTED = [
     "config.json",
     "generation_config.json",
@@ -52,7 +52,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 class Hub:
-    """Stands for `snapshot_download`: hands out the files of one folder, as the patterns ask."""
+    """Stands for `snapshot_download`: gives the files of one folder that match the patterns."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""The runtime without the compiler: an environment with nothing but what a bundle asks for."""
+"""The runtime without the compiler, in an environment with only what a bundle asks for."""
 
 import json
 import subprocess
@@ -12,11 +12,11 @@ import pytest
 
 from osscompile.bundle import bundle_runtime
 
-# typing-extensions: tvm_ffi imports it. huggingface_hub, which tokenizers names as a requirement,
-# is not there on purpose: only downloads need it.
+# tvm_ffi imports typing-extensions. huggingface_hub, which tokenizers requires, is left out on
+# purpose: only downloads need it.
 PACKAGES = ("apache-tvm-ffi", "typing-extensions", "numpy", "tokenizers")
 
-# What takes long is measured in a process that did it once before; printed, never asserted.
+# Slow steps are measured in a process that did them once before; printed, never asserted.
 ASK = """
 import sys, time
 start = time.perf_counter()
@@ -43,7 +43,7 @@ print(json.dumps({
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh virtual environment with `PACKAGES` and a bundle; returns its interpreter.
 
-    The packages are copied from this environment, file by file as their wheels installed them.
+    The packages are copied from this environment, file by file, as their wheels installed them.
     """
     root = tmp_path_factory.mktemp("alone")
     venv.create(root, symlinks=True)
@@ -63,7 +63,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(environment: Path, nano_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> list:
-    """What `ASK` says in two processes one after the other."""
+    """The output of `ASK` in two processes, one after the other."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     command = [str(environment), "-I", "-c", ASK, str(nano_artifact)]
     results = []
@@ -86,13 +86,13 @@ def test_nothing_of_the_compiler_is_there(runs: list) -> None:
         assert {name for name in libraries if name.startswith("libtvm")} == {
             "libtvm_runtime.so",
             "libtvm_ffi.so",
-            "libtvm_ffi_testing.so",  # tvm_ffi loads it beside its own
+            "libtvm_ffi_testing.so",  # tvm_ffi loads it beside its library
         }
     assert not {name for name in libraries if "LLVM" in name or "compiler" in name}
 
 
 def test_time_to_import_and_load_nano(runs: list, capsys: pytest.CaptureFixture[str]) -> None:
-    """No figure is asserted: machines differ. What makes it slow is: the modules imported."""
+    """Times are not asserted, because machines differ. Imported modules are: they make it slow."""
     with capsys.disabled():
         print(f"\nimport and load of nano: {runs[1]['seconds']:.2f} s", end=" ")
     slow = {"torch", "tvm", "transformers", "huggingface_hub", "pandas", "scipy", "jinja2"}
@@ -119,8 +119,8 @@ def test_runtime_library_that_is_no_library(
 def ask_with_library(
     environment: Path, artifact: Path, library: str, *, remove: bool = False
 ) -> str:
-    """The last line on stderr of a load with OSSCOMPILE_TVM_RUNTIME set; `remove`: as if the bundle
-    had come without its own."""
+    """Return the last line on stderr of a load with OSSCOMPILE_TVM_RUNTIME set. `remove` makes the
+    bundle one without its own library."""
     code = "import sys, osscompile_runtime\n"
     if remove:
         code += "osscompile_runtime.devices.tvm_cpu.RUNTIME_LIBRARY = 'libtvm_runtime.none'\n"

@@ -22,7 +22,7 @@ def random_logits(seed: int, vocab: int = VOCAB, spread: float = 2.0) -> NDArray
 def expected_probabilities(
     logits: NDArray[np.float32], options: SamplingOptions
 ) -> NDArray[np.float64]:
-    """Temperature, top-k, top-p, min-p in this order, by sorting all; float64 [vocab]."""
+    """Apply temperature, top-k, top-p, min-p in this order, by sorting all; float64 [vocab]."""
     scaled = logits.astype(np.float64) / options.temperature
     order = np.argsort(-scaled, kind="stable")
     probabilities = np.exp(scaled[order] - scaled.max())
@@ -92,7 +92,7 @@ def test_distribution_matches_sorting_everything(filters: dict[str, Any]) -> Non
     rest = times - counts[often].sum(), times * (1 - expected[often].sum())
     observed = np.append(counts[often], rest[0])
     wanted = np.append(expected[often] * times, max(rest[1], 1e-9))
-    if rest[1] < 1:  # too rare to count for the statistic
+    if rest[1] < 1:  # the rest is too rare for the statistic
         observed, wanted = observed[:-1], wanted[:-1]
     chi_square = float(((observed - wanted) ** 2 / wanted).sum())
     freedom = max(observed.size - 1, 1)
@@ -104,7 +104,7 @@ def test_kept_tokens_are_exactly_those_of_sorting_everything(filters: dict[str, 
     options = SamplingOptions(**{"temperature": 4.0, "seed": 2, **filters})
     for seed in range(3):
         logits = random_logits(seed, vocab=60, spread=0.5)
-        if seed == 2:  # many equals, some at the limit
+        if seed == 2:  # many are equal, some at the limit
             logits = np.round(logits * 2) / 2
         expected = expected_probabilities(logits, options)
         drawn = np.unique(draw(logits, options, 600))
@@ -120,7 +120,7 @@ def test_top_p_includes_the_token_that_crosses_the_limit() -> None:
 
 def test_top_p_after_top_k_is_a_share_of_what_top_k_kept() -> None:
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
-    # 0.4 of 0.7 reaches 0.5: of all it would not.
+    # 0.4 is more than 0.5 of 0.7, but less than 0.5 of all.
     options = SamplingOptions(temperature=1.0, top_k=2, top_p=0.5, seed=0)
     assert set(draw(logits, options, 200)) == {0}
 

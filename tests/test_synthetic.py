@@ -1,4 +1,4 @@
-"""Synthetic weights: reproducible however they are cut, and scaled like a model that works."""
+"""Synthetic weights are the same however they are cut, and scaled like a model that works."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6
 
 
 def dequantised(source: SyntheticSource, name: str, expert: int) -> np.ndarray:
-    """float64 [..., rows, inputs] of one expert."""
+    """Return float64 [..., rows, inputs] of one expert."""
     blocks = source.read(f"{name}.blocks", expert, expert + 1)[0]
     scales = source.read(f"{name}.scales", expert, expert + 1)[0].astype(int)
     values = np.stack([FP4[blocks & 15], FP4[blocks >> 4]], axis=-1)
@@ -25,7 +25,7 @@ def dequantised(source: SyntheticSource, name: str, expert: int) -> np.ndarray:
 
 
 def normed_inputs(config_hidden: int, count: int) -> np.ndarray:
-    """What RMSNorm hands on: unit rms times norm weights from 0.5 to 2."""
+    """Return inputs as RMSNorm gives them: unit rms times norm weights from 0.5 to 2."""
     generator = np.random.default_rng(0)
     values = generator.standard_normal((count, config_hidden))
     values /= np.sqrt(np.mean(values**2, axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""Tuning: from a model to its records, what wins, what never does, and what an interrupt leaves."""
+"""Tuning: from a model to its records, candidates that win or never do, and interrupts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from osscompile.tuning.records import Finding, check_records, read_findings, wri
 
 @pytest.fixture
 def emitted(this_machine: Target, tmp_path: Path, offer: Callable[..., None]) -> Path:
-    """The folder of the one kernel, with a default and one candidate."""
+    """The folder of the only kernel, with a default and one candidate."""
     offer(SLOW, FAST)
     return emit_tiny(tmp_path / "emitted", this_machine)
 
@@ -236,7 +236,7 @@ def test_interrupted_tuning_goes_on_without_repeating_trials(
         tune.tune(tmp_path, *what)
     assert tune.tune(tmp_path, *what)
     measured.remove("interrupt")
-    assert len(measured) == len(set(measured)) == 6  # 3 candidates of the norms of both functions
+    assert len(measured) == len(set(measured)) == 6  # 3 candidates for the norm of each function
     tune.tune(tmp_path, *what)
     assert len(measured) == 6
 

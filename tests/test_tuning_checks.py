@@ -1,5 +1,5 @@
-"""Every kernel of a model, emitted to be checked on a device: none is forgotten, each answers for
-all its arguments, and one that is wrong is told while the others are measured."""
+"""Every kernel of a model, emitted for checks on a device. None is forgotten, each answers for all
+its arguments, and a wrong kernel is told while the others are measured."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Packed(Exception):
 
 
 def scheduled_by_compile(target: Target, profile: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """How many kernels of each key a compile schedules."""
+    """Count the kernels of each key that a compile schedules."""
 
     def stop(module: ir.IRModule, *rest: Any) -> None:
         raise Packed(module)
@@ -71,7 +71,7 @@ def collect(target: Target, profile: str) -> list[Workload]:
     return collect_workloads(SMALL, profile, target)
 
 
-# --- All of them ------------------------------------------------------------------------------
+# --- All kernels ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_kernels_of_the_same_shapes_that_differ_have_folders_of_their_own() -> N
 
 
 def test_every_argument_counts() -> None:
-    """The result of each kernel is another when an argument holds what it holds elsewhere: an
-    error there would show."""
+    """A kernel's result changes when the numbers of an argument change places, so that an error
+    there would show."""
     kernels_of = {
         (str(w.function.attrs["op"]), *(a.name for a in w.arguments)): w
         for profile in PROFILES
@@ -135,7 +135,7 @@ def test_every_argument_counts() -> None:
 
 
 def moved(array: np.ndarray) -> np.ndarray:
-    """Every number in the place of its neighbour; half of a single one."""
+    """Move every number to its neighbour's place; a single number is halved."""
     if array.size > 1:
         return np.roll(array.reshape(-1), 1).reshape(array.shape)
     return (array / 2).astype(array.dtype)
@@ -152,7 +152,7 @@ def results(workload: Workload, kernel: Any, arrays: Arrays) -> Arrays:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrialMachine], None]:
-    """Measuring takes a few calls, in this process, on that machine."""
+    """Let measuring take a few calls in this process, on a given machine."""
 
     def set_machine(machine: TrialMachine) -> None:
         def attempt(folder: Path, libraries: list[str]) -> Any:
@@ -174,7 +174,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrialMachine], None]:
 
 
 def emit_small(directory: Path, target: Target, ops: tuple[str, ...]) -> Path:
-    """Kernels of these operations of the small configuration."""
+    """Emit the small configuration's kernels of these operations."""
 
     def chosen(config: Any, profile: str, target: Target) -> list[Workload]:
         return [w for w in collect(target, profile) if w.function.attrs["op"] in ops]
@@ -187,13 +187,13 @@ def emit_small(directory: Path, target: Target, ops: tuple[str, ...]) -> Path:
 
 @pytest.fixture(scope="module")
 def emitted(this_machine: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy it before you change it."""
+    """The folder of emitted kernels. Copy it before you change it."""
     ops = ("append_kv", "sort_by_expert", "take_row")
     return emit_small(tmp_path_factory.mktemp("checks") / "emitted", this_machine, ops)
 
 
 def spoil(folder: Path) -> None:
-    """Change the answer by as little as must not pass."""
+    """Change the answer by the least that must not pass."""
     plan = read_plan(folder)
     arrays = [array.copy() for array in read_answer(folder, plan)]
     last = arrays[0].reshape(-1)
@@ -212,7 +212,7 @@ def test_kernels_that_are_wrong_are_told_and_the_others_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By both command lines; and records of constants stay as they are."""
+    """Both command lines tell them, and records of constants stay as they are."""
     quick(Cpu(1))
     directory = Path(shutil.copytree(emitted, tmp_path / "copy"))
     folders = sorted(file.parent for file in directory.glob("*/plan.json"))
@@ -250,7 +250,7 @@ def test_kernels_that_only_devices_have(
 
 
 def test_numbers_in_few_places_are_compared_with_what_is_there() -> None:
-    """And a number may be rounded to its neighbour."""
+    """A number may be rounded to its neighbour."""
     right = np.zeros((1 << 14, 64), np.float16)
     right[7] = np.linspace(1, 2, 64)
     rounded, wrong = right.copy(), right.copy()

@@ -1,5 +1,5 @@
-"""Tuning on devices whose kernels the runtime launches: OpenCL's, and CUDA's, for which a stand-in
-for the driver does what it is told."""
+"""Tuning on devices whose kernels the runtime launches: OpenCL's, and CUDA's, where a stand-in for
+the driver does what it is told."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TOO_MANY_THREADS = 1 << 15
 
 
 def norm(function: PrimFunc, way: int) -> PrimFunc:
-    """The RMSNorm of one token by one thread, its sum `times` over."""
+    """Return the RMSNorm of one token on one thread, which adds up its sum `times` times."""
     hidden = int(function.params[1].shape[0])
     times = 300 if way == SLOW else 1
     share = 1 / (hidden * times)
@@ -82,7 +82,7 @@ def norm(function: PrimFunc, way: int) -> PrimFunc:
 
 @pytest.fixture
 def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make the norm of one token the only kernel with something to tune."""
+    """Make the norm of one token the only kernel that has something to tune."""
 
     def set_ways(*ways: int) -> None:
         def rule(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -108,7 +108,7 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_emitted_is_measured_by_the_bundle_alone_and_ingested(
     offer: Callable[..., None], tmp_path: Path
 ) -> None:
-    """What is wrong or cannot be launched is told, and never kept."""
+    """Candidates that are wrong or cannot be launched are told, and never kept."""
     offer(SLOW, FAST, WRONG, TOO_LARGE)
     folder = emit_tiny(tmp_path / "emitted", OPENCL)
     far, told = measure_alone(folder, tmp_path / "far", "tvm", "tvm_ffi", "tqdm")
@@ -122,7 +122,7 @@ def test_emitted_is_measured_by_the_bundle_alone_and_ingested(
 def test_tune_on_the_device_of_this_machine(
     offer: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what was measured and built is not measured and built again."""
+    """Nothing is measured or built a second time."""
     offer(SLOW, FAST)
     options = ["--target", OPENCL.name, "--model", "synthetic:tiny", "--profile", "exact"]
     options += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "records.json")]
@@ -136,7 +136,7 @@ def test_tune_on_the_device_of_this_machine(
 
 
 def test_every_candidate_of_nano_has_its_launches(tmp_path: Path) -> None:
-    """Of the real rules; nothing runs."""
+    """The candidates are those of the real rules; nothing runs."""
     assert tune.emit(tmp_path, OPENCL, ["nano"], "fast", 1) >= 8
     for file in tmp_path.glob("*/plan.json"):
         plan = read_plan(file.parent)
@@ -169,7 +169,7 @@ KERNELS = ("slow", "quick", "wrong", "beyond", "faulty", "missing")  # constants
 
 @pytest.fixture
 def planned(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose candidates are kernels of the stand-in, which the measuring process loads."""
+    """A folder whose candidates are kernels of the stand-in, loaded by the measuring process."""
     monkeypatch.setenv("LD_LIBRARY_PATH", str(cuda_device.driver().parent))
     folder = tmp_path / "doubled"
     folder.mkdir()
@@ -214,8 +214,8 @@ def planned(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def test_device_that_a_candidate_spoils_serves_the_others(planned: Path) -> None:
-    """Each kernel that fails is told with its reason; the one that ends the device in a process of
-    its own."""
+    """Each kernel that fails is told with its reason; the one that ends the device ends only its
+    own process."""
     told: list[str] = []
     measure_kernel(planned, report=told.append)
     trials = read_trials(planned, read_plan(planned))
@@ -237,7 +237,7 @@ def test_device_that_a_candidate_spoils_serves_the_others(planned: Path) -> None
 def test_machine_without_the_device(
     planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not the default that fails."""
+    """The error does not blame the default."""
     (tmp_path / "libcuda.so.1").write_bytes(b"no library")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     with pytest.raises(TuningError, match=r"cannot be measured here: .*install NVIDIA's driver"):

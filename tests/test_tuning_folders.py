@@ -1,4 +1,4 @@
-"""Folders of `osscompile tune --emit` that are damaged, or not for this machine."""
+"""Folders of `osscompile tune --emit` that are damaged, or meant for another machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from osscompile.tuning.records import read_findings
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A plan and results that may be damaged in copies."""
+    """A plan and results; tests damage copies of them."""
     with pytest.MonkeyPatch.context() as patch:
         try:
             here = targets.of_this_machine()

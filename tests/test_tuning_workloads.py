@@ -1,4 +1,4 @@
-"""What tuning measures: the kernels of a model, points of a space, and what kernels are given."""
+"""The workloads of tuning: the kernels of a model, points of a space, and kernels' inputs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_constants_that_give_the_same_program_are_one_point(
 
 
 def test_weights_are_cold_but_take_no_more_memory_than_there_is(this_machine: Target) -> None:
-    """By size alone: nothing of it is allocated here."""
+    """The test computes sizes only, and allocates nothing."""
     config = gpt_oss_config(num_layers=36, num_experts=128)
     for workload in collect_workloads(config, "fast", this_machine):
         turns, share = inputs.count_turns(workload.arguments)

@@ -1,8 +1,8 @@
-"""Variants of a target: which of an artifact's libraries runs, and what instructions are in it.
+"""Variants of a target: the library of an artifact that runs, and the instructions in it.
 
-Kernels of the best variant for this machine are tested in `test_kernels_*.py`; here are the others
-that it can run. Of those that it cannot run, the assembly is read, and their kernels run with the
-instruction that is missing written out.
+`test_kernels_*.py` test kernels of the best variant for this machine; this file tests the others
+that it can run. For variants that it cannot run, it reads the assembly, and runs their kernels with
+the missing instruction written out.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ every_runnable = pytest.mark.parametrize("variant", [t.variant for t in RUNNABLE
 on_others = pytest.mark.parametrize("target", OTHERS, ids=lambda t: t.variant)
 
 
-# --- Which one runs ---------------------------------------------------------------------------
+# --- The variant that runs --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of all variants, whose libraries are empty: it opens, but does not load."""
+    """An artifact of all variants with empty libraries: it opens, but does not load."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
         leave_libraries_empty(patch)
         output = tmp_path_factory.mktemp("hollow") / "tiny.osc"
@@ -87,7 +87,7 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runnable(nano_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """nano for each variant that runs here."""
+    """nano, compiled for each variant that runs here."""
     output = tmp_path_factory.mktemp("others") / "nano.osc"
     others = [t.variant for t in OTHERS]
     if others:
@@ -96,7 +96,7 @@ def runnable(nano_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def with_features(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
-    """Let this machine's CPU have these."""
+    """Let this machine's CPU have these features."""
     machine = dataclasses.replace(Machine.here(), cpu_features=features)
     monkeypatch.setattr(Machine, "here", lambda: machine)
 
@@ -181,7 +181,7 @@ def test_feature_that_no_cpu_has_is_one_that_this_cpu_lacks(hollow: Path, tmp_pa
     assert open_artifact(copy).variant.name == HERE.variant
 
 
-# --- That it computes the same ----------------------------------------------------------------
+# --- Equal results ----------------------------------------------------------------------------
 
 
 @on_others
@@ -221,21 +221,21 @@ print(json.dumps(results))
 def test_nano_with_one_to_four_threads(
     nano_artifact: Path, runnable: dict[str, Path], tmp_path: Path, variant: str
 ) -> None:
-    """300 ids: beyond the window, and several tasks of attention."""
+    """300 ids reach beyond the window, and make several tasks of attention."""
     output = run_python(ASK, runnable[variant], variant, cwd=tmp_path).stdout
     answers, logits = zip(*json.loads(output), strict=True)
     assert answers == ("17 + 25 = 42.",) * 3
     expected = osscompile.load(nano_artifact).logits(range(300))
     for found in map(np.array, logits):
         assert np.abs(found - np.array(logits[0])).max() < 1e-4
-        # Without FMA sums round otherwise, and then activations to other int8; with int8 at all,
-        # logits are 7e-2 away from the exact ones.
+        # Without FMA sums round differently, and so do activations to int8. int8 itself takes
+        # logits 7e-2 away from the exact ones.
         assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 4e-2
 
 
-# --- What is in it ----------------------------------------------------------------------------
+# --- Instructions -----------------------------------------------------------------------------
 
-# The kernels of gpt-oss-20b that multiply bytes: in smaller ones LLVM unrolls what is a loop here.
+# The kernels of gpt-oss-20b that multiply bytes; in smaller ones LLVM would unroll the loops.
 KERNELS = {
     "dense_q8_decode": matmul.dense_q8(1, 2880, 5120, True, False),
     "dense_q8_prefill": matmul.dense_q8(TOKENS, 2880, 5120, True, False),
@@ -248,14 +248,14 @@ KERNELS = {
 def assembly(kernel: PrimFunc, target: Target) -> str:
     lanes = target.vector_lanes
     packed = pack_kernel(kernel, packable(kernel, lanes), lanes)
-    # as without a record: what a record chose was measured, spills and all
+    # defaults, without a record: a record's choice was measured, with its spills
     function = schedule(packed, target, lambda name, candidates, default: default)
     module = ir.IRModule({"main": function.with_attr("global_symbol", "main")})
     return str(tvm.compile(module, tvm.target.Target(target.tvm)).mod.inspect_source("asm"))
 
 
 def innermost_loops(text: str) -> Iterator[str]:
-    """From a label to the last jump back to it, with no other such pair inside; x86 and AArch64."""
+    """Yield loops: from a label to the last jump back to it, with no loop inside; x86, AArch64."""
     lines = text.splitlines()
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.?L\w+:", line)}
     spans = []
@@ -276,27 +276,27 @@ def test_instructions(target: Target, name: str) -> None:
     for capability, instruction in dot.items():
         assert (instruction in text) == (target.int8_dot == capability)
     has_avx, has_evex = (f in target.cpu_features for f in ("avx2", "avx512vl"))
-    assert bool(re.search(r"\tv[a-z]", text)) == has_avx  # as the mnemonics of AVX begin
+    assert bool(re.search(r"\tv[a-z]", text)) == has_avx  # AVX mnemonics begin with v
     if target.register_bits < 512:
         assert "%zmm" not in text
     if target.int8_dot == "dpbusd":
         vex = [line.startswith("\t{vex}") for line in text.splitlines() if "vpdpbusd" in line]
         assert not any(vex) if has_evex else all(vex)
-    # panels by maddubs use all 16 registers and a few words more: their speed is measured instead
+    # panels by maddubs use all 16 registers and a few words of memory; their speed is measured
     if target.int8_dot == "dpbusd" or (has_avx and "decode" in name):
         hot = [loop for loop in innermost_loops(text) if dot[str(target.int8_dot)] in loop]
         assert hot
         assert not [loop for loop in hot if re.search(r"\(%r[sb]p\)", loop)]
 
 
-# --- dpbusd, where no CPU has it --------------------------------------------------------------
+# --- dpbusd on a CPU without it ---------------------------------------------------------------
 
 
 written_out_calls: list[Expr] = []
 
 
 def written_out(sums: Expr, unsigned: Expr, signed: Expr) -> Expr:
-    """What Intel's manual says that VPDPBUSD does, in shifts and products of int32 lanes."""
+    """Compute VPDPBUSD as Intel's manual defines it, by shifts and products of int32 lanes."""
     written_out_calls.append(sums)
     dtype = str(sums.ty)
     u, s = (T.reinterpret(operand, dtype=dtype) for operand in (unsigned, signed))
@@ -313,7 +313,7 @@ def written_out(sums: Expr, unsigned: Expr, signed: Expr) -> Expr:
 
 @pytest.fixture(scope="module")
 def target_with_dpbusd_written_out() -> Iterator[Target]:
-    """A target for this CPU, whose kernels are those of `dpbusd` but for that one instruction."""
+    """A target for this CPU, with the kernels of `dpbusd` but that instruction written out."""
     if "avx2" not in HERE.cpu_features:
         pytest.skip("needs AVX2, for the instructions around dpbusd")
     intrinsics = (blocks.mxfp4_block, blocks.mxfp4_digits_block, blocks.q8_block)

@@ -1,4 +1,4 @@
-"""Weights and the RoPE table: what numpy writes is what kernels read."""
+"""Weights and the RoPE table: kernels read what numpy writes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from osscompile.write import NUM_MAKERS, write_weights
 
 
 def decode_mxfp4(words: Array, scales: Array) -> Array:
-    """[blocks, 4] and [blocks] -> [blocks, 32] float32, through what every kernel reads with."""
+    """[blocks, 4] and [blocks] -> [blocks, 32] float32, by the expressions that kernels use."""
     words_of = te.placeholder((len(words), 4), "uint32", name="words")
     scales_of = te.placeholder((len(words),), "uint8", name="scales")
 
@@ -85,7 +85,7 @@ def test_pack_rows_puts_neighbouring_rows_side_by_side(axis: int, lanes: int) ->
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e-4, 1e-2, 1.0, 1e3])
 def test_quantized_weights_are_off_by_half_a_step_at_most(scale: float) -> None:
-    """Clipping would be off by more. The scale is stored as float16: below 8e-6 as a subnormal."""
+    """Clipping would be off by more. The scale is a float16, and a subnormal below 8e-6."""
     weight = numbers(44, 64, 96, scale=scale).astype(ml_dtypes.bfloat16)
     weight[3, 32:64] = 0
     words, scales = quantize_q8(weight)
@@ -96,7 +96,7 @@ def test_quantized_weights_are_off_by_half_a_step_at_most(scale: float) -> None:
     assert (codes[3, 1] == 0).all()
     np.testing.assert_array_equal(scales, q8_scales(weight))
     largest = np.abs(weight.astype(np.float64)).reshape(64, 3, 32).max(axis=-1)
-    if scale >= 1e-2:  # no step is wasted either: rounding up costs one part in 1024
+    if scale >= 1e-2:  # no step is wasted either; rounding up costs one part in 1024
         assert (scales <= largest / 127 * (1 + 2**-10)).all()
 
 

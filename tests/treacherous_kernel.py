@@ -1,4 +1,4 @@
-"""A kernel for tests of tuning: its schedule offers everything that can go wrong."""
+"""A kernel for tests of tuning, whose schedule offers everything that can go wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KNOB = "way"
 
 
 def treacherous(ways: tuple[int, ...], default: int = SLOW) -> Callable[..., Schedule | None]:
-    """A rule for the RMSNorm of prefills that offers these ways to schedule it."""
+    """Return a rule for the RMSNorm of prefills that offers these ways to schedule it."""
 
     def rule(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
         if str(function.attrs["op"]) != "rms_norm" or not isinstance(
@@ -55,8 +55,8 @@ def treacherous(ways: tuple[int, ...], default: int = SLOW) -> Callable[..., Sch
             raise ValueError("no such loop")
         if way == UNBUILDABLE:
             return Schedule(function.with_attr("unbuildable", True))
-        # On one thread, as the slow one: threads that wait for each other while other processes
-        # have the cores take longer than all its repetitions.
+        # This runs on one thread, as the slow way does: threads that wait for each other while
+        # other processes have the cores take longer than all repetitions.
         return Schedule(function)
 
     return rule
@@ -95,7 +95,7 @@ def hanging(function: PrimFunc) -> PrimFunc:
 
 
 def repeated(function: PrimFunc) -> PrimFunc:
-    """Right, but done many times over."""
+    """Return a kernel that is right, but does its work many times."""
     again = tirx.Var("again", "int64")
     body = tirx.For(again, tirx.const(0, "int64"), tirx.const(20, "int64"), 0, function.body)
     return function.with_body(body)
@@ -103,7 +103,7 @@ def repeated(function: PrimFunc) -> PrimFunc:
 
 @pytest.fixture
 def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make the treacherous kernel the only one with something to tune."""
+    """Make the treacherous kernel the only one that has something to tune."""
 
     def untuned(rule: Any) -> Any:
         @functools.wraps(rule)
@@ -136,14 +136,14 @@ def measured_ways(folder: Path) -> set[int]:
 
 
 def measure_alone(folder: Path, far: Path, *absent: str) -> tuple[Path, str]:
-    """A copy in `far` of what was emitted, measured there by the runtime alone, which cannot import
-    what is `absent`: the kernel's folder, and what was printed."""
+    """Copy an emitted folder to `far`, and measure it there with the runtime alone, which cannot
+    import `absent`. Returns the kernel's folder, and the output."""
     bundle = bundle_runtime(far)
     copy = Path(shutil.copytree(folder.parent, far / "emitted"))
     for name in absent:
         (far / f"{name}.py").write_text("raise ImportError('not there')")
     environment = os.environ | {"PYTHONPATH": str(far)}
-    environment.pop("OSSCOMPILE_TVM_RUNTIME", None)  # the bundle has its own
+    environment.pop("OSSCOMPILE_TVM_RUNTIME", None)  # the bundle has its own library
     command = [sys.executable, "-m", f"{bundle.name}.measure", str(copy)]
     result = subprocess.run(
         command, cwd=far.parent, env=environment, capture_output=True, text=True, timeout=120
@@ -153,7 +153,7 @@ def measure_alone(folder: Path, far: Path, *absent: str) -> tuple[Path, str]:
 
 
 def check_ingest(folder: Path, target: Target, way: int, output: Path, known: str = "{}") -> None:
-    """That `way` is the record of the kernel, beside what was known."""
+    """Check that ingesting records `way` for the kernel, beside known records."""
     output.write_text(known)
     options = ["--target", target.name, "--output", str(output)]
     assert cli.main(["tune", *options, "--ingest", str(folder.parent)]) == 0

@@ -1,4 +1,4 @@
-"""Threads as in a run: TVM reads their number once, when they start, and would take half."""
+"""Set the threads as in a run: TVM reads their number once, at the start, and would take half."""
 
 import os
 

@@ -1,9 +1,10 @@
-"""How fast each kernel of the profile `fast` is at the shapes of gpt-oss-20b, with fewer experts.
-All but take_row, which copies one row.
+"""Benchmark each kernel of the profile `fast` at the shapes of gpt-oss-20b, with fewer experts. It
+leaves out take_row, which copies one row.
 
-Not part of the ordinary tests: `pytest tests/bench`, one kernel with `-k moe`. `extra_info` holds
-the rate: GMAC/s of the matrix products and attention in prefill; of all others GB/s, everything
-that a kernel takes and gives counted once. What lies in memory in a run comes from memory here.
+This is not part of the ordinary tests: run `pytest tests/bench`, one kernel with `-k moe`.
+`extra_info` holds the rate: GMAC/s for matrix products and for attention in prefill; GB/s for all
+others, with all inputs and outputs counted once. Data that a run has in memory, not in a cache,
+comes from memory here too.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ CONFIG = gpt_oss_config(num_layers=1, num_experts=4)
 HIDDEN, INNER, TOP_K = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_experts_per_token
 HEADS = (CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim)
 PREFILL = Form("prefill", TOKENS, 128)
-CONTEXT = 2048  # tokens in the cache, the new ones included
+CONTEXT = 2048  # tokens in the cache, including the new ones
 LM_HEAD_ROWS = 32768  # of 201,088
 SWEPT_BYTES = 128 << 20  # copies of the arguments take turns, so that no cache holds them
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel, `macs` of one call, and the int32 arguments that are addresses, by name; all other
-    arguments are random or, if int32, 0."""
+    """A kernel, the `macs` of one call, and the int32 arguments that are addresses, by name. All
+    other arguments are random or, if int32, 0."""
 
     kernel: PrimFunc
     macs: int = 0
@@ -136,7 +137,7 @@ def moe_down(form: Form) -> Case:
 
 
 def row_experts(form: Form) -> Array:
-    """Every expert has as many rows, side by side as `sort_by_expert` leaves them."""
+    """Give every expert the same number of rows, side by side as `sort_by_expert` leaves them."""
     each = form.count * TOP_K // CONFIG.num_experts
     return np.repeat(np.arange(CONFIG.num_experts, dtype=np.int32), each)
 
@@ -177,7 +178,7 @@ def test_speed(make: Callable[[Form], Case], form: Form, benchmark: BenchmarkFix
 
 
 def bound(kernel: BuiltKernel, case: Case, form: Form) -> list[Array]:
-    """All arguments in the target's layout."""
+    """Return all arguments in the target's layout."""
     symbols = {"tokens": form.count, "expert_rows": form.count * TOP_K}
     assert case.addresses.keys() <= {parameter.name for parameter in case.kernel.params}
     arrays = []
@@ -194,7 +195,7 @@ def bound(kernel: BuiltKernel, case: Case, form: Form) -> list[Array]:
 
 
 def random_array(shape: tuple[int, ...], dtype: str) -> Array:
-    """Numbers near 1, and scales of MXFP4 near 2**0: nothing that a CPU treats as special."""
+    """Return numbers near 1, and MXFP4 scales near 2**0: no number that a CPU treats specially."""
     rng = np.random.default_rng(0)
     if dtype == "int32":
         return np.zeros(shape, np.int32)
