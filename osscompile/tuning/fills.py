@@ -18,9 +18,9 @@ EXPONENT_OF_DIGITS = -18  # of xs where whole numbers are in digits
 
 @dataclass(frozen=True)
 class Setting:
-    """What an argument's fill depends on beside itself: the shapes of all by name, when the kernel
-    is timed; the number of rows when its result is compared, where that is symbolic; the position
-    of the first token; and the model's config."""
+    """The facts that a fill depends on beside its argument: the shapes of all by name, when the
+    kernel is timed; the number of rows when its result is compared, where that is symbolic; the
+    position of the first token; and the model's config."""
 
     sizes: dict[str, tuple[int, ...]]
     rows: int

@@ -343,8 +343,8 @@ def _count_calls(once: float, machine: TrialMachine) -> int:
 
 
 def main() -> int:
-    """Check and measure a folder of `osscompile tune --emit`; returns 1 after an error of ours. It
-    reports a kernel whose default fails, and goes on with the others."""
+    """Check and measure a folder of `osscompile tune --emit`; the status is 1 after an error of
+    ours. A kernel whose default fails is reported, and the others are measured."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
