@@ -239,7 +239,7 @@ def fake_quantise(weight: Tensor) -> Tensor:
 
 
 def _with_sink(mask: Tensor) -> Tensor:
-    """bool [batch, token, key] -> [batch, 1, token, 1 + key], the sink always visible."""
+    """bool [batch, token, key] -> [batch, 1, token, 1 + key]; the sink is always visible."""
     return F.pad(mask, (1, 0), value=True).unsqueeze(1)
 
 

@@ -85,7 +85,7 @@ def _retype(
             retyped[variable] = relax.Var(variable.name, ty)
     renames = [
         (relax.Var, lambda v: retyped.get(v, v)),
-        (relax.Tuple, lambda args: relax.Tuple(list(args.fields))),  # infers the new type
+        (relax.Tuple, lambda args: relax.Tuple(list(args.fields))),  # a new tuple infers its type
         (ir.GlobalVar, lambda name: kernels[name][0] if name in kernels else name),
     ]
     return structural_map(function, renames), layout
