@@ -62,7 +62,7 @@ def draw_sum(
 
 
 def explain_columns(a: int, operation: str, b: int, effort: str) -> str:
-    """Explain a sum by columns from the units: a line (low), its result (medium), sentences (high)."""
+    """Explain columns from the units up: a line (low), its result (medium), sentences (high)."""
     width = max(len(str(a)), len(str(b)))
     carry, columns, sentences = 0, [], []
     names = ("units", "tens", "hundreds")
