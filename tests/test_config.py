@@ -167,6 +167,10 @@ NONSENSE = {
     "size_is_true": ({"head_dim": True}, "head_dim: expected a whole number"),
     "more_active_experts_than_experts": ({"num_experts_per_tok": 33}, "at most .* 32"),
     "layer_types_too_short": ({"layer_types": ["full_attention"]}, "layer_types: expected 24"),
+    "layer_types_too_long": (
+        {"layer_types": ["sliding_attention", "full_attention"] * 12 + ["full_attention"]},
+        "layer_types: expected 24",
+    ),
     "layer_types_unknown": ({"layer_types": ["linear_attention"] * 24}, "layer_types"),
     "epsilon_is_nan": ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a positive"),
     "theta_is_astronomic": ({"rope_theta": 10**400}, "rope_theta: expected a positive"),
