@@ -32,7 +32,8 @@ from osscompile.importer.weights import (
     weight_pieces,
 )
 from osscompile.passes.pack_weights import PACKED_ROWS, pack_weights
-from osscompile.runtime.artifact import Tensor, hash_file
+from osscompile.runtime.artifact import hash_file
+from osscompile.runtime.manifest import Tensor
 from osscompile.runtime.safetensors import map_tensors
 from osscompile.schedules import formats
 from osscompile.write import NUM_MAKERS, write_weights

@@ -127,7 +127,7 @@ def load_runtime() -> ModuleType:
 
 @cache
 def load_device_runtime(device: str) -> ModuleType:
-    """Load what TVM's runtime has for a device (one of `artifact.DEVICES`), from beside it."""
+    """Load what TVM's runtime has for a device (one of `manifest.DEVICES`), from beside it."""
     ffi = load_runtime()
     library = find_runtime_library(device)
     if library is None:
