@@ -12,6 +12,7 @@ number of the first that failed; a third argument is the number to begin with.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -118,7 +119,7 @@ def mutate(root: Any, random: Random) -> None:
         at = random.randrange(len(inner))
         node[key] = inner[:at] + chr(random.randrange(1, 0x180)) + inner[at + 1 :]
     else:
-        node[key] = random.choice(ODD)
+        node[key] = copy.deepcopy(random.choice(ODD))  # changes of a change stay its own
 
 
 def mutated(text: str, random: Random) -> Any:

@@ -147,6 +147,11 @@ def test_missing_key(key: str) -> None:
         parsed(without=(key,))
 
 
+def test_missing_key_beside_one_without_a_name() -> None:
+    with pytest.raises(CheckpointError, match=r"intermediate_size: expected .* found nothing"):
+        parsed({"": 64}, without=("intermediate_size",))
+
+
 NONSENSE = {
     "another_architecture": ({"model_type": "llama"}, "model_type: expected 'gpt_oss'.*'llama'"),
     "tied_embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
