@@ -235,7 +235,7 @@ def try_programs(random: Random, folder: Path) -> None:
 
 def try_tokenizer(random: Random, folder: Path) -> None:
     file = folder / TOKENIZER
-    original = folder / "whole.json"
+    original = folder / "original.json"
     if not original.exists():
         write_tokenizer(original)
     if random.random() < 0.5:

@@ -26,12 +26,12 @@ def try_some(what: str, folder: Path, count: int) -> None:
 
 @pytest.mark.parametrize("what", [what for what in fuzz.TRIES if what != "load"])
 def test_damaged_files_are_used_or_refused(what: str, tmp_path: Path) -> None:
-    try_some(what, tmp_path, 500)
+    try_some(what, tmp_path, 300)
 
 
 def test_damaged_manifests_are_loaded_or_refused(tiny_artifact: Path, tmp_path: Path) -> None:
     copy_artifact(tiny_artifact, tmp_path).rename(tmp_path / "tiny.osc")
-    try_some("load", tmp_path, 100)
+    try_some("load", tmp_path, 60)
 
 
 def test_whole_files_are_accepted(tiny_artifact: Path, tmp_path: Path) -> None:
