@@ -156,7 +156,7 @@ def _parse(kind: Any, value: Any, where: str, file: Path) -> Any:
         if not holds:
             raise damaged(file, f"{where} to be {expected}", reprlib.repr(value))
 
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         types = {field.name: field.type for field in dataclasses.fields(kind)}
         expect(isinstance(value, dict), f"an object with {', '.join(types)}")
         if differing := sorted(types.keys() ^ value.keys()):

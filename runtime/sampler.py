@@ -256,9 +256,13 @@ def _pick(weights: NDArray[np.float32], target: float) -> int:
 
 def _number(value: object, low: float, high: float) -> float | None:
     """A real number from `low` to `high` as Python's; None for anything else."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number that no float can hold
+        return None
+    return number if low <= number <= high else None
 
 
 def _count(value: object) -> int | None:

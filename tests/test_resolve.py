@@ -140,6 +140,11 @@ def test_tokenizer_that_is_none_is_refused_before_the_weights(hub: Hub) -> None:
     assert len(hub.requests) == 1
 
 
+def test_directory_whose_name_cannot_be_printed(checkpoint: Path, tmp_path: Path) -> None:
+    renamed = checkpoint.rename(tmp_path / "a\n\x1b\udcffb")
+    assert resolve_model(renamed).name == "a___b"
+
+
 def test_directory_called_nano(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.rename(checkpoint.parent / "nano")
     monkeypatch.chdir(checkpoint.parent)

@@ -63,7 +63,9 @@ def resolve_model(model: str | Path) -> Resolved:
         return Resolved(synthetic_source(name), None, {}, f"synthetic-{name}")
     path = os.path.expanduser(model)  # os.path, because pathlib raises on names too long or odd
     if os.path.isdir(path):
-        return _from_directory(Path(path), Path(path).resolve().name)
+        name = Path(path).resolve().name
+        printable = "".join(c if c.isprintable() else "_" for c in name)  # as in a manifest
+        return _from_directory(Path(path), printable)
     if os.path.exists(path):
         raise CheckpointError(f"{model}: expected a directory, found a file; give its directory")
     if isinstance(model, str) and HUGGING_FACE_ID.fullmatch(model):
