@@ -5,8 +5,8 @@ from pathlib import Path
 
 from . import runtime
 from .errors import CompileError
-from .runtime.artifact import DEVICES
 from .runtime.devices.tvm_cpu import find_runtime_library
+from .runtime.manifest import DEVICES
 
 NAME = "osscompile_runtime"
 README = """\

@@ -30,18 +30,8 @@ from .importer.weights import weight_pieces
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
-from .runtime.artifact import (
-    CPU,
-    MANIFEST,
-    TOKENIZER,
-    WEIGHTS,
-    File,
-    Manifest,
-    Tensor,
-    Variant,
-    hash_file,
-    mark_verified,
-)
+from .runtime.artifact import hash_file, mark_verified
+from .runtime.manifest import CPU, MANIFEST, TOKENIZER, WEIGHTS, File, Manifest, Tensor, Variant
 from .targets import Target, TargetError
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 

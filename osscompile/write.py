@@ -1,6 +1,6 @@
 """Write an artifact: weights streamed through, then everything under its final name at once.
 
-The format is defined in `runtime/artifact.py`. Until the last rename the output lies beside its
+The format is defined in `runtime/manifest.py`. Until the last rename the output lies beside its
 final name, in NAME.partial; the next compile to the same name removes what an interrupted one left.
 """
 
@@ -21,15 +21,8 @@ from typing import IO
 import numpy as np
 
 from .errors import CompileError
-from .runtime.artifact import (
-    ALIGNMENT,
-    MANIFEST,
-    PADDING,
-    PROGRAMS_SUFFIX,
-    TOKENIZER,
-    WEIGHTS,
-    Tensor,
-)
+from .runtime.artifact import ALIGNMENT, PADDING
+from .runtime.manifest import MANIFEST, PROGRAMS_SUFFIX, TOKENIZER, WEIGHTS, Tensor
 
 LIBRARY_SUFFIXES = (".so", ".dylib", ".cl", ".fatbin", PROGRAMS_SUFFIX)
 # Threads that make weights; one more hashes and writes them and keeps up with no more than these.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import Artifact, Manifest, open_artifact
+from .artifact import Artifact, open_artifact
 from .chooser import Chooser
 from .devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
 from .devices.program import read_programs
@@ -19,6 +19,7 @@ from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
 from .machine import available_memory_bytes, physical_cores
+from .manifest import Manifest
 from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
 from .tokenizer import StreamDecoder, Tokenizer
 

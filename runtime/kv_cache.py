@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .artifact import Manifest
+from .manifest import Manifest
 
 KEYS_PER_TILE = 16  # keys are [heads, positions / 16, dim, 16], values [heads, positions, dim]
 

@@ -35,6 +35,7 @@ NUMPY_DTYPES = {
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 MAX_DIMENSIONS = 16  # numpy stops at 64; no real tensor comes near
+MAX_SHAPE = 1 << 48  # product of the extents that are not 0, which numpy limits too
 
 
 class FormatError(OsscompileError):
@@ -135,6 +136,8 @@ def _parse_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorE
             f"tensor {name}: {dtype} of shape {shape} takes {num_bytes} bytes, "
             f"but data_offsets {offsets} hold {end - begin}",
         )
+    if math.prod(size or 1 for size in shape) > MAX_SHAPE:
+        _fail(path, f"tensor {name}: expected smaller extents beside 0, found {shape}")
     return TensorEntry(dtype, tuple(shape), data_start + begin, num_bytes)
 
 

@@ -1,6 +1,8 @@
 """logits -> next token: greedy or drawn from the truncated distribution, without sorting it."""
 
 import math
+import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +25,11 @@ class SamplingOptions:
     (1: all); min_p keeps tokens with at least min_p times the probability of the best (0: all).
     Between equal logits the lowest id comes first.
 
-    logprobs is the number of alternatives reported with each token (0: none). stop_ids end the
-    generation in addition to the model's own.
+    logprobs is the number of alternatives reported with each token (0: none). stop_ids, any
+    iterable of token ids, end the generation in addition to the model's own.
 
-    Raises InputError for a value out of its range.
+    Numbers of numpy are numbers too; all are kept as Python's, and stop_ids as a frozenset. Raises
+    InputError for a value out of its range.
     """
 
     temperature: float = 0.0
@@ -38,26 +41,20 @@ class SamplingOptions:
     stop_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
-        _check(
-            _is_number(temperature) and 0 <= temperature <= 100,
-            "temperature",
-            "between 0 (greedy) and 100",
-            self,
-        )
-        _check(_is_number(top_p) and 0 < top_p <= 1, "top_p", "above 0 and at most 1", self)
-        _check(_is_number(min_p) and 0 <= min_p <= 1, "min_p", "between 0 and 1", self)
-        _check(_is_count(self.top_k), "top_k", "a whole number, 0 for no limit", self)
-        _check(_is_count(self.logprobs), "logprobs", "a whole number, 0 for none", self)
-        _check(
-            self.seed is None or _is_count(self.seed), "seed", "None or a whole number >= 0", self
-        )
-        _check(
-            isinstance(self.stop_ids, frozenset) and all(map(_is_count, self.stop_ids)),
-            "stop_ids",
-            "a frozenset of token ids",
-            self,
-        )
+        self._set("temperature", _number(self.temperature, 0, 100), "between 0 (greedy) and 100")
+        self._set("top_p", _number(self.top_p, 0, 1) or None, "above 0 and at most 1")
+        self._set("min_p", _number(self.min_p, 0, 1), "between 0 and 1")
+        self._set("top_k", _count(self.top_k), "a whole number, 0 for no limit")
+        self._set("logprobs", _count(self.logprobs), "a whole number, 0 for none")
+        if self.seed is not None:
+            self._set("seed", _count(self.seed), "None or a whole number >= 0")
+        self._set("stop_ids", _ids(self.stop_ids), "token ids, whole numbers >= 0")
+
+    def _set(self, name: str, value: object, expected: str) -> None:
+        """Keep the checked value; None: what was given is not what was expected."""
+        if value is None:
+            raise InputError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+        object.__setattr__(self, name, value)  # the fields are frozen
 
 
 @dataclass(frozen=True)
@@ -257,14 +254,28 @@ def _pick(weights: NDArray[np.float32], target: float) -> int:
     return int(np.searchsorted(sums, min(target, np.nextafter(sums[-1], 0)), side="right"))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _number(value: object, low: float, high: float) -> float | None:
+    """A real number from `low` to `high` as Python's; None for anything else."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number that no float can hold
+        return None
+    return number if low <= number <= high else None
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value >= 0
+def _count(value: object) -> int | None:
+    """A whole number from 0 on as Python's; None for anything else."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
+        return None
+    return int(value)
 
 
-def _check(valid: bool, name: str, expected: str, options: SamplingOptions) -> None:
-    if not valid:
-        raise InputError(f"{name}: expected {expected}, found {getattr(options, name)!r}")
+def _ids(values: object) -> frozenset[int] | None:
+    """Counts; None if there is anything else among them, or if they are none."""
+    if not isinstance(values, Iterable) or isinstance(values, bytes):
+        return None
+    ids = [_count(value) for value in values]
+    counts = frozenset(id for id in ids if id is not None)
+    return None if None in ids else counts

@@ -1,10 +1,13 @@
 """tokenizer.json <-> text: token ids of ordinary text, special ids by name, bytes of one token."""
 
 import codecs
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from tokenizers import Tokenizer as _Backend
+from tokenizers.models import BPE
 
 from .errors import ArtifactError, InputError
 
@@ -27,8 +30,11 @@ class Tokenizer:
     `special` maps the name of each special token, e.g. "<|start|>", to its id. `vocab_size` is
     the number of ids in the table; the rows of the model's logits beyond it are padding.
 
-    Raises ArtifactError when the file is missing, damaged, not byte-level, or lacks a special
-    token of the chat format.
+    What a text is encoded to stands for all of it and for nothing else: what the file says of
+    truncation, padding and templates is not used.
+
+    Raises ArtifactError when the file is missing, damaged, or not byte-level, when it would lose,
+    change or add text, or lacks a special token of the chat format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,27 +43,34 @@ class Tokenizer:
                 f"tokenizer: expected the file {path}, found none; "
                 "was the whole artifact directory copied?"
             )
+        self._path = path
         try:
             self._backend = _Backend.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.post_processor = None
+            self._backend.encode_special_tokens = True  # specials inside text stay text
+        except BaseException as error:
+            _raise_unless_of_library(error)
             raise ArtifactError(
                 f"tokenizer: expected a tokenizer.json, found {path} which does not parse "
-                f"({error}); compile the model again or copy the file again"
+                f"({error}); copy or download the file again (itself, not git-lfs's pointer)"
             ) from error
-        self._backend.encode_special_tokens = True  # specials inside text stay text
         added = self._backend.get_added_tokens_decoder()
+        self._added: dict[int, Any] = dict(sorted(added.items()))
         self.special: dict[str, int] = {
-            token.content: id for id, token in sorted(added.items()) if token.special
+            token.content: id for id, token in self._added.items() if token.special
         }
-        self._special_names = {id: name for name, id in self.special.items()}
-        self.vocab_size: int = max([self._backend.get_vocab_size(), *(id + 1 for id in added)])
-        self._check(path)
+        self._check_splitting()
+        self.vocab_size: int = 1 + max(*self._check_vocabulary(), *self._added)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: what looks like a special token is encoded as plain characters.
 
-        Raises InputError for text with unpaired surrogates, which has no UTF-8 form.
+        Raises InputError for what is no text, or has unpaired surrogates and so no UTF-8 form.
         """
+        if not isinstance(text, str):
+            raise InputError(f"text: expected a string, found {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -65,7 +78,11 @@ class Tokenizer:
                 f"text: expected valid Unicode, found an unpaired surrogate at character "
                 f"{error.start}; decode the text with errors='replace'"
             ) from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            _raise_unless_of_library(error)
+            self._refuse("patterns that split any text", f"one that fails: {error}", error)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -75,35 +92,67 @@ class Tokenizer:
     def token_bytes(self, id: int) -> bytes:
         """The bytes one token stands for; b"" for an id that the table does not have.
 
-        A special token gives its name, an ordinary one its raw bytes, which need not be complete
+        An added token gives its name, an ordinary one its raw bytes, which need not be complete
         UTF-8 characters (see StreamDecoder).
         """
         id = int(id)
-        if id in self._special_names:
-            return self._special_names[id].encode()
+        if id in self._added:
+            name: str = self._added[id].content
+            return name.encode()
         if not 0 <= id < self.vocab_size:
             return b""
         token: str | None = self._backend.id_to_token(id)
-        if token is None:
-            return b""
-        try:
-            return bytes(map(_BYTE_OF_CHAR.__getitem__, token))
-        except KeyError:  # an added token is spelled as it is
-            return token.encode()
+        return b"" if token is None else _spelled(token)
 
-    def _check(self, path: Path) -> None:
+    def _check_splitting(self) -> None:
+        """Before text is cut into tokens it may be split, without a loss, and written as bytes."""
+        backend = self._backend
+        if backend.normalizer is not None:
+            self._refuse("no normalizer, which changes text", "one")
+        splitter = backend.pre_tokenizer
+        state = json.loads(splitter.__getstate__()) if splitter is not None else {}
+        *splits, last = state.get("pretokenizers", [state]) or [{}]
+        if any(s["type"] != "Split" or s["behavior"] == "Removed" for s in splits):
+            self._refuse("pre-tokenizers that split and remove nothing", "others")
+        if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+            self._refuse("ByteLevel, without a space before the text, as pre-tokenizer", "another")
+        model = backend.model
+        if not isinstance(model, BPE):
+            self._refuse("BPE as model", type(model).__name__)
+        if model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix:
+            self._refuse("a model without dropout, prefixes and suffixes", "one with them")
+
+    def _check_vocabulary(self) -> list[int]:
+        """The ids of ordinary tokens, each of which stands for one text."""
+        ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=False)
+        token_of = {id: token for token, id in ids.items()}
         missing = [name for name in REQUIRED_SPECIALS if name not in self.special]
         if missing:
-            raise ArtifactError(
-                f"tokenizer {path}: expected the special tokens of gpt-oss, found no "
-                f"{', '.join(missing)}; use the tokenizer.json of the checkpoint"
-            )
-        lacking = [c for c in _BYTE_OF_CHAR if self._backend.token_to_id(c) is None]
+            self._refuse("the special tokens of gpt-oss", f"no {', '.join(missing)}")
+        lacking = [c for c in _BYTE_OF_CHAR if c not in ids]
         if lacking:  # else text would lose characters silently
-            raise ArtifactError(
-                f"tokenizer {path}: expected a byte-level vocabulary with a token for each of the "
-                f"256 bytes, found {256 - len(lacking)}; use the tokenizer.json of the checkpoint"
+            self._refuse(
+                "a byte-level vocabulary with a token for each of the 256 bytes",
+                f"{256 - len(lacking)}",
             )
+        if len(token_of) < len(ids):
+            self._refuse("an id for each token", f"{len(ids) - len(token_of)} that share one")
+        for id, added in self._added.items():
+            name: str = added.content
+            if added.special:
+                if id in token_of:  # text could become a special token
+                    self._refuse(f"no ordinary token with the id of {name!r}", repr(token_of[id]))
+            elif added.lstrip or added.rstrip:
+                self._refuse(f"{name!r} to leave the space beside it alone", "that it strips it")
+            elif id in token_of and _spelled(token_of[id]) != name.encode():
+                self._refuse(f"no ordinary token with the id of {name!r}", repr(token_of[id]))
+        return list(token_of)
+
+    def _refuse(self, expected: str, found: str, cause: BaseException | None = None) -> NoReturn:
+        raise ArtifactError(
+            f"tokenizer {self._path}: expected {expected}, found {found}; use the tokenizer.json "
+            "of the checkpoint"
+        ) from cause
 
 
 class StreamDecoder:
@@ -137,3 +186,18 @@ def byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF_CHAR = byte_alphabet()
+
+
+def _spelled(token: str) -> bytes:
+    """The bytes of an ordinary token."""
+    try:
+        return bytes(map(_BYTE_OF_CHAR.__getitem__, token))
+    except KeyError:  # of no text: what is encoded has characters of the alphabet only
+        return token.encode()
+
+
+def _raise_unless_of_library(error: BaseException) -> None:
+    """Go on with an interrupt. What the library raises is any Exception, and where its code panics
+    a BaseException that it does not export."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error

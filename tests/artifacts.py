@@ -14,7 +14,7 @@ import pytest
 from tvm import ir
 
 from osscompile import compiler, targets
-from osscompile.runtime.artifact import MANIFEST
+from osscompile.runtime.manifest import MANIFEST
 from osscompile.targets import Target
 
 

@@ -182,13 +182,17 @@ def yarn_inv_freq(
     if scaling is None:
         return 1 / freq, 1.0
     lo, hi = yarn_range(head_dim, theta, scaling)
-    ramp = np.clip((d - lo) / (hi - lo), 0, 1)  # 0: as trained; 1: positions divided by the factor
+    width = hi - lo if hi != lo else 0.001  # the bounds can meet; transformers adds as much
+    ramp = np.clip((d - lo) / width, 0, 1)  # 0: as trained; 1: positions divided by the factor
     factor = scaling["factor"]
     return ramp / (factor * freq) + (1 - ramp) / freq, 0.1 * math.log(factor) + 1
 
 
 def yarn_range(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[float, float]:
-    """(lo, hi): the dimensions that turn `beta_fast` and `beta_slow` times in the old context."""
+    """(lo, hi): the dimensions that turn `beta_fast` and `beta_slow` times in the old context.
+
+    Like transformers, lo is kept at 0 or more, and hi at head_dim - 1 or less.
+    """
     context = scaling["original_max_position_embeddings"]
 
     def dimension(turns: float) -> float:
@@ -197,8 +201,7 @@ def yarn_range(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple
     lo, hi = dimension(scaling["beta_fast"]), dimension(scaling["beta_slow"])
     if scaling.get("truncate", True):
         lo, hi = math.floor(lo), math.ceil(hi)
-    assert 0 < lo < hi < head_dim / 2, (lo, hi)
-    return lo, hi
+    return max(lo, 0), min(hi, head_dim - 1)
 
 
 def apply_rope(x: F64, positions: ArrayLike, inv_freq: F64, concentration: float) -> F64:

@@ -15,13 +15,12 @@ from osscompile.errors import CompileError
 from osscompile.runtime import artifact as artifact_module
 from osscompile.runtime.artifact import (
     ALIGNMENT,
-    MANIFEST,
     PADDING,
-    WEIGHTS,
     mark_verified,
     open_artifact,
     read_manifest,
 )
+from osscompile.runtime.manifest import MANIFEST, WEIGHTS
 from osscompile.runtime.safetensors import read_header
 from osscompile.targets import Target
 from osscompile.write import staged_directory

@@ -15,9 +15,9 @@ from artifacts import copy_artifact, flip_byte, library_is_loaded, reseal
 import osscompile
 from osscompile.errors import CompileError
 from osscompile.runtime import artifact as artifact_module
-from osscompile.runtime.artifact import MANIFEST, TOKENIZER, WEIGHTS, mark_verified, read_manifest
+from osscompile.runtime.artifact import mark_verified, read_manifest
 from osscompile.runtime.errors import ArtifactError, InputError
-from osscompile.runtime.safetensors import read_header
+from osscompile.runtime.manifest import MANIFEST, TOKENIZER, WEIGHTS
 
 FILES = [MANIFEST, "library", WEIGHTS, TOKENIZER]
 
@@ -283,10 +283,16 @@ def test_weights_of_another_shape(copy: Path) -> None:
     refuse(copy, WEIGHTS, f"expected {name}")
 
 
+def test_weights_of_another_dtype(copy: Path) -> None:
+    """Of as many bytes: the kernels would read them as what they are not."""
+    name = read_manifest(copy).weights[0].name
+    rewrite_header(copy, lambda header: header[name].update(dtype="I32"))
+    refuse(copy, WEIGHTS, f"expected {name} as float32", "found int32")
+
+
 def test_weights_cut_off_and_sealed(copy: Path) -> None:
     file = copy / WEIGHTS
-    last = max(entry.offset for entry in read_header(file).values())
-    file.write_bytes(file.read_bytes()[:last])
+    file.write_bytes(file.read_bytes()[:-64])
     reseal(copy)
     refuse(copy, WEIGHTS, "cut off")
 

@@ -147,6 +147,11 @@ def test_missing_key(key: str) -> None:
         parsed(without=(key,))
 
 
+def test_missing_key_beside_one_without_a_name() -> None:
+    with pytest.raises(CheckpointError, match=r"intermediate_size: expected .* found nothing"):
+        parsed({"": 64}, without=("intermediate_size",))
+
+
 NONSENSE = {
     "another_architecture": ({"model_type": "llama"}, "model_type: expected 'gpt_oss'.*'llama'"),
     "tied_embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
@@ -167,6 +172,10 @@ NONSENSE = {
     "size_is_true": ({"head_dim": True}, "head_dim: expected a whole number"),
     "more_active_experts_than_experts": ({"num_experts_per_tok": 33}, "at most .* 32"),
     "layer_types_too_short": ({"layer_types": ["full_attention"]}, "layer_types: expected 24"),
+    "layer_types_too_long": (
+        {"layer_types": ["sliding_attention", "full_attention"] * 12 + ["full_attention"]},
+        "layer_types: expected 24",
+    ),
     "layer_types_unknown": ({"layer_types": ["linear_attention"] * 24}, "layer_types"),
     "epsilon_is_nan": ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a positive"),
     "theta_is_astronomic": ({"rope_theta": 10**400}, "rope_theta: expected a positive"),

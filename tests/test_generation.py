@@ -182,7 +182,7 @@ def test_stop_tokens_of_the_tokenizer(
         ([1], {"max_tokens": 2.5}, "max_tokens: expected a whole number from 1, found 2.5"),
         ([1], {"temperature": -1.0}, "temperature: expected"),
         ([1], {"top_p": 0.0}, "top_p: expected"),
-        ([1], {"stop_ids": [5]}, "stop_ids: expected a frozenset"),
+        ([1], {"stop_ids": 5}, "stop_ids: expected token ids"),
     ],
 )
 def test_bad_arguments_raise_before_anything_is_computed(
@@ -210,6 +210,16 @@ def test_character_that_max_tokens_cuts_is_replaced(
     say(model, ids, monkeypatch)
     texts = [token.text for token in model.generate([1], max_tokens=len(ids) - 1)]
     assert "".join(texts) == "a\ufffd"
+
+
+def test_character_that_a_stop_id_cuts_is_replaced(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode("a🙂")
+    say(model, ids, monkeypatch)
+    tokens = list(model.generate([1], max_tokens=40, stop_ids=[ids[-2]]))
+    assert [token.token_id for token in tokens] == ids[:-1]
+    assert "".join(token.text for token in tokens) == "a\ufffd"
 
 
 def test_text_of_random_tokens_is_the_text_of_all(model: Model, tokenizer: Tokenizer) -> None:

@@ -287,6 +287,14 @@ def test_incomplete_characters_are_held_back(tokenizer: Tokenizer) -> None:
             [Piece("analysis", "A"), Piece("final", "B")],
         ),
         (
+            "<|channel|>commentary to=f<|message|>{}<|call|>B<|return|>",
+            [Piece("commentary", "{}", "f"), Piece("final", "B")],
+        ),
+        (
+            "<|channel|>final<|message|>A<|return|>B<|endoftext|>C",
+            [Piece("final", "A"), Piece("final", "B"), Piece("final", "C")],
+        ),
+        (
             "<|channel|>analysis<|message|>A<|end|>\n<|start|>assistant<|message|>B",
             [Piece("analysis", "A"), Piece("final", "B")],
         ),

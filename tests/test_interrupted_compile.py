@@ -22,7 +22,8 @@ from checkpoints import write_checkpoint
 import osscompile
 from osscompile import CheckpointError, CompileError, TargetError, targets
 from osscompile.importer.synthetic import TINY
-from osscompile.runtime.artifact import MANIFEST, WEIGHTS, read_manifest
+from osscompile.runtime.artifact import read_manifest
+from osscompile.runtime.manifest import MANIFEST, WEIGHTS
 from osscompile.targets import Target
 
 compile_module = importlib.import_module("osscompile.compiler")

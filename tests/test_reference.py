@@ -40,6 +40,26 @@ GPT_OSS_YARN = {
     "original_max_position_embeddings": 4096,
     "truncate": False,
 }
+# Original context and `truncate` -> the ends of the ramp, and the inverse frequencies 1, 5 and 31,
+# from the formula of `_compute_yarn_parameters` in transformers. Unclamped, the first number of the
+# first line would be -3.07.
+YARN_OF_SHORT_CONTEXTS = {
+    (64, False): (
+        (0, 6.2317300382971705),
+        (0.5819293206068759, 0.03459476061514621, 3.0235114281192144e-07),
+    ),
+    (64, True): ((0, 7), (0.5936854956982837, 0.04784502801084582, 3.0235114281192144e-07)),
+    (128, False): (
+        (0, 8.092779115512402),
+        (0.6065619272390713, 0.06235792524921348, 3.0235114281192144e-07),
+    ),
+    (128, True): ((0, 9), (0.6148763424071457, 0.07172901944943229, 3.0235114281192144e-07)),
+    (256, False): (
+        (0.6485828066514776, 9.953828192727633),
+        (0.6638353975431046, 0.08495901711389515, 3.0235114281192144e-07),
+    ),
+    (256, True): ((0, 10), (0.6222931387552475, 0.08008841645293757, 3.0235114281192144e-07)),
+}
 NUM_TOKENS = 75  # spans several windows of the random model
 NO_SINK = np.array([-np.inf])
 
@@ -121,12 +141,41 @@ def test_yarn_numbers_of_gpt_oss() -> None:
     assert plain[31] == pytest.approx(150000 ** (-62 / 64))
 
 
+def short_context(context: int, truncate: bool) -> dict[str, Any]:
+    changes = {"original_max_position_embeddings": context, "truncate": truncate}
+    return GPT_OSS_YARN | changes
+
+
 def test_yarn_truncate_defaults_to_true_as_in_transformers() -> None:
     without = {key: value for key, value in GPT_OSS_YARN.items() if key != "truncate"}
     assert yarn_range(64, 150000, without) == (8, 18)
     truncated, _ = yarn_inv_freq(64, 150000, without)
     exact, _ = yarn_inv_freq(64, 150000, GPT_OSS_YARN)
     assert np.abs(truncated / exact - 1).max() > 0.7
+
+
+@pytest.mark.parametrize(("context", "truncate"), YARN_OF_SHORT_CONTEXTS)
+def test_yarn_bounds_are_clamped(context: int, truncate: bool) -> None:
+    bounds, expected = YARN_OF_SHORT_CONTEXTS[context, truncate]
+    scaling = short_context(context, truncate)
+    assert yarn_range(64, 150000, scaling) == pytest.approx(bounds, rel=1e-14)
+    inv_freq, _ = yarn_inv_freq(64, 150000, scaling)
+    assert inv_freq[[1, 5, 31]] == pytest.approx(expected, rel=1e-13)
+
+
+def test_yarn_upper_bound_is_clamped() -> None:
+    """Unclamped, 83.6: a small theta turns the last dimension often within a long context."""
+    scaling = short_context(1 << 20, False) | {"beta_fast": 1e5}
+    assert yarn_range(64, 100, scaling) == pytest.approx((3.5587207187441425, 63))
+
+
+def test_yarn_bounds_that_meet() -> None:
+    """Both are 0: the first dimension is as trained, the others are divided by the factor."""
+    scaling = short_context(6, True)
+    assert yarn_range(64, 150000, scaling) == (0, 0)
+    inv_freq, _ = yarn_inv_freq(64, 150000, scaling)
+    plain, _ = yarn_inv_freq(64, 150000, None)
+    np.testing.assert_allclose(inv_freq, plain / np.array([1, *[32] * 31]), rtol=1e-15)
 
 
 def test_rope_rotates_half_split_pairs() -> None:

@@ -97,7 +97,7 @@ def test_unknown_synthetic() -> None:
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_directory(checkpoint: Path, kind: type) -> None:
-    (checkpoint / "tokenizer.json").write_text("{}")
+    shutil.copy(resolve.NANO_CHECKPOINT / "tokenizer.json", checkpoint)
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     resolved = resolve_model(kind(checkpoint))
     assert resolved.source.config == TINY
@@ -115,6 +115,34 @@ def test_damaged_generation_config(checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json: not JSON"):
         resolve_model(checkpoint)
+
+
+NO_TOKENIZERS = {
+    "pointer": "version https://git-lfs.github.com/spec/v1\noid sha256:0614\nsize 27868174\n",
+    "cut_off": (resolve.NANO_CHECKPOINT / "tokenizer.json").read_text()[:-100],
+    "other_json": "{}",
+    "page": "<!doctype html><html></html>",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("text", NO_TOKENIZERS.values(), ids=list(NO_TOKENIZERS))
+def test_tokenizer_that_is_none(checkpoint: Path, text: str) -> None:
+    (checkpoint / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json which does not parse.*git-lfs"):
+        resolve_model(checkpoint)
+
+
+def test_tokenizer_that_is_none_is_refused_before_the_weights(hub: Hub) -> None:
+    (hub.folder / "tokenizer.json").write_text(NO_TOKENIZERS["pointer"])
+    with pytest.raises(CheckpointError, match="does not parse"):
+        resolve_model("org/my-model")
+    assert len(hub.requests) == 1
+
+
+def test_directory_whose_name_cannot_be_printed(checkpoint: Path, tmp_path: Path) -> None:
+    renamed = checkpoint.rename(tmp_path / "a\n\x1b\udcffb")
+    assert resolve_model(renamed).name == "a___b"
 
 
 def test_directory_called_nano(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

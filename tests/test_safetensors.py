@@ -68,6 +68,7 @@ BAD_ENTRIES = {
     "shape_not_a_list": (entry("U8", 4, 0, 4), "list of sizes"),
     "too_many_dimensions": (entry("U8", [1] * 70 + [4], 0, 4), "list of sizes"),
     "astronomic_shape": (entry("U8", [10**30, 10**30], 0, 4), "takes 1000"),
+    "astronomic_shape_of_nothing": (entry("U8", [0, 1 << 40, 1 << 40], 0, 0), "smaller extents"),
     "negative_offset": (entry("U8", [4], -4, 0), "data_offsets"),
     "end_before_begin": (entry("U8", [4], 4, 0), "takes 4 bytes"),
     "offsets_do_not_match_shape": (entry("F32", [2], 0, 4), "takes 8 bytes"),

@@ -118,6 +118,16 @@ def test_top_p_includes_the_token_that_crosses_the_limit() -> None:
     assert set(draw(logits, options, 200)) == {0, 1}
 
 
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_top_p_ends_with_the_token_that_reaches_it_exactly(top_k: int) -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.25], np.float32))
+    options = SamplingOptions(temperature=1.0, top_k=top_k, top_p=0.5, seed=0)
+    assert set(draw(logits, options, 200)) == {0}
+    equal = np.zeros(4, np.float32)  # whose weights no rounding changes
+    options = SamplingOptions(temperature=1.0, top_k=top_k and 4, top_p=0.5, seed=0)
+    assert set(draw(equal, options, 200)) == {0, 1}
+
+
 def test_top_p_after_top_k_is_a_share_of_what_top_k_kept() -> None:
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     # 0.4 is more than 0.5 of 0.7, but less than 0.5 of all.
@@ -142,6 +152,14 @@ def test_same_seed_same_tokens_whatever_numpy_global_state() -> None:
     assert (other != first).any()
     unseeded = [draw(logits, SamplingOptions(temperature=1.0), 50) for _ in range(2)]
     assert (unseeded[0] != unseeded[1]).any()
+
+
+def test_seed_0_is_a_seed() -> None:
+    logits = random_logits(3)
+    first, again = (draw(logits, SamplingOptions(temperature=1.0, seed=0), 50) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    other = draw(logits, SamplingOptions(temperature=1.0, seed=1), 50)
+    assert (first != other).any()
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
@@ -224,7 +242,21 @@ def test_nothing_left_to_sample_is_an_error() -> None:
         {"seed": "x"},
         {"logprobs": -1},
         {"logprobs": None},
-        {"stop_ids": [1]},
+        {"temperature": True},
+        {"temperature": np.float32("nan")},
+        {"temperature": 10**400},
+        {"top_p": np.True_},
+        {"top_p": "0.5"},
+        {"top_k": True},
+        {"top_k": np.float32(2)},
+        {"seed": False},
+        {"stop_ids": 5},
+        {"stop_ids": None},
+        {"stop_ids": "12"},
+        {"stop_ids": b"12"},
+        {"stop_ids": [1.0]},
+        {"stop_ids": [True]},
+        {"stop_ids": (-1,)},
         {"stop_ids": frozenset(["x"])},
     ],
     ids=str,
@@ -233,6 +265,31 @@ def test_option_out_of_range_is_named(options: dict[str, Any]) -> None:
     name = next(iter(options))
     with pytest.raises(InputError, match=f"^{name}: expected .*, found "):
         SamplingOptions(**options)
+
+
+@pytest.mark.parametrize("float_type", [np.float16, np.float32, np.float64, np.longdouble])
+@pytest.mark.parametrize("int_type", [np.int8, np.uint64])
+def test_numbers_of_numpy_are_numbers(float_type: Any, int_type: Any) -> None:
+    found = SamplingOptions(
+        temperature=float_type(0.5),
+        top_p=int_type(1),
+        top_k=int_type(3),
+        min_p=float_type(0.25),
+        seed=int_type(0),
+        logprobs=int_type(2),
+        stop_ids=frozenset([int_type(4)]),
+    )
+    assert found == SamplingOptions(0.5, 1.0, 3, 0.25, 0, 2, frozenset([4]))
+    assert {type(found.temperature), type(found.top_p)} == {float}
+    assert {type(found.top_k), type(found.seed)} == {int}
+
+
+@pytest.mark.parametrize(
+    "ids", [[7, 2, 7], (2, 7), {2, 7}, range(2, 8, 5), np.array([2, 7]), (i for i in (2, 7))]
+)
+def test_any_iterable_of_ids_is_stop_ids(ids: Any) -> None:
+    found = SamplingOptions(stop_ids=ids).stop_ids
+    assert isinstance(found, frozenset) and found == {2, 7}
 
 
 def test_reserved_ids_are_unused_specials_and_padding() -> None:
@@ -249,7 +306,7 @@ def test_reserved_ids_are_unused_specials_and_padding() -> None:
     [({}, 0.0), ({"temperature": 0.5}, 2.0), ({"temperature": 9, "top_k": 1}, 0)],
 )
 def test_options_that_a_device_takes(options: dict[str, Any], scale: float) -> None:
-    sampler, again = (Sampler(SamplingOptions(seed=3, **options), NO_IDS) for _ in range(2))
+    sampler, again = (Sampler(SamplingOptions(seed=0, **options), NO_IDS) for _ in range(2))
     found = [sampler.device_options() for _ in range(2)]
     for taken in found:
         assert taken is not None and taken.dtype == np.int32 and taken.shape == (3,)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -122,14 +124,142 @@ def test_vocabulary_that_loses_bytes_is_refused(tmp_path: Path) -> None:
         Tokenizer(path)
 
 
-def test_added_token_that_is_not_special_is_spelled_as_it_is(tmp_path: Path) -> None:
-    path = write_tokenizer(tmp_path / "tokenizer.json")
-    table = json.loads(path.read_text())
-    id = max(token["id"] for token in table["added_tokens"]) + 1
-    table["added_tokens"].append({**table["added_tokens"][0], "id": id, "content": "東 京"})
-    table["added_tokens"][-1]["special"] = False
-    path.write_text(json.dumps(table))
-    tokenizer = Tokenizer(path)
+def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> Tokenizer:
+    """The tokenizer with its file changed."""
+    table = json.loads(write_tokenizer(path / "tokenizer.json").read_text())
+    change(table)
+    (path / "tokenizer.json").write_text(json.dumps(table))
+    return Tokenizer(path / "tokenizer.json")
+
+
+def add_token(table: dict[str, Any], content: str, **flags: Any) -> int:
+    """Add a token that is not special; returns its id."""
+    last: dict[str, Any] = max(table["added_tokens"], key=lambda token: token["id"])
+    added = {**last, "id": last["id"] + 1, "content": content, "special": False, **flags}
+    table["added_tokens"].append(added)
+    return int(added["id"])
+
+
+@pytest.mark.parametrize("content", ["東 京", "né!", "halo"])
+def test_added_token_that_is_not_special_is_spelled_as_it_is(tmp_path: Path, content: str) -> None:
+    """Characters of its name can be those that bytes are written with."""
+    ids = []
+    tokenizer = changed(tmp_path, lambda table: ids.append(add_token(table, content)))
+    (id,) = ids
     assert tokenizer.vocab_size == id + 1
-    assert "東 京" not in tokenizer.special
-    assert tokenizer.decode([id]) == "東 京"
+    assert content not in tokenizer.special
+    assert tokenizer.decode([id]) == content
+    assert id in tokenizer.encode(f"a {content} b")
+    assert tokenizer.decode(tokenizer.encode(f"a {content} b")) == f"a {content} b"
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|start|>", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+    "special_tokens": {"<|start|>": {"id": "<|start|>", "ids": [1], "tokens": ["<|start|>"]}},
+}
+TRUNCATION = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 64},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "x",
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"truncation": TRUNCATION},
+        {"truncation": TRUNCATION | {"stride": 5}},  # which makes the library panic
+        {"padding": PADDING},
+        {"post_processor": TEMPLATE},
+    ],
+    ids=["truncation", "stride", "padding", "template"],
+)
+def test_whole_text_and_nothing_else_is_encoded(tmp_path: Path, fields: dict[str, Any]) -> None:
+    tokenizer = changed(tmp_path, lambda table: table.update(fields))
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("") == []
+
+
+BYTE_LEVEL = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def set_splits(*splitters: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+    sequence = [*splitters, {"type": "ByteLevel"} | BYTE_LEVEL]
+    return lambda table: table.update(pre_tokenizer={"type": "Sequence", "pretokenizers": sequence})
+
+
+def split(**fields: Any) -> dict[str, Any]:
+    pattern = {"Regex": " "}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False} | fields
+
+
+LOSSES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "lower_case": (lambda t: t.update(normalizer={"type": "Lowercase"}), "no normalizer"),
+    "composed": (lambda t: t.update(normalizer={"type": "NFC"}), "no normalizer"),
+    "no_splitter": (lambda t: t.update(pre_tokenizer=None), "ByteLevel"),
+    "space_before": (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "ByteLevel"),
+    "removed": (set_splits(split(behavior="Removed")), "remove nothing"),
+    "white_space_removed": (set_splits({"type": "Whitespace"}), "remove nothing"),
+    "bytes_of_bytes": (set_splits({"type": "ByteLevel"} | BYTE_LEVEL), "others"),
+    "chance": (lambda t: t["model"].update(dropout=0.5), "without dropout"),
+    "prefix": (
+        lambda t: t["model"].update(continuing_subword_prefix="##", merges=[]),
+        "without dropout",
+    ),
+    "suffix": (lambda t: t["model"].update(end_of_word_suffix="</w>"), "without dropout"),
+    "another_model": (
+        lambda t: t.update(
+            model={"type": "WordLevel", "vocab": t["model"]["vocab"], "unk_token": "a"}
+        ),
+        "BPE as model",
+    ),
+    "two_tokens_of_an_id": (lambda t: t["model"]["vocab"].update(zz=5), "1 that share one"),
+    "stripping": (lambda t: add_token(t, "hello", lstrip=True), "space beside it"),
+    "ambiguous": (lambda t: add_token(t, "é"), "ordinary token with the id of 'é'"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_would_change_text_is_refused(tmp_path: Path, loss: str) -> None:
+    change, words = LOSSES[loss]
+    with pytest.raises(ArtifactError, match=f"expected .*{words}"):
+        changed(tmp_path, change)
+
+
+def test_ids_with_a_gap(tmp_path: Path) -> None:
+    """The table ends after the last, not after as many as there are."""
+    tokenizer = changed(tmp_path, lambda t: t["model"]["vocab"].update({"hello": 100_000}))
+    assert tokenizer.vocab_size == 100_001
+    assert tokenizer.decode([100_000]) == "hello"
+
+
+def test_pattern_that_fails_on_a_text(tmp_path: Path) -> None:
+    """The library panics, which is no Exception."""
+    tokenizer = changed(tmp_path, set_splits(split(pattern={"Regex": "(a+)+c"})))
+    assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
+    with pytest.raises(ArtifactError, match="expected patterns that split any text"):
+        tokenizer.encode("a" * 40 + "b")
+
+
+def test_interrupt_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        @staticmethod
+        def from_file(path: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("osscompile.runtime.tokenizer._Backend", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer(write_tokenizer(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("text", [None, b"x", 5, ["x"]])
+def test_text_that_is_none(tokenizer: Tokenizer, text: Any) -> None:
+    with pytest.raises(InputError, match=f"expected a string, found {type(text).__name__}"):
+        tokenizer.encode(text)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from artifacts import flip_byte
 from treacherous_kernel import (
     CRASHES,
     FAST,
@@ -41,7 +42,7 @@ from osscompile.passes.pack_weights import pack_weights
 from osscompile.passes.schedule_kernels import schedule_kernels
 from osscompile.runtime.errors import OsscompileError, TuningError
 from osscompile.runtime.trials import inputs, measure
-from osscompile.runtime.trials.files import Plan, Trial
+from osscompile.runtime.trials.files import Plan, Trial, check_files, read_plan
 from osscompile.runtime.trials.machines import FUNCTION
 from osscompile.runtime.trials.measure import Attempt, attempt_here, measure_kernel
 from osscompile.schedules import records as schedule_records
@@ -259,6 +260,24 @@ def test_libraries_are_not_built_again(
 
 
 # --- On a machine without the compiler ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_emitting_again_makes_damaged_files_whole(
+    emitted: Path, this_machine: Target, damage: str
+) -> None:
+    plan = read_plan(emitted)
+    for name in (plan.default.library, plan.answer.file):
+        if damage == "missing":
+            (emitted / name).unlink()
+        else:
+            flip_byte(emitted / name, -1)
+        with pytest.raises(TuningError, match=rf"{name}: expected sha256"):
+            check_files(emitted, plan)
+        emit_tiny(emitted.parent, this_machine)
+        check_files(emitted, read_plan(emitted))
+    measure_kernel(emitted)
+    assert measured_ways(emitted) == {FAST}
 
 
 def test_emitted_is_measured_by_the_bundle_alone_and_ingested(

@@ -32,7 +32,8 @@ from osscompile.importer.weights import (
     weight_pieces,
 )
 from osscompile.passes.pack_weights import PACKED_ROWS, pack_weights
-from osscompile.runtime.artifact import Tensor, hash_file
+from osscompile.runtime.artifact import hash_file
+from osscompile.runtime.manifest import Tensor
 from osscompile.runtime.safetensors import map_tensors
 from osscompile.schedules import formats
 from osscompile.write import NUM_MAKERS, write_weights
@@ -106,17 +107,29 @@ def config_with(**rope: Any) -> ModelConfig:
 
 @pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize("head_dim", [32, 64])
-def test_rope_table_is_that_of_yarn(truncate: bool, head_dim: int) -> None:
+@pytest.mark.parametrize("context", [6, 64, 128, 256, 4096])  # bounds are clamped below 256
+def test_rope_table_is_that_of_yarn(truncate: bool, head_dim: int, context: int) -> None:
     positions = np.array([0, 1, 2, 127, 4095, 4096, 4097, 65536, 131071])
-    config = dataclasses.replace(config_with(truncate=truncate), head_dim=head_dim)
+    config = config_with(truncate=truncate, original_context=context)
+    config = dataclasses.replace(config, head_dim=head_dim)
     inv_freq, concentration = reference.yarn_inv_freq(
-        head_dim, 150000.0, {**YARN, "truncate": truncate}
+        head_dim,
+        150000.0,
+        {**YARN, "truncate": truncate, "original_max_position_embeddings": context},
     )
     angles = positions[:, None] * inv_freq
     expected = np.stack([np.cos(angles), np.sin(angles)], axis=-1) * concentration
     table = rope_table(config, positions)
     assert table.dtype == np.float32
     np.testing.assert_allclose(table, expected, rtol=0, atol=1e-7)
+
+
+def test_rope_table_whose_upper_bound_is_clamped() -> None:
+    config = config_with(theta=100.0, beta_fast=1e5, original_context=1 << 20)
+    scaling = {**YARN, "beta_fast": 1e5, "original_max_position_embeddings": 1 << 20}
+    inv_freq, concentration = reference.yarn_inv_freq(TINY.head_dim, 100.0, scaling)
+    table = rope_table(config, np.array([1]))
+    np.testing.assert_allclose(table[0, :, 0], np.cos(inv_freq) * concentration, atol=1e-7)
 
 
 def test_rope_table_without_scaling_is_plain_rope() -> None:

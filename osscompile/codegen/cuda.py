@@ -18,8 +18,8 @@ from tvm.tirx import PrimFunc
 from tvm.tirx import transform as tirx
 
 from ..errors import CompileError
-from ..runtime.artifact import PROGRAMS_SUFFIX
 from ..runtime.devices.program import write_programs
+from ..runtime.manifest import PROGRAMS_SUFFIX
 from ..schedules.gpu import mma, tf32
 from ..schedules.gpu.packed_bytes import DOT, SELECT
 from ..targets import Target

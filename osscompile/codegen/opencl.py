@@ -11,8 +11,8 @@ from tvm.tirx import PrimFunc
 from tvm.tirx import transform as tirx
 
 from ..passes.store_halves import FLOAT_TO_HALF, HALF_TO_FLOAT
-from ..runtime.artifact import PROGRAMS_SUFFIX
 from ..runtime.devices.program import write_programs
+from ..runtime.manifest import PROGRAMS_SUFFIX
 from ..schedules.gpu.packed_bytes import DOT
 from ..schedules.gpu.texture import TEXEL
 from ..targets import Target

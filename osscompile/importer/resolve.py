@@ -10,6 +10,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..errors import CheckpointError
+from ..runtime.errors import ArtifactError
+from ..runtime.tokenizer import Tokenizer
 from .checkpoint import INDEX, Source, open_checkpoint, read_metadata
 from .config import read_json_object
 from .synthetic import synthetic_source
@@ -61,7 +63,9 @@ def resolve_model(model: str | Path) -> Resolved:
         return Resolved(synthetic_source(name), None, {}, f"synthetic-{name}")
     path = os.path.expanduser(model)  # os.path, because pathlib raises on names too long or odd
     if os.path.isdir(path):
-        return _from_directory(Path(path), Path(path).resolve().name)
+        name = Path(path).resolve().name
+        printable = "".join(c if c.isprintable() else "_" for c in name)  # as in a manifest
+        return _from_directory(Path(path), printable)
     if os.path.exists(path):
         raise CheckpointError(f"{model}: expected a directory, found a file; give its directory")
     if isinstance(model, str) and HUGGING_FACE_ID.fullmatch(model):
@@ -71,20 +75,32 @@ def resolve_model(model: str | Path) -> Resolved:
 
 def _from_directory(directory: Path, name: str) -> Resolved:
     source = open_checkpoint(directory)
-    tokenizer = directory / "tokenizer.json"
     generation = directory / "generation_config.json"
     return Resolved(
         source,
-        tokenizer if tokenizer.is_file() else None,
+        _find_tokenizer(directory),
         read_json_object(generation) if generation.is_file() else {},
         name,
     )
+
+
+def _find_tokenizer(directory: Path) -> Path | None:
+    """What the runtime would refuse is refused here, before any kernel is built."""
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        Tokenizer(file)
+    except ArtifactError as error:
+        raise CheckpointError(str(error)) from error
+    return file
 
 
 def _download(repo_id: str) -> Path:
     """Fetch the metadata, check it, then fetch the weights (or find both in the cache)."""
     directory = _fetch(repo_id, METADATA_FILES)
     read_metadata(directory)  # another model stops here, not after its gigabytes
+    _find_tokenizer(directory)
     return _fetch(repo_id, METADATA_FILES + WEIGHT_FILES)
 
 

@@ -144,7 +144,10 @@ def rope_table(config: ModelConfig, positions: np.ndarray) -> np.ndarray:
         low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
         if rope.truncate:
             low, high = np.floor(low), np.ceil(high)
-        ramp = np.clip((np.arange(half) - low) / (high - low), 0, 1)
+        # transformers clamps these bounds, and widens a ramp of no width, in the same way.
+        low, high = max(low, 0.0), min(high, config.head_dim - 1.0)
+        width = high - low or 1e-3
+        ramp = np.clip((np.arange(half) - low) / width, 0, 1)
         frequency = frequency / rope.factor * ramp + frequency * (1 - ramp)
     angles = positions[:, None].astype(np.float64) * frequency
     table = np.stack([np.cos(angles), np.sin(angles)], axis=-1) * concentration

@@ -9,7 +9,7 @@ import tvm
 
 from ..errors import RemoteError
 from ..remote import Remote, is_alive, upload
-from ..runtime.artifact import CPU
+from ..runtime.manifest import CPU
 from ..runtime.trials.files import Candidate, read_plan
 from ..runtime.trials.machines import FUNCTION, TrialMachine
 from ..runtime.trials.measure import Attempt, Failure, Seconds, compare_and_time

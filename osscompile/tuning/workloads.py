@@ -15,7 +15,7 @@ from tvm_ffi import structural_map
 from ..importer.config import ModelConfig
 from ..importer.graph import DEFAULT_CHUNK, build_graph, with_choose
 from ..passes.pack_weights import pack_weights
-from ..runtime.artifact import CPU
+from ..runtime.manifest import CPU
 from ..runtime.trials.files import Argument
 from ..schedules.records import kernel_key
 from ..schedules.rule import schedule

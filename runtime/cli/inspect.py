@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from ..artifact import ANY, read_manifest
+from ..artifact import read_manifest
 from ..engine import memory_bytes
 from ..errors import InputError
+from ..manifest import ANY
 from .main import Commands
 from .terminal import print_table
 

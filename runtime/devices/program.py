@@ -6,13 +6,15 @@ it when it is read. Sizes that depend on the number of tokens are expressions: a
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
-from ..artifact import Artifact, Manifest
+from ..artifact import Artifact
 from ..errors import ArtifactError
+from ..manifest import Manifest
 
 Expression: TypeAlias = Any  # int | "tokens" | [operator, Expression, Expression]
 TOKENS = "tokens"
@@ -29,10 +31,12 @@ MEMORY = (
     "bound",
     "storage",
 )  # of a call; caches and weights; the function's own
-SCALARS = ("int32", "int64")
-# Of each function, see `importer/graph.py`; `choose` takes the result of the others on.
-NUM_INPUTS = {"prefill": 3, "decode": 2, "score": 2, "choose": 1}
-MAX_NUMBER = 1 << 48
+MAX_NUMBER = 1 << 48  # of what an expression and its parts come to
+MAX_GROUPS = 1 << 31  # along an axis, and of the threads of a group
+SCALARS = {"int32": 1 << 31, "int64": MAX_NUMBER}  # and the end of what they hold
+# How many numbers each input of a function has, see `importer/graph.py`; `choose` takes the result
+# of the others on.
+INPUTS = {"prefill": (TOKENS, 1, 1), "decode": (1, 1), "score": (TOKENS, 1), "choose": (3,)}
 MAX_DEPTH = 8  # of an expression
 ITEM_BYTES = 4  # of an input's int32 and the result's float32
 
@@ -91,7 +95,7 @@ def read_programs(artifact: Artifact) -> dict[str, Program]:
     file, manifest = artifact.programs, artifact.manifest
     try:
         functions = json.loads(file.read_text(encoding="utf-8"))
-        return {name: _program(name, functions[name], manifest) for name in NUM_INPUTS}
+        return {name: _program(name, functions[name], manifest) for name in INPUTS}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"{file}: expected programs, found a problem with {error}; the artifact is damaged: "
@@ -99,40 +103,46 @@ def read_programs(artifact: Artifact) -> dict[str, Program]:
         ) from error
 
 
-def parse_launches(name: str, fields: dict[str, Any], num_bound: int, inputs: int = 0) -> Launches:
+def parse_launches(
+    name: str, fields: dict[str, Any], num_bound: int, inputs: int = 0, most: int = 1
+) -> Launches:
     """Of JSON; ValueError, KeyError or TypeError for what can be none. `num_bound`: arrays that the
-    launches are bound to; `inputs`: those that come with every call."""
+    launches are bound to; `inputs`: those that come with every call; `most`: tokens of a call."""
     sizes = [_number(size, 1, f"{name}, a storage's size") for size in fields["storages"]]
     counts = {"input": inputs, "bound": num_bound, "storage": len(sizes)}
-    launches = tuple(_launch(launch, counts) for launch in fields["launches"])
-    for launch in launches:
-        for expression in launch.groups:
-            _number(evaluate(expression, 1), 1, f"{name}, {expression} of 1 tokens")
+    launches = tuple(_launch(launch, counts, most) for launch in fields["launches"])
     return Launches(tuple(sizes), launches)
 
 
 def _program(name: str, fields: dict[str, Any], manifest: Manifest) -> Program:
     num_bound = 2 if name == "choose" else len(manifest.caches) + len(manifest.weights)
-    parsed = parse_launches(name, fields, num_bound, NUM_INPUTS[name])
+    most = {"prefill": manifest.chunk, "score": manifest.score_chunk}.get(name, 1)
+    parsed = parse_launches(name, fields, num_bound, len(INPUTS[name]), most)
     sizes = parsed.storages
-    program = Program(
-        storages=sizes,
-        launches=parsed.launches,
-        max_tokens=_number(fields["max_tokens"], 1, f"{name}, the number of tokens"),
-        inputs=tuple(_expression(size) for size in fields["inputs"]),
-        result=_number(fields["result"], 0, f"{name}, the result's storage", len(sizes)),
-        result_shape=tuple(_expression(extent) for extent in fields["result_shape"]),
-    )
-    _check_sizes(name, program, manifest)
-    return program
+    max_tokens = _number(fields["max_tokens"], 1, f"{name}, the number of tokens")
+    result = _number(fields["result"], 0, f"{name}, the result's storage", len(sizes))
+    inputs, shape = tuple(fields["inputs"]), tuple(fields["result_shape"])
+    if (max_tokens, inputs) != (most, INPUTS[name]):
+        raise ValueError(
+            f"{name}: expected inputs of {INPUTS[name]} numbers and up to {most} tokens, found "
+            f"{inputs} and {max_tokens}"
+        )
+    rows, columns = TOKENS if name == "score" else 1, 2 if name == "choose" else manifest.vocab_size
+    needed = evaluate(rows, most) * columns * ITEM_BYTES
+    if shape != (rows, columns) or needed > sizes[result]:
+        raise ValueError(f"{name}: a result of shape {shape} in {sizes[result]} bytes")
+    return Program(sizes, parsed.launches, most, INPUTS[name], result, (rows, columns))
 
 
-def _launch(fields: dict[str, Any], counts: dict[str, int]) -> Launch:
+def _launch(fields: dict[str, Any], counts: dict[str, int], most: int) -> Launch:
     kernel = fields["kernel"]
     if not (isinstance(kernel, str) and re.fullmatch(r"[A-Za-z_]\w*", kernel, re.ASCII)):
         raise ValueError(f"{kernel!r} as the name of a kernel")
     threads = tuple(_number(n, 1, f"{kernel}, threads of a group") for n in fields["threads"])
-    groups = tuple(_expression(count) for count in fields["groups"])
+    _number(math.prod(threads), 1, f"{kernel}, threads of a group", MAX_GROUPS)
+    groups = tuple(
+        _expression(count, most, 1, f"{kernel}, groups", MAX_GROUPS) for count in fields["groups"]
+    )
     if not 1 <= len(threads) == len(groups) <= 3:
         raise ValueError(f"{kernel}: groups along {len(groups)} axes, threads along {len(threads)}")
     arguments: list[tuple[str, Expression]] = []
@@ -140,7 +150,9 @@ def _launch(fields: dict[str, Any], counts: dict[str, int]) -> Launch:
         if kind in MEMORY:
             arguments.append((kind, _number(value, 0, f"{kernel}, the {kind}", counts[kind])))
         elif kind in SCALARS:
-            arguments.append((kind, _expression(value)))
+            end = SCALARS[kind]
+            number = _expression(value, most, 1 - end, f"{kernel}, the {kind}", end)
+            arguments.append((kind, number))
         else:
             raise ValueError(f"{kernel}, an argument of kind {kind!r}")
     return Launch(kernel, tuple(arguments), groups, threads)
@@ -153,7 +165,15 @@ def _number(value: Any, low: int, what: str, end: int = MAX_NUMBER) -> int:
     return value
 
 
-def _expression(value: Any, depth: int = 0) -> Expression:
+def _expression(value: Any, most: int, low: int, what: str, end: int) -> Expression:
+    """An expression that gives a number from `low` to below `end` for 1 to `most` tokens."""
+    expression = _parse_expression(value)
+    for bound in _bounds(expression, most):
+        _number(bound, low, f"{what}, {expression} of up to {most} tokens", end)
+    return expression
+
+
+def _parse_expression(value: Any, depth: int = 0) -> Expression:
     if value == TOKENS:
         return value
     if not isinstance(value, list):
@@ -165,25 +185,18 @@ def _expression(value: Any, depth: int = 0) -> Expression:
         raise ValueError(f"{operator!r} as the operator of an expression")
     if operator == "//":
         _number(b, 1, "a divisor")
-    return [operator, _expression(a, depth + 1), _expression(b, depth + 1)]
+    return [operator, _parse_expression(a, depth + 1), _parse_expression(b, depth + 1)]
 
 
-def _check_sizes(name: str, program: Program, manifest: Manifest) -> None:
-    """Of the least and the most tokens: what must be positive is, and the result is logits, or a
-    token and its logit."""
-    most = {"prefill": manifest.chunk, "score": manifest.score_chunk}.get(name, 1)
-    if (program.max_tokens, len(program.inputs)) != (most, NUM_INPUTS[name]):
-        raise ValueError(
-            f"{name}: expected {NUM_INPUTS[name]} inputs and up to {most} tokens, found "
-            f"{len(program.inputs)} and {program.max_tokens}"
-        )
-    counts = [count for launch in program.launches for count in launch.groups]
-    for tokens in (1, most):
-        for expression in (*program.inputs, *counts):
-            _number(evaluate(expression, tokens), 1, f"{name}, {expression} of {tokens} tokens")
-        shape = [evaluate(extent, tokens) for extent in program.result_shape]
-        rows = tokens if name == "score" else 1
-        columns = 2 if name == "choose" else manifest.vocab_size
-        room = program.storages[program.result]
-        if shape != [rows, columns] or rows * columns * ITEM_BYTES > room:
-            raise ValueError(f"{name}: a result of shape {shape} in {room} bytes")
+def _bounds(expression: Expression, most: int) -> tuple[int, int]:
+    """What an expression is at least and at most for 1 to `most` tokens, or less and more: every
+    operator has its extremes at the ends of its arguments."""
+    if isinstance(expression, int):
+        return expression, expression
+    if expression == TOKENS:
+        return 1, most
+    operator, a, b = expression
+    ends = [OPERATORS[operator](x, y) for x in _bounds(a, most) for y in _bounds(b, most)]
+    for end in ends:
+        _number(end, 1 - MAX_NUMBER, f"{expression} of up to {most} tokens")
+    return min(ends), max(ends)

@@ -35,6 +35,7 @@ class Device:
         # one device and the host, which is the same here: (type, id, allocator) each
         self._machine["vm_initialization"](CPU, 0, POOLED, CPU, 0, POOLED)
         self._functions: dict[str, Any] = {}
+        self._library = library
 
     def tensor(self, array: np.ndarray) -> Any:
         """A device tensor over the memory of a C-contiguous, 64-byte aligned array."""
@@ -62,11 +63,18 @@ class Device:
         array[:, : part.shape[1]] = part
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> Any:
-        """Call a function with small inputs, which are copied, and tensors bound before."""
-        if function not in self._functions:
-            self._functions[function] = self._machine[function]
+        """Call a function with small inputs, which are copied, and tensors bound before. Raises
+        ArtifactError if the library has no such function, or one that takes others."""
         tensors = [tensor(aligned_copy(array)) for array in inputs]
-        return self._functions[function](*tensors, *bound)
+        try:
+            if function not in self._functions:
+                self._functions[function] = self._machine[function]
+            return self._functions[function](*tensors, *bound)
+        except Exception as error:  # TVM raises several, of no type of its own
+            raise ArtifactError(
+                f"{self._library}: expected functions as in the manifest, found: {error}; "
+                "copy the artifact again, or compile the model again"
+            ) from error
 
     def numpy(self, result: Any) -> np.ndarray:
         """What a function returned, in the same memory."""
@@ -127,7 +135,7 @@ def load_runtime() -> ModuleType:
 
 @cache
 def load_device_runtime(device: str) -> ModuleType:
-    """Load what TVM's runtime has for a device (one of `artifact.DEVICES`), from beside it."""
+    """Load what TVM's runtime has for a device (one of `manifest.DEVICES`), from beside it."""
     ffi = load_runtime()
     library = find_runtime_library(device)
     if library is None:

@@ -20,7 +20,7 @@ MOST_INPUTS = 4  # of calls that nobody waited for: of a prefill, and of the cho
 
 
 class TensorDevice(TensorMemory):
-    """A loaded library on the first device of a kind, one of `artifact.DEVICES`.
+    """A loaded library on the first device of a kind, one of `manifest.DEVICES`.
 
     `threads`: CPU threads of what the host computes; `needed_bytes`: of the device's memory.
     Raises OsscompileError without TVM's runtime for that device, without the device or without room

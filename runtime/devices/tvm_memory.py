@@ -17,7 +17,7 @@ PIECE_BYTES = 64 << 20
 
 
 class TensorMemory:
-    """Memory of the first device of a kind, one of `artifact.DEVICES`. Raises OsscompileError
+    """Memory of the first device of a kind, one of `manifest.DEVICES`. Raises OsscompileError
     without TVM's runtime for that device, or without the device."""
 
     def __init__(self, device: str) -> None:

@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..artifact import ANY, DEVICES, RUNTIMES
 from ..devices.launch_devices import LAUNCH_DEVICES
 from ..devices.program import Launches, parse_launches
 from ..errors import TuningError
 from ..machine import Machine
+from ..manifest import ANY, DEVICES, RUNTIMES
 
 FORMAT_VERSION = 3
 PLAN = "plan.json"

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import CPU
 from ..devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
 from ..devices.tvm_cpu import load_function, tensor
 from ..devices.tvm_memory import TensorMemory
 from ..errors import TuningError
+from ..manifest import CPU
 from .files import CHECKED, TIMED, Candidate, Plan
 
 FUNCTION = "kernel"  # its name in every library

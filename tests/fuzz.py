@@ -1,0 +1,340 @@
+"""Files that nobody vouches for, damaged at random: what reads them accepts them or raises an error
+of ours, and what it accepts can be used.
+
+test_fuzz.py tries some of each. The long form, here a million of each but `load`:
+
+    for what in manifest programs tokenizer config header; do
+        python tests/fuzz.py $what 1000000; done; python tests/fuzz.py load 2000
+
+It runs with the memory limited, prints how many were accepted, and ends with the traceback and the
+number of the first that failed; a third argument is the number to begin with.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from artifacts import TINY_OPTIONS, reseal
+from test_config import GPT_OSS_20B
+from test_tokenizer import TEXTS, write_tokenizer
+
+import osscompile
+from osscompile.importer.checkpoint import canonical_shapes
+from osscompile.importer.config import parse_config
+from osscompile.importer.graph import cache_parameters, weight_parameters
+from osscompile.importer.synthetic import TINY
+from osscompile.importer.weights import rope_table
+from osscompile.runtime.artifact import Artifact
+from osscompile.runtime.devices.program import (
+    MEMORY,
+    Launch,
+    Program,
+    evaluate,
+    read_programs,
+    write_programs,
+)
+from osscompile.runtime.engine import memory_bytes
+from osscompile.runtime.errors import OsscompileError
+from osscompile.runtime.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    File,
+    Manifest,
+    Tensor,
+    Variant,
+    parse_manifest,
+)
+from osscompile.runtime.safetensors import map_tensors
+from osscompile.runtime.tokenizer import Tokenizer
+
+MODEL = dataclasses.replace(TINY, num_layers=2, sliding=(True, False))
+MEMORY_LIMIT = 6 << 30  # bytes of address space, of which libraries take two
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    16,
+    64,
+    255,
+    1024,
+    (1 << 31) - 1,
+    1 << 31,
+    1 << 40,
+    1 << 48,
+    1 << 63,
+    1 << 94,
+]
+ODD: list[Any] = [
+    *NUMBERS,
+    *(-n for n in NUMBERS[1:]),
+    *(None, True, False, 0.5, 1.0, -0.0, 1e-320, 1e308, float("nan"), float("inf"), 10**400),
+    *("", "a", "tokens", "../x", "..", "/", "\ud800", "\0", "é", "\n", "x" * 300, "float32", "U8"),
+    *([], {}, [[]], [0], {"a": 1}, ["*", "tokens", 1 << 40], ["//", "tokens", 0]),
+]
+
+
+def mutate(root: Any, random: Random) -> None:
+    """Change one thing inside an object or list out of JSON."""
+    node = root
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        if not keys:
+            return
+        key = random.choice(keys)
+        inner = node[key]
+        if not (isinstance(inner, dict | list) and inner and random.random() < 0.9):
+            break
+        node = inner
+    change = random.randrange(8)
+    if change == 0:
+        del node[key]
+    elif change == 1 and isinstance(node, list):
+        node.insert(key, inner)
+    elif change == 1:
+        node[str(random.choice(ODD))] = inner
+    elif change == 2:
+        node[key] = node[random.choice(keys)]
+    elif change == 3 and type(inner) is int:
+        node[key] = inner + random.choice((-16, -1, 1, 16))
+    elif change == 4 and type(inner) is int:
+        node[key] = inner * random.choice((2, 8, 1 << 20))
+    elif change == 5 and isinstance(inner, str) and inner:
+        at = random.randrange(len(inner))
+        node[key] = inner[:at] + chr(random.randrange(1, 0x180)) + inner[at + 1 :]
+    else:
+        node[key] = copy.deepcopy(random.choice(ODD))  # changes of a change stay its own
+
+
+def mutated(text: str, random: Random) -> Any:
+    """What is written in JSON, with one to four changes. At times a number changes wherever it
+    stands, so that fields still fit each other."""
+    while random.random() < 0.3:
+        old = random.choice(re.findall(r"(?<![\w.])\d+(?![\w.])", text) or ["0"])
+        new = random.choice((int(old) * 2, int(old) // 2, int(old) + 16, random.choice(NUMBERS)))
+        text = re.sub(rf"(?<![\w.]){old}(?![\w.])", str(new), text)
+        if random.random() < 0.5:
+            return json.loads(text)
+    fields = json.loads(text)
+    for _ in range(random.randrange(1, 5)):
+        mutate(fields, random)
+    return fields
+
+
+def mutated_bytes(content: bytes, random: Random) -> bytes:
+    """One to four bytes changed, cut out or put in, or the end cut off."""
+    damaged = bytearray(content)
+    for _ in range(random.randrange(1, 5)):
+        at, change = random.randrange(len(damaged) + 1), random.randrange(8)
+        if change == 0:
+            del damaged[at:]
+        elif change == 1:
+            del damaged[at : at + 1]
+        elif change == 2:
+            damaged[at:at] = bytes([random.randrange(256)])
+        else:
+            damaged[at : at + 1] = bytes([random.randrange(256)])
+    return bytes(damaged)
+
+
+def small_manifest(runtime: str) -> Manifest:
+    """That of a model which is not compiled."""
+    tensors = weight_parameters(MODEL, "exact", 64), cache_parameters(MODEL, "exact", 64, 16)
+    weights, caches = (tuple(Tensor(p.name, p.shape, p.dtype) for p in part) for part in tensors)
+    names = (WEIGHTS, TOKENIZER, "lib.so", "lib.launches")
+    return Manifest(
+        model="tiny",
+        compiler="0",
+        profile="exact",
+        target="x86",
+        runtime=runtime,
+        device="cpu",
+        system="Linux",
+        architecture="x86_64",
+        variants=(Variant("generic", ("sse2",), "lib.so"),),
+        vocab_size=MODEL.vocab_size,
+        context=64,
+        window=MODEL.window,
+        sliding=MODEL.sliding,
+        chunk=16,
+        score_chunk=16,
+        workspace_bytes=dict.fromkeys(("prefill", "decode", "score"), 1000),
+        caches=caches,
+        weights=weights,
+        decode_bytes=1000,
+        gathered=("rope", "embed.weight"),
+        eos_token_ids=(1, 2),
+        files={name: File(sum(w.num_bytes for w in weights) + 4096, "0" * 64) for name in names},
+    )
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """As it lies in its file, without the version and the hash."""
+    fields = json.loads(manifest.to_json())
+    del fields["format_version"], fields["manifest_sha256"]
+    return json.dumps(fields)
+
+
+def small_programs() -> dict[str, Program]:
+    vocab = MODEL.vocab_size
+    rows = ["//", ["+", ["*", "tokens", 4], 31], 32]
+    many = Launch("k", (("input", 0), ("storage", 0), ("int32", "tokens")), (rows, 2), (32, 1))
+    one = Launch(
+        "one", (("bound", 3), ("storage", 1), ("int64", ["min", "tokens", 7])), (4,), (64,)
+    )
+    sizes = (4096, 16 * vocab * 4)
+    return {
+        "prefill": Program(sizes, (many, one), 16, ("tokens", 1, 1), 1, (1, vocab)),
+        "decode": Program(sizes, (one,), 1, (1, 1), 1, (1, vocab)),
+        "score": Program(sizes, (many, one), 16, ("tokens", 1), 1, ("tokens", vocab)),
+        "choose": Program((64, 8), (), 1, (3,), 1, (1, 2)),
+    }
+
+
+MANIFEST_TEXT = manifest_text(small_manifest("tvm"))
+LAUNCHED = small_manifest("opencl")
+PROGRAMS_TEXT = write_programs(small_programs())
+CONFIG_TEXT = json.dumps(GPT_OSS_20B)
+
+
+def try_manifest(random: Random, folder: Path) -> None:
+    manifest = parse_manifest(mutated(MANIFEST_TEXT, random), folder)
+    assert sum(memory_bytes(manifest, manifest.context).values()) < 1 << 60
+    assert manifest.vocab_size * MODEL.hidden_size * 2 <= manifest.files[WEIGHTS].num_bytes
+    manifest.to_json().encode()
+
+
+def try_programs(random: Random, folder: Path) -> None:
+    (folder / "lib.launches").write_text(json.dumps(mutated(PROGRAMS_TEXT, random)))
+    programs = read_programs(Artifact(folder, LAUNCHED, LAUNCHED.variants[0], ()))
+    for program in programs.values():
+        for tokens in range(1, program.max_tokens + 1):
+            for launch in program.launches:
+                for kind, value in launch.arguments:
+                    if kind not in MEMORY:
+                        np.dtype(kind).type(evaluate(value, tokens))
+                sizes = [evaluate(count, tokens) for count in launch.groups] + [*launch.threads]
+                assert all(0 < size < 1 << 31 for size in sizes)
+
+
+def try_tokenizer(random: Random, folder: Path) -> None:
+    file = folder / TOKENIZER
+    original = folder / "original.json"
+    if not original.exists():
+        write_tokenizer(original)
+    if random.random() < 0.5:
+        file.write_text(json.dumps(mutated(original.read_text(), random)))
+    else:
+        file.write_bytes(mutated_bytes(original.read_bytes(), random))
+    tokenizer = Tokenizer(file)
+    for text in (*TEXTS, *tokenizer.special):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text, (text, ids)
+        assert not set(ids) & set(tokenizer.special.values()), (text, ids)
+        assert all(0 <= id < tokenizer.vocab_size for id in ids), (text, ids)
+
+
+def try_config(random: Random, folder: Path) -> None:
+    config = parse_config(mutated(CONFIG_TEXT, random), "config.json")
+    if config.head_dim < 1 << 16:  # else the table is as large as the config says
+        assert np.isfinite(rope_table(config, np.array([0, 1, 1 << 24]))).all()
+    assert len(canonical_shapes(config)) == 3 + 15 * config.num_layers
+
+
+def try_header(random: Random, folder: Path) -> None:
+    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, dtype, shape, size in (
+        ("a", "BF16", [3, 2], 12),
+        ("b", "F32", [], 4),
+        ("c", "U8", [0], 0),
+    ):
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(entries)
+    if random.random() < 0.5:
+        text = json.dumps(mutated(text, random))
+    content = len(text).to_bytes(8, "little") + text.encode() + bytes(end)
+    if random.random() < 0.5:
+        content = mutated_bytes(content, random)
+    file = folder / WEIGHTS
+    file.write_bytes(content)
+    for array in map_tensors(file).values():
+        assert len(array.tobytes()) <= len(content)
+
+
+def try_load(random: Random, folder: Path) -> None:
+    """From the manifest to tokens; `folder` has the tiny artifact."""
+    artifact = folder / "tiny.osc"
+    whole = folder / "whole.json"
+    if not whole.exists():
+        shutil.copy(artifact / MANIFEST, whole)
+
+    def change(fields: dict[str, Any]) -> None:
+        damaged = mutated(json.dumps(fields), random)
+        fields.clear()
+        fields.update(damaged)
+
+    shutil.copy(whole, artifact / MANIFEST)
+    reseal(artifact, change)
+    model = osscompile.load(artifact)
+    ids = list(range(min(20, model.context, model.vocab_size)))
+    model.logits(ids)
+    list(model.generate(ids[:9], max_tokens=2, temperature=1.0))
+
+
+TRIES: dict[str, Callable[[Random, Path], None]] = {
+    "manifest": try_manifest,
+    "programs": try_programs,
+    "tokenizer": try_tokenizer,
+    "config": try_config,
+    "header": try_header,
+    "load": try_load,
+}
+
+
+def attempt(what: str, random: Random, folder: Path) -> bool:
+    """Damage one file; whether it was accepted. Raises what is no error of ours."""
+    with warnings.catch_warnings(action="error"):
+        try:
+            TRIES[what](random, folder)
+        except OsscompileError:
+            return False
+    return True
+
+
+def main(what: str, count: int, first: int = 0) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if what == "load":
+            with warnings.catch_warnings(action="ignore"):
+                osscompile.compile("synthetic:tiny", output=folder / "tiny.osc", **TINY_OPTIONS)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+        accepted = 0
+        for number in range(first, first + count):
+            try:
+                accepted += attempt(what, Random(number), folder)
+            except BaseException:
+                print(f"{what}: number {number} failed, after {accepted} that were accepted")
+                raise
+        print(f"{what}: {count} tried, {accepted} accepted, the others refused")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RUST_BACKTRACE", "0")
+    main(sys.argv[1], *map(int, sys.argv[2:]))
