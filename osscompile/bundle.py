@@ -6,7 +6,7 @@ from pathlib import Path
 from . import runtime
 from .errors import CompileError
 from .runtime.artifact import DEVICES
-from .runtime.devices.tvm_cpu import find_runtime_library
+from .runtime.devices.tvm_runtime import find_runtime_library
 
 NAME = "osscompile_runtime"
 README = """\

@@ -65,7 +65,7 @@ def test_first_token_id_beyond_the_vocabulary(model: osscompile.Model) -> None:
 
 @pytest.mark.parametrize("context", [0, -1, 4097])
 def test_load_with_a_context_out_of_range(nano_artifact: Path, context: int) -> None:
-    with pytest.raises(InputError, match=f"expected 1 to 4096, found {context}; .*--context"):
+    with pytest.raises(InputError, match=f"from 1 to 4096, found {context}; .*--context"):
         osscompile.load(nano_artifact, context=context)
 
 

@@ -131,7 +131,9 @@ def test_load_with_a_smaller_context(talker: Path) -> None:
 
 @pytest.mark.parametrize("context", [0, -1, CONTEXT + 1])
 def test_load_with_an_impossible_context(talker: Path, context: int) -> None:
-    with pytest.raises(InputError, match=f"context: expected 1 to {CONTEXT}, found {context}"):
+    with pytest.raises(
+        InputError, match=f"context: expected a whole number from 1 to {CONTEXT}, found {context}"
+    ):
         load(talker, context=context)
 
 

@@ -123,7 +123,7 @@ def ask_with_library(
     had come without its own."""
     code = "import sys, osscompile_runtime\n"
     if remove:
-        code += "osscompile_runtime.devices.tvm_cpu.RUNTIME_LIBRARY = 'libtvm_runtime.none'\n"
+        code += "osscompile_runtime.devices.tvm_runtime.RUNTIME_LIBRARY = 'libtvm_runtime.none'\n"
     code += "osscompile_runtime.load(sys.argv[1])"
     result = subprocess.run(
         [str(environment), "-c", code, str(artifact)],

@@ -11,8 +11,9 @@ import numpy as np
 
 from ..artifact import CPU
 from ..devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
-from ..devices.tvm_cpu import load_function, tensor
+from ..devices.tvm_cpu import tensor
 from ..devices.tvm_memory import TensorMemory
+from ..devices.tvm_runtime import load_function
 from ..errors import TuningError
 from .files import CHECKED, TIMED, Candidate, Plan
 
