@@ -232,7 +232,16 @@ class Model:
             yield GeneratedToken(sample.token_id, sample.logprob, sample.top_logprobs, text)
             if last:
                 return
+            self._check_turn(turn)
             sample = self._serve(partial(self._next_sample, turn, sampler, sample.token_id))
+
+    def _check_turn(self, turn: int) -> None:
+        if self._turn != turn:
+            raise InputError(
+                "generation: expected to be the last call that uses this model, found a later "
+                "one, which took over the KV cache; finish one answer before the next, or "
+                "load the model twice"
+            )
 
     # From here to `_run`: on the device's thread.
 
@@ -272,12 +281,7 @@ class Model:
         return self._turn, self._sample(sampler, self._prefill(ids))
 
     def _next_sample(self, turn: int, sampler: Sampler, token_id: int) -> Sample:
-        if self._turn != turn:
-            raise InputError(
-                "generation: expected to be the last call that uses this model, found a later "
-                "one, which took over the KV cache; finish one answer before the next, or "
-                "load the model twice"
-            )
+        self._check_turn(turn)  # again: another thread's call may have come first
         return self._sample(sampler, self._decode(token_id))
 
     def _sample(self, sampler: Sampler, logits: Any) -> Sample:

@@ -139,7 +139,9 @@ def test_load_with_an_impossible_context(talker: Path, context: int) -> None:
 
 @pytest.mark.parametrize("threads", [0, -1])
 def test_load_with_an_impossible_number_of_threads(talker: Path, threads: int) -> None:
-    with pytest.raises(InputError, match=f"threads: expected at least 1, found {threads}"):
+    with pytest.raises(
+        InputError, match=f"threads: expected a whole number from 1, found {threads}"
+    ):
         load(talker, threads=threads)
 
 

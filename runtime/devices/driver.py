@@ -16,6 +16,8 @@ from ..errors import OsscompileError
 
 T = TypeVar("T")
 
+SIGNAL_SECONDS = 0.5  # a signal that comes just before Python waits is seen when it wakes
+
 
 class Abandoned(BaseException):
     """Nobody waits for this work any more; no `except Exception` takes it for an error."""
@@ -54,7 +56,8 @@ class Driver:
         del function  # only the work has it, and whoever asked
         try:
             self._works.put(work)
-            work.ended.acquire()
+            while not work.ended.acquire(timeout=SIGNAL_SECONDS):
+                pass
         except BaseException:  # whatever a signal's handler raises, before or after the `put`
             work.abandoned = True
             rest = _Work(_do_nothing)
