@@ -209,7 +209,6 @@ class Model:
         """Do what uses the cache, on the device's thread. A caller that is interrupted does not
         know how far it went."""
         try:
-            self._certain = False
             result = self._driver.call(work)
             self._certain = True
             return result

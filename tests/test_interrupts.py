@@ -29,7 +29,7 @@ PROMPT = random_ids(90)
 EDITED = [*PROMPT[:85], *random_ids(5, seed=1)]
 LONGER = [*PROMPT, *random_ids(6, seed=2)]
 OTHER = random_ids(40, seed=3)
-PROBES = (LONGER, EDITED, OTHER)
+PROBES: tuple[list[int], ...] = (LONGER, EDITED, OTHER)
 
 
 class History:
@@ -143,14 +143,15 @@ def test_interrupt_at_every_line(model: Model, answers: Answers) -> None:
         where = f"{Path(events[index][0]).name}:{events[index][1]}, event {index}"
         with pytest.raises(KeyboardInterrupt), at_each_line(model, files, strike):
             history.run()
-        try:
-            after = model.decode(9)
-        except InputError:
-            pass  # it says that this is uncertain
-        else:
-            if history.tokens is not None:
-                check(after, answers([*history.tokens, 9]), f"decode, {where}")
-        for probe in (PROBES * 2)[index % 3 :][:2]:
+        probes = (PROBES * 2)[index % 3 :][:2]
+        if history.tokens is not None:
+            next_tokens = [*history.tokens, 9]
+            probes = (next_tokens, *probes)
+            try:
+                check(model.decode(9), answers(next_tokens), f"decode, {where}")
+            except InputError:
+                pass  # it says that this is uncertain
+        for probe in probes:
             check(model.prefill(probe), answers(probe), where)
 
 
