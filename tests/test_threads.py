@@ -14,6 +14,7 @@ from artifacts import run_python
 from talker import ids_of, random_ids
 
 from osscompile.runtime import InputError, Model, OsscompileError, load
+from osscompile.runtime.devices import driver
 from osscompile.runtime.machine import usable_threads
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
@@ -112,6 +113,13 @@ assert (model.logits([1, 2, 3]) == expected).all()
 def test_fork_after_a_load(talker: Path, tmp_path: Path) -> None:
     """A fork has no thread but its own: it is told to load a model, and can."""
     run_python(FORKED, talker, cwd=tmp_path)
+
+
+def test_fork_of_a_process_that_uses_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its driver's state was copied, and would be used by both."""
+    monkeypatch.setattr(driver, "_devices_of", [os.getppid()])
+    with pytest.raises(OsscompileError, match=r"found a fork of one that uses a device.*`spawn`"):
+        driver.forbid_fork()
 
 
 LEFT = """
