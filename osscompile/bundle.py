@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import runtime
 from .errors import CompileError
-from .runtime.devices.tvm_cpu import find_runtime_library
+from .runtime.devices.tvm_runtime import find_runtime_library
 from .runtime.manifest import DEVICES
 
 NAME = "osscompile_runtime"

@@ -2,15 +2,18 @@
 
 import datetime
 import operator
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .artifact import Artifact, open_artifact
 from .chooser import Chooser
+from .devices.driver import driver, forbid_fork
 from .devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
 from .devices.program import read_programs
 from .devices.tvm_cpu import Device
@@ -18,10 +21,12 @@ from .devices.tvm_device import TensorDevice
 from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
 from .kv_cache import KVCache
-from .machine import available_memory_bytes, physical_cores
+from .machine import available_memory_bytes, choose_threads
 from .manifest import Manifest
 from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
 from .tokenizer import StreamDecoder, Tokenizer
+
+T = TypeVar("T")
 
 # Python, numpy, tokenizers and TVM's runtime, without a vocabulary.
 PROCESS_BYTES = 60 << 20
@@ -49,22 +54,20 @@ def load(
     """Load a compiled artifact; only load those that you trust, their library is code.
 
     `context`: at most so many positions, to use less memory than the artifact was compiled for.
-    `threads`: CPU threads (default: all cores); OpenCL devices have their own. `variant`: which of
+    `threads`: CPU threads (default: all cores; more than can run at once are not used, with a
+    warning); OpenCL devices have their own. `variant`: which of
     its libraries to run (default: the best for this CPU). `verify`: hash the weights even if this
     copy was verified before; `progress` is told the bytes hashed. Raises ArtifactError for an
     artifact that cannot be used here, InputError for options out of range, OsscompileError without
     the memory or the device that it needs.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"artifact: expected the path of a folder, found {path!r}")
+    threads = None if threads is None else _whole_number("threads", threads)
     artifact = open_artifact(path, verify, progress, variant)
     limit = artifact.manifest.context
-    if context is not None and not 1 <= context <= limit:
-        raise InputError(
-            f"context: expected 1 to {limit}, found {context}; "
-            "for more, compile the model again with a larger --context"
-        )
-    if threads is not None and threads < 1:
-        raise InputError(f"threads: expected at least 1, found {threads}")
-    return Model(artifact, context or limit, threads)
+    context = limit if context is None else _whole_number("context", context, limit)
+    return Model(artifact, context, threads)
 
 
 def memory_bytes(manifest: Manifest, context: int) -> dict[str, int]:
@@ -94,7 +97,11 @@ def memory_bytes(manifest: Manifest, context: int) -> dict[str, int]:
 
 
 class Model:
-    """A model that is ready to run. Not safe for use by several threads at once."""
+    """A model that is ready to run.
+
+    Any thread may use it: calls are served one after the other. A call that is interrupted leaves
+    nothing wrong behind, and a process that was forked since the load must load its own.
+    """
 
     def __init__(self, artifact: Artifact, context: int, threads: int | None) -> None:
         self.manifest = artifact.manifest
@@ -104,30 +111,21 @@ class Model:
         self._check_memory()
         path = artifact.tokenizer
         self.tokenizer = Tokenizer(path) if path is not None else None
-        self._device = _open_device(artifact, context, threads)
-        self._cache = KVCache(self.manifest, self._device)
-        self._turn = 0  # counts the calls that used the cache
-        self._bound = [self._device.tensor(a) for a in (*self._cache.arrays, *artifact.weights)]
         self._reserved, self._stops = np.empty(0, np.int64), set(self.manifest.eos_token_ids)
         if self.tokenizer is not None:
             size = self.tokenizer.vocab_size
             self._reserved = reserved_ids(self.tokenizer.special, self.vocab_size, size)
             self._stops |= stop_ids(self.tokenizer)
-        self._chooser: Chooser | None = None  # where the logits are in the host's memory
-        if not isinstance(self._device, Device):
-            self._chooser = Chooser(self._device, self.vocab_size, self._reserved)
+        self._turn = 0  # counts the calls that used the cache
+        self._certain = True  # whether the last of them ended as its caller was told
+        threads = choose_threads(threads)
+        self._driver = driver()
+        self._driver.call(lambda: self._open(artifact, threads))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
         ids = self._check_tokens(token_ids)
-        self._turn += 1
-        self._cache.reuse(())
-        rows = []
-        for start in range(0, len(ids), self.manifest.score_chunk):
-            part = ids[start : start + self.manifest.score_chunk]
-            rows.append(self._device.numpy(self._run("score", part)).copy())
-            self._cache.append(part)
-        return np.concatenate(rows)
+        return self._serve(lambda: self._score(ids))
 
     def generate(
         self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
@@ -141,12 +139,14 @@ class Model:
         InputError. Raises InputError for bad arguments, before anything is computed.
         """
         ids = self._check_tokens(token_ids)
+        unknown = sorted(options.keys() - {field.name for field in fields(SamplingOptions)})
+        if unknown:
+            names = ", ".join(field.name for field in fields(SamplingOptions))
+            raise InputError(f"options: expected max_tokens, {names}, found {unknown[0]!r}")
         sampling = SamplingOptions(**options)  # type: ignore[arg-type]
-        room = self.context - len(ids)
-        if max_tokens is not None and not (isinstance(max_tokens, int) and max_tokens >= 1):
-            raise InputError(f"max_tokens: expected a whole number from 1, found {max_tokens!r}")
-        # The token that is sampled last needs no position of its own.
-        limit = room + 1 if max_tokens is None else min(max_tokens, room + 1)
+        limit = self.context - len(ids) + 1  # what is sampled last needs no position of its own
+        if max_tokens is not None:
+            limit = min(limit, _whole_number("max_tokens", max_tokens))
         return self._generate(ids, limit, sampling)
 
     def chat(
@@ -177,30 +177,45 @@ class Model:
         Raises InputError for ids that the context cannot hold.
         """
         ids = self._check_tokens(token_ids)
-        self._turn += 1
-        logits: np.ndarray = self._device.numpy(self._prefill(ids))
-        return logits.reshape(-1)
+        return self._serve(lambda: self._host_logits(self._prefill, ids))
 
     def decode(self, token_id: int) -> np.ndarray:
-        """Logits [vocab] float32 after one more token. Raises InputError at the context's end."""
+        """Logits [vocab] float32 after one more token. Raises InputError at the context's end, and
+        after a call that was interrupted."""
         (checked,) = self._check_tokens([token_id])
+        if not self._certain:
+            raise InputError(
+                "decode: expected a call before this one that ended, found one that did not: it is "
+                "uncertain what the token would follow; call `prefill` again"
+            )
         if len(self._cache.tokens) >= self.context:
             raise InputError(
                 f"decode: expected room in the context of {self.context} positions, found none; "
                 "call `forget`, or load with a larger context"
             )
-        self._turn += 1
-        logits: np.ndarray = self._device.numpy(self._decode(checked))
-        return logits.reshape(-1)
+        return self._serve(lambda: self._host_logits(self._decode, checked))
 
     def forget(self) -> None:
         """Empty the KV cache; generations that are under way end."""
-        self._turn += 1
-        self._cache.clear()
+        self._serve(self._forget)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; what looks like a special token stays text."""
-        return self._need_tokenizer("encode").encode(text)
+        tokenizer = self._need_tokenizer("encode")
+        if not isinstance(text, str):
+            raise InputError(f"encode: expected text, found {text!r}")
+        return tokenizer.encode(text)
+
+    def _serve(self, work: Callable[[], T]) -> T:
+        """Do what uses the cache, on the device's thread. A caller that is interrupted does not
+        know how far it went."""
+        try:
+            result = self._driver.call(work)
+            self._certain = True
+            return result
+        except BaseException:  # also once it has ended: the caller sees no result
+            self._certain = False
+            raise
 
     def _generate(
         self, ids: list[int], limit: int, options: SamplingOptions
@@ -208,15 +223,8 @@ class Model:
         sampler = Sampler(options, self._reserved)
         decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
         stops = self._stops | options.stop_ids
-        self._turn += 1
-        turn = self._turn
-        logits = self._prefill(ids)
+        turn, sample = self._serve(lambda: self._first_sample(sampler, ids))
         for count in range(1, limit + 1):
-            try:
-                sample = self._sample(sampler, logits)
-            except ArtifactError:  # not a number: what the cache holds would spoil the next answer
-                self.forget()
-                raise
             last = sample.token_id in stops or count == limit
             text = decoder.push(sample.token_id) if decoder is not None else ""
             if decoder is not None and last:
@@ -224,21 +232,69 @@ class Model:
             yield GeneratedToken(sample.token_id, sample.logprob, sample.top_logprobs, text)
             if last:
                 return
-            if self._turn != turn:
-                raise InputError(
-                    "generation: expected to be the last call that uses this model, found a later "
-                    "one, which took over the KV cache; finish one answer before the next, or "
-                    "load the model twice"
-                )
-            logits = self._decode(sample.token_id)
+            self._check_turn(turn)
+            sample = self._serve(partial(self._next_sample, turn, sampler, sample.token_id))
+
+    def _check_turn(self, turn: int) -> None:
+        if self._turn != turn:
+            raise InputError(
+                "generation: expected to be the last call that uses this model, found a later "
+                "one, which took over the KV cache; finish one answer before the next, or "
+                "load the model twice"
+            )
+
+    # From here to `_run`: on the device's thread.
+
+    def _open(self, artifact: Artifact, threads: int) -> None:
+        self._device = _open_device(artifact, self.context, threads)
+        self._cache = KVCache(self.manifest, self._device)
+        self._bound: list[Any] = []
+        for array in (*self._cache.arrays, *artifact.weights):
+            self._driver.check()
+            self._bound.append(self._device.tensor(array))
+        self._chooser: Chooser | None = None  # where the logits are in the host's memory
+        if not isinstance(self._device, Device):
+            self._chooser = Chooser(self._device, self.vocab_size, self._reserved)
+
+    def _score(self, ids: list[int]) -> np.ndarray:
+        self._turn += 1
+        self._cache.reuse(())
+        rows = []
+        for start in range(0, len(ids), self.manifest.score_chunk):
+            part = ids[start : start + self.manifest.score_chunk]
+            rows.append(self._device.numpy(self._run("score", part)).copy())
+            self._cache.append(part)
+        return np.concatenate(rows)
+
+    def _host_logits(self, compute: Callable[[Any], Any], argument: object) -> np.ndarray:
+        self._turn += 1
+        logits: np.ndarray = self._device.numpy(compute(argument))
+        return logits.reshape(-1)
+
+    def _forget(self) -> None:
+        self._turn += 1
+        self._cache.clear()
+
+    def _first_sample(self, sampler: Sampler, ids: list[int]) -> tuple[int, Sample]:
+        """The turn that a generation has, and its first token."""
+        self._turn += 1
+        return self._turn, self._sample(sampler, self._prefill(ids))
+
+    def _next_sample(self, turn: int, sampler: Sampler, token_id: int) -> Sample:
+        self._check_turn(turn)  # again: another thread's call may have come first
+        return self._sample(sampler, self._decode(token_id))
 
     def _sample(self, sampler: Sampler, logits: Any) -> Sample:
         """The next token: chosen by the device where it can, so that its logits stay there."""
         options = sampler.device_options() if self._chooser is not None else None
-        if self._chooser is None or options is None:
-            return sampler.sample(self._device.numpy(logits).reshape(-1))
-        token, logit = self._chooser.choose(logits, options)
-        check_logit(logit, token)
+        try:
+            if self._chooser is None or options is None:
+                return sampler.sample(self._device.numpy(logits).reshape(-1))
+            token, logit = self._chooser.choose(logits, options)
+            check_logit(logit, token)
+        except ArtifactError:  # not a number: what the cache holds would spoil the next answer
+            self._forget()
+            raise
         return Sample(token)
 
     def _prefill(self, ids: list[int]) -> Any:
@@ -264,12 +320,15 @@ class Model:
         return logits
 
     def _run(self, function: str, ids: Sequence[int], *more: np.ndarray) -> Any:
+        self._driver.check()
         position = np.array([self._cache.begin(len(ids))], np.int32)
         return self._device.run(function, [np.array(ids, np.int32), position, *more], self._bound)
 
     def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
         try:
-            ids = [operator.index(i) for i in token_ids]
+            if isinstance(token_ids, bytes | bytearray | memoryview):
+                raise TypeError("bytes")
+            ids = [_index(i) for i in token_ids]
         except TypeError as error:
             raise InputError(
                 f"prompt: expected token ids, which `encode` makes of text, found other: {error}"
@@ -314,16 +373,38 @@ class Model:
 
 
 def _open_device(
-    artifact: Artifact, context: int, threads: int | None
+    artifact: Artifact, context: int, threads: int
 ) -> Device | TensorDevice | LaunchDevice:
-    manifest, threads = artifact.manifest, threads or physical_cores()
+    manifest, library = artifact.manifest, artifact.library
+    sha256 = manifest.files[library.name].sha256
+    if manifest.on_cpu:
+        return Device(library, threads, sha256)
+    forbid_fork()
     launching = LAUNCH_DEVICES.get(manifest.runtime)
     if launching is not None:
-        return launching(artifact.library, read_programs(artifact))
-    if manifest.on_cpu:
-        return Device(artifact.library, threads)
+        return launching(library, read_programs(artifact), sha256=sha256)
     needed = sum(memory_bytes(manifest, context).values()) - PROCESS_BYTES
-    return TensorDevice(artifact.library, manifest.device, threads, needed)
+    return TensorDevice(library, manifest.device, threads, needed, sha256)
+
+
+def _whole_number(name: str, value: object, most: int | None = None) -> int:
+    """From 1 to `most`; numpy's numbers are numbers. Raises InputError."""
+    try:
+        number = _index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or (most is not None and number > most):
+        limits = "from 1" if most is None else f"from 1 to {most}"
+        more = "; for more, compile the model again with a larger --context" if most else ""
+        raise InputError(f"{name}: expected a whole number {limits}, found {value!r}{more}")
+    return number
+
+
+def _index(value: Any) -> int:
+    """A whole number of any type. Raises TypeError, also for a truth value, which Python counts."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{value!r}, a truth value")
+    return operator.index(value)
 
 
 def _pieces(tokens: Iterator[GeneratedToken], parser: ChannelParser) -> Iterator[Piece]:

@@ -2,6 +2,9 @@
 
 Full layers keep every position. A sliding layer keeps a ring of window + chunk positions, so that
 the last `chunk` of them can be taken back; a snapshot of the rings reaches further.
+
+Work can end anywhere, by an error or a signal. So `tokens` never says more than what the arrays
+hold: it is cut before they change, and grows after.
 """
 
 from collections.abc import Sequence
@@ -41,7 +44,9 @@ class KVCache:
         self._memory = memory
         self.arrays = [memory.zeros(c.shape, c.dtype) for c in manifest.caches]
         self.tokens: list[int] = []
-        self._chunk, self._written = manifest.chunk, 0
+        self._chunk = manifest.chunk
+        self._written = 0  # positions that the rings hold are among the last before this one
+        self._dirty = 0  # positions that were written since all were zero
         pairs = zip(self.arrays[0::2], self.arrays[1::2], manifest.sliding, strict=True)
         self._rings = [a for keys, values, sliding in pairs if sliding for a in (keys, values)]
         self._snapshot: _Snapshot | None = None
@@ -53,6 +58,7 @@ class KVCache:
         """
         start = len(self.tokens)
         self._written = max(self._written, start + count)
+        self._dirty = max(self._dirty, self._written)
         return start
 
     def append(self, tokens: Sequence[int]) -> None:
@@ -70,12 +76,14 @@ class KVCache:
         return shared
 
     def clear(self) -> None:
-        """Forget everything, and set what was written to zero."""
-        tiles = -(-self._written // KEYS_PER_TILE)
+        """Forget everything, and set what was ever written to zero: what is not a number would
+        spoil even what does not look at it."""
+        self.tokens, self._snapshot = [], None
+        tiles = -(-self._dirty // KEYS_PER_TILE)
         for keys, values in zip(self.arrays[0::2], self.arrays[1::2], strict=True):
             self._memory.clear(keys, tiles)
-            self._memory.clear(values, self._written)
-        self.tokens, self._written, self._snapshot = [], 0, None
+            self._memory.clear(values, self._dirty)
+        self._written = self._dirty = 0
 
     def save(self) -> None:
         """Remember the rings as they are: a later `reuse` can come back to this point."""
@@ -86,12 +94,14 @@ class KVCache:
         """Go back to the snapshot, or else to nothing; how many of `tokens` can be kept then."""
         snapshot = self._snapshot
         shared = _shared_prefix(snapshot.tokens, tokens) if snapshot is not None else 0
+        self.tokens = []
         if snapshot is None or shared == 0 or snapshot.written - shared > self._chunk:
-            self.tokens, self._written = [], 0
+            self._written = 0
             return 0
         for ring, saved in zip(self._rings, snapshot.rings, strict=True):
             self._memory.restore(ring, saved)
-        self.tokens, self._written = list(snapshot.tokens), snapshot.written
+        self._written = snapshot.written  # more than its tokens, where some were taken back
+        self.tokens = list(snapshot.tokens)
         return shared
 
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from osscompile_runtime.devices.tvm_cpu import aligned_copy, load_function, tensor
+from osscompile_runtime.devices.tvm_cpu import aligned_copy, tensor
+from osscompile_runtime.devices.tvm_runtime import load_function
 
 THREADS = 2
 

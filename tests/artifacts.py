@@ -84,7 +84,7 @@ def library_is_loaded(artifact: Path) -> bool:
     """
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
-    return any(f" {artifact.resolve()}/lib" in line for line in lines)
+    return any(f"{artifact.resolve()}/lib" in line for line in lines)  # a copy of it, in memory
 
 
 def run_python(

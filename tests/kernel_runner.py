@@ -36,7 +36,7 @@ from osscompile.runtime.devices.cuda import CudaDevice
 from osscompile.runtime.devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
 from osscompile.runtime.devices.opencl import OpenCLDevice
 from osscompile.runtime.devices.program import Launches
-from osscompile.runtime.devices.tvm_cpu import load_function
+from osscompile.runtime.devices.tvm_runtime import load_function
 from osscompile.schedules.records import Choose, recorded
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target

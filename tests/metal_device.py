@@ -19,7 +19,7 @@ import tvm
 import tvm_ffi
 
 from osscompile import targets
-from osscompile.runtime.devices.tvm_cpu import (
+from osscompile.runtime.devices.tvm_runtime import (
     device_library,
     find_runtime_library,
     load_device_runtime,

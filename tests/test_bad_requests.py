@@ -2,6 +2,7 @@
 what was found and what to do."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_first_token_id_beyond_the_vocabulary(model: osscompile.Model) -> None:
 
 @pytest.mark.parametrize("context", [0, -1, 4097])
 def test_load_with_a_context_out_of_range(nano_artifact: Path, context: int) -> None:
-    with pytest.raises(InputError, match=f"expected 1 to 4096, found {context}; .*--context"):
+    with pytest.raises(InputError, match=f"from 1 to 4096, found {context}; .*--context"):
         osscompile.load(nano_artifact, context=context)
 
 
@@ -88,3 +89,75 @@ def test_the_model_works_on_after_bad_requests(model: osscompile.Model) -> None:
         with pytest.raises(InputError):
             model.generate(ids)
     np.testing.assert_array_equal(model.logits([3, 1, 4, 1, 5]), before)
+
+
+NO_TOKENS = (
+    None,
+    5,
+    2.5,
+    "17",
+    b"17",
+    bytearray(b"17"),
+    [None],
+    ["17"],
+    [1.0],
+    [float("nan")],
+    [True],
+    [[1]],
+    {"a": 1},
+    np.float32([1, 2]),
+    np.array([True]),
+    np.array([[1, 2]]),
+    np.array([[1]]),
+    np.array(1),
+)
+
+
+@pytest.mark.parametrize("wrong", NO_TOKENS, ids=repr)
+def test_what_is_no_prompt(model: osscompile.Model, wrong: Any) -> None:
+    for request in (model.logits, model.generate, model.prefill):
+        with pytest.raises(InputError, match="expected token ids"):
+            request(wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 2.5, "1", b"1", True, [1], np.array([1])], ids=repr)
+def test_what_is_no_token(model: osscompile.Model, wrong: Any) -> None:
+    with pytest.raises(InputError, match="expected token ids"):
+        model.decode(wrong)
+
+
+@pytest.mark.parametrize("wrong", [20.5, "2", b"2", True, float("nan"), [2], -1, 0], ids=repr)
+def test_what_is_no_count(model: osscompile.Model, nano_artifact: Path, wrong: Any) -> None:
+    for name in ("context", "threads"):
+        with pytest.raises(InputError, match=f"{name}: expected a whole number"):
+            osscompile.load(nano_artifact, **{name: wrong})
+    with pytest.raises(InputError, match="max_tokens: expected a whole number"):
+        model.generate([1], max_tokens=wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"17", ["17"]], ids=repr)
+def test_what_is_no_text(model: osscompile.Model, wrong: Any) -> None:
+    with pytest.raises(InputError, match="encode: expected text"):
+        model.encode(wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"nano.osc", ["nano.osc"]], ids=repr)
+def test_what_is_no_path(wrong: Any) -> None:
+    with pytest.raises(InputError, match="artifact: expected the path of a folder"):
+        osscompile.load(wrong)
+
+
+def test_option_that_is_none(model: osscompile.Model) -> None:
+    with pytest.raises(InputError, match=r"expected max_tokens, temperature, .*, found 'top'"):
+        model.generate([1], top=5)
+
+
+@pytest.mark.parametrize("number", [np.int8, np.uint16, np.int64], ids=lambda t: t.__name__)
+def test_numbers_of_numpy_are_numbers(nano_artifact: Path, number: Any) -> None:
+    model = osscompile.load(nano_artifact, context=number(64), threads=number(1))
+    assert model.context == 64
+    ids = np.array([5, 6, 7], number)
+    assert len(list(model.generate(ids, max_tokens=number(1)))) == 1
+    np.testing.assert_array_equal(model.logits(ids), model.logits([5, 6, 7]))
+    model.prefill(ids)
+    assert model.decode(ids[0]).shape == (model.vocab_size,)

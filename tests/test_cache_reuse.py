@@ -102,6 +102,28 @@ def test_edit_before_a_snapshot_of_a_padded_prompt(model: Model, talker: Path, b
     check_against_fresh(model, talker, [*prompt[:-back], *random_ids(5, seed=1)], 3)
 
 
+def test_back_to_a_snapshot_twice(model: Model, talker: Path) -> None:
+    """What was written after its tokens, and taken back, is lost in its rings all the same."""
+    prompt = random_ids(100)
+    list(model.generate(prompt, max_tokens=6))  # five are decoded
+    model.prefill([*prompt[:90], 1])
+    for token in random_ids(64, seed=1):
+        model.decode(token)
+    model.prefill([*prompt[:80], 2])
+    check_against_fresh(model, talker, [*prompt[:65], *random_ids(5, seed=2)], 3)
+
+
+@pytest.mark.parametrize("back", [100, 70, 1], ids=["kept", "by a snapshot", "to nothing"])
+def test_what_is_forgotten_is_zero(model: Model, back: int) -> None:
+    """Else a number that is none would spoil later answers, even where nothing looks at it."""
+    prompt = random_ids(100)
+    list(model.generate(prompt, max_tokens=3 * CHUNK))
+    model.prefill([*prompt[:back], 3])
+    assert all(array.any() for array in model._cache.arrays)
+    model.forget()
+    assert not any(array.any() for array in model._cache.arrays)
+
+
 def test_scoring_in_between_invalidates_the_cache(model: Model, talker: Path) -> None:
     prompt = random_ids(60)
     list(model.generate(prompt, max_tokens=2))

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import re
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-COUNTS = ("launches", "graph_launches", "freed", "graphs", "events")
+HELD = ("graphs", "events", "modules", "streams", "contexts")
+COUNTS = ("launches", "graph_launches", "freed", *HELD)
 
 
 @pytest.fixture
@@ -152,6 +154,21 @@ def test_one_token_is_a_graph(driver: ctypes.CDLL, image: Path) -> None:
     bound = [device.tensor(device.zeros((1, 4), "float32"))]
     assert [call(device, "decode", bound, n) for n in (1, 2, 30)] == [[109], [112], [169]]
     assert count(driver, "fake_graph_launches") == 3 and count(driver, "fake_launches") == 0
+
+
+def test_a_device_that_is_dropped_leaves_nothing(driver: ctypes.CDLL, image: Path) -> None:
+    """Whichever thread drops it: a context is current to the one that opened it only."""
+    device = CudaDevice(image, {"decode": program(1)})
+    bound = [device.tensor(device.zeros((1, 4), "float32"))]
+    assert call(device, "decode", bound, 1) == [109]
+    assert all(count(driver, f"fake_{name}") == 1 for name in HELD if name != "events")
+    usage, held = device.usage, [device, bound]
+    del device, bound
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    assert not any(count(driver, f"fake_{name}") for name in HELD)
+    assert usage.num_bytes == 0 and count(driver, "fake_freed") == 4
 
 
 def test_many_tokens_are_launched(driver: ctypes.CDLL, image: Path) -> None:

@@ -131,13 +131,17 @@ def test_load_with_a_smaller_context(talker: Path) -> None:
 
 @pytest.mark.parametrize("context", [0, -1, CONTEXT + 1])
 def test_load_with_an_impossible_context(talker: Path, context: int) -> None:
-    with pytest.raises(InputError, match=f"context: expected 1 to {CONTEXT}, found {context}"):
+    with pytest.raises(
+        InputError, match=f"context: expected a whole number from 1 to {CONTEXT}, found {context}"
+    ):
         load(talker, context=context)
 
 
 @pytest.mark.parametrize("threads", [0, -1])
 def test_load_with_an_impossible_number_of_threads(talker: Path, threads: int) -> None:
-    with pytest.raises(InputError, match=f"threads: expected at least 1, found {threads}"):
+    with pytest.raises(
+        InputError, match=f"threads: expected a whole number from 1, found {threads}"
+    ):
         load(talker, threads=threads)
 
 

@@ -37,7 +37,7 @@ from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import SHARED_PASSES, VARIANT_PASSES, run_passes
 from osscompile.runtime import load
 from osscompile.runtime.artifact import read_manifest
-from osscompile.runtime.devices.tvm_cpu import device_library, find_runtime_library
+from osscompile.runtime.devices.tvm_runtime import device_library, find_runtime_library
 from osscompile.runtime.errors import ArtifactError, OsscompileError
 from osscompile.targets import Target
 

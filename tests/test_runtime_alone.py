@@ -1,5 +1,6 @@
 """The runtime without the compiler, in an environment with only what a bundle asks for."""
 
+import _ctypes
 import json
 import subprocess
 import sys
@@ -99,12 +100,25 @@ def test_time_to_import_and_load_nano(runs: list, capsys: pytest.CaptureFixture[
     assert not slow & set(runs[1]["modules"])
 
 
-def test_runtime_says_that_its_library_is_missing(
-    environment: Path, nano_artifact: Path, tmp_path: Path
-) -> None:
-    error = ask_with_library(environment, nano_artifact, str(tmp_path / "none"), remove=True)
+def test_runtime_says_that_its_library_is_missing(environment: Path, nano_artifact: Path) -> None:
+    error = ask_with_library(environment, nano_artifact, "", remove=True)
     assert "ArtifactError: expected libtvm_runtime" in error
     assert "osscompile bundle" in error and "OSSCOMPILE_TVM_RUNTIME" in error
+
+
+def test_runtime_library_that_is_no_file(
+    environment: Path, nano_artifact: Path, tmp_path: Path
+) -> None:
+    """The bundle's own is not taken instead: someone meant another."""
+    for wrong in (tmp_path / "none", tmp_path):
+        error = ask_with_library(environment, nano_artifact, str(wrong))
+        assert "ArtifactError: OSSCOMPILE_TVM_RUNTIME: expected the path of libtvm_run" in error
+        assert f"found no file at {wrong}" in error
+
+
+def test_runtime_library_that_is_another_library(environment: Path, nano_artifact: Path) -> None:
+    error = ask_with_library(environment, nano_artifact, _ctypes.__file__)
+    assert f"ArtifactError: {_ctypes.__file__}: expected TVM's runtime" in error
 
 
 def test_runtime_library_that_is_no_library(
@@ -123,7 +137,7 @@ def ask_with_library(
     bundle one without its own library."""
     code = "import sys, osscompile_runtime\n"
     if remove:
-        code += "osscompile_runtime.devices.tvm_cpu.RUNTIME_LIBRARY = 'libtvm_runtime.none'\n"
+        code += "osscompile_runtime.devices.tvm_runtime.RUNTIME_LIBRARY = 'libtvm_runtime.none'\n"
     code += "osscompile_runtime.load(sys.argv[1])"
     result = subprocess.run(
         [str(environment), "-c", code, str(artifact)],

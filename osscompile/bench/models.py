@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,7 +108,7 @@ def bench(
     device, device_bytes = _device_facts(model)
 
     say("read bandwidth")
-    reader = _open_reader(model)
+    reader = model._driver.call(partial(_open_reader, model))
     bandwidth = reader.num_bytes / reader.best_seconds
     decode, bandwidth_at = {}, {}
     for depth in sorted(depths, reverse=True):
@@ -195,20 +196,29 @@ def _time_decode(model: Model, ids: list[int], reader: Reader) -> tuple[Timing, 
     seconds, bandwidths = [], []
     others = OtherProcesses()
     for token in ids:
-        bandwidths.append(reader.num_bytes / reader.seconds())
+        # where the steps are computed, on the same threads
+        bandwidths.append(reader.num_bytes / model._driver.call(reader.seconds))
         start = time.perf_counter()
         if model._chooser is not None:
-            model._sample(sampler, model._decode(token))
+            model._driver.call(partial(_choose_next, model, sampler, token))
         else:
             model.decode(token)
         seconds.append(time.perf_counter() - start)
     return timing(seconds[WARMUP_STEPS:], others), bandwidths[WARMUP_STEPS:]
 
 
+def _choose_next(model: Model, sampler: Sampler, token: int) -> None:
+    model._sample(sampler, model._decode(token))
+
+
 def _fill_cache(model: Model, ids: list[int]) -> None:
     """As if `ids` went before, with random keys and values: a step takes as long whatever they
     are, and to compute those of 16,384 tokens takes minutes."""
     model.forget()
+    model._driver.call(partial(_write_cache, model, ids))
+
+
+def _write_cache(model: Model, ids: list[int]) -> None:
     cache, rng = model._cache, np.random.default_rng(0)
     cache.begin(len(ids))
     tiles = -(-len(ids) // KEYS_PER_TILE)

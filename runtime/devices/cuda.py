@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError, OsscompileError
+from .library_file import read_library
 from .memory import DeviceArray, DeviceMemory, Memory, Usage
 from .program import MEMORY, Launch, Launches, Program, evaluate
 
@@ -29,9 +30,11 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuDeviceGet": (_OUT, ctypes.c_int),
     "cuDeviceGetName": (_OUT, ctypes.c_int, ctypes.c_int),
     "cuDevicePrimaryCtxRetain": (_OUT, ctypes.c_int),
+    "cuDevicePrimaryCtxRelease_v2": (ctypes.c_int,),
     "cuCtxSetCurrent": (Handle,),
     "cuGetErrorString": (ctypes.c_int, _OUT),
     "cuStreamCreate": (_OUT, _NUMBER),
+    "cuStreamDestroy_v2": (Handle,),
     "cuStreamSynchronize": (Handle,),
     "cuStreamBeginCapture_v2": (Handle, ctypes.c_int),
     "cuStreamEndCapture": (Handle, _OUT),
@@ -45,6 +48,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuEventElapsedTime": (_OUT, Handle, Handle),
     "cuEventDestroy_v2": (Handle,),
     "cuModuleLoadData": (_OUT, ctypes.c_char_p),
+    "cuModuleUnload": (Handle,),
     "cuModuleGetFunction": (_OUT, Handle, ctypes.c_char_p),
     "cuFuncGetParamInfo": (Handle, _SIZE, _OUT, _OUT),
     "cuLaunchKernel": (Handle, *[_NUMBER] * 7, Handle, _OUT, _OUT),
@@ -56,6 +60,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemcpyHtoDAsync_v2": (Address, _OUT, _SIZE, Handle),
     "cuMemcpyDtoHAsync_v2": (_OUT, Address, _SIZE, Handle),
 }
+FIRST_DEVICE = 0
 BLOCKING_STREAM = 0
 TIMING_EVENT = 0
 NAME_BYTES = 256  # of a device, at most
@@ -66,32 +71,35 @@ class CudaDevice(DeviceMemory):
     """Kernels on the first GPU that CUDA lists.
 
     `image`: machine code, or PTX, `programs`: what launches its kernels. `opened`: of kernels
-    beside which these are loaded, for the same memory. Raises OsscompileError where there is no GPU
-    or no room, ArtifactError for kernels that it cannot run or programs that do not fit them.
+    beside which these are loaded, for the same memory; `sha256`: of the image. Raises
+    OsscompileError where there is no GPU or no room, ArtifactError for kernels that it cannot run
+    or programs that do not fit them.
     """
 
     def __init__(
-        self, image: Path, programs: Mapping[str, Launches], opened: "_Opened | None" = None
+        self,
+        image: Path,
+        programs: Mapping[str, Launches],
+        opened: "_Opened | None" = None,
+        sha256: str | None = None,
     ) -> None:
         self._image = image
         self.opened = opened if opened is not None else self.open()
         super().__init__(programs, self.opened.usage)
-        self._driver, self._stream = self.opened.driver, self.opened.stream
-        self._module = Handle()
+        self._driver, self._stream = self.opened.driver, self.opened.stream.handle
+        self._prepared: dict[str, _Prepared] = {}  # goes before the kernels that it launches
+        code = read_library(image, sha256)
         try:
-            code = image.read_bytes()
-            self._driver.call("cuModuleLoadData", ctypes.byref(self._module), code)
-        except (OSError, _DriverError) as error:
+            self._module = _Module(self._driver, self.opened.stream, code)
+        except _DriverError as error:
             raise self._cannot_run(error) from error
-        self._prepared: dict[str, _Prepared] = {}
 
     @staticmethod
     def open() -> "_Opened":
         """The GPU, without kernels. Raises OsscompileError where there is none."""
-        driver, stream = _Driver(), Handle()
+        driver = _Driver()
         name = driver.open_first_device()
-        driver.call("cuStreamCreate", ctypes.byref(stream), BLOCKING_STREAM)
-        return _Opened(name, driver, stream, Usage())
+        return _Opened(name, driver, _Stream(driver), Usage())
 
     @property
     def name(self) -> str:
@@ -187,7 +195,9 @@ class CudaDevice(DeviceMemory):
         function = Handle()
         try:
             name = launch.kernel.encode("ascii")
-            self._driver.call("cuModuleGetFunction", ctypes.byref(function), self._module, name)
+            self._driver.call(
+                "cuModuleGetFunction", ctypes.byref(function), self._module.handle, name
+            )
         except _DriverError as error:
             raise self._cannot_run(f"{launch.kernel}: {error}") from error
         wanted = self._driver.parameter_sizes(function, len(launch.arguments))
@@ -256,7 +266,7 @@ class _Opened:
 
     name: str
     driver: "_Driver"
-    stream: Handle
+    stream: "_Stream"
     usage: Usage
 
 
@@ -267,6 +277,31 @@ class _Prepared:
     launches: list[tuple[Launch, Handle]]
     memory: dict[str, Sequence[Memory]]  # by kind of argument
     graph: "_Graph | None" = None
+
+
+class _Stream:
+    """What is done one after the other, until this object goes."""
+
+    def __init__(self, driver: "_Driver") -> None:
+        self._driver, self.handle = driver, Handle()
+        driver.call("cuStreamCreate", ctypes.byref(self.handle), BLOCKING_STREAM)
+
+    def __del__(self) -> None:
+        if self.handle:
+            self._driver.ignoring("cuStreamDestroy_v2", self.handle)
+
+
+class _Module:
+    """Kernels that are loaded, until this object goes."""
+
+    def __init__(self, driver: "_Driver", stream: _Stream, code: bytes) -> None:
+        self._driver, self._stream, self.handle = driver, stream, Handle()
+        driver.call("cuModuleLoadData", ctypes.byref(self.handle), code)
+
+    def __del__(self) -> None:
+        if self.handle:
+            self._driver.ignoring("cuStreamSynchronize", self._stream.handle)  # they may run still
+            self._driver.ignoring("cuModuleUnload", self.handle)
 
 
 class _Graph:
@@ -301,9 +336,11 @@ class _DriverError(OsscompileError):
 
 
 class _Driver:
-    """Calls of the driver's library that fail with its words."""
+    """Calls of the driver's library that fail with its words. The GPU's context, with all that was
+    not freed, goes with the last that holds this object."""
 
     def __init__(self) -> None:
+        self._context = Handle()
         try:
             self._library = ctypes.CDLL(DRIVER)
             for name, arguments in SIGNATURES.items():
@@ -323,21 +360,27 @@ class _Driver:
             raise _DriverError(f"CUDA, {name}: {said} ({status})")
 
     def ignoring(self, name: str, *arguments: Any) -> None:
-        """Whatever the driver says: at the end of a process it may be gone before us."""
+        """Whatever the driver says: at the end of a process it may be gone before us. Any thread
+        may be the one that collects what is freed so."""
+        self._library.cuCtxSetCurrent(self._context)
         getattr(self._library, name)(*arguments)
+
+    def __del__(self) -> None:
+        if self._context:
+            self._library.cuDevicePrimaryCtxRelease_v2(FIRST_DEVICE)
 
     def free(self, address: int) -> None:
         self.ignoring("cuMemFree_v2", address)
 
     def open_first_device(self) -> str:
         """Its name and the driver's version."""
-        device, context, version = ctypes.c_int(), Handle(), ctypes.c_int()
+        device, version = ctypes.c_int(), ctypes.c_int()
         name = ctypes.create_string_buffer(NAME_BYTES)
         try:
             self.call("cuInit", 0)
-            self.call("cuDeviceGet", ctypes.byref(device), 0)
-            self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-            self.call("cuCtxSetCurrent", context)
+            self.call("cuDeviceGet", ctypes.byref(device), FIRST_DEVICE)
+            self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+            self.call("cuCtxSetCurrent", self._context)
             self.call("cuDeviceGetName", name, NAME_BYTES, device)
             self.call("cuDriverGetVersion", ctypes.byref(version))
         except _DriverError as error:

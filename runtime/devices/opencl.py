@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError, OsscompileError
+from .library_file import read_library
 from .memory import DeviceArray, DeviceMemory, Memory, Usage
 from .program import MEMORY, Launch, Launches, Program, evaluate
 
@@ -43,8 +44,9 @@ class OpenCLDevice(DeviceMemory):
     """Kernels on the first GPU that OpenCL lists, or else on its first device.
 
     `source`: OpenCL C, `programs`: what launches its kernels. `opened`: of kernels beside which
-    these are loaded, for the same memory. Raises OsscompileError where there is no device or no
-    room, ArtifactError for kernels that it cannot compile or programs that do not fit them.
+    these are loaded, for the same memory; `sha256`: of the source. Raises OsscompileError where
+    there is no device or no room, ArtifactError for kernels that it cannot compile or programs that
+    do not fit them.
     """
 
     def __init__(
@@ -52,15 +54,16 @@ class OpenCLDevice(DeviceMemory):
         source: Path,
         programs: Mapping[str, Launches],
         opened: _Opened | None = None,
+        sha256: str | None = None,
     ) -> None:
         self._source = source
         self.opened = opened if opened is not None else self.open()
         super().__init__(programs, self.opened.usage)
         self._cl, self._queue = self.opened.cl, self.opened.queue
         try:
-            text = source.read_text(encoding="utf-8")
+            text = read_library(source, sha256).decode()
             self._kernels = self._cl.Program(self.opened.context, text).build(BUILD_OPTIONS)
-        except (self._cl.Error, OSError, UnicodeDecodeError) as error:
+        except (self._cl.Error, UnicodeDecodeError) as error:
             raise self._cannot_run(error) from error
         self._prepared: dict[str, _Prepared] = {}
 

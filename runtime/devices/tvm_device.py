@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError, OsscompileError
-from .tvm_cpu import CPU, POOLED, aligned_copy, load_function, tensor
+from .tvm_cpu import CPU, POOLED, aligned_copy, tensor
 from .tvm_memory import TensorMemory
+from .tvm_runtime import load_function
 
 MOST_INPUTS = 4  # of calls that nobody waited for: of a prefill, and of the choice of a token
 
@@ -22,12 +23,19 @@ MOST_INPUTS = 4  # of calls that nobody waited for: of a prefill, and of the cho
 class TensorDevice(TensorMemory):
     """A loaded library on the first device of a kind, one of `manifest.DEVICES`.
 
-    `threads`: CPU threads of what the host computes; `needed_bytes`: of the device's memory.
-    Raises OsscompileError without TVM's runtime for that device, without the device or without room
-    on it, ArtifactError for kernels that it cannot compile or run.
+    `threads`: CPU threads of what the host computes; `needed_bytes`: of the device's memory;
+    `sha256`: of the library. Raises OsscompileError without TVM's runtime for that device, without
+    the device or without room on it, ArtifactError for kernels that it cannot compile or run.
     """
 
-    def __init__(self, library: Path, device: str, threads: int, needed_bytes: int) -> None:
+    def __init__(
+        self,
+        library: Path,
+        device: str,
+        threads: int,
+        needed_bytes: int,
+        sha256: str | None = None,
+    ) -> None:
         super().__init__(device)
         self._library, self.needed_bytes = library, needed_bytes
         room = self.room()
@@ -36,7 +44,7 @@ class TensorDevice(TensorMemory):
                 f"{device}: expected {needed_bytes / 1e9:.2f} GB that the device may use, found "
                 f"{room / 1e9:.2f}; compile the model with a smaller --context"
             )
-        self._machine = load_function(library, "vm_load_executable", threads)()
+        self._machine = load_function(library, "vm_load_executable", threads, sha256)()
         # the device and the host, where shapes are computed: (type, id, allocator) each
         self._machine["vm_initialization"](self._kind, 0, POOLED, CPU, 0, POOLED)
         self._functions: dict[str, Any] = {}

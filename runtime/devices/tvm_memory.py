@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OsscompileError
-from .tvm_cpu import load_device_runtime
+from .tvm_runtime import load_device_runtime
 
 EXISTS, TOTAL_MEMORY = 0, 14  # attributes of a device; the second in bytes that it may use
 DEFAULT_STREAM = 0

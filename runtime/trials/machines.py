@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
-from ..devices.tvm_cpu import load_function, tensor
+from ..devices.tvm_cpu import tensor
 from ..devices.tvm_memory import TensorMemory
+from ..devices.tvm_runtime import load_function
 from ..errors import TuningError
 from ..manifest import CPU
 from .files import CHECKED, TIMED, Candidate, Plan

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..devices.tvm_cpu import aligned_copy
 from ..errors import DefaultError, OsscompileError, TuningError
-from ..machine import physical_cores
+from ..machine import choose_threads
 from .files import (
     Plan,
     Trial,
@@ -157,7 +157,7 @@ def attempt_here(threads: int | None) -> Attempt:
         check_machine(folder, plan)
         context = multiprocessing.get_context("spawn")  # a fork would inherit the compiler
         ours, theirs = context.Pipe(duplex=False)
-        arguments = (theirs, folder, libraries, threads or physical_cores())
+        arguments = (theirs, folder, libraries, choose_threads(threads))
         process = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()

@@ -22,7 +22,8 @@ using fibres::Index;
 
 namespace {
 
-enum { kSuccess, kInvalidValue, kOutOfMemory, kNoDevice = 100, kInvalidImage = 200, kNotFound = 500,
+enum { kSuccess, kInvalidValue, kOutOfMemory, kNoDevice = 100, kInvalidImage = 200,
+       kInvalidContext = 201, kNotFound = 500,
        kIllegalAddress = 700, kTooManyResources = 701, kLaunchFailed = 719 };
 
 constexpr unsigned kMaxThreads = 1024;      // in a block
@@ -42,6 +43,7 @@ using Graph = std::vector<Call>;
 
 std::map<uint64_t, Memory> memories;
 Graph* capturing;
+thread_local void* current_context;  // of every thread its own
 int broken;  // the status since a kernel failed
 std::string why;
 struct sigaction python_handler;
@@ -120,7 +122,7 @@ int ptx_module;
 extern "C" {
 
 int fake_launches, fake_graph_launches, fake_freed, fake_devices = 1;
-int fake_graphs, fake_events;  // not destroyed yet
+int fake_graphs, fake_events, fake_modules, fake_streams, fake_contexts;  // not destroyed
 size_t fake_room = size_t(1) << 40;
 
 int cuInit(unsigned) {  // nothing is broken in a new process
@@ -133,16 +135,22 @@ int cuDeviceGet(int* device, int number) {
 }
 int cuDeviceGetName(char* name, int size, int) { return snprintf(name, size, "Stand-in") < 0; }
 int cuDriverGetVersion(int* version) { return *version = 12040, kSuccess; }
-int cuDevicePrimaryCtxRetain(void** context, int) { return *context = &memories, kSuccess; }
-int cuCtxSetCurrent(void*) { return kSuccess; }
-int cuStreamCreate(void** stream, unsigned) { return *stream = &capturing, kSuccess; }
+int cuDevicePrimaryCtxRetain(void** context, int) {
+  return ++fake_contexts, *context = &memories, kSuccess;
+}
+int cuDevicePrimaryCtxRelease_v2(int) { return --fake_contexts, kSuccess; }
+int cuCtxSetCurrent(void* context) { return current_context = context, kSuccess; }
+int cuStreamCreate(void** stream, unsigned) {
+  return ++fake_streams, *stream = &capturing, kSuccess;
+}
+int cuStreamDestroy_v2(void*) { return --fake_streams, kSuccess; }
 int cuStreamSynchronize(void*) { return broken; }
 
 int cuGetErrorString(int status, const char** text) {
   static const std::map<int, const char*> texts = {
       {kInvalidValue, "invalid value"}, {kOutOfMemory, "out of memory"},
       {kNoDevice, "no device"},         {kInvalidImage, "no kernels"},
-      {kNotFound, "not found"},         {kTooManyResources, "too many resources"}};
+      {kInvalidContext, "invalid context"}, {kNotFound, "not found"},         {kTooManyResources, "too many resources"}};
   *text = status == broken ? why.c_str() : texts.at(status);
   return kSuccess;
 }
@@ -161,6 +169,7 @@ int cuMemAlloc_v2(uint64_t* address, size_t size) {
   return kSuccess;
 }
 int cuMemFree_v2(uint64_t address) {
+  if (current_context != &memories) return kInvalidContext;
   Memory memory = memories.at(address);
   memories.erase(address);
   ++fake_freed;
@@ -185,6 +194,7 @@ int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void*) {
 int cuModuleLoadData(void** module, const char* image) {
   bool is_code = !memcmp(image, ELFMAG, SELFMAG);
   *module = is_code ? Load(image) : strstr(image, ".visible .entry") ? &ptx_module : nullptr;
+  fake_modules += *module != nullptr;
   if (!*module || *module == &ptx_module) return *module ? kSuccess : kInvalidImage;
   bool set = Set(*module, "cuda_barrier", fibres::Barrier) && Set(*module, "cuda_ask", fibres::Ask) &&
              Set(*module, "cuda_declare", Declare) && Set(*module, "cuda_position", &fibres::current);
@@ -195,6 +205,10 @@ int cuModuleLoadData(void** module, const char* image) {
   sigaction(SIGSEGV, &handler, &before);
   if (before.sa_sigaction != OnFault) python_handler = before;
   return set ? kSuccess : kInvalidImage;
+}
+int cuModuleUnload(void* module) {
+  --fake_modules;
+  return module == &ptx_module || !dlclose(module) ? kSuccess : kInvalidValue;
 }
 int cuModuleGetFunction(const void** function, void* module, const char* name) {
   bool is_read = module == &ptx_module && !strcmp(name, "read_memory");
