@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tvm import ir
 
-from . import __version__, targets
+from . import targets
 from .codegen.cuda import build_cuda
 from .codegen.library import build_library
 from .codegen.opencl import build_opencl
@@ -42,6 +42,7 @@ from .runtime.artifact import (
     hash_file,
     mark_verified,
 )
+from .runtime.version import __version__
 from .targets import Target, TargetError
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 

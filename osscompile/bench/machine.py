@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__
+from ..runtime.version import __version__
 
 LEAST_CPU_SECONDS = 1  # the system counts in ticks of 10 ms
 REPEATS = 5  # the best of them counts: a limit is what was possible

@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from .. import __version__
 from ..runtime.cli.inspect import add_inspect
 from ..runtime.cli.main import run_command
 from ..runtime.cli.run import add_run
+from ..runtime.version import __version__
 from .bench import add_bench
 from .bundle import add_bundle
 from .compile import add_compile
