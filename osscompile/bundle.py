@@ -16,6 +16,13 @@ The runtime of osscompile. In the environment that imports it:
 Then, with the folder above this one on the Python path:
     import osscompile_runtime
     model = osscompile_runtime.load("OUT")
+or in that folder:
+    python -m osscompile_runtime run OUT              a chat; with a question, its answer
+    python -m osscompile_runtime inspect OUT          what it is, and the memory that it needs
+    python -m osscompile_runtime bench OUT            how fast it is here
+    python -m osscompile_runtime.measure DIR          candidates of `osscompile tune --emit DIR`
+(Each but the last tells its options with --help. What a CPU's memory and arithmetic would allow,
+bench tells only where the full package is, which compiles what measures them.)
 """
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from osscompile.bench import plot
-from osscompile.bench.report import (
+from osscompile.runtime.bench.report import (
     BenchError,
     Report,
     Timing,

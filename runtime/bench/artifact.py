@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.artifact import Manifest, Tensor
+from ..artifact import Manifest, Tensor
 from .machine import source_commit, versions
 
 WORD_BITS = 32  # of weights whose name ends in ".words"
