@@ -5,7 +5,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,6 +14,7 @@ from . import targets
 from .codegen.cuda import build_cuda
 from .codegen.library import build_library
 from .codegen.opencl import build_opencl
+from .codegen.tools import end_tools
 from .errors import CompileError
 from .importer.config import ModelConfig
 from .importer.graph import (
@@ -44,6 +44,7 @@ from .runtime.artifact import (
 )
 from .runtime.version import __version__
 from .targets import Target, TargetError
+from .threads import worker_threads
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 
 # By what executes the artifact: how kernels are lowered for it, and what makes its library.
@@ -82,7 +83,8 @@ def compile(
     target = target if target is not None else targets.of_this_machine().name
     machines = _choose_variants(target, variants)
     machine = machines[0]  # what they differ in is not looked at before their kernels are scheduled
-    resolved = resolve_model(model)
+    with worker_threads(1) as pool:  # a download that is interrupted waits for its own threads
+        resolved = pool.submit(resolve_model, model).result()
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
     output = Path(output) if output is not None else Path(f"{resolved.name}-{machine.name}.osc")
@@ -172,8 +174,12 @@ def _build_libraries(
         phases = dump / machine.variant if dump is not None else None
         lowered.append(run_passes(module, machine, passes, phases, after=SHARED_PASSES))
     libraries = [folder / machine.library for machine in machines]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # LLVM works without Python's lock
-        list(pool.map(build, lowered, machines, libraries))
+    with worker_threads(os.cpu_count() or 1) as pool:  # LLVM works without Python's lock
+        try:
+            list(pool.map(build, lowered, machines, libraries))
+        except KeyboardInterrupt:
+            end_tools(folder)
+            raise
     first, *others = ({f: int(n) for f, n in sorted(m.attrs[WORKSPACE].items())} for m in lowered)
     assert all(other == first for other in others), (first, others)
     return first

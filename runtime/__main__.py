@@ -1,11 +1,10 @@
 """`python -m osscompile_runtime run | inspect | bench OUT`, where the runtime alone is."""
 
 import argparse
-import sys
 
 from .cli.bench import add_bench
 from .cli.inspect import add_inspect
-from .cli.main import run_command
+from .cli.main import end_process, run_command
 from .cli.run import add_run
 from .version import __version__
 
@@ -22,4 +21,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(_parser()))
+    end_process(run_command(_parser()))

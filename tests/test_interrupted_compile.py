@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -208,7 +209,11 @@ def test_failure_in_the_middle_of_the_weights(
     }[problem]
     with pytest.raises(error, match=words):
         osscompile.compile(tmp_path / "model", target, output, **TINY_OPTIONS)
-    assert not any("PoolExecutor" in thread.name for thread in threading.enumerate())
+    for thread in threading.enumerate():
+        if "PoolExecutor" in thread.name:  # after an interrupt it ends by itself
+            assert problem == "interrupt"
+            thread.join(timeout=60)
+            assert not thread.is_alive()
     assert listing(tmp_path) == files
     for name, expected in content.items():
         assert (tmp_path / name).read_bytes() == expected, name
@@ -350,6 +355,103 @@ def test_ctrl_c_in_the_middle(tmp_path: Path, slow_compile: subprocess.Popen[str
     slow_compile.wait(timeout=60)
     assert slow_compile.returncode != 0
     assert listing(tmp_path) == []
+
+
+COMPILE_FOR_EVER = """
+import importlib, sys, time
+from osscompile import cli
+from osscompile.codegen.tools import run_tool
+module = importlib.import_module("osscompile.compiler")
+
+def build(lowered, target, output):
+    if sys.argv[1] == "tool":
+        run_tool(["sh", "-c", "sleep 600 & echo $! > ../../id; wait"], output.parent)
+    print("building", flush=True)
+    time.sleep(600)  # as LLVM, which nothing interrupts
+    output.touch()
+
+passes, _ = module.BUILDS["tvm"]
+module.BUILDS["tvm"] = passes, build
+options = ["--target", sys.argv[2], "--variants", sys.argv[3], "-o", "out"]
+status = cli.main(["compile", "synthetic:tiny", *options])
+from osscompile.runtime.cli.main import end_process
+end_process(status)
+"""
+
+
+@pytest.mark.parametrize("busy", ["thread", "tool"])
+def test_ctrl_c_while_kernels_are_compiled(tmp_path: Path, target: str, busy: str) -> None:
+    """The command ends though its threads do not, with one line, and takes its tools with it."""
+    variant = targets.load_variants(target)[-1].variant
+    command = [sys.executable, "-c", COMPILE_FOR_EVER, busy, target, variant]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            if busy == "thread":
+                assert process.stdout.readline() == "building\n"
+            identity = tmp_path / "id"
+            while busy == "tool" and not (identity.exists() and identity.read_text()):
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
+        *_, last = process.stderr.read().splitlines()
+    assert last == "osscompile: interrupted"
+    if busy == "tool":
+        assert not is_running(int(identity.read_text()))
+        identity.unlink()
+    assert listing(tmp_path) == []
+
+
+def is_running(process: int) -> bool:
+    """One that ended and that nobody waited for does not run."""
+    try:
+        os.kill(process, 0)
+        stat = Path(f"/proc/{process}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def test_interrupt_of_a_compile_leaves_the_next_one_alone(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process that goes on, threads of the interrupted one still work: not in its place."""
+    release, started, done = threading.Event(), threading.Event(), threading.Event()
+    passes, _ = compile_module.BUILDS["tvm"]
+
+    def build_late(module: Any, target: Target, output: Path) -> None:
+        started.set()
+        release.wait(60)
+        with contextlib.suppress(OSError):
+            output.write_text("late")
+        done.set()
+
+    def interrupt(pool: Any, build: Any, *arguments: Any) -> None:
+        list(map(partial(pool.submit, build), *arguments))
+        started.wait(60)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("concurrent.futures.ThreadPoolExecutor.map", interrupt)
+        patch.setitem(compile_module.BUILDS, "tvm", (passes, build_late))
+        with pytest.raises(KeyboardInterrupt):
+            compile_tiny(tmp_path / "out", target)
+    assert listing(tmp_path) == []
+
+    def build(module: Any, target: Target, output: Path) -> None:
+        output.write_text("new")
+        release.set()
+        done.wait(60)
+
+    monkeypatch.setitem(compile_module.BUILDS, "tvm", (passes, build))
+    compile_tiny(tmp_path / "out", target)
+    libraries = [*(tmp_path / "out").glob("lib*")]
+    assert libraries and all(library.read_text() == "new" for library in libraries)
 
 
 def test_a_whole_compile_leaves_only_the_artifact(

@@ -27,7 +27,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its status: 0, or 1 after an error of ours."""
+    """Run one command; its status: see `run_command`."""
     return run_command(_parser(), argv)
 
 

@@ -9,6 +9,7 @@ a compiler gives `Limits`; without them those figures are left out of the report
 """
 
 import multiprocessing
+import signal
 import statistics
 import time
 import warnings
@@ -80,7 +81,9 @@ def bench_each(
         for path in artifacts
     ]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=spawn, max_tasks_per_child=1, initializer=_ignore_interrupts
+    ) as pool:
         for path, (lengths, depths) in zip(artifacts, sizes, strict=True):
             measured = pool.submit(bench, path, lengths, depths, progress, limits)
             try:
@@ -90,6 +93,15 @@ def bench_each(
                     f"{path}: expected the process that measures it to report, found that the "
                     "system ended it; is there memory for the model?"
                 ) from error
+            except KeyboardInterrupt:
+                for process in multiprocessing.active_children():
+                    process.kill()  # it would go on for minutes
+                raise
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C goes to all processes of a terminal: ours ends those that it started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def bench(
