@@ -92,5 +92,6 @@ def as_nobody() -> list[str]:
     command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     if os.getuid() != 0 or not shutil.which(command[0]):
         return []
-    sees = subprocess.run([*command, sys.executable, "-c", "import numpy"], capture_output=True)
+    zig = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'ziglang', 'version'])"
+    sees = subprocess.run([*command, sys.executable, "-c", zig], capture_output=True)
     return command if sees.returncode == 0 else []
