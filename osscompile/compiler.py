@@ -43,8 +43,10 @@ from .runtime.artifact import (
     mark_verified,
 )
 from .runtime.version import __version__
+from .schedules.records import Records
 from .targets import Target, TargetError
 from .threads import worker_threads
+from .tuning.records import records_of_compile
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 
 # By what executes the artifact: how kernels are lowered for it, and what makes its library.
@@ -67,6 +69,7 @@ def compile(
     context: int | None = None,
     dump: str | Path | None = None,
     prefill_chunk: int = DEFAULT_CHUNK,
+    records: str | Path | None = None,
     progress: bool = False,
 ) -> Path:
     """Compile a model for a target and return the artifact's directory.
@@ -78,6 +81,8 @@ def compile(
     `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 weights, float32
     activations). `context`: most positions (default: the model's). `dump`: a folder for the IR
     after each phase. `prefill_chunk`: tokens of one prefill; a smaller one takes less workspace.
+    `records`: a file of `osscompile tune` for the one variant, whose constants are taken before the
+    package's (default: that in the user's own folder, for each variant that has one).
     Raises CheckpointError, TargetError or CompileError; nothing is left behind.
     """
     target = target if target is not None else targets.of_this_machine().name
@@ -88,6 +93,7 @@ def compile(
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
     output = Path(output) if output is not None else Path(f"{resolved.name}-{machine.name}.osc")
+    constants = _read_records(machines, records, progress)
     check_replaceable(output)  # checked again below, but better told before the work
 
     _say(progress, f"building the graph: {config.num_layers} layers, {config.num_experts} experts")
@@ -105,7 +111,7 @@ def compile(
     with staged_directory(output, size + OTHER_FILES_BYTES) as folder:
         names = ", ".join(m.variant for m in machines)
         _say(progress, f"compiling its kernels for {machine.description}: {names}")
-        workspace_bytes = _build_libraries(module, machines, folder, dump)
+        workspace_bytes = _build_libraries(module, machines, constants, folder, dump)
         with tqdm(
             total=size, unit="B", unit_scale=True, desc="repacking weights", disable=not progress
         ) as bar:
@@ -163,16 +169,39 @@ def _choose_variants(target: str, names: Sequence[str] | None) -> tuple[Target, 
     return tuple(v for v in variants if names is None or v.variant in names)
 
 
+def _read_records(
+    machines: tuple[Target, ...], file: str | Path | None, progress: bool
+) -> list[Records]:
+    """Constants of the schedules, for each variant."""
+    if file is not None and len(machines) > 1:
+        raise CompileError(
+            f"records: expected one variant to compile for, because a file has those of one, found "
+            f"{', '.join(m.variant for m in machines)}; choose with --variants"
+        )
+    found = []
+    for machine in machines:
+        path = Path(file) if file is not None else None
+        constants, read = records_of_compile(machine, path)
+        if read is not None:
+            _say(progress, f"constants of {machine.variant} are from {read}, before the package's")
+        found.append(constants)
+    return found
+
+
 def _build_libraries(
-    module: ir.IRModule, machines: tuple[Target, ...], folder: Path, dump: Path | None
+    module: ir.IRModule,
+    machines: tuple[Target, ...],
+    constants: list[Records],
+    folder: Path,
+    dump: Path | None,
 ) -> dict[str, int]:
     """Schedule and compile the packed module for each of them; returns the workspace of each
     function in bytes, which is the same for all."""
     passes, build = BUILDS[machines[0].runtime]
     lowered = []
-    for machine in machines:
+    for machine, records in zip(machines, constants, strict=True):
         phases = dump / machine.variant if dump is not None else None
-        lowered.append(run_passes(module, machine, passes, phases, after=SHARED_PASSES))
+        lowered.append(run_passes(module, machine, passes, phases, SHARED_PASSES, records))
     libraries = [folder / machine.library for machine in machines]
     with worker_threads(os.cpu_count() or 1) as pool:  # LLVM works without Python's lock
         try:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tvm import ir
 
+from ..schedules.records import Records
 from ..targets import Target
 from .expand_exp import expand_exp
 from .lower_graph import lower_graph
@@ -46,17 +47,22 @@ def run_passes(
     passes: tuple[Pass, ...],
     dump: Path | None = None,
     after: tuple[Pass, ...] = (),
+    records: Records | None = None,
 ) -> ir.IRModule:
     """Run `passes` in order, checking the IR between them; `dump` gets one file a phase.
 
-    `after`: the passes that the module went through before.
+    `after`: the passes that the module went through before. `records`: constants of schedules;
+    default: the committed ones.
     """
     done = tuple(rewrite.__name__ for rewrite in after)
     if not done:
         verify(module, target, done)
         _dump(module, dump, 0, "imported")
     for rewrite in passes:
-        module = rewrite(module, target)
+        if rewrite is schedule_kernels:
+            module = schedule_kernels(module, target, records)
+        else:
+            module = rewrite(module, target)
         done = (*done, rewrite.__name__)
         verify(module, target, done)
         _dump(module, dump, len(done), rewrite.__name__)
