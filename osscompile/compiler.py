@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from .codegen.cuda import build_cuda
 from .codegen.library import build_library
 from .codegen.opencl import build_opencl
 from .codegen.tools import end_tools
-from .errors import CompileError
+from .errors import CheckpointError, CompileError
 from .importer.config import ModelConfig
 from .importer.graph import (
     DEFAULT_CHUNK,
@@ -27,6 +27,7 @@ from .importer.graph import (
 )
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import weight_pieces
+from .options import names_option, path_option, whole_number
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
@@ -64,7 +65,7 @@ def compile(
     target: str | None = None,
     output: str | Path | None = None,
     *,
-    variants: Sequence[str] | None = None,
+    variants: str | Iterable[str] | None = None,
     profile: str = "fast",
     context: int | None = None,
     dump: str | Path | None = None,
@@ -88,17 +89,23 @@ def compile(
     target = target if target is not None else targets.of_this_machine().name
     machines = _choose_variants(target, variants)
     machine = machines[0]  # what they differ in is not looked at before their kernels are scheduled
+    output = path_option("output", output) if output is not None else None
+    dump = path_option("dump", dump) if dump is not None else None
+    records = path_option("records", records) if records is not None else None
+    if not isinstance(model, str | os.PathLike):
+        raise CheckpointError(f"model: expected a name or a directory, found {model!r}")
+    prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
     with worker_threads(1) as pool:  # a download that is interrupted waits for its own threads
         resolved = pool.submit(resolve_model, model).result()
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
-    output = Path(output) if output is not None else Path(f"{resolved.name}-{machine.name}.osc")
+    if output is None:
+        output = path_option("output", f"{resolved.name}-{machine.name}.osc")
     constants = _read_records(machines, records, progress)
     check_replaceable(output)  # checked again below, but better told before the work
 
     _say(progress, f"building the graph: {config.num_layers} layers, {config.num_experts} experts")
     graph = build_graph(config, profile, context, prefill_chunk)
-    dump = Path(dump) if dump is not None else None
     module = graph.module
     if machine.device != CPU:  # its logits are not in the host's memory
         module = with_choose(module, config.vocab_size)
@@ -156,22 +163,21 @@ def _say(progress: bool, text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _choose_variants(target: str, names: Sequence[str] | None) -> tuple[Target, ...]:
+def _choose_variants(target: str, names: str | Iterable[str] | None) -> tuple[Target, ...]:
     """Those of that name, or all, in the order of the target's file."""
     variants = targets.load_variants(target)
     known = [v.variant for v in variants]
+    names = names_option("variants", names) if names is not None else None
     unknown = [name for name in names or () if name not in known]
     if unknown or (names is not None and not names):
         raise TargetError(
             f"variants of {target}: expected some of {', '.join(known)}, "
-            f"found {', '.join(unknown) or 'none'}"
+            f"found {', '.join(unknown) if any(unknown) else 'none'}"
         )
     return tuple(v for v in variants if names is None or v.variant in names)
 
 
-def _read_records(
-    machines: tuple[Target, ...], file: str | Path | None, progress: bool
-) -> list[Records]:
+def _read_records(machines: tuple[Target, ...], file: Path | None, progress: bool) -> list[Records]:
     """Constants of the schedules, for each variant."""
     if file is not None and len(machines) > 1:
         raise CompileError(
@@ -180,8 +186,7 @@ def _read_records(
         )
     found = []
     for machine in machines:
-        path = Path(file) if file is not None else None
-        constants, read = records_of_compile(machine, path)
+        constants, read = records_of_compile(machine, file)
         if read is not None:
             _say(progress, f"constants of {machine.variant} are from {read}, before the package's")
         found.append(constants)
@@ -217,14 +222,14 @@ def _build_libraries(
 def _check_options(config: ModelConfig, profile: str, context: int | None, chunk: int) -> int:
     if profile not in PROFILES:
         raise CompileError(f"profile: expected one of {', '.join(PROFILES)}, found {profile!r}")
-    if context is None:
-        context = config.max_context
+    context = config.max_context if context is None else whole_number("context", context)
     if not 1 <= context <= config.max_context:
         raise CompileError(
             f"context: expected 1 to {config.max_context} (the model's limit), found {context}"
         )
-    if chunk < 1:
-        raise CompileError(f"prefill_chunk: expected a positive number of tokens, found {chunk}")
+    most = max(DEFAULT_CHUNK, config.max_context)
+    if not 1 <= chunk <= most:
+        raise CompileError(f"prefill_chunk: expected 1 to {most} tokens, found {chunk}")
     return context
 
 

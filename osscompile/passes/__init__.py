@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tvm import ir
 
+from ..errors import CompileError
 from ..schedules.records import Records
 from ..targets import Target
 from .expand_exp import expand_exp
@@ -71,6 +72,11 @@ def run_passes(
 
 def _dump(module: ir.IRModule, folder: Path | None, number: int, phase: str) -> None:
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
         text = module.script(show_meta=True)
-        (folder / f"{number}_{phase}.py").write_text(text + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}_{phase}.py").write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CompileError(
+                f"dump: expected a folder that can be written, found: {error}; choose another"
+            ) from error
