@@ -20,7 +20,7 @@ def path_option(name: str, value: str | os.PathLike[str]) -> Path:
         raise CompileError(f"{name}: expected a path, found {value!r}") from None
     except ValueError:  # bytes that are no UTF-8, or a zero byte
         raise CompileError(
-            f"{name}: expected a path of UTF-8 characters, found {os.fspath(value)!a}; choose another"
+            f"{name}: expected a path of UTF-8 characters, found {path!a}; choose another"
         ) from None
     except OSError as error:  # a loop of links
         raise CompileError(f"{name}: {value}: {error.strerror}; choose another") from error

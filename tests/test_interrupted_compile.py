@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from artifacts import TINY_OPTIONS, leave_libraries_empty
 from checkpoints import write_checkpoint
@@ -60,11 +61,58 @@ def test_context_out_of_range(tmp_path: Path, target: str, context: int) -> None
     assert listing(tmp_path) == []
 
 
-@pytest.mark.parametrize("chunk", [0, -8])
+@pytest.mark.parametrize("chunk", [0, -8, 10**30])
 def test_prefill_chunk_out_of_range(tmp_path: Path, target: str, chunk: int) -> None:
     with pytest.raises(CompileError, match=f"prefill_chunk: expected .*found {chunk}"):
         compile_tiny(tmp_path / "out", target, prefill_chunk=chunk)
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("option", ["context", "prefill_chunk"])
+@pytest.mark.parametrize("number", [64.0, np.float32(64), True, "64", [64]])
+def test_number_that_is_none(tmp_path: Path, target: str, option: str, number: Any) -> None:
+    with pytest.raises(CompileError, match=f"{option}: expected a whole number, found "):
+        compile_tiny(tmp_path / "out", target, **{option: number})
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_what_stands_for_a_number_or_a_list_of_names(tmp_path: Path, this_machine: Target) -> None:
+    name = this_machine.variant
+    for variants in (name, (name,), {name}, iter([name])):
+        options = {"context": np.int64(64), "prefill_chunk": np.uint8(64), "variants": variants}
+        output = compile_tiny(tmp_path / "out", this_machine.name, **options)
+        manifest = read_manifest(output)
+        assert (manifest.context, manifest.chunk) == (64, 64)
+        assert [variant.name for variant in manifest.variants] == [name]
+
+
+@pytest.mark.parametrize("variants", [5, [5], b"generic", [None]])
+def test_variants_that_are_no_names(tmp_path: Path, target: str, variants: Any) -> None:
+    with pytest.raises(CompileError, match="variants: expected names, found"):
+        compile_tiny(tmp_path / "out", target, variants=variants)
+
+
+@pytest.mark.parametrize("option", ["output", "dump", "records"])
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        (5, "found 5"),
+        (b"bytes", "found b'bytes'"),
+        ("", "found an empty one"),
+        ("not\udcffutf-8", "of UTF-8 characters"),
+        ("zero\0byte", "of UTF-8 characters"),
+    ],
+)
+def test_path_that_is_none(target: str, option: str, path: Any, found: str) -> None:
+    with pytest.raises(CompileError, match=f"{option}: expected a path.*{found}"):
+        osscompile.compile("synthetic:tiny", target, **{option: path})
+
+
+@pytest.mark.parametrize("model", [None, 5, b"nano", []])
+def test_model_that_is_no_name(tmp_path: Path, target: str, model: Any) -> None:
+    with pytest.raises(CheckpointError, match="model: expected a name or a directory, found"):
+        osscompile.compile(model, target, tmp_path / "out")
 
 
 @pytest.mark.parametrize("profile", ["", "exakt", "FAST", None])

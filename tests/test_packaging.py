@@ -3,11 +3,13 @@
 import ast
 import dataclasses
 import importlib
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -71,6 +73,39 @@ def test_one_name_at_the_top_level_of_site_packages(site_packages: Path) -> None
         "bin",  # where pip puts scripts with --target
     }
     assert [path.name for path in (site_packages / "bin").iterdir()] == ["osscompile"]
+
+
+def test_version_of_the_wheel_is_that_of_the_code(site_packages: Path) -> None:
+    assert metadata.version("osscompile") == osscompile.__version__
+    assert (site_packages / f"osscompile-{osscompile.__version__}.dist-info").is_dir()
+
+
+def test_types_of_the_wheel_are_seen(site_packages: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text(
+        "import osscompile\nreveal_type(osscompile.compile(model=1))\n"
+    )
+    # found as an installed package is: on MYPYPATH it would be checked itself
+    (site_packages / "osscompile" / "py.typed").stat()
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "user.py"]
+    environment = os.environ | {"MYPYPATH": ""}
+    result = subprocess.run(
+        [*command, "--python-executable", str(consumer(site_packages, tmp_path))],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert 'Revealed type is "pathlib.Path"' in result.stdout, result.stdout + result.stderr
+    assert 'has incompatible type "int"; expected "str | Path"' in result.stdout
+
+
+def consumer(site_packages: Path, folder: Path) -> Path:
+    """The Python of an environment that has the wheel alone."""
+    venv.create(folder / "venv", symlinks=True)
+    (packages,) = (folder / "venv").glob("lib/python*/site-packages")
+    (packages / "osscompile").symlink_to(site_packages / "osscompile")
+    return folder / "venv" / "bin" / "python"
 
 
 def test_wheel_holds_every_file(site_packages: Path, source: Path) -> None:

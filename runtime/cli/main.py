@@ -33,8 +33,9 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away: nothing more to say
         pass
-    except OSError as error:  # mostly of our own output, for example to a full disk
-        _say(f"{parser.prog}: {error}")
+    except OSError as error:  # without a file's name it comes from our own output
+        what = "" if error.filename else "expected output that can be written, found: "
+        _say(f"{parser.prog}: {what}{error}")
     _forget_output()
     return 1
 
