@@ -41,10 +41,9 @@ def whole_number(name: str, value: object) -> int:
 
 def names_option(name: str, value: str | Iterable[str]) -> list[str]:
     """One name, or several."""
-    try:
-        names = [value] if isinstance(value, str) else list(value)
-    except TypeError:
-        names = [value]
+    if isinstance(value, str):
+        return [value]
+    names = list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(one, str) for one in names):
         raise CompileError(f"{name}: expected names, found {value!r}")
     return names

@@ -82,17 +82,13 @@ def test_version_of_the_wheel_is_that_of_the_code(site_packages: Path) -> None:
 
 def test_types_of_the_wheel_are_seen(site_packages: Path, tmp_path: Path) -> None:
     pytest.importorskip("mypy")
-    (tmp_path / "user.py").write_text(
-        "import osscompile\nreveal_type(osscompile.compile(model=1))\n"
-    )
-    # found as an installed package is: on MYPYPATH it would be checked itself
-    (site_packages / "osscompile" / "py.typed").stat()
+    code = "import osscompile\nreveal_type(osscompile.compile(model=1))\n"
+    (tmp_path / "user.py").write_text(code)
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "user.py"]
-    environment = os.environ | {"MYPYPATH": ""}
     result = subprocess.run(
         [*command, "--python-executable", str(consumer(site_packages, tmp_path))],
         cwd=tmp_path,
-        env=environment,
+        env=os.environ | {"MYPYPATH": ""},  # there the package would be checked itself
         capture_output=True,
         text=True,
     )

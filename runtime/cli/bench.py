@@ -50,7 +50,7 @@ def add_bench(commands: Commands) -> argparse.ArgumentParser:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    report_all(arguments, lambda *what: bench_each(*what, say_stage))
+    report_all(arguments, lambda *what: bench_each(*what, progress=say_stage))
 
 
 def report_all(arguments: argparse.Namespace, measure: Measure) -> list[Report]:
