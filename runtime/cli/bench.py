@@ -50,7 +50,12 @@ def add_bench(commands: Commands) -> argparse.ArgumentParser:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    report_all(arguments, lambda *what: bench_each(*what, progress=say_stage))
+    def measure(
+        artifacts: Sequence[str], lengths: Sequence[int], depths: Sequence[int]
+    ) -> Iterable[Report]:
+        return bench_each(artifacts, lengths, depths, say_stage)
+
+    report_all(arguments, measure)
 
 
 def report_all(arguments: argparse.Namespace, measure: Measure) -> list[Report]:
