@@ -220,8 +220,8 @@ def read_reports(path: Path) -> list[Report]:
 
 def check_writable(path: Path) -> None:
     """Raise BenchError now rather than after the measuring."""
-    exists = path.exists()
     try:
+        exists = path.exists()  # raises for a folder that may not be searched
         path.open("ab").close()
         if not exists:
             path.unlink()
