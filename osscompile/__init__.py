@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from .compiler import compile
     from .errors import CheckpointError, CompileError
     from .runtime import ArtifactError, InputError, Model, OsscompileError, load
+    from .runtime.version import __version__ as __version__
     from .targets import TargetError
 
-__version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "CheckpointError",
@@ -45,6 +45,10 @@ def __getattr__(name: str) -> Any:
         from .targets import TargetError
 
         return TargetError
+    if name == "__version__":
+        from .runtime.version import __version__
+
+        return __version__
     if name in __all__:
         from . import runtime
 

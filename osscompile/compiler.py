@@ -4,18 +4,18 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 from tvm import ir
 
-from . import __version__, targets
+from . import targets
 from .codegen.cuda import build_cuda
 from .codegen.library import build_library
 from .codegen.opencl import build_opencl
-from .errors import CompileError
+from .codegen.tools import end_tools
+from .errors import CheckpointError, CompileError
 from .importer.config import ModelConfig
 from .importer.graph import (
     DEFAULT_CHUNK,
@@ -27,12 +27,17 @@ from .importer.graph import (
 )
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import weight_pieces
+from .options import names_option, path_option, whole_number
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
 from .runtime.artifact import hash_file, mark_verified
 from .runtime.manifest import CPU, MANIFEST, TOKENIZER, WEIGHTS, File, Manifest, Tensor, Variant
+from .runtime.version import __version__
+from .schedules.records import Records
 from .targets import Target, TargetError
+from .threads import worker_threads
+from .tuning.records import records_of_compile
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 
 # By what executes the artifact: how kernels are lowered for it, and what makes its library.
@@ -50,11 +55,12 @@ def compile(
     target: str | None = None,
     output: str | Path | None = None,
     *,
-    variants: Sequence[str] | None = None,
+    variants: str | Iterable[str] | None = None,
     profile: str = "fast",
     context: int | None = None,
     dump: str | Path | None = None,
     prefill_chunk: int = DEFAULT_CHUNK,
+    records: str | Path | None = None,
     progress: bool = False,
 ) -> Path:
     """Compile a model for a target and return the artifact's directory.
@@ -66,20 +72,30 @@ def compile(
     `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 weights, float32
     activations). `context`: most positions (default: the model's). `dump`: a folder for the IR
     after each phase. `prefill_chunk`: tokens of one prefill; a smaller one takes less workspace.
+    `records`: a file of `osscompile tune` for the one variant, whose constants are taken before the
+    package's (default: that in the user's own folder, for each variant that has one).
     Raises CheckpointError, TargetError or CompileError; nothing is left behind.
     """
     target = target if target is not None else targets.of_this_machine().name
     machines = _choose_variants(target, variants)
     machine = machines[0]  # what they differ in is not looked at before their kernels are scheduled
-    resolved = resolve_model(model)
+    output = path_option("output", output) if output is not None else None
+    dump = path_option("dump", dump) if dump is not None else None
+    records = path_option("records", records) if records is not None else None
+    if not isinstance(model, str | os.PathLike):
+        raise CheckpointError(f"model: expected a name or a directory, found {model!r}")
+    prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
+    with worker_threads(1) as pool:  # a download that is interrupted waits for its own threads
+        resolved = pool.submit(resolve_model, model).result()
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
-    output = Path(output) if output is not None else Path(f"{resolved.name}-{machine.name}.osc")
+    if output is None:
+        output = path_option("output", f"{resolved.name}-{machine.name}.osc")
+    constants = _read_records(machines, records, progress)
     check_replaceable(output)  # checked again below, but better told before the work
 
     _say(progress, f"building the graph: {config.num_layers} layers, {config.num_experts} experts")
     graph = build_graph(config, profile, context, prefill_chunk)
-    dump = Path(dump) if dump is not None else None
     module = graph.module
     if machine.device != CPU:  # its logits are not in the host's memory
         module = with_choose(module, config.vocab_size)
@@ -92,7 +108,7 @@ def compile(
     with staged_directory(output, size + OTHER_FILES_BYTES) as folder:
         names = ", ".join(m.variant for m in machines)
         _say(progress, f"compiling its kernels for {machine.description}: {names}")
-        workspace_bytes = _build_libraries(module, machines, folder, dump)
+        workspace_bytes = _build_libraries(module, machines, constants, folder, dump)
         with tqdm(
             total=size, unit="B", unit_scale=True, desc="repacking weights", disable=not progress
         ) as bar:
@@ -137,32 +153,57 @@ def _say(progress: bool, text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _choose_variants(target: str, names: Sequence[str] | None) -> tuple[Target, ...]:
+def _choose_variants(target: str, names: str | Iterable[str] | None) -> tuple[Target, ...]:
     """Those of that name, or all, in the order of the target's file."""
     variants = targets.load_variants(target)
     known = [v.variant for v in variants]
+    names = names_option("variants", names) if names is not None else None
     unknown = [name for name in names or () if name not in known]
     if unknown or (names is not None and not names):
         raise TargetError(
             f"variants of {target}: expected some of {', '.join(known)}, "
-            f"found {', '.join(unknown) or 'none'}"
+            f"found {', '.join(unknown) if any(unknown) else 'none'}"
         )
     return tuple(v for v in variants if names is None or v.variant in names)
 
 
+def _read_records(machines: tuple[Target, ...], file: Path | None, progress: bool) -> list[Records]:
+    """Constants of the schedules, for each variant."""
+    if file is not None and len(machines) > 1:
+        raise CompileError(
+            f"records: expected one variant to compile for, because a file has those of one, found "
+            f"{', '.join(m.variant for m in machines)}; choose with --variants"
+        )
+    found = []
+    for machine in machines:
+        constants, read = records_of_compile(machine, file)
+        if read is not None:
+            _say(progress, f"constants of {machine.variant} are from {read}, before the package's")
+        found.append(constants)
+    return found
+
+
 def _build_libraries(
-    module: ir.IRModule, machines: tuple[Target, ...], folder: Path, dump: Path | None
+    module: ir.IRModule,
+    machines: tuple[Target, ...],
+    constants: list[Records],
+    folder: Path,
+    dump: Path | None,
 ) -> dict[str, int]:
     """Schedule and compile the packed module for each of them; returns the workspace of each
     function in bytes, which is the same for all."""
     passes, build = BUILDS[machines[0].runtime]
     lowered = []
-    for machine in machines:
+    for machine, records in zip(machines, constants, strict=True):
         phases = dump / machine.variant if dump is not None else None
-        lowered.append(run_passes(module, machine, passes, phases, after=SHARED_PASSES))
+        lowered.append(run_passes(module, machine, passes, phases, SHARED_PASSES, records))
     libraries = [folder / machine.library for machine in machines]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # LLVM works without Python's lock
-        list(pool.map(build, lowered, machines, libraries))
+    with worker_threads(os.cpu_count() or 1) as pool:  # LLVM works without Python's lock
+        try:
+            list(pool.map(build, lowered, machines, libraries))
+        except KeyboardInterrupt:
+            end_tools(folder)
+            raise
     first, *others = ({f: int(n) for f, n in sorted(m.attrs[WORKSPACE].items())} for m in lowered)
     assert all(other == first for other in others), (first, others)
     return first
@@ -171,14 +212,14 @@ def _build_libraries(
 def _check_options(config: ModelConfig, profile: str, context: int | None, chunk: int) -> int:
     if profile not in PROFILES:
         raise CompileError(f"profile: expected one of {', '.join(PROFILES)}, found {profile!r}")
-    if context is None:
-        context = config.max_context
+    context = config.max_context if context is None else whole_number("context", context)
     if not 1 <= context <= config.max_context:
         raise CompileError(
             f"context: expected 1 to {config.max_context} (the model's limit), found {context}"
         )
-    if chunk < 1:
-        raise CompileError(f"prefill_chunk: expected a positive number of tokens, found {chunk}")
+    most = max(DEFAULT_CHUNK, config.max_context)
+    if not 1 <= chunk <= most:
+        raise CompileError(f"prefill_chunk: expected 1 to {most} tokens, found {chunk}")
     return context
 
 

@@ -11,10 +11,11 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,7 @@ import numpy as np
 from .errors import CompileError
 from .runtime.artifact import ALIGNMENT, PADDING
 from .runtime.manifest import MANIFEST, PROGRAMS_SUFFIX, TOKENIZER, WEIGHTS, Tensor
+from .threads import worker_threads
 
 LIBRARY_SUFFIXES = (".so", ".dylib", ".cl", ".fatbin", PROGRAMS_SUFFIX)
 # Threads that make weights; one more hashes and writes them and keeps up with no more than these.
@@ -55,8 +57,9 @@ def staged_directory(output: Path, needed_bytes: int) -> Iterator[Path]:
         with _only_writer(partial):
             _clear(partial, output)
             try:
-                # Named by the process: the linker of a killed one may still be writing.
-                staged = partial / str(os.getpid())
+                # Named anew each time: a thread of an interrupted compile may still write to its
+                # own, and so may the linker of a killed one.
+                staged = partial / secrets.token_hex(8)
                 staged.mkdir(parents=True)
                 _check_free_space(output.parent, needed_bytes)
                 yield staged
@@ -86,7 +89,7 @@ def write_weights(
     """
     header, padding = _header(tensors)
     digest = hashlib.sha256()
-    with path.open("wb") as stream, ThreadPoolExecutor(NUM_MAKERS) as pool:
+    with path.open("wb") as stream, worker_threads(NUM_MAKERS) as pool:
         pieces = _make_in_order(pool, (make for t in tensors for make in pieces_of(t)))
 
         def write(block: bytes | memoryview) -> None:

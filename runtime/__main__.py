@@ -1,21 +1,24 @@
-"""`python -m osscompile_runtime run | inspect OUT`, where the runtime alone is."""
+"""`python -m osscompile_runtime run | inspect | bench OUT`, where the runtime alone is."""
 
 import argparse
-import sys
 
+from .cli.bench import add_bench
 from .cli.inspect import add_inspect
-from .cli.main import run_command
+from .cli.main import end_process, run_command
 from .cli.run import add_run
+from .version import __version__
 
 
 def _parser() -> argparse.ArgumentParser:
-    package = __package__ or ""
-    parser = argparse.ArgumentParser(prog=package, description="Run compiled gpt-oss models.")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}", description="Run compiled gpt-oss models."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_run, add_inspect):
+    for add in (add_run, add_inspect, add_bench):
         add(commands)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(_parser()))
+    end_process(run_command(_parser()))

@@ -6,7 +6,8 @@ model. Shapes are those after weights were packed.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias
@@ -21,12 +22,17 @@ from ..targets import Target
 Choose: TypeAlias = Callable[[str, Sequence[int], int], int]
 
 
-def recorded(function: PrimFunc, target: Target) -> Choose:
-    """Answer from the record of this kernel on this target, else with the default."""
-    return answering(load_records(target).get(kernel_key(function), {}))
+Records: TypeAlias = Mapping[str, Mapping[str, int]]  # constants by name, by the kernel's key
 
 
-def answering(record: dict[str, int]) -> Choose:
+def recorded(function: PrimFunc, target: Target, records: Records | None = None) -> Choose:
+    """Answer from the record of this kernel in `records` (default: the committed ones of this
+    target), else with the default."""
+    records = load_records(target) if records is None else records
+    return answering(records.get(kernel_key(function), {}))
+
+
+def answering(record: Mapping[str, int]) -> Choose:
     """Answer from a record where its value is a candidate, else with the default."""
 
     def choose(name: str, candidates: Sequence[int], default: int) -> int:
@@ -46,20 +52,29 @@ def kernel_key(function: PrimFunc) -> str:
     return " ".join([str(function.attrs["op"]), *parameters])
 
 
-def load_records(target: Target) -> dict[str, dict[str, int]]:
-    """Return the constants by kernel; none if the variant was not tuned."""
+def load_records(target: Target) -> Records:
+    """Return the committed constants by kernel; none if the variant was not tuned."""
     return _records(records_file(target))
 
 
 def records_file(target: Target) -> Path:
-    """Return the file of a variant's records; without it a compile takes the defaults."""
+    """Return the package's file of a variant's records; without it its kernels take defaults."""
     name = target.name if target.variant == target.name else f"{target.name}-{target.variant}"
     return Path(__file__).parent / "records" / f"{name}.json"
 
 
+def user_records_file(target: Target) -> Path | None:
+    """Where a user keeps the records of a variant who cannot write into the package; None for one
+    without a home. Compiles read it after the package's."""
+    data = os.path.expanduser(os.environ.get("XDG_DATA_HOME") or "~/.local/share")
+    if not os.path.isabs(data):
+        return None
+    return Path(data, "osscompile", "records", records_file(target).name)
+
+
 @cache
-def _records(path: Path) -> dict[str, dict[str, int]]:
+def _records(path: Path) -> Records:
     if not path.exists():
         return {}
-    records: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8"))
+    records: Records = json.loads(path.read_text(encoding="utf-8"))
     return records

@@ -14,14 +14,16 @@ from artifacts import TINY_OPTIONS
 
 import osscompile
 from osscompile import cli
-from osscompile.bench import bandwidth, int8, machine, models
-from osscompile.bench.artifact import kv_bytes, token_macs
-from osscompile.bench.models import bench
-from osscompile.bench.report import read_reports, table
+from osscompile.bench import bandwidth, int8
+from osscompile.bench.limits import LIMITS
 from osscompile.compiler import GATHERED, _decode_bytes
 from osscompile.importer.graph import cache_parameters, weight_parameters
 from osscompile.importer.synthetic import TINY, gpt_oss_config
 from osscompile.runtime.artifact import read_manifest
+from osscompile.runtime.bench import machine, models
+from osscompile.runtime.bench.artifact import kv_bytes, token_macs
+from osscompile.runtime.bench.models import bench
+from osscompile.runtime.bench.report import read_reports, table
 from osscompile.runtime.engine import Model
 from osscompile.runtime.manifest import Manifest, Tensor
 from osscompile.targets import Target
@@ -68,7 +70,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick")
 def test_report_of_a_small_model(tiny_artifact: Path) -> None:
     stages: list[str] = []
-    report = bench(tiny_artifact, (16, 10_000), (0, 32, 10_000), stages.append)
+    with pytest.warns(UserWarning, match=r"left out prefill 10000, decode at 10000: .*256"):
+        report = bench(tiny_artifact, (16, 10_000), (0, 32, 10_000), stages.append, LIMITS)
     assert list(report.prefill) == [16]
     assert list(report.decode) == list(report.bandwidth_at) == [0, 32]
     assert report.bandwidth >= max(report.bandwidth_at.values()) > 0
@@ -99,7 +102,7 @@ def test_cache_of_each_depth_is_filled_once(
         fill(model, ids)
 
     monkeypatch.setattr(models, "_fill_cache", counted)
-    report = bench(tiny_artifact, (), (0, 64, 64, 32))
+    report = bench(tiny_artifact, (), (0, 64, 64, 32), limits=LIMITS)
     assert filled == [64, 32, 0]
     assert list(report.decode) == list(report.bandwidth_at) == [0, 64, 32]
 
@@ -108,9 +111,9 @@ def test_cache_of_each_depth_is_filled_once(
 @pytest.mark.filterwarnings("ignore:.* has no tokenizer.json")
 def test_context_too_short_to_measure_anything(this_machine: Target, tmp_path: Path) -> None:
     options = TINY_OPTIONS | {"context": 1}
-    report = bench(
-        osscompile.compile("synthetic:tiny", this_machine.name, tmp_path / "short.osc", **options)
-    )
+    short = osscompile.compile("synthetic:tiny", this_machine.name, tmp_path / "s.osc", **options)
+    with pytest.warns(UserWarning, match="left out prefill 16, "):
+        report = bench(short, limits=LIMITS)
     assert report.prefill == {} and report.decode == {} and report.outside_share is None
     assert "decode" not in table(report)
 
@@ -225,7 +228,7 @@ def test_mistakes_are_told_before_measuring(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("osscompile.bench.models.ProcessPoolExecutor", None)  # nothing is measured
+    monkeypatch.setattr(models, "ProcessPoolExecutor", None)  # nothing is measured
     filled = [part.format(artifact=tiny_artifact, tmp=tmp_path) for part in arguments]
     assert cli.main(["bench", *filled]) == 1
     printed = capsys.readouterr()

@@ -17,13 +17,14 @@ from test_cuda import needs_nvcc
 
 import osscompile
 from osscompile import cli
-from osscompile.bench import bandwidth_device, plot
-from osscompile.bench.bandwidth_device import PIECE_BYTES, SOURCES, THREADS, DeviceReader
-from osscompile.bench.models import _fill_cache
-from osscompile.bench.report import read_reports
+from osscompile.bench import plot
 from osscompile.codegen.cuda import find_nvcc
 from osscompile.runtime import load
 from osscompile.runtime.artifact import read_manifest
+from osscompile.runtime.bench import bandwidth_device
+from osscompile.runtime.bench.bandwidth_device import PIECE_BYTES, SOURCES, THREADS, DeviceReader
+from osscompile.runtime.bench.models import _fill_cache
+from osscompile.runtime.bench.report import read_reports
 from osscompile.runtime.devices.cuda import CudaDevice
 from osscompile.runtime.devices.opencl import OpenCLDevice
 from osscompile.runtime.engine import memory_bytes
@@ -41,9 +42,9 @@ BENCH = """
 import sys
 sys.modules["tvm"] = sys.modules["tvm_ffi"] = None  # as where there is no compiler
 from pathlib import Path
-from osscompile.bench import bandwidth_device
-from osscompile.bench.models import bench
-from osscompile.bench.report import table, write_reports
+from osscompile.runtime.bench import bandwidth_device
+from osscompile.runtime.bench.models import bench
+from osscompile.runtime.bench.report import table, write_reports
 bandwidth_device.READ_BYTES = 1 << 22
 report = bench(sys.argv[1], (16, 1000), (0, 100, 1000))
 write_reports(Path(sys.argv[2]), [report])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from osscompile.bench import plot
-from osscompile.bench.report import (
+from osscompile.runtime.bench.report import (
     BenchError,
     Report,
     Timing,
@@ -176,7 +176,7 @@ def test_json_with_other_contents(tmp_path: Path, damage: object) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"[1]", b"[{}]", b"\xff\xfe", b"7"])
 def test_json_of_something_else(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "r.json").write_bytes(content)
-    with pytest.raises(BenchError, match=r"expected reports of `osscompile bench --json`, found"):
+    with pytest.raises(BenchError, match=r"expected reports of `bench --json`, found"):
         read_reports(tmp_path / "r.json")
 
 

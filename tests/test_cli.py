@@ -1,10 +1,13 @@
 """The command line: the commands a person types, their output, and their errors."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from artifacts import reseal
 
 from osscompile import cli
 from osscompile.targets import Target
@@ -96,6 +99,67 @@ def test_output_to_a_closed_pipe_is_quiet(nano_artifact: Path) -> None:
     command = f"{sys.executable} -m osscompile inspect {nano_artifact} | true"
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in result.stderr
+
+
+# Where output goes
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    line = command.replace("osscompile ", f"'{sys.executable}' -m osscompile ")
+    return subprocess.run(["sh", "-c", line], capture_output=True, env=os.environ | environment)
+
+
+def test_closed_streams_are_as_if_they_led_nowhere(nano_artifact: Path) -> None:
+    result = shell(f"osscompile run '{nano_artifact}' hello >&-")
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    result = shell(f"osscompile run '{nano_artifact}.none' hello 2>&-")
+    assert (result.returncode, result.stdout) == (1, b"")  # an error does not go to the output
+    result = shell(f"osscompile run '{nano_artifact}' <&-")
+    assert result.returncode == 0 and b"> " in result.stdout and result.stderr == b""
+
+
+def test_output_to_a_full_disk(nano_artifact: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("the system has no full device")
+    result = shell(f"osscompile inspect '{nano_artifact}' > /dev/full")
+    assert result.returncode == 1
+    (line,) = result.stderr.decode().splitlines()
+    assert line.startswith("osscompile: expected output that can be written, found: ")
+
+
+def test_characters_that_the_terminal_does_not_have(nano_artifact: Path, tmp_path: Path) -> None:
+    """Of an answer as of a path: what it has is printed, the others are question marks."""
+    odd = tmp_path / "\udcff\u2603.osc"
+    shutil.copytree(nano_artifact, odd)
+    reseal(odd, lambda manifest: manifest.update(model="sn\u2603w"))
+    for encoding in ("ascii", "utf-8"):
+        result = shell(f"osscompile inspect '{odd}'", PYTHONIOENCODING=encoding)
+        assert result.returncode == 0 and result.stderr == b""
+        expected = "sn?w" if encoding == "ascii" else "sn\u2603w"
+        assert expected in result.stdout.decode(encoding)
+
+
+def test_question_that_is_no_text(nano_artifact: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "osscompile", "run", str(nano_artifact)],
+        input=b"What is 2 + 2? \xff\n\n",
+        capture_output=True,
+    )
+    assert result.returncode == 0 and result.stderr == b""
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "x" * 300, "/proc/none"])
+def test_bundle_and_dump_to_places_that_cannot_be_written(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    assert cli.main(["bundle", place]) == 1
+    message = "expected a folder that can be written, found: "
+    assert message in capsys.readouterr().err
+    assert cli.main(["compile", "synthetic:tiny", "--dump", place, "--target", "x86"]) == 1
+    assert f"dump: {message}" in capsys.readouterr().err
+    assert os.listdir() == ["file"]
 
 
 def _total(text: str) -> float:

@@ -23,9 +23,9 @@ from test_tuning_devices import offer as offer  # a fixture
 from treacherous_kernel import check_ingest, emit_tiny, measured_ways
 
 import osscompile
-from osscompile.bench import bandwidth_device
-from osscompile.bench.models import bench
 from osscompile.runtime import load
+from osscompile.runtime.bench import bandwidth_device
+from osscompile.runtime.bench.models import bench
 from osscompile.runtime.devices import cuda
 from osscompile.runtime.trials.measure import measure_kernel
 
@@ -74,7 +74,7 @@ def test_logits_stay_on_the_device(nano: Path, temperature: float) -> None:
 def test_bench(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel in C++, in place of the one in PTX, measures the bandwidth."""
     monkeypatch.setattr(bandwidth_device, "READ_BYTES", 1 << 22)
-    monkeypatch.setattr("osscompile.bench.models.DECODE_STEPS", 3)
+    monkeypatch.setattr("osscompile.runtime.bench.models.DECODE_STEPS", 3)
     report = bench(nano, (16,), (0, 100))
     assert report.device == "Stand-in (CUDA driver 12.4)"
     assert list(report.prefill) == [16] and list(report.decode) == [0, 100]

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from artifacts import TINY_OPTIONS, leave_libraries_empty
 from checkpoints import write_checkpoint
@@ -60,11 +62,58 @@ def test_context_out_of_range(tmp_path: Path, target: str, context: int) -> None
     assert listing(tmp_path) == []
 
 
-@pytest.mark.parametrize("chunk", [0, -8])
+@pytest.mark.parametrize("chunk", [0, -8, 10**30])
 def test_prefill_chunk_out_of_range(tmp_path: Path, target: str, chunk: int) -> None:
     with pytest.raises(CompileError, match=f"prefill_chunk: expected .*found {chunk}"):
         compile_tiny(tmp_path / "out", target, prefill_chunk=chunk)
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("option", ["context", "prefill_chunk"])
+@pytest.mark.parametrize("number", [64.0, np.float32(64), True, "64", [64]])
+def test_number_that_is_none(tmp_path: Path, target: str, option: str, number: Any) -> None:
+    with pytest.raises(CompileError, match=f"{option}: expected a whole number, found "):
+        compile_tiny(tmp_path / "out", target, **{option: number})
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_what_stands_for_a_number_or_a_list_of_names(tmp_path: Path, this_machine: Target) -> None:
+    name = this_machine.variant
+    for variants in (name, (name,), {name}, iter([name])):
+        options = {"context": np.int64(64), "prefill_chunk": np.uint8(64), "variants": variants}
+        output = compile_tiny(tmp_path / "out", this_machine.name, **options)
+        manifest = read_manifest(output)
+        assert (manifest.context, manifest.chunk) == (64, 64)
+        assert [variant.name for variant in manifest.variants] == [name]
+
+
+@pytest.mark.parametrize("variants", [5, [5], b"generic", [None]])
+def test_variants_that_are_no_names(tmp_path: Path, target: str, variants: Any) -> None:
+    with pytest.raises(CompileError, match="variants: expected names, found"):
+        compile_tiny(tmp_path / "out", target, variants=variants)
+
+
+@pytest.mark.parametrize("option", ["output", "dump", "records"])
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        (5, "found 5"),
+        (b"bytes", "found b'bytes'"),
+        ("", "found an empty one"),
+        ("not\udcffutf-8", "of UTF-8 characters"),
+        ("zero\0byte", "of UTF-8 characters"),
+    ],
+)
+def test_path_that_is_none(target: str, option: str, path: Any, found: str) -> None:
+    with pytest.raises(CompileError, match=f"{option}: expected a path.*{found}"):
+        osscompile.compile("synthetic:tiny", target, **{option: path})
+
+
+@pytest.mark.parametrize("model", [None, 5, b"nano", []])
+def test_model_that_is_no_name(tmp_path: Path, target: str, model: Any) -> None:
+    with pytest.raises(CheckpointError, match="model: expected a name or a directory, found"):
+        osscompile.compile(model, target, tmp_path / "out")
 
 
 @pytest.mark.parametrize("profile", ["", "exakt", "FAST", None])
@@ -209,7 +258,11 @@ def test_failure_in_the_middle_of_the_weights(
     }[problem]
     with pytest.raises(error, match=words):
         osscompile.compile(tmp_path / "model", target, output, **TINY_OPTIONS)
-    assert not any("PoolExecutor" in thread.name for thread in threading.enumerate())
+    for thread in threading.enumerate():
+        if "PoolExecutor" in thread.name:  # after an interrupt it ends by itself
+            assert problem == "interrupt"
+            thread.join(timeout=60)
+            assert not thread.is_alive()
     assert listing(tmp_path) == files
     for name, expected in content.items():
         assert (tmp_path / name).read_bytes() == expected, name
@@ -351,6 +404,103 @@ def test_ctrl_c_in_the_middle(tmp_path: Path, slow_compile: subprocess.Popen[str
     slow_compile.wait(timeout=60)
     assert slow_compile.returncode != 0
     assert listing(tmp_path) == []
+
+
+COMPILE_FOR_EVER = """
+import importlib, sys, time
+from osscompile import cli
+from osscompile.codegen.tools import run_tool
+module = importlib.import_module("osscompile.compiler")
+
+def build(lowered, target, output):
+    if sys.argv[1] == "tool":
+        run_tool(["sh", "-c", "sleep 600 & echo $! > ../../id; wait"], output.parent)
+    print("building", flush=True)
+    time.sleep(600)  # as LLVM, which nothing interrupts
+    output.touch()
+
+passes, _ = module.BUILDS["tvm"]
+module.BUILDS["tvm"] = passes, build
+options = ["--target", sys.argv[2], "--variants", sys.argv[3], "-o", "out"]
+status = cli.main(["compile", "synthetic:tiny", *options])
+from osscompile.runtime.cli.main import end_process
+end_process(status)
+"""
+
+
+@pytest.mark.parametrize("busy", ["thread", "tool"])
+def test_ctrl_c_while_kernels_are_compiled(tmp_path: Path, target: str, busy: str) -> None:
+    """The command ends though its threads do not, with one line, and takes its tools with it."""
+    variant = targets.load_variants(target)[-1].variant
+    command = [sys.executable, "-c", COMPILE_FOR_EVER, busy, target, variant]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            if busy == "thread":
+                assert process.stdout.readline() == "building\n"
+            identity = tmp_path / "id"
+            while busy == "tool" and not (identity.exists() and identity.read_text()):
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
+        *_, last = process.stderr.read().splitlines()
+    assert last == "osscompile: interrupted"
+    if busy == "tool":
+        assert not is_running(int(identity.read_text()))
+        identity.unlink()
+    assert listing(tmp_path) == []
+
+
+def is_running(process: int) -> bool:
+    """One that ended and that nobody waited for does not run."""
+    try:
+        os.kill(process, 0)
+        stat = Path(f"/proc/{process}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def test_interrupt_of_a_compile_leaves_the_next_one_alone(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process that goes on, threads of the interrupted one still work: not in its place."""
+    release, started, done = threading.Event(), threading.Event(), threading.Event()
+    passes, _ = compile_module.BUILDS["tvm"]
+
+    def build_late(module: Any, target: Target, output: Path) -> None:
+        started.set()
+        release.wait(60)
+        with contextlib.suppress(OSError):
+            output.write_text("late")
+        done.set()
+
+    def interrupt(pool: Any, build: Any, *arguments: Any) -> None:
+        list(map(partial(pool.submit, build), *arguments))
+        started.wait(60)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("concurrent.futures.ThreadPoolExecutor.map", interrupt)
+        patch.setitem(compile_module.BUILDS, "tvm", (passes, build_late))
+        with pytest.raises(KeyboardInterrupt):
+            compile_tiny(tmp_path / "out", target)
+    assert listing(tmp_path) == []
+
+    def build(module: Any, target: Target, output: Path) -> None:
+        output.write_text("new")
+        release.set()
+        done.wait(60)
+
+    monkeypatch.setitem(compile_module.BUILDS, "tvm", (passes, build))
+    compile_tiny(tmp_path / "out", target)
+    libraries = [*(tmp_path / "out").glob("lib*")]
+    assert libraries and all(library.read_text() == "new" for library in libraries)
 
 
 def test_a_whole_compile_leaves_only_the_artifact(

@@ -16,11 +16,13 @@ from test_metal import for_here as for_here  # a fixture
 
 import osscompile
 from osscompile import cli
-from osscompile.bench import bandwidth_tensor, machine
+from osscompile.bench import bandwidth_tensor
 from osscompile.bench.bandwidth_tensor import GROUP_BYTES, THREADS, TensorReader
-from osscompile.bench.models import _fill_cache, bench
-from osscompile.bench.report import read_reports, table, write_reports
+from osscompile.bench.limits import LIMITS
 from osscompile.runtime import load
+from osscompile.runtime.bench import machine
+from osscompile.runtime.bench.models import _fill_cache, bench
+from osscompile.runtime.bench.report import read_reports, table, write_reports
 from osscompile.runtime.devices.tvm_device import TensorDevice
 from osscompile.runtime.devices.tvm_memory import TensorMemory
 from osscompile.runtime.errors import ArtifactError
@@ -49,8 +51,8 @@ def held_bytes() -> int:
 @pytest.mark.usefixtures("small")
 def test_report(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The report tells the planned memory, which is what the device holds."""
-    monkeypatch.setattr("osscompile.bench.models.DECODE_STEPS", 4)  # more take long on the stand-in
-    monkeypatch.setattr("osscompile.bench.models.REPEATS", 2)
+    monkeypatch.setattr("osscompile.runtime.bench.models.DECODE_STEPS", 4)  # long on the stand-in
+    monkeypatch.setattr("osscompile.runtime.bench.models.REPEATS", 2)
     load_stand_in()
     before, held = held_bytes(), []
 
@@ -58,7 +60,7 @@ def test_report(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if stage == "read bandwidth":
             held.append(held_bytes() - before)
 
-    report = bench(tiny, (16, 1000), (0, 100, 1000), progress)
+    report = bench(tiny, (16, 1000), (0, 100, 1000), progress, LIMITS)
     assert list(report.prefill) == [16]
     assert list(report.decode) == list(report.bandwidth_at) == [0, 100]
     assert report.bandwidth >= max(report.bandwidth_at.values()) > 0

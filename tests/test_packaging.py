@@ -3,11 +3,13 @@
 import ast
 import dataclasses
 import importlib
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -71,6 +73,35 @@ def test_one_name_at_the_top_level_of_site_packages(site_packages: Path) -> None
         "bin",  # pip puts scripts here with --target
     }
     assert [path.name for path in (site_packages / "bin").iterdir()] == ["osscompile"]
+
+
+def test_version_of_the_wheel_is_that_of_the_code(site_packages: Path) -> None:
+    assert metadata.version("osscompile") == osscompile.__version__
+    assert (site_packages / f"osscompile-{osscompile.__version__}.dist-info").is_dir()
+
+
+def test_types_of_the_wheel_are_seen(site_packages: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    code = "import osscompile\nreveal_type(osscompile.compile(model=1))\n"
+    (tmp_path / "user.py").write_text(code)
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "user.py"]
+    result = subprocess.run(
+        [*command, "--python-executable", str(consumer(site_packages, tmp_path))],
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": ""},  # there the package would be checked itself
+        capture_output=True,
+        text=True,
+    )
+    assert 'Revealed type is "pathlib.Path"' in result.stdout, result.stdout + result.stderr
+    assert 'has incompatible type "int"; expected "str | Path"' in result.stdout
+
+
+def consumer(site_packages: Path, folder: Path) -> Path:
+    """The Python of an environment that has the wheel alone."""
+    venv.create(folder / "venv", symlinks=True)
+    (packages,) = (folder / "venv").glob("lib/python*/site-packages")
+    (packages / "osscompile").symlink_to(site_packages / "osscompile")
+    return folder / "venv" / "bin" / "python"
 
 
 def test_wheel_holds_every_file(site_packages: Path, source: Path) -> None:
@@ -186,13 +217,15 @@ def imports(file: Path) -> Iterator[str]:
             yield from (a.value for a in node.args if isinstance(a, ast.Constant))
 
 
-@pytest.mark.parametrize("file", python_files("runtime"), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "file", python_files("runtime"), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_runtime_imports_neither_the_compiler_nor_tvm(file: Path) -> None:
     """It imports what a bundle asks for, and itself, relatively: the folder may have any name."""
     depth = len(file.relative_to(ROOT).parts) - 1  # dots that reach the folder itself
     for name in imports(file):
-        if name.startswith("."):
-            dots = len(name) - len(name.lstrip("."))
+        dots = len(name) - len(name.lstrip("."))
+        if dots:
             assert dots <= depth, f"{file}: {name} leads out of the folder"
         else:
             assert name.split(".")[0] in sys.stdlib_module_names | RUNTIME_NEEDS, f"{file}: {name}"

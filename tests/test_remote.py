@@ -21,10 +21,10 @@ from treacherous_kernel import offer as offer
 from osscompile import cli
 from osscompile import remote as remote_module
 from osscompile.bench import bandwidth
-from osscompile.bench.report import read_reports
 from osscompile.errors import RemoteError
 from osscompile.remote import Remote, parse_remote
 from osscompile.runtime.artifact import read_manifest
+from osscompile.runtime.bench.report import read_reports
 from osscompile.runtime.trials.measure import measure_kernel
 from osscompile.targets import Target
 from osscompile.tuning.far import attempt_there

@@ -2,6 +2,7 @@
 
 import _ctypes
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -10,12 +11,18 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from opencl_device import OPENCL, needs_opencl
 
+import osscompile
+from osscompile.bench import plot
 from osscompile.bundle import bundle_runtime
+from osscompile.runtime.bench.report import read_reports
 
 # tvm_ffi imports typing-extensions. huggingface_hub, which tokenizers requires, is left out on
 # purpose: only downloads need it.
 PACKAGES = ("apache-tvm-ffi", "typing-extensions", "numpy", "tokenizers")
+# These are there where they are installed here: an OpenCL device takes them.
+OPENCL_PACKAGES = ("pyopencl", "pytools", "platformdirs", "siphash24", "pocl-binary-distribution")
 
 # Slow steps are measured in a process that did them once before; printed, never asserted.
 ASK = """
@@ -52,13 +59,16 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "venv", {"base": str(root), "platbase": str(root), "installed_base": sys.base_prefix}
     )
     site_packages = Path(paths["purelib"])
-    for package in PACKAGES:
+    installed = {distribution.name for distribution in metadata.distributions()}
+    for package in (*PACKAGES, *installed.intersection(OPENCL_PACKAGES)):
         for file in metadata.distribution(package).files or ():
             if ".." not in file.parts and "tests" not in file.parts:
                 target = site_packages / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(Path(str(file.locate())).read_bytes())
-    bundle_runtime(site_packages)
+    bench = bundle_runtime(site_packages) / "bench" / "bandwidth_device.py"
+    text = bench.read_text()  # a bench reads less memory here: how fast it is, nobody asks
+    bench.write_text(text.replace("READ_BYTES = 1 << 30", "READ_BYTES = 1 << 22"))
     return Path(paths["scripts"]) / "python"
 
 
@@ -98,6 +108,69 @@ def test_time_to_import_and_load_nano(runs: list, capsys: pytest.CaptureFixture[
         print(f"\nimport and load of nano: {runs[1]['seconds']:.2f} s", end=" ")
     slow = {"torch", "tvm", "transformers", "huggingface_hub", "pandas", "scipy", "jinja2"}
     assert not slow & set(runs[1]["modules"])
+
+
+# The commands
+
+
+def command(environment: Path, cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(environment), "-m", "osscompile_runtime", *map(str, arguments)],
+        cwd=cwd,
+        # PoCL looks for a linker there, and keeps what it compiled here.
+        env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_run_and_inspect_alone(environment: Path, nano_artifact: Path, tmp_path: Path) -> None:
+    question = ["What is 17 + 25?", "--hide-analysis"]
+    result = command(environment, tmp_path, "run", nano_artifact, *question)
+    assert (result.returncode, result.stdout.strip()) == (0, "17 + 25 = 42."), result.stderr
+    result = command(environment, tmp_path, "inspect", nano_artifact)
+    assert "KV cache" in result.stdout and "(runs here)" in result.stdout, result.stderr
+
+
+def test_an_error_alone_names_the_command_that_was_typed(environment: Path, tmp_path: Path) -> None:
+    result = command(environment, tmp_path, "bench", "none.osc")
+    assert result.returncode == 1
+    assert result.stderr.startswith("python -m osscompile_runtime: none.osc: expected an artifact")
+    assert "Traceback" not in result.stderr
+
+
+def test_bench_of_a_cpu_alone_leaves_out_what_takes_a_compiler(
+    environment: Path, nano_artifact: Path, tmp_path: Path
+) -> None:
+    """What it measures is in the report, and its lack of limits too; the full package reads it."""
+    options = ["--prefill", "16,99999", "--decode", "0", "--json", "r.json"]
+    result = command(environment, tmp_path, "bench", nano_artifact, *options)
+    assert result.returncode == 0, result.stderr
+    assert "read bandwidth: not measured" in result.stdout
+    assert "decode at 0" in result.stdout and "roofline" not in result.stdout
+    assert "warning: " in result.stderr and "left out prefill 99999: " in result.stderr
+    (report,) = read_reports(tmp_path / "r.json")
+    assert report.bandwidth is None and report.bandwidth_at == {} and report.int8_peak is None
+    assert list(report.prefill) == [16] and list(report.decode) == [0]
+    pytest.importorskip("matplotlib")
+    plot.plot(tmp_path / "p.png", [report])
+
+
+@needs_opencl
+def test_bench_of_a_device_alone(
+    environment: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A driver compiles what reads its memory: nothing is left out."""
+    folder = tmp_path_factory.mktemp("opencl")
+    # as in test_bench_devices.py: PoCL compiles its kernels once
+    osscompile.compile("nano", OPENCL.name, folder / "gpu.osc", context=256, prefill_chunk=64)
+    result = command(environment, folder, "bench", "gpu.osc", "--prefill", "16", "--decode", "0")
+    assert result.returncode == 0, result.stderr
+    assert "read bandwidth" in result.stdout and "of roofline" in result.stdout
+    assert "read bandwidth: not measured" not in result.stdout
+
+
+# The library
 
 
 def test_runtime_says_that_its_library_is_missing(environment: Path, nano_artifact: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from artifacts import flip_byte
+from artifacts import flip_byte, leave_libraries_empty
 from treacherous_kernel import (
     CRASHES,
     FAST,
@@ -32,11 +32,12 @@ from tvm import ir
 from tvm.s_tir import Schedule
 from tvm.tirx import PrimFunc
 
-from osscompile import cli
+from osscompile import cli, targets
 from osscompile.bundle import bundle_runtime
 from osscompile.codegen.library import build_library
 from osscompile.errors import CompileError
 from osscompile.importer.graph import build_graph
+from osscompile.importer.resolve import resolve_model
 from osscompile.importer.synthetic import TINY
 from osscompile.passes.pack_weights import pack_weights
 from osscompile.passes.schedule_kernels import schedule_kernels
@@ -52,8 +53,16 @@ from osscompile.schedules.cpu.rows import rows as fallback
 from osscompile.schedules.formats import DIGIT
 from osscompile.schedules.records import Choose, kernel_key
 from osscompile.targets import Target
-from osscompile.tuning import emit, tune
-from osscompile.tuning.records import Finding, check_records, read_findings, write_records
+from osscompile.tuning import emit, records, tune
+from osscompile.tuning.records import (
+    Finding,
+    check_records,
+    own_records_file,
+    read_findings,
+    records_of_compile,
+    write_records,
+)
+from osscompile.tuning.workloads import collect_workloads
 
 
 @pytest.fixture
@@ -311,10 +320,76 @@ def test_kernel_whose_default_is_as_good_loses_its_record(tmp_path: Path) -> Non
     assert json.loads(file.read_text()) == {}
 
 
-@pytest.mark.parametrize("text", ["", "[]"])
+@pytest.fixture
+def of_user(this_machine: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a user of another's package keeps records."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    (tmp_path / "package" / "records").mkdir(parents=True)
+    monkeypatch.setattr(schedule_records, "__file__", str(tmp_path / "package" / "records.py"))
+    package = schedule_records.records_file(this_machine)
+    monkeypatch.setattr(records, "_can_write", lambda file: file != package)
+    return tmp_path / "osscompile" / "records" / package.name
+
+
+def test_records_of_a_package_that_cannot_be_written(of_user: Path, this_machine: Target) -> None:
+    """They are the user's own, and a compile takes them before the package's."""
+    assert own_records_file(this_machine) == of_user
+    package = {"a": {"n": 1}, "b": {"n": 1}}
+    schedule_records.records_file(this_machine).write_text(json.dumps(package))
+    schedule_records._records.cache_clear()
+    assert records_of_compile(this_machine, None) == (package, None)
+    faster = Finding("a", 1.0, 0.5, 0.5, {"n": 2})
+    write_records(of_user, [faster, Finding("b", 1.0, 1.0, 1.0, {})], package)
+    assert records_of_compile(this_machine, None) == ({"a": {"n": 2}, "b": {}}, of_user)
+    other = of_user.with_name("other.json")
+    other.write_text('{"c": {"n": 3}}')
+    assert records_of_compile(this_machine, other) == (package | {"c": {"n": 3}}, other)
+
+
+def test_user_without_a_home(this_machine: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that the system knows: a folder named ~ would be made where the command runs."""
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert own_records_file(this_machine) == schedule_records.records_file(this_machine)
+    assert records_of_compile(this_machine, None)[1] is None
+
+
+def test_command_compiles_with_records(
+    this_machine: Target,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leave_libraries_empty(monkeypatch)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    file, ir = tmp_path / "r.json", tmp_path / "ir"
+    arguments = ["compile", "synthetic:tiny", "-o", str(tmp_path / "out"), "--profile", "exact"]
+    arguments += ["--target", this_machine.name, "--context", "64", "--dump", str(ir)]
+
+    def scheduled(*more: str) -> str:
+        assert cli.main([*arguments, "--variants", this_machine.variant, *more]) == 0
+        (phase,) = (ir / this_machine.variant).glob("*_schedule_kernels.py")
+        return phase.read_text()
+
+    default = scheduled()
+    assert "before the package's" not in capsys.readouterr().err
+    config = resolve_model("synthetic:tiny").source.config
+    workloads = collect_workloads(config, "exact", this_machine)
+    file.write_text(json.dumps({w.key: {"row_groups_per_task": 2} for w in workloads}))
+    assert scheduled("--records", str(file)) != default
+    assert f"are from {file}, before the package's" in capsys.readouterr().err
+    file.write_text("[]")
+    assert cli.main([*arguments, "--variants", this_machine.variant, "--records", str(file)]) == 1
+    assert "r.json: expected records" in capsys.readouterr().err
+    if len(targets.load_variants(this_machine.name)) > 1:
+        assert cli.main([*arguments, "--records", str(file)]) == 1
+        assert "expected one variant" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": {"n": "2"}}', "\udcff"])
 def test_records_that_are_damaged_are_told_before_measuring(tmp_path: Path, text: str) -> None:
-    (tmp_path / "records.json").write_text(text)
-    with pytest.raises(CompileError, match="expected records, found"):
+    (tmp_path / "records.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(CompileError, match=r"expected records of .*, found"):
         check_records(tmp_path / "records.json")
 
 

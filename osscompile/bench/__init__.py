@@ -1,1 +1,1 @@
-"""Everything that measures models and machines, beside what memory and arithmetic allow."""
+"""What a bench needs the compiler for, far machines, and pictures; the rest: `runtime/bench/`."""

@@ -13,9 +13,9 @@ from tvm.script import tirx as T
 
 from .. import targets
 from ..codegen.library import build_library
+from ..runtime.bench.bandwidth_device import CHUNKS, READ_BYTES, STEPS, THREADS, TOGETHER, TRIALS
 from ..runtime.devices.tvm_memory import TensorMemory
 from ..runtime.devices.tvm_runtime import load_function
-from .bandwidth_device import CHUNKS, READ_BYTES, STEPS, THREADS, TOGETHER, TRIALS
 
 READS = 8  # of a sample: what it takes to wait for the device is once in it
 LANES = 4  # 32-bit numbers of a load

@@ -20,10 +20,10 @@ from ..codegen.library import build_library
 from ..errors import RemoteError
 from ..remote import Remote, is_alive, upload
 from ..runtime.artifact import Artifact, open_artifact, read_manifest
-from .artifact import artifact_facts, random_ids
+from ..runtime.bench.artifact import artifact_facts, random_ids
+from ..runtime.bench.models import DECODE_STEPS, REPEATS, WARMUP_STEPS, fitting, timing
+from ..runtime.bench.report import BenchError, Report
 from .bandwidth import PREFETCH_BYTES, read_module, shapes
-from .models import DECODE_STEPS, REPEATS, WARMUP_STEPS, timing
-from .report import BenchError, Report
 
 SESSION_SECONDS = 24 * 3600  # then the server ends a session that was forgotten
 
@@ -37,8 +37,8 @@ def bench_far(
     decode_depths: Sequence[int],
     progress: Progress,
 ) -> Report:
-    """As `bench.bench`, of the best variant that works there. Raises ArtifactError, BenchError,
-    TargetError or RemoteError."""
+    """As `bench` of the runtime, of the best variant that works there. Raises ArtifactError,
+    BenchError, TargetError or RemoteError."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = read_manifest(Path(artifact))
     if not manifest.on_cpu:
@@ -47,6 +47,7 @@ def bench_far(
             f"{artifact}: expected an artifact for a CPU, found one for {found}, which "
             "is not measured over TVM's RPC; run `osscompile bench` where its device is"
         )
+    lengths, depths = fitting(artifact, manifest, prefill_lengths, decode_depths)
     reasons = []
     for name in (variant.name for variant in manifest.variants):
         opened = open_artifact(artifact, variant=name, elsewhere=True)
@@ -59,7 +60,7 @@ def bench_far(
                 raise
             reasons.append(f"{name} ended the session ({error!r})")
             continue
-        return _measure(model, opened, remote, date, prefill_lengths, decode_depths, progress)
+        return _measure(model, opened, remote, date, lengths, depths, progress)
     raise RemoteError(f"{remote}: expected a variant of {artifact} to run, found: {reasons}")
 
 
@@ -68,32 +69,29 @@ def _measure(
     artifact: Artifact,
     remote: Remote,
     date: str,
-    prefill_lengths: Sequence[int],
-    decode_depths: Sequence[int],
+    lengths: Sequence[int],
+    depths: Sequence[int],
     progress: Progress,
 ) -> Report:
     manifest = artifact.manifest
     ids = random_ids(manifest)
     prefill, decode, bandwidth_at = {}, {}, {}
-    for length in prefill_lengths:
-        if length <= manifest.context:
-            progress(f"prefill {length}")
-            prefill[length] = timing(
-                [model.prefill(ids[:length]) for _ in range(1 + REPEATS)][1:], None
-            )
+    for length in lengths:
+        progress(f"prefill {length}")
+        seconds = [model.prefill(ids[:length]) for _ in range(1 + REPEATS)]
+        prefill[length] = timing(seconds[1:], None)
     progress("read bandwidth")
     reader = _FarReader(model, artifact)
     bandwidth = reader.best
-    for depth in decode_depths:
-        if depth + WARMUP_STEPS + DECODE_STEPS <= manifest.context:
-            progress(f"decode at {depth}")
-            seconds, reads = [], []
-            for i, token in enumerate(ids[depth : depth + WARMUP_STEPS + DECODE_STEPS]):
-                reads.append(reader.bandwidth())
-                seconds.append(model.step("decode", [token], depth + i))
-            decode[depth] = timing(seconds[WARMUP_STEPS:], None)
-            bandwidth_at[depth] = statistics.median(reads[WARMUP_STEPS:])
-            bandwidth = max(bandwidth, *reads)
+    for depth in depths:
+        progress(f"decode at {depth}")
+        seconds, reads = [], []
+        for i, token in enumerate(ids[depth : depth + WARMUP_STEPS + DECODE_STEPS]):
+            reads.append(reader.bandwidth())
+            seconds.append(model.step("decode", [token], depth + i))
+        decode[depth] = timing(seconds[WARMUP_STEPS:], None)
+        bandwidth_at[depth] = statistics.median(reads[WARMUP_STEPS:])
+        bandwidth = max(bandwidth, *reads)
     return Report(
         **artifact_facts(manifest, artifact.variant.name),
         cpu=str(remote),

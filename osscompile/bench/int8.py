@@ -1,7 +1,10 @@
 """Int8 arithmetic: what the machine can do."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tvm
@@ -13,9 +16,9 @@ from tvm.tirx import Buffer
 from .. import targets
 from ..runtime.machine import physical_cores
 from ..schedules.cpu import dpbusd, maddubs
-from .machine import best_seconds
 
 STEPS = 1 << 22  # of every chain in one run: some 30 ms
+REPEATS = 5  # the best of them counts: a limit is what was possible
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,19 @@ def int8_peak() -> float | None:
         (tvm.runtime.tensor(weights), tvm.runtime.tensor(np.empty(loop.chains * lanes, np.int32)))
         for _ in range(physical_cores())
     ]
-    seconds = best_seconds(function, parts)
+    seconds = _best_seconds(function, parts)
     return len(parts) * STEPS * loop.chains * loop.vectors * lanes * 4 / seconds
+
+
+def _best_seconds(work: Callable[..., object], parts: Sequence[tuple[Any, ...]]) -> float:
+    """Of `work(*part)` on all parts at once, a thread each; it must let go of Python's lock."""
+    best = float("inf")
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            list(pool.map(lambda part: work(*part), parts))
+            best = min(best, time.perf_counter() - start)
+    return best
 
 
 def _module(loop: _Loop, lanes: int) -> ir.IRModule:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .report import BenchError, Report, Timing, machine
+from ..runtime.bench.report import BenchError, Report, Timing, machine
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -56,7 +56,9 @@ def _draw_decode(axes: Any, report: Report, colour: str) -> None:
     if not report.decode:
         return
     depths = list(report.decode)
-    axes.plot(depths, [report.roofline(d) for d in depths], "--", color=colour, linewidth=1.2)
+    if report.bandwidth is not None:
+        limits = [report.roofline(depth) for depth in depths]
+        axes.plot(depths, limits, "--", color=colour, linewidth=1.2)
     axes.errorbar(depths, **_speeds([1] * len(depths), report.decode.values(), colour))
 
 
@@ -105,11 +107,12 @@ def _caption(reports: Sequence[Report]) -> list[str]:
     lines = []
     for report in reports:
         busy, what = report.other_processes, report.device or report.cpu
-        lines.append(
-            f"{report.model} {report.profile} on {what}: {report.date[:10]}, "
-            f"{report.bandwidth / 1e9:.1f} GB/s read bandwidth"
-            + (f", other processes used {busy * 100:.0f} % of the CPU" if busy is not None else "")
-        )
+        line = f"{report.model} {report.profile} on {what}: {report.date[:10]}"
+        if report.bandwidth is not None:
+            line += f", {report.bandwidth / 1e9:.1f} GB/s read bandwidth"
+        if busy is not None:
+            line += f", other processes used {busy * 100:.0f} % of the CPU"
+        lines.append(line)
     for report in reports:
         software = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         lines.append(f"osscompile bench: {software}, commit {(report.commit or 'unknown')[:12]}")

@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from .. import __version__
 from ..runtime.cli.inspect import add_inspect
 from ..runtime.cli.main import run_command
 from ..runtime.cli.run import add_run
+from ..runtime.version import __version__
 from .bench import add_bench
 from .bundle import add_bundle
 from .compile import add_compile
@@ -27,7 +27,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its status: 0, or 1 after an error of ours."""
+    """Run one command; its status: see `run_command`."""
     return run_command(_parser(), argv)
 
 

@@ -24,6 +24,11 @@ def add_compile(commands: Commands) -> None:
         help="fast: int8 dense weights and activations (default); exact: as in the checkpoint",
     )
     command.add_argument("--context", type=int, metavar="N", help="most positions")
+    command.add_argument(
+        "--records",
+        metavar="FILE",
+        help="of `osscompile tune`, for one variant (default: yours)",
+    )
     command.add_argument("--dump", metavar="DIR", help="write the IR after each phase there")
     command.set_defaults(command=_compile)
 
@@ -39,6 +44,7 @@ def _compile(arguments: argparse.Namespace) -> None:
         profile=arguments.profile,
         context=arguments.context,
         dump=arguments.dump,
+        records=arguments.records,
         progress=True,
     )
     print(f"wrote {output}; ask it something: osscompile run {output} 'What is 17 + 25?'")

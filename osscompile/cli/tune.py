@@ -30,7 +30,10 @@ def add_tune(commands: Commands) -> None:
         "--work", type=Path, metavar="DIR", help="default: .osscompile-tuning/TARGET-VARIANT"
     )
     command.add_argument(
-        "--output", type=Path, metavar="FILE", help="of records (default: where compiles look)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="of records (default: where compiles look)",
     )
     step = command.add_mutually_exclusive_group()  # for a machine without the compiler
     step.add_argument("--emit", type=Path, metavar="DIR", help="only build the candidates")
@@ -41,7 +44,7 @@ def add_tune(commands: Commands) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    from ..schedules.records import records_file
+    from ..schedules.records import load_records, records_file
     from ..tuning import records, tune
 
     remote = chosen_remote(arguments)
@@ -67,7 +70,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         count = tune.emit(arguments.emit, *what)
         print(f"wrote {count} kernels; measure them: osscompile tune --measure {arguments.emit}")
         return
-    output = arguments.output or records_file(target)
+    output = arguments.output or records.own_records_file(target)
     records.check_records(output)  # now, not after hours of measuring
     if arguments.ingest:
         findings = records.read_findings(kernel_folders(arguments.ingest), target)
@@ -76,5 +79,6 @@ def _tune(arguments: argparse.Namespace) -> None:
         print(f"trials are kept in {work}: once interrupted, run the same command to go on")
         findings = tune.tune(work, *what, attempt)
     print(tune.table(findings))
-    records.write_records(output, findings)
+    below = load_records(target) if output != records_file(target) else None
+    records.write_records(output, findings, below)
     print(f"wrote {sum(bool(f.constants) for f in findings)} records to {output}")

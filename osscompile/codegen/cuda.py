@@ -7,7 +7,6 @@ import importlib
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ..schedules.gpu import mma, tf32
 from ..schedules.gpu.packed_bytes import DOT, SELECT
 from ..targets import Target
 from .programs import build_programs
+from .tools import run_tool
 
 PRELUDE = f"""\
 static __device__ int {DOT}(unsigned a, unsigned b) {{ return __dp4a(int(a), int(b), 0); }}
@@ -95,7 +95,7 @@ def compile_cuda(source: str, target: Target, output: Path) -> None:
         file = Path(workspace, "kernels.cu")
         file.write_text(source, encoding="utf-8")
         command = [compiler, f"-arch={target.tvm['arch']}", "-fatbin", "-o", str(output), str(file)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=workspace)
+        result = run_tool(command, Path(workspace))
     if result.returncode != 0:
         raise CompileError(
             f"compiling {output.name}: expected nvcc to succeed, it ended with status "

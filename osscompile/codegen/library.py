@@ -1,6 +1,5 @@
 """Turn lowered IR into a shared library, without a C compiler on the machine."""
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from tvm.target import Target as TvmTarget
 
 from ..errors import CompileError
 from ..targets import Target
+from .tools import run_tool
 
 ROOM_BYTES = 16 << 20  # more than objects and library take, about 2 MB
 
@@ -30,7 +30,7 @@ def build_library(module: ir.IRModule, target: Target, output: Path) -> None:
         executable = tvm.compile(module, machine)
 
     def link(path: str, objects: Sequence[str], options: object = None, **kwargs: object) -> None:
-        _link(Path(path), objects, target)
+        _link(Path(path), [Path(file) for file in objects], target)
 
     link.output_format = output.suffix.removeprefix(".")  # type: ignore[attr-defined]
     # beside the output, where the next compile removes what a killed one leaves
@@ -45,15 +45,24 @@ def _check_room(folder: Path) -> None:
         stream.write(bytes(ROOM_BYTES))
 
 
-def _link(output: Path, objects: Sequence[str], target: Target) -> None:
-    """Link with the C compiler of the ziglang package. Functions of the C library resolve when the
-    library is loaded, so that no C library is built here."""
+def _link(output: Path, objects: Sequence[Path], target: Target) -> None:
+    """Link with the C compiler of the ziglang package; functions of the C library resolve when
+    the library is loaded, so that nothing of it is built here.
+
+    It works in the objects' folder, and names no other: its linker writes elsewhere if there is a %
+    in the path of what it shall write. Its cache is there too, since a user may have no home, and
+    holds nothing that makes the next link faster.
+    """
+    folder = objects[0].parent
     command = [sys.executable, "-m", "ziglang", "cc", "-target", target.link_triple]
-    command += ["-shared", "-nostdlib", *target.link_flags, "-o", str(output), *objects]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command += ["-shared", "-nostdlib", *target.link_flags, "-o", output.name]
+    command += [file.relative_to(folder).as_posix() for file in objects]
+    caches = {"ZIG_GLOBAL_CACHE_DIR": "cache", "ZIG_LOCAL_CACHE_DIR": "cache"}
+    result = run_tool(command, folder, caches)
     if result.returncode != 0:
         raise CompileError(
             f"linking {output.name}: expected ziglang to succeed, it ended with status "
             f"{result.returncode} and said: {result.stderr.strip() or 'nothing'}; is the package "
             "ziglang complete, and is there room on the disk?"
         )
+    (folder / output.name).replace(output)

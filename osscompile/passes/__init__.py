@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tvm import ir
 
+from ..errors import CompileError
+from ..schedules.records import Records
 from ..targets import Target
 from .expand_exp import expand_exp
 from .lower_graph import lower_graph
@@ -46,17 +48,22 @@ def run_passes(
     passes: tuple[Pass, ...],
     dump: Path | None = None,
     after: tuple[Pass, ...] = (),
+    records: Records | None = None,
 ) -> ir.IRModule:
     """Run `passes` in order and check the IR between them; `dump` gets one file a phase.
 
-    `after` names the passes that the module went through before.
+    `after` names the passes that the module went through before. `records` has the constants of
+    schedules; by default they are the committed ones.
     """
     done = tuple(rewrite.__name__ for rewrite in after)
     if not done:
         verify(module, target, done)
         _dump(module, dump, 0, "imported")
     for rewrite in passes:
-        module = rewrite(module, target)
+        if rewrite is schedule_kernels:
+            module = schedule_kernels(module, target, records)
+        else:
+            module = rewrite(module, target)
         done = (*done, rewrite.__name__)
         verify(module, target, done)
         _dump(module, dump, len(done), rewrite.__name__)
@@ -65,6 +72,11 @@ def run_passes(
 
 def _dump(module: ir.IRModule, folder: Path | None, number: int, phase: str) -> None:
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
         text = module.script(show_meta=True)
-        (folder / f"{number}_{phase}.py").write_text(text + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}_{phase}.py").write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CompileError(
+                f"dump: expected a folder that can be written, found: {error}; choose another"
+            ) from error

@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CompileError
 from ..runtime.errors import TuningError
 from ..runtime.trials.files import read_plan, read_trials, write_json
+from ..schedules.records import Records, load_records, records_file, user_records_file
 from ..targets import Target
 
 LEAST_GAIN = 0.02  # share of the default's time, beyond the measured spread: less may be chance
@@ -51,37 +53,72 @@ def read_findings(folders: list[Path], target: Target) -> list[Finding]:
     return findings
 
 
+def own_records_file(target: Target) -> Path:
+    """Where `tune` writes: into the package, or for a user who cannot, into a folder of theirs."""
+    package, user = records_file(target), user_records_file(target)
+    return package if user is None or _can_write(package) else user
+
+
+def records_of_compile(target: Target, file: Path | None) -> tuple[Records, Path | None]:
+    """The package's records and after them those of `file`, or where that is None of the user's
+    own file, if there is one; and the file that was read. Raises CompileError."""
+    user = user_records_file(target)
+    if file is None and user is not None and os.path.exists(user):
+        file = user
+    more = read_records(file) if file is not None else {}
+    return {**load_records(target), **more}, file
+
+
 def check_records(file: Path) -> None:
     """Raise CompileError, before hours of measuring, unless records can be written there."""
-    folder = next(parent for parent in file.parents if parent.exists())
-    if not os.access(file if file.exists() else folder, os.W_OK):
+    if not _can_write(file):
         raise CompileError(f"{file}: expected a file that can be written; give --output FILE")
-    _read(file)
+    _read_if_any(file)
 
 
-def write_records(file: Path, findings: list[Finding]) -> None:
-    """Merge findings into the records; a kernel whose default is as good loses its record."""
-    records = _read(file)
+def write_records(file: Path, findings: list[Finding], below: Records | None = None) -> None:
+    """Merge findings into the records. A kernel whose default is as good loses its record, or gets
+    one without constants if there is another in `below`, which compiles read before."""
+    records = _read_if_any(file)
     for finding in findings:
         records.pop(finding.key, None)
-        if finding.constants:
+        if finding.constants or finding.key in (below or {}):
             records[finding.key] = finding.constants
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, dict(sorted(records.items())))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, dict(sorted(records.items())))
+    except OSError as error:
+        raise CompileError(
+            f"{file}: cannot be written: {error}; --ingest what was measured with --output FILE"
+        ) from error
 
 
-def _read(file: Path) -> dict[str, dict[str, int]]:
-    if not file.exists():
-        return {}
+def read_records(file: Path) -> dict[str, Mapping[str, int]]:
+    """What `write_records` wrote. Raises CompileError."""
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CompileError(
-            f"{file}: expected records, found {error}; remove it or give --output FILE"
+            f"{file}: expected records of `osscompile tune`, found: {error}; remove it or name "
+            "another"
         ) from error
-    if not isinstance(records, dict):
+    if not isinstance(records, dict) or not all(map(_is_record, records.values())):
         raise CompileError(
-            f"{file}: expected records, found a JSON {type(records).__name__}; remove it or give "
-            "--output FILE"
+            f"{file}: expected records of `osscompile tune`, found a JSON {type(records).__name__} "
+            "of something else; remove it or name another"
         )
     return records
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, dict) and all(type(constant) is int for constant in value.values())
+
+
+def _read_if_any(file: Path) -> dict[str, Mapping[str, int]]:
+    return read_records(file) if os.path.exists(file) else {}
+
+
+def _can_write(file: Path) -> bool:
+    """Whether it, or else the folder that it would be made in, takes it."""
+    existing = next(path for path in (file, *file.absolute().parents) if os.path.exists(path))
+    return (existing == file or os.path.isdir(existing)) and os.access(existing, os.W_OK)

@@ -1,32 +1,74 @@
-"""Run a command line: errors of ours become one message, and a status."""
+"""Run a command line: errors become one message, and a status."""
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from ..errors import OsscompileError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+INTERRUPTED = 130  # the status that shells give to what Ctrl-C ended
+
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
-    """Run the command that `argv` names; 0, or 1 after an error of ours, which goes to stderr as
-    one message."""
+    """Run the command that `argv` names; 0, or 1 after an error of ours or of the system, which
+    goes to stderr as one message, or INTERRUPTED."""
+    _mend_streams()
     arguments = parser.parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     try:
         arguments.command(arguments)
         sys.stdout.flush()
+        return 0
     except OsscompileError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        _say(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+        _say(f"\n{parser.prog}: interrupted")
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away: nothing more to say
+        pass
+    except OSError as error:  # without a file's name it comes from our own output
+        what = "" if error.filename else "expected output that can be written, found: "
+        _say(f"{parser.prog}: {what}{error}")
+    _forget_output()
+    return 1
+
+
+def end_process(status: int) -> NoReturn:
+    """End with a status; after an interrupt at once, without a wait for threads that still work on
+    what nobody wants any more."""
+    if status == INTERRUPTED:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _mend_streams() -> None:
+    """What is closed is as if it led to nowhere; a character that the terminal does not have is
+    replaced."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):  # who cannot be told is not told
+        print(message, file=sys.stderr, flush=True)
+
+
+def _forget_output() -> None:
+    """What could not be written would be tried again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.devices.launch_devices import LAUNCH_DEVICES
-from ..runtime.devices.program import Launch, Launches
+from ..devices.launch_devices import LAUNCH_DEVICES
+from ..devices.program import Launch, Launches
 
 READ_BYTES = 1 << 30  # from memory, far beyond what a cache holds of it
 THREADS = 256  # of a group

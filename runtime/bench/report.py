@@ -1,4 +1,4 @@
-"""What `osscompile bench` measured: as a table, as JSON, and side by side with other reports."""
+"""What `bench` measured: as a table, as JSON, and side by side with other reports."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from ..runtime.errors import OsscompileError
+from ..errors import OsscompileError
 
 FIRST_PROMPT = 16  # tokens before the first one, after a load
 BUSY_SHARE = 0.05  # of the CPUs, used by others: more spoils a measurement
@@ -46,7 +46,7 @@ class Report:
     commit: str | None  # of the checkout that measured
     date: str  # ISO 8601, when the run began
     other_processes: float | None  # share of all CPU time that was not ours, over the whole run
-    bandwidth: float  # bytes a second, reading on all cores, or of the device's memory: the best
+    bandwidth: float | None  # bytes a second, on all cores, or of the device's memory: the best
     bandwidth_at: dict[int, float]  # the median of reads by turns with the steps of `decode`
     int8_peak: float | None  # multiply-adds a second on all cores
     weight_bytes: int  # that one decode step reads
@@ -70,8 +70,11 @@ class Report:
         full, sliding = depth + 1, min(depth + 1, self.window)
         return self.weight_bytes + full * self.full_kv_bytes + sliding * self.sliding_kv_bytes
 
-    def roofline(self, depth: int) -> float:
-        """Decode steps a second at the speed that the memory had meanwhile: none can be faster."""
+    def roofline(self, depth: int) -> float | None:
+        """Decode steps a second at the speed that the memory had meanwhile: none can be faster.
+        None if that was not measured."""
+        if self.bandwidth is None:
+            return None
         return self.bandwidth_at[depth] / self.step_bytes(depth)
 
 
@@ -90,7 +93,9 @@ def rows(report: Report) -> Iterator[Row]:
     """All figures of a report, for people; what could not be measured is left out."""
     threads = f"{report.cores or 'all'} threads"
     memory = threads if report.device is None else "of the device's memory"
-    yield Row("read bandwidth", report.bandwidth / 1e9, "GB/s", f"{memory}, the best of this run")
+    if report.bandwidth is not None:
+        note = f"{memory}, the best of this run"
+        yield Row("read bandwidth", report.bandwidth / 1e9, "GB/s", note)
     if report.int8_peak is not None:
         note = f"{threads}, registers only"
         yield Row("int8 arithmetic peak", report.int8_peak / 1e9, "GMAC/s", note)
@@ -106,11 +111,12 @@ def rows(report: Report) -> Iterator[Row]:
         yield Row(f"prefill {length}", length / timing.median, "tok/s", note, share, "int8 peak")
     for depth, timing in report.decode.items():
         limit = report.roofline(depth)
-        size, speed = (
-            number(x / 1e9) for x in (report.step_bytes(depth), report.bandwidth_at[depth])
-        )
-        note = f"{number(limit)} tok/s: {size} GB at {speed} GB/s by turns; {_spread(timing)}"
-        share = 1 / timing.median / limit
+        note = f"{number(report.step_bytes(depth) / 1e9)} GB"
+        if limit is not None:
+            speed = number(report.bandwidth_at[depth] / 1e9)
+            note = f"{number(limit)} tok/s: {note} at {speed} GB/s by turns"
+        note = f"{note}; {_spread(timing)}"
+        share = 1 / timing.median / limit if limit is not None else None
         yield Row(f"decode at {depth}", 1 / timing.median, "tok/s", note, share, "roofline")
     if report.outside_share is not None:
         note = "of a streamed decode step: Python, sampling, text"
@@ -139,6 +145,8 @@ def table(report: Report) -> str:
         note = ", ".join([*share, row.note]) if row.note else "".join(share)
         cells.append([row.name, number(row.value), row.unit, note])
     lines += ["", *_columns(cells, right={1})]
+    if report.bandwidth is None:
+        lines.append("read bandwidth: not measured, because that takes a compiler")
     if report.int8_peak is None:
         lines.append("int8 arithmetic peak: not measured on this machine")
     if busy := _busy(report):
@@ -204,16 +212,16 @@ def read_reports(path: Path) -> list[Report]:
             list(rows(reports[-1]))  # zeros where there is division
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise BenchError(
-            f"{path}: expected reports of `osscompile bench --json`, found: {error}; measure again "
-            "with this version of osscompile"
+            f"{path}: expected reports of `bench --json`, found: {error}; measure again with this "
+            "version of osscompile"
         ) from error
     return reports
 
 
 def check_writable(path: Path) -> None:
     """Raise BenchError now rather than after the measuring."""
-    exists = path.exists()
     try:
+        exists = path.exists()  # raises for a folder that may not be searched
         path.open("ab").close()
         if not exists:
             path.unlink()

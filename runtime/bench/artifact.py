@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.manifest import Manifest, Tensor
+from ..manifest import Manifest, Tensor
 from .machine import source_commit, versions
 
 WORD_BITS = 32  # of weights whose name ends in ".words"

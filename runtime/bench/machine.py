@@ -5,30 +5,14 @@ import json
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .. import __version__
+from ..version import __version__
 
 LEAST_CPU_SECONDS = 1  # the system counts in ticks of 10 ms
-REPEATS = 5  # the best of them counts: a limit is what was possible
-
-
-def best_seconds(work: Callable[..., object], parts: Sequence[tuple[Any, ...]]) -> float:
-    """Of `work(*part)` on all parts at once, a thread each; it must let go of Python's lock."""
-    best = float("inf")
-    with ThreadPoolExecutor(len(parts)) as pool:
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            list(pool.map(lambda part: work(*part), parts))
-            best = min(best, time.perf_counter() - start)
-    return best
 
 
 class OtherProcesses:

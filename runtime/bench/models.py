@@ -4,15 +4,20 @@ Speeds are medians of repeated runs, with their spread. The limits are measured 
 decode step reads its weights, keys and values once, and can be no faster than the memory is at that
 time (`Report.roofline`); a prefill can do no more multiply-adds than the int8 peak, which is known
 of CPUs only. Steps and prefills are timed by the host's clock, until it has their token or logits.
-For a device whose kernels the runtime launches nothing here needs the compiler.
+Reading the memory of a CPU, or of a device of TVM's runtime, takes kernels compiled for it: who has
+a compiler gives `Limits`; without them those figures are left out of the report.
 """
 
 import multiprocessing
+import signal
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,18 +25,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..runtime.artifact import open_artifact
-from ..runtime.devices.launch_devices import LaunchDevice
-from ..runtime.devices.tvm_cpu import Device
-from ..runtime.devices.tvm_device import TensorDevice
-from ..runtime.engine import Model, load
-from ..runtime.kv_cache import KEYS_PER_TILE
-from ..runtime.machine import physical_cores
-from ..runtime.sampler import Sampler, SamplingOptions
+from ..artifact import Manifest, open_artifact
+from ..devices.launch_devices import LaunchDevice
+from ..devices.tvm_cpu import Device
+from ..devices.tvm_device import TensorDevice
+from ..engine import Model, load
+from ..kv_cache import KEYS_PER_TILE
+from ..machine import physical_cores
+from ..sampler import Sampler, SamplingOptions
 from .artifact import artifact_facts, random_ids
 from .bandwidth_device import DeviceReader
 from .machine import OtherProcesses, cpu_name, gpu_name, memory_bytes, process_bytes, system_name
-from .report import FIRST_PROMPT, Report, Timing
+from .report import FIRST_PROMPT, BenchError, Report, Timing
 
 PREFILL_LENGTHS = (16, 128, 512, 2048, 4096)
 DECODE_DEPTHS = (0, 2048, 16384)
@@ -54,21 +59,50 @@ class Reader(Protocol):
     def seconds(self) -> float: ...
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What takes a compiler to measure. Both can be pickled, and import it only when called."""
+
+    open_reader: Callable[[Model], Reader]  # of the memory that the model's kernels read
+    int8_peak: Callable[[], float | None]  # of this CPU, in multiply-adds a second
+
+
 def bench_each(
     artifacts: Sequence[str | Path],
     prefill_lengths: Sequence[int] = PREFILL_LENGTHS,
     decode_depths: Sequence[int] = DECODE_DEPTHS,
     progress: Progress | None = None,
+    limits: Limits | None = None,
 ) -> Iterator[Report]:
     """`bench` of one artifact after the other, each in a process of its own: the load is the first
     and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError
     before the first is measured, OsscompileError for one whose device is not here."""
-    for path in artifacts:
-        open_artifact(path)
+    sizes = [
+        fitting(path, open_artifact(path).manifest, prefill_lengths, decode_depths)
+        for path in artifacts
+    ]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for path in artifacts:
-            yield pool.submit(bench, path, prefill_lengths, decode_depths, progress).result()
+    with ProcessPoolExecutor(
+        1, mp_context=spawn, max_tasks_per_child=1, initializer=_ignore_interrupts
+    ) as pool:
+        for path, (lengths, depths) in zip(artifacts, sizes, strict=True):
+            measured = pool.submit(bench, path, lengths, depths, progress, limits)
+            try:
+                yield measured.result()
+            except BrokenProcessPool as error:
+                raise BenchError(
+                    f"{path}: expected the process that measures it to report, found that the "
+                    "system ended it; is there memory for the model?"
+                ) from error
+            except KeyboardInterrupt:
+                for process in multiprocessing.active_children():
+                    process.kill()  # it would go on for minutes
+                raise
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C goes to all processes of a terminal: ours ends those that it started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def bench(
@@ -76,16 +110,19 @@ def bench(
     prefill_lengths: Sequence[int] = PREFILL_LENGTHS,
     decode_depths: Sequence[int] = DECODE_DEPTHS,
     progress: Progress | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Measure load, prefill of some lengths, decode after some depths, and the machine itself.
 
-    Lengths and depths that do not fit the artifact's context are left out. `progress` hears what
-    is measured next. Raises ArtifactError, OsscompileError without the device or its memory.
+    Lengths and depths that do not fit the artifact's context are left out, with a warning.
+    `progress` hears what is measured next. Raises ArtifactError, OsscompileError without the device
+    or its memory.
     """
     say = progress or (lambda stage: None)
     date, others = datetime.now(UTC).isoformat(timespec="seconds"), OtherProcesses()
     say("load")
     manifest = open_artifact(artifact).manifest  # hashes a new copy, which no later load does
+    lengths, depths = fitting(artifact, manifest, prefill_lengths, decode_depths)
     ids = random_ids(manifest)
     start = time.perf_counter()
     model = load(artifact)
@@ -94,22 +131,19 @@ def bench(
     first_token_seconds = time.perf_counter() - start
 
     prefill = {}
-    for length in prefill_lengths:
-        if length <= model.context:
-            say(f"prefill {length}")
-            prefill[length] = _time_prefill(model, ids[:length])
+    for length in lengths:
+        say(f"prefill {length}")
+        prefill[length] = _time_prefill(model, ids[:length])
     say("streaming")
     outside_share = _outside_share(model, ids)
-    most = model.context - WARMUP_STEPS - DECODE_STEPS
-    depths = list(dict.fromkeys(depth for depth in decode_depths if depth <= most))
     deepest = max(depths, default=0)
     _fill_cache(model, ids[:deepest])
     resident, peak = process_bytes("VmRSS"), process_bytes("VmHWM")
     device, device_bytes = _device_facts(model)
 
     say("read bandwidth")
-    reader = model._driver.call(partial(_open_reader, model))
-    bandwidth = reader.num_bytes / reader.best_seconds
+    reader = model._driver.call(partial(_open_reader, model, limits))
+    bandwidth = reader.num_bytes / reader.best_seconds if reader is not None else None
     decode, bandwidth_at = {}, {}
     for depth in sorted(depths, reverse=True):
         say(f"decode at {depth}")
@@ -117,16 +151,15 @@ def bench(
             _fill_cache(model, ids[:depth])
         steps = ids[depth : depth + WARMUP_STEPS + DECODE_STEPS]
         decode[depth], bandwidths = _time_decode(model, steps, reader)
-        bandwidth_at[depth] = statistics.median(bandwidths)
-        bandwidth = max(bandwidth, *bandwidths)
+        if bandwidth is not None:
+            bandwidth_at[depth] = statistics.median(bandwidths)
+            bandwidth = max(bandwidth, *bandwidths)
     variant = model.variant
     del model, reader
     peak_macs = None
-    if device is None:
+    if device is None and limits is not None:
         say("int8 peak")
-        from .int8 import int8_peak  # imports the compiler
-
-        peak_macs = int8_peak()
+        peak_macs = limits.int8_peak()
     return Report(
         **artifact_facts(manifest, variant),
         cpu=cpu_name(),
@@ -134,7 +167,7 @@ def bench(
         memory_bytes=memory_bytes(),
         date=date,
         bandwidth=bandwidth,
-        bandwidth_at={depth: bandwidth_at[depth] for depth in depths},
+        bandwidth_at={depth: bandwidth_at[depth] for depth in depths if depth in bandwidth_at},
         int8_peak=peak_macs,
         load_seconds=load_seconds,
         first_token_seconds=first_token_seconds,
@@ -149,6 +182,25 @@ def bench(
     )
 
 
+def fitting(
+    path: str | Path, manifest: Manifest, lengths: Sequence[int], depths: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The prefill lengths and decode depths that fit the context, each once; a warning names the
+    others."""
+    most = manifest.context - WARMUP_STEPS - DECODE_STEPS
+    kept = ([n for n in lengths if n <= manifest.context], [n for n in depths if n <= most])
+    left_out = [f"prefill {n}" for n in lengths if n > manifest.context]
+    left_out += [f"decode at {n}" for n in depths if n > most]
+    if left_out:
+        warnings.warn(
+            f"{path}: left out {', '.join(left_out)}: the artifact's context has "
+            f"{manifest.context} positions, and {WARMUP_STEPS + DECODE_STEPS} decode steps are "
+            "measured",
+            stacklevel=2,
+        )
+    return list(dict.fromkeys(kept[0])), list(dict.fromkeys(kept[1]))
+
+
 def _device_facts(model: Model) -> tuple[str | None, int | None]:
     """What `Report` calls device and device_bytes. TVM's runtime tells neither the device's name
     nor what it holds: the system tells the one, and the other is what the model was loaded for."""
@@ -161,18 +213,13 @@ def _device_facts(model: Model) -> tuple[str | None, int | None]:
     return device.name, device.usage.num_bytes
 
 
-def _open_reader(model: Model) -> Reader:
-    """Of the memory that the model's kernels read."""
-    device = model._device  # the compiler is imported here, if at all: after memory was read
-    if isinstance(device, Device):
-        from .bandwidth import Reader
-
-        return Reader()
-    if isinstance(device, TensorDevice):
-        from .bandwidth_tensor import TensorReader
-
-        return TensorReader(device, model.manifest.target, model.variant)
-    return DeviceReader(model.manifest.runtime, device.opened)
+def _open_reader(model: Model, limits: Limits | None) -> Reader | None:
+    """Of the memory that the model's kernels read; None if that takes a compiler, and none is
+    here."""
+    device = model._device
+    if not isinstance(device, Device | TensorDevice):  # its driver compiles what reads it
+        return DeviceReader(model.manifest.runtime, device.opened)
+    return limits.open_reader(model) if limits is not None else None
 
 
 def _time_prefill(model: Model, ids: list[int]) -> Timing:
@@ -189,15 +236,15 @@ def _time_prefill(model: Model, ids: list[int]) -> Timing:
     return timing(seconds[1:] or seconds, others)
 
 
-def _time_decode(model: Model, ids: list[int], reader: Reader) -> tuple[Timing, list[float]]:
+def _time_decode(model: Model, ids: list[int], reader: Reader | None) -> tuple[Timing, list[float]]:
     """Single steps, without sampling but where the device chooses the token; and bytes a second
     that `reader` read between them."""
     sampler = Sampler(SamplingOptions(), model._reserved)
     seconds, bandwidths = [], []
     others = OtherProcesses()
     for token in ids:
-        # where the steps are computed, on the same threads
-        bandwidths.append(reader.num_bytes / model._driver.call(reader.seconds))
+        if reader is not None:  # where the steps are computed, on the same threads
+            bandwidths.append(reader.num_bytes / model._driver.call(reader.seconds))
         start = time.perf_counter()
         if model._chooser is not None:
             model._driver.call(partial(_choose_next, model, sampler, token))

@@ -1,0 +1,49 @@
+"""Check what a caller gives, before any work: expected, found, what to do."""
+
+import operator
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import CompileError
+
+
+def path_option(name: str, value: str | os.PathLike[str]) -> Path:
+    """A path that every library can be told, which take UTF-8."""
+    try:
+        path = os.fspath(value)
+        if not isinstance(path, str):
+            raise TypeError
+        absolute = os.path.realpath(path)
+        absolute.encode()
+    except TypeError:
+        raise CompileError(f"{name}: expected a path, found {value!r}") from None
+    except ValueError:  # bytes that are no UTF-8, or a zero byte
+        raise CompileError(
+            f"{name}: expected a path of UTF-8 characters, found {path!a}; choose another"
+        ) from None
+    except OSError as error:  # a loop of links
+        raise CompileError(f"{name}: {value}: {error.strerror}; choose another") from error
+    if not path:
+        raise CompileError(f"{name}: expected a path, found an empty one")
+    return Path(path)
+
+
+def whole_number(name: str, value: object) -> int:
+    """Also one of numpy's; True is none."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise CompileError(f"{name}: expected a whole number, found {value!r}") from None
+
+
+def names_option(name: str, value: str | Iterable[str]) -> list[str]:
+    """One name, or several."""
+    if isinstance(value, str):
+        return [value]
+    names = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(one, str) for one in names):
+        raise CompileError(f"{name}: expected names, found {value!r}")
+    return names

@@ -1,0 +1,1 @@
+"""What measures compiled models and the machine that runs them, without the compiler."""
