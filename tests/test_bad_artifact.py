@@ -392,5 +392,7 @@ def test_a_whole_artifact_has_its_library_loaded(nano_artifact: Path) -> None:
     """Otherwise `refuse` would prove nothing."""
     if not Path("/proc/self/maps").exists():
         pytest.skip("needs Linux's /proc")
-    osscompile.load(nano_artifact).logits([1])
+    model = osscompile.load(nano_artifact)
     assert library_is_loaded(nano_artifact)
+    del model
+    assert not library_is_loaded(nano_artifact)

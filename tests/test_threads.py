@@ -68,6 +68,7 @@ def test_threads_that_end_leave_none_behind(talker: Path, model: Model) -> None:
         load(talker).logits([1, 2])
         model.logits([1, 2])
 
+    use()
     before = len(os.listdir("/proc/self/task"))
     for _ in range(20):
         thread = threading.Thread(target=use)

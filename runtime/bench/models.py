@@ -25,13 +25,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..artifact import Manifest, open_artifact
+from ..artifact import open_artifact
 from ..devices.launch_devices import LaunchDevice
 from ..devices.tvm_cpu import Device
 from ..devices.tvm_device import TensorDevice
 from ..engine import Model, load
 from ..kv_cache import KEYS_PER_TILE
 from ..machine import physical_cores
+from ..manifest import Manifest
 from ..sampler import Sampler, SamplingOptions
 from .artifact import artifact_facts, random_ids
 from .bandwidth_device import DeviceReader
