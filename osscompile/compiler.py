@@ -213,7 +213,9 @@ def _decode_bytes(config: ModelConfig, weights: tuple[Tensor, ...]) -> int:
 
 
 def _copy_tokenizer(resolved: Resolved, folder: Path) -> None:
-    if resolved.tokenizer is not None:
+    if isinstance(resolved.tokenizer, bytes):
+        (folder / TOKENIZER).write_bytes(resolved.tokenizer)
+    elif resolved.tokenizer is not None:
         shutil.copyfile(resolved.tokenizer, folder / TOKENIZER)
     else:
         warnings.warn(

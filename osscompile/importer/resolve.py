@@ -10,8 +10,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..errors import CheckpointError
-from .checkpoint import INDEX, Source, open_checkpoint, read_metadata
-from .config import read_json_object
+from .checkpoint import Source
+from .forms import open_checkpoint
+from .forms.huggingface import check_metadata
+from .forms.shards import INDEX
 from .synthetic import synthetic_source
 
 NANO_CHECKPOINT = Path(__file__).parent.parent / "nano" / "checkpoint"
@@ -38,12 +40,12 @@ SUBFOLDERS = ["*/*"]
 class Resolved:
     """A model ready to compile.
 
-    `tokenizer` is the path of a tokenizer.json or None; `generation` holds generation_config.json;
-    `name` is fit for a file name.
+    `tokenizer` is the path of a tokenizer.json, its bytes, or None; `generation` holds
+    generation_config.json; `name` is fit for a file name.
     """
 
     source: Source
-    tokenizer: Path | None
+    tokenizer: Path | bytes | None
     generation: dict[str, Any]
     name: str
 
@@ -55,36 +57,28 @@ def resolve_model(model: str | Path) -> Resolved:
     is found, the download fails, or the checkpoint is not a complete MXFP4 gpt-oss.
     """
     if model == "nano":
-        return _from_directory(NANO_CHECKPOINT, "nano")
+        return _from_path(NANO_CHECKPOINT, "nano")
     if isinstance(model, str) and model.startswith(SYNTHETIC):
         name = model.removeprefix(SYNTHETIC)
         return Resolved(synthetic_source(name), None, {}, f"synthetic-{name}")
     path = os.path.expanduser(model)  # os.path, because pathlib raises on names too long or odd
-    if os.path.isdir(path):
-        return _from_directory(Path(path), Path(path).resolve().name)
     if os.path.exists(path):
-        raise CheckpointError(f"{model}: expected a directory, found a file; give its directory")
+        name = Path(path).resolve().name.removesuffix(".gguf")
+        return _from_path(Path(path), name)
     if isinstance(model, str) and HUGGING_FACE_ID.fullmatch(model):
-        return _from_directory(_download(model), model.rsplit("/", 1)[1])
+        return _from_path(_download(model), model.rsplit("/", 1)[1])
     raise CheckpointError(f"{model}: no such model; expected {ACCEPTED}")
 
 
-def _from_directory(directory: Path, name: str) -> Resolved:
-    source = open_checkpoint(directory)
-    tokenizer = directory / "tokenizer.json"
-    generation = directory / "generation_config.json"
-    return Resolved(
-        source,
-        tokenizer if tokenizer.is_file() else None,
-        read_json_object(generation) if generation.is_file() else {},
-        name,
-    )
+def _from_path(path: Path, name: str) -> Resolved:
+    opened = open_checkpoint(path)
+    return Resolved(opened.source, opened.tokenizer, opened.generation, name)
 
 
 def _download(repo_id: str) -> Path:
     """Fetch the metadata, check it, then fetch the weights (or find both in the cache)."""
     directory = _fetch(repo_id, METADATA_FILES)
-    read_metadata(directory)  # another model stops here, not after its gigabytes
+    check_metadata(directory)  # another model stops here, not after its gigabytes
     return _fetch(repo_id, METADATA_FILES + WEIGHT_FILES)
 
 

@@ -7,6 +7,7 @@ another order; vectors become float32. `schedules/formats.py` reads what is writ
 from collections.abc import Callable
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
@@ -65,20 +66,28 @@ def _rows(parameter: Parameter, source: Source, start: int, stop: int) -> np.nda
     if part == "scales" and parameter.dtype == "uint8":
         return source.read(f"{name}.scales", start, stop)
     if part in ("words", "scales"):
+        return _int8(name, part, source, start, stop)
+    values = source.read(parameter.name, start, stop)
+    if parameter.dtype == "uint16":
+        return values.astype(ml_dtypes.bfloat16, copy=False).view(np.uint16)
+    return values.astype(np.float32)
+
+
+def _int8(name: str, part: str, source: Source, start: int, stop: int) -> np.ndarray:
+    stored = source.read_int8(f"{name}.weight", start, stop)
+    if stored is not None:  # a second rounding would only lose
+        words, scales = stored[0].view("<u4").reshape(*stored[1].shape, -1), stored[1]
+    else:
         weight = source.read(f"{name}.weight", start, stop)
         with np.errstate(over="ignore", invalid="ignore"):  # such scales are refused below
             words, scales = quantize_q8(weight) if part == "words" else (None, q8_scales(weight))
-        if not np.isfinite(scales).all():
-            raise CheckpointError(
-                f"{name}.weight, rows {start} to {stop - 1}: expected finite weights that int8 "
-                "with float16 scales can hold, found one beyond 8.3 million, or NaN; compile with "
-                "the profile `exact`, or check where this checkpoint comes from"
-            )
-        return scales if words is None else words
-    values = source.read(parameter.name, start, stop)
-    if parameter.dtype == "uint16":
-        return values.view(np.uint16)
-    return values.astype(np.float32)
+    if not np.isfinite(scales).all():
+        raise CheckpointError(
+            f"{name}.weight, rows {start} to {stop - 1}: expected finite weights that int8 "
+            "with float16 scales can hold, found one beyond 8.3 million, or NaN; compile with "
+            "the profile `exact`, or check where this checkpoint comes from"
+        )
+    return scales if part == "scales" else words
 
 
 def mxfp4_words(blocks: np.ndarray) -> np.ndarray:
@@ -102,8 +111,9 @@ def _swap_bits(words: np.ndarray, distance: int, mask: int) -> None:
 
 
 def quantize_q8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[rows, inputs] bfloat16 -> words [rows, blocks, 8] uint32 of four int8 each, and scales
-    [rows, blocks] float16. Values are rounded to the nearest multiple of the scale as stored."""
+    """[rows, inputs] bfloat16 or float32 -> words [rows, blocks, 8] uint32 of four int8 each, and
+    scales [rows, blocks] float16. Values are rounded to the nearest multiple of the scale as
+    stored."""
     scales = q8_scales(weight)
     blocks = weight.astype(np.float32).reshape(*scales.shape, BLOCK)
     divisor = np.where(scales > 0, scales, 1).astype(np.float32)
@@ -118,10 +128,13 @@ def q8_scales(weight: np.ndarray) -> np.ndarray:
     Rounded up, so that the largest value is not clipped.
     """
     rows, inputs = weight.shape
-    largest = weight.view(np.uint16).reshape(-1) & np.uint16(0x7FFF)  # order of bits = order
+    bits = weight.view(np.uint16 if weight.dtype == ml_dtypes.bfloat16 else np.uint32).reshape(-1)
+    largest = bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # order of bits = order
     while largest.size > rows * (inputs // BLOCK):  # faster than max() over a short axis
         largest = np.maximum(largest[0::2], largest[1::2])
-    exact = (largest.astype(np.uint32) << 16).view(np.float32) / np.float32(127)
+    if largest.dtype == np.uint16:
+        largest = largest.astype(np.uint32) << 16
+    exact = largest.view(np.float32) / np.float32(127)
     scales: np.ndarray = exact.astype(np.float16)
     scales.view(np.uint16)[...] += scales.astype(np.float32) < exact  # to the next float16
     return scales.reshape(rows, inputs // BLOCK)
