@@ -52,7 +52,7 @@ def by_expert(tensors: Tensors) -> Tensors:
     split = {}
     for name, tensor in tensors.items():
         stem, _, end = name.rpartition(".")
-        part, _, bias = end.partition("_bias")
+        part, _, _ = end.partition("_bias")
         if ".experts." in name:
             for index, expert in enumerate(tensor):
                 kind = "bias" if end.endswith("_bias") else "weight"
@@ -265,3 +265,83 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     else:
         writer.add_uint32(key, value)
+
+
+def ollama_tensors(source: Source, dense: Type) -> dict[str, tuple[np.ndarray, Type]]:
+    """As Ollama's current converter names them: gate and up apart, biases in bfloat16."""
+    renamed = {}
+    for name, (array, kind) in gguf_tensors(source, dense).items():
+        new = name.replace("post_attention_norm", "ffn_norm").replace("attn_output", "attn_out")
+        new = new.replace("attn_sinks.weight", "attn_sinks")
+        if new.endswith(".bias"):
+            array, kind = gguf.quants.quantize(array, Type.BF16), Type.BF16
+        renamed[new] = (array, kind)
+    return renamed
+
+
+def old_ollama_tensors(source: Source, dense: Type) -> dict[str, tuple[np.ndarray, Type]]:
+    """As its first converter did: q, k and v in one tensor, gate and up rows by turns, and MXFP4
+    with neighbouring inputs in a byte (see `relabel_mxfp4`)."""
+    tensors = ollama_tensors(source, dense)
+    theirs = hf_tensors(source)
+    for index in range(source.config.num_layers):
+        at = f"blk.{index}."
+        for kind in ("weight", "bias"):
+            parts = [tensors.pop(f"{at}attn_{part}.{kind}") for part in "qkv"]
+            joined = np.concatenate([array for array, _ in parts])
+            tensors[f"{at}attn_qkv.{kind}"] = (joined, parts[0][1])
+        for name in ("gate", "up"):
+            del tensors[f"{at}ffn_{name}_exps.weight"], tensors[f"{at}ffn_{name}_exps.bias"]
+        for name, part in (("ffn_gate_up_exps", "gate_up"), ("ffn_down_exps", "down")):
+            stem = f"model.layers.{index}.mlp.experts.{part}_proj"
+            blocks, scales = theirs[f"{stem}_blocks"], theirs[f"{stem}_scales"]
+            raw = np.concatenate([scales[..., None], blocks], -1).reshape(*scales.shape[:-1], -1)
+            tensors[f"{at}{name}.weight"] = (raw, Type.MXFP4)
+            bias = theirs[f"{stem}_bias"].astype(np.float32)
+            tensors[f"{at}{name}.bias"] = (gguf.quants.quantize(bias, Type.BF16), Type.BF16)
+    return tensors
+
+
+def ollama_fields(config: ModelConfig) -> dict[str, Any]:
+    dropped = ("rope.scaling.type", "expert_feed_forward_length")
+    return {k: v for k, v in gguf_fields(config).items() if k not in dropped}
+
+
+def relabel_mxfp4(path: Path) -> None:
+    """Give MXFP4 tensors the type number 4, which no writer knows any more."""
+    data = bytearray(path.read_bytes())
+    for tensor in gguf.GGUFReader(path).tensors:
+        if tensor.tensor_type == Type.MXFP4:
+            kind = tensor.field.parts[4]
+            assert kind[0] == Type.MXFP4
+            data[kind.ctypes.data - _start(tensor) : kind.ctypes.data - _start(tensor) + 4] = (
+                b"\4\0\0\0"
+            )
+    path.write_bytes(data)
+
+
+def _start(tensor: gguf.ReaderTensor) -> int:
+    """Address of the mapped file."""
+    return int(tensor.field.parts[0].ctypes.data) - int(tensor.field.offset)
+
+
+def gguf_tokenizer(path: Path, vocab_size: int) -> dict[str, Any]:
+    """The `tokenizer.ggml` fields that llama.cpp's converter makes of a tokenizer.json."""
+    fields = json.loads(path.read_text())
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [int(gguf.TokenType.UNUSED)] * vocab_size
+    for token, id in fields["model"]["vocab"].items():
+        tokens[id], types[id] = token, int(gguf.TokenType.NORMAL)
+    for token in fields["added_tokens"]:
+        kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+        tokens[token["id"]], types[token["id"]] = token["content"], int(kind)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in fields["model"]["merges"]]
+    return {
+        "model": "gpt2",
+        "pre": "gpt-4o",
+        "tokens": tokens,
+        "token_type": types,
+        "merges": merges,
+        "eos_token_id": 200002 if vocab_size > 200002 else 7,
+        "eos_token_ids": [9, 7],
+    }

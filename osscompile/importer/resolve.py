@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from .checkpoint import Source
 from .forms import open_checkpoint
 from .forms.huggingface import check_metadata
+from .forms.ollama import find_in_store
 from .forms.shards import INDEX
 from .synthetic import synthetic_source
 
@@ -20,7 +21,8 @@ NANO_CHECKPOINT = Path(__file__).parent.parent / "nano" / "checkpoint"
 SYNTHETIC = "synthetic:"
 ACCEPTED = (
     "`nano`, `synthetic:gpt-oss-20b`, `synthetic:gpt-oss-120b`, `synthetic:tiny`, a directory with "
-    "a Hugging Face checkpoint, or a Hugging Face id such as `openai/gpt-oss-20b`"
+    "a checkpoint, a GGUF file, a Hugging Face id such as `openai/gpt-oss-20b`, or a model that "
+    "Ollama has, such as `gpt-oss:20b`"
 )
 HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -51,10 +53,11 @@ class Resolved:
 
 
 def resolve_model(model: str | Path) -> Resolved:
-    """Find a model: `nano`, `synthetic:NAME`, a directory, or a Hugging Face id to download.
+    """Find a model: `nano`, `synthetic:NAME`, a directory or GGUF file in one of the forms, a model
+    in Ollama's store, or a Hugging Face id to download.
 
-    A directory wins over a Hugging Face id of the same spelling. Raises CheckpointError if nothing
-    is found, the download fails, or the checkpoint is not a complete MXFP4 gpt-oss.
+    What lies here wins over an id of the same spelling. Raises CheckpointError if nothing is found,
+    the download fails, or the checkpoint is not a complete gpt-oss.
     """
     if model == "nano":
         return _from_path(NANO_CHECKPOINT, "nano")
@@ -65,6 +68,9 @@ def resolve_model(model: str | Path) -> Resolved:
     if os.path.exists(path):
         name = Path(path).resolve().name.removesuffix(".gguf")
         return _from_path(Path(path), name)
+    blob = find_in_store(model) if isinstance(model, str) else None
+    if blob is not None:
+        return _from_path(blob, str(model).replace("/", "-").replace(":", "-"))
     if isinstance(model, str) and HUGGING_FACE_ID.fullmatch(model):
         return _from_path(_download(model), model.rsplit("/", 1)[1])
     raise CheckpointError(f"{model}: no such model; expected {ACCEPTED}")
