@@ -25,6 +25,7 @@ from .importer.graph import (
     build_graph,
     with_choose,
 )
+from .importer.requantised import describe_requantised
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import weight_pieces
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
@@ -63,25 +64,27 @@ def compile(
     variants: Sequence[str] | None = None,
     profile: str = "fast",
     context: int | None = None,
+    adapters: Sequence[str | Path] = (),
     dump: str | Path | None = None,
     prefill_chunk: int = DEFAULT_CHUNK,
     progress: bool = False,
 ) -> Path:
     """Compile a model for a target and return the artifact's directory.
 
-    `model`: a directory in the Hugging Face layout, a Hugging Face id, "nano", or
-    "synthetic:gpt-oss-20b" (also gpt-oss-120b, tiny). `target`: one of `targets.names()` (default:
-    the one for this machine). `output`: default NAME-TARGET.osc here. `variants`: of the target's
-    CPUs, by name, those to compile for (default: all).
+    `model`: a directory with a checkpoint, a GGUF file, a model in Ollama's store by its name, a
+    Hugging Face id, "nano", or "synthetic:gpt-oss-20b" (also gpt-oss-120b, tiny). `target`: one of
+    `targets.names()` (default: the one for this machine). `output`: default NAME-TARGET.osc here.
+    `variants`: of the target's CPUs, by name, those to compile for (default: all).
     `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 weights, float32
-    activations). `context`: most positions (default: the model's). `dump`: a folder for the IR
-    after each phase. `prefill_chunk`: tokens of one prefill; a smaller one takes less workspace.
+    activations). `context`: most positions (default: the model's). `adapters`: folders of LoRA
+    adapters of PEFT, merged in order. `dump`: a folder for the IR after each phase.
+    `prefill_chunk`: tokens of one prefill; a smaller one takes less workspace.
     Raises CheckpointError, TargetError or CompileError; nothing is left behind.
     """
     target = target if target is not None else targets.of_this_machine().name
     machines = _choose_variants(target, variants)
     machine = machines[0]  # what they differ in is not looked at before their kernels are scheduled
-    resolved = resolve_model(model)
+    resolved = resolve_model(model, adapters)
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
     output = Path(output) if output is not None else Path(f"{resolved.name}-{machine.name}.osc")
@@ -112,6 +115,7 @@ def compile(
                 lambda t: weight_pieces(parameters[t.name], resolved.source, packing.get(t.name)),
                 bar.update,
             )
+        _tell_requantised(resolved)
         _copy_tokenizer(resolved, folder)
         manifest = Manifest(
             model=resolved.name,
@@ -210,6 +214,12 @@ def _decode_bytes(config: ModelConfig, weights: tuple[Tensor, ...]) -> int:
             share = chosen if ".gate_up." in weight.name or ".down." in weight.name else 1
             total += round(weight.num_bytes * share)
     return total
+
+
+def _tell_requantised(resolved: Resolved) -> None:
+    changed = resolved.source.requantised()
+    if changed:
+        warnings.warn(describe_requantised(changed), stacklevel=3)
 
 
 def _copy_tokenizer(resolved: Resolved, folder: Path) -> None:

@@ -2,16 +2,19 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from ..errors import CheckpointError
 from .checkpoint import Source
 from .forms import open_checkpoint
+from .forms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapter
+from .forms.assemble import FormSource
 from .forms.huggingface import check_metadata
 from .forms.ollama import find_in_store
 from .forms.shards import INDEX
@@ -32,6 +35,7 @@ METADATA_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     INDEX,
+    ADAPTER_CONFIG,
 ]
 WEIGHT_FILES = ["model*.safetensors"]
 # `*` also matches a slash: without this, model/x.safetensors would count as top level.
@@ -52,13 +56,23 @@ class Resolved:
     name: str
 
 
-def resolve_model(model: str | Path) -> Resolved:
+def resolve_model(model: str | Path, adapters: Sequence[str | Path] = ()) -> Resolved:
     """Find a model: `nano`, `synthetic:NAME`, a directory or GGUF file in one of the forms, a model
     in Ollama's store, or a Hugging Face id to download.
 
-    What lies here wins over an id of the same spelling. Raises CheckpointError if nothing is found,
+    What lies here wins over an id of the same spelling. `adapters` are merged in order: folders of
+    PEFT, or ids of them. Raises CheckpointError if nothing is found,
     the download fails, or the checkpoint is not a complete gpt-oss.
     """
+    resolved = _resolve(model)
+    for adapter in adapters:
+        if not isinstance(resolved.source, FormSource):
+            raise CheckpointError(f"{model}: expected a checkpoint to merge {adapter} into")
+        merge_adapter(resolved.source, _adapter_folder(adapter))
+    return resolved
+
+
+def _resolve(model: str | Path) -> Resolved:
     if model == "nano":
         return _from_path(NANO_CHECKPOINT, "nano")
     if isinstance(model, str) and model.startswith(SYNTHETIC):
@@ -72,8 +86,15 @@ def resolve_model(model: str | Path) -> Resolved:
     if blob is not None:
         return _from_path(blob, str(model).replace("/", "-").replace(":", "-"))
     if isinstance(model, str) and HUGGING_FACE_ID.fullmatch(model):
-        return _from_path(_download(model), model.rsplit("/", 1)[1])
+        return _from_hub(model)
     raise CheckpointError(f"{model}: no such model; expected {ACCEPTED}")
+
+
+def _adapter_folder(adapter: str | Path) -> Path:
+    path = Path(os.path.expanduser(adapter))
+    if not os.path.isdir(path) and isinstance(adapter, str) and HUGGING_FACE_ID.fullmatch(adapter):
+        return _fetch(adapter, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    return path
 
 
 def _from_path(path: Path, name: str) -> Resolved:
@@ -81,16 +102,35 @@ def _from_path(path: Path, name: str) -> Resolved:
     return Resolved(opened.source, opened.tokenizer, opened.generation, name)
 
 
-def _download(repo_id: str) -> Path:
+def _from_hub(repo_id: str) -> Resolved:
     """Fetch the metadata, check it, then fetch the weights (or find both in the cache)."""
     directory = _fetch(repo_id, METADATA_FILES)
-    check_metadata(directory)  # another model stops here, not after its gigabytes
-    return _fetch(repo_id, METADATA_FILES + WEIGHT_FILES)
+    try:
+        if not any((directory / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
+            raise CheckpointError(
+                f"{repo_id}: expected a config.json in the repository, found none; if it holds "
+                f"GGUF files, get one with `hf download {repo_id} FILE` and give that file"
+            )
+        check_metadata(directory)  # another model stops here, not after its gigabytes
+        directory = _fetch(repo_id, METADATA_FILES + WEIGHT_FILES)
+        return _from_path(directory, repo_id.rsplit("/", 1)[1])
+    except CheckpointError as error:
+        if not constants.HF_HUB_OFFLINE:
+            raise
+        raise CheckpointError(
+            f"{error} (HF_HUB_OFFLINE is set, and what the cache has of {repo_id} may be "
+            "incomplete: unset it once to download the rest)"
+        ) from error
 
 
 def _fetch(repo_id: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=files, ignore_patterns=SUBFOLDERS))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo_id}: its owner gives access on request only; ask for it at "
+            f"https://huggingface.co/{repo_id}, then log in with `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{repo_id}: neither a directory here nor a repository on Hugging Face that you may "

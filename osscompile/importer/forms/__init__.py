@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from ..checkpoint import Opened
-from . import gguf, huggingface, original
+from . import adapter, gguf, huggingface, original
 
-FORMS = (gguf, original, huggingface)
+FORMS = (gguf, adapter, original, huggingface)
 
 
 def open_checkpoint(path: str | Path) -> Opened:

@@ -4,7 +4,7 @@ A form says under which names it holds each canonical tensor; what is checked th
 all of them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,9 @@ from ..encodings import ENCODINGS
 from ..experts import Experts, Half, split_gate_and_up
 from ..mxfp4 import BLOCK
 from ..stored import Rows, Stored
+
+# (rows [n, inputs] float32, to change in place; the place of the first in the matrix)
+Edit = Callable[[np.ndarray, int], None]
 
 
 @dataclass(frozen=True)
@@ -90,17 +93,17 @@ class FormSource:
     ) -> None:
         self.config = config
         self.experts = experts
-        self._tensors = tensors
-        self._deltas: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.tensors = tensors
+        self._edits: dict[str, list[Edit]] = {}
         self._shapes = canonical_shapes(config)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one canonical tensor."""
         return self._shapes[name][0]
 
-    def add(self, name: str, b: np.ndarray, a: np.ndarray) -> None:
-        """Add B [rows, rank] times A [rank, inputs], float32, to a matrix whenever it is read."""
-        self._deltas.setdefault(name, []).append((b, a))
+    def edit(self, name: str, edit: Edit) -> None:
+        """Change a matrix whenever rows of it are read; edits come in order."""
+        self._edits.setdefault(name, []).append(edit)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the leading axis, contiguous: see `Source`."""
@@ -111,18 +114,18 @@ class FormSource:
             return self.experts[matrix].blocks(start, stop)
         if kind == "scales":
             return self.experts[matrix].scales(start, stop)
-        halves = [rows.numbers(start, stop) for rows in self._tensors[name]]
+        halves = [rows.numbers(start, stop) for rows in self.tensors[name]]
         numbers = split_gate_and_up(halves) if ".gate_up." in name else halves[0]
-        if name in self._deltas:
-            numbers = numbers.astype(np.float32)
-            for b, a in self._deltas[name]:
-                numbers += b[start:stop] @ a
+        if name in self._edits:
+            numbers = numbers.astype(np.float32)  # a copy of our own
+            for edit in self._edits[name]:
+                edit(numbers, start)
         return numbers
 
     def read_int8(self, name: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Rows [start, stop) of a matrix that is Q8_0 in its file: see `Source`."""
-        (rows,) = self._tensors[name]
-        if rows.encodings != {"Q8_0"} or name in self._deltas:
+        (rows,) = self.tensors[name]
+        if rows.encodings != {"Q8_0"} or name in self._edits:
             return None
         blocks = rows.raw(start, stop).reshape(stop - start, -1, 2 + BLOCK)
         scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]

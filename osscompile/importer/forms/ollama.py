@@ -24,7 +24,7 @@ def find_in_store(model: str) -> Path | None:
     owner, name, tag = match[1].rstrip("/") or "library", match[2], match[3] or "latest"
     registry = () if "/" in owner else ("registry.ollama.ai",)
     manifest = store.joinpath("manifests", *registry, owner, name, tag)
-    if not manifest.is_file():
+    if not os.path.isfile(manifest):  # of pathlib, a name too long is an error
         if not match[3]:
             return None
         raise CheckpointError(

@@ -13,8 +13,13 @@ from ..stored import Stored
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SHARD = re.compile(r"model-?-(\d{5})-of-(\d{5})\.safetensors")
-# safetensors types that have an encoding of the same name; the others hold no weights of ours.
-ENCODED = ("BF16", "F16", "F32", "U8")
+# What may lie there instead.
+OTHER_FILES = {
+    "*.bin": "weights that are pickled, which is code",
+    "*.pt*": "weights that are pickled, which is code",
+    "*.npz": "weights of MLX",
+    "*.distcp": "a distributed checkpoint of a training run",
+}
 
 
 def read_index(directory: Path) -> dict[str, Path] | None:
@@ -77,6 +82,7 @@ def _shard_path(index: Path, name: str, file: Any) -> Path:
 
 def _read_header(path: Path) -> dict[str, TensorEntry]:
     if not path.is_file():
+        _refuse_other_files(path.parent)
         named_by = "expected it, or an index" if path.name == SINGLE_FILE else f"{INDEX} names it"
         raise CheckpointError(f"{path}: no such file, but {named_by}; download the missing file")
     refuse_pointer(path)
@@ -84,6 +90,19 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
         return read_header(path)
     except FormatError as error:
         raise CheckpointError(f"{error}; download the file again") from error
+
+
+def _refuse_other_files(directory: Path) -> None:
+    """Tell what lies in the folder instead of safetensors files."""
+    if any(directory.glob("*.safetensors")):
+        return
+    for pattern, kind in OTHER_FILES.items():
+        found = next(directory.glob(pattern), None)
+        if found is not None:
+            raise CheckpointError(
+                f"{directory}: expected safetensors files, found {found.name}, {kind}; load it "
+                "with transformers and save it again with `save_pretrained()`"
+            )
 
 
 def _check_complete(paths: list[Path]) -> None:
