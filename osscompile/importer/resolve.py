@@ -106,12 +106,13 @@ def _from_hub(repo_id: str) -> Resolved:
     """Fetch the metadata, check it, then fetch the weights (or find both in the cache)."""
     directory = _fetch(repo_id, METADATA_FILES)
     try:
-        if not any((directory / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
+        if (directory / "config.json").exists():
+            check_metadata(directory)  # another model stops here, not after its gigabytes
+        elif not (directory / ADAPTER_CONFIG).exists():
             raise CheckpointError(
                 f"{repo_id}: expected a config.json in the repository, found none; if it holds "
                 f"GGUF files, get one with `hf download {repo_id} FILE` and give that file"
             )
-        check_metadata(directory)  # another model stops here, not after its gigabytes
         directory = _fetch(repo_id, METADATA_FILES + WEIGHT_FILES)
         return _from_path(directory, repo_id.rsplit("/", 1)[1])
     except CheckpointError as error:

@@ -61,7 +61,7 @@ def recognises(path: Path) -> bool:
     """A GGUF file, or a folder with one and without a config.json."""
     if path.is_dir():
         return not (path / "config.json").exists() and any(path.glob("*.gguf"))
-    return is_gguf(path)
+    return path.suffix == ".gguf" or is_gguf(path)
 
 
 def open_form(path: Path) -> Opened:

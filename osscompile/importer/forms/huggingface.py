@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..checkpoint import Opened
-from ..config import ModelConfig, parse_config, read_json_object
+from ..config import ModelConfig, parse_config, read_json_object, refuse_pointer
 from .assemble import HalfNames, Plan, assemble
 from .foreign import refuse_foreign_config, refuse_foreign_names
 from .shards import INDEX, open_shards, read_index
@@ -60,6 +60,7 @@ def open_form(directory: Path) -> Opened:
     plan = plan_names(config, tied, names, where)
     renamed = {name: stored[names[name]] for name in plan.names()}
     tokenizer = directory / "tokenizer.json"
+    refuse_pointer(tokenizer)
     generation = directory / "generation_config.json"
     return Opened(
         assemble(config, plan, renamed),
