@@ -97,7 +97,10 @@ def test_any_number_of_experts(tmp_path: Path, experts: int) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "hidden_of_no_blocks": ({"hidden_size": 100}, "hidden_size: .* multiple of 32.*found 100"),
     "no_experts": ({"num_local_experts": 0}, "num_local_experts: expected .* from 1 .*found 0"),
-    "more_active_than_there_are": ({"num_experts_per_tok": 12}, "num_experts_per_tok: .* at most .*11, found 12"),
+    "more_active_than_there_are": (
+        {"num_experts_per_tok": 12},
+        "num_experts_per_tok: .* at most .*11, found 12",
+    ),
     "no_bias": ({"attention_bias": False}, "attention_bias: expected True.*found False"),
     "no_window": ({"sliding_window": None}, "sliding_window: expected .*found None"),
     "other_layers": (

@@ -163,7 +163,9 @@ def _float32(weights: np.ndarray) -> np.ndarray:
 def _negative(weights: np.ndarray) -> np.ndarray:
     """The sign of each weight, where a code has it."""
     bits, mantissa = _bits(weights)
-    return (bits >> bits.dtype.type(mantissa + 5)).astype(np.uint8) & np.uint8(8)
+    signs: np.ndarray = (bits >> bits.dtype.type(mantissa + 5)).astype(np.uint8)
+    signs &= np.uint8(8)
+    return signs
 
 
 def _sum_of_squares(values: np.ndarray) -> float:

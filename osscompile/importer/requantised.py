@@ -7,8 +7,8 @@ def describe_requantised(changed: Mapping[str, float]) -> str:
     """One table of `Source.requantised`: a line a layer, columns of gate/up and down."""
     layers: dict[int, dict[str, float]] = {}
     for name, value in changed.items():
-        _, layer, part = name.split(".")
-        layers.setdefault(int(layer), {})[part] = value
+        _, index, part = name.split(".")
+        layers.setdefault(int(index), {})[part] = value
     lines = [
         "experts were quantised to MXFP4; relative rms by which that changed their weights:",
         "  layer   gate/up      down",

@@ -80,7 +80,7 @@ def _int8(name: str, part: str, source: Source, start: int, stop: int) -> np.nda
     else:
         weight = source.read(f"{name}.weight", start, stop)
         with np.errstate(over="ignore", invalid="ignore"):  # such scales are refused below
-            words, scales = quantize_q8(weight) if part == "words" else (None, q8_scales(weight))
+            words, scales = quantize_q8(weight) if part == "words" else (weight, q8_scales(weight))
     if not np.isfinite(scales).all():
         raise CheckpointError(
             f"{name}.weight, rows {start} to {stop - 1}: expected finite weights that int8 "
@@ -128,12 +128,16 @@ def q8_scales(weight: np.ndarray) -> np.ndarray:
     Rounded up, so that the largest value is not clipped.
     """
     rows, inputs = weight.shape
-    bits = weight.view(np.uint16 if weight.dtype == ml_dtypes.bfloat16 else np.uint32).reshape(-1)
-    largest = bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # order of bits = order
+    # The order of bits is that of magnitudes.
+    largest: np.ndarray
+    if weight.dtype == ml_dtypes.bfloat16:
+        largest = weight.view(np.uint16).reshape(-1) & np.uint16(0x7FFF)
+    else:
+        largest = weight.view(np.uint32).reshape(-1) & np.uint32(0x7FFFFFFF)
     while largest.size > rows * (inputs // BLOCK):  # faster than max() over a short axis
         largest = np.maximum(largest[0::2], largest[1::2])
     if largest.dtype == np.uint16:
-        largest = largest.astype(np.uint32) << 16
+        largest = largest.astype(np.uint32) << np.uint32(16)
     exact = largest.view(np.float32) / np.float32(127)
     scales: np.ndarray = exact.astype(np.float16)
     scales.view(np.uint16)[...] += scales.astype(np.float32) < exact  # to the next float16

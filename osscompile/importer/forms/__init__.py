@@ -4,12 +4,24 @@ Each recognises its folder or file by names, opens it, and gives the same canoni
 """
 
 from pathlib import Path
+from typing import Protocol
 
 from ...errors import CheckpointError
 from ..checkpoint import Opened
 from . import adapter, gguf, huggingface, original
 
-FORMS = (gguf, adapter, original, huggingface)
+
+class Form(Protocol):
+    """What a file of a form has."""
+
+    def recognises(self, path: Path) -> bool:
+        """Whether the folder or file is of this form."""
+
+    def open_form(self, path: Path) -> Opened:
+        """Open and check it; CheckpointError."""
+
+
+FORMS: tuple[Form, ...] = (gguf, adapter, original, huggingface)
 
 
 def open_checkpoint(path: str | Path) -> Opened:

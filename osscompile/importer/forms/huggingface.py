@@ -41,27 +41,27 @@ def recognises(path: Path) -> bool:
     return path.is_dir()
 
 
-def open_form(directory: Path) -> Opened:
+def open_form(path: Path) -> Opened:
     """Read config.json, the index and the headers of the shards, no weights.
 
     Raises CheckpointError naming the file, field or tensor at fault.
     """
-    config, tied = _read_config(directory)
+    config, tied = _read_config(path)
     names = None
-    index = read_index(directory)
+    index = read_index(path)
     if index is not None:  # what is missing is told before any shard is looked at
-        names = _plain_names(index, directory / INDEX)
-        needed = set(plan_names(config, tied, names, directory / INDEX).names())
-        stored = open_shards(directory, {name for plain, name in names.items() if plain in needed})
+        names = _plain_names(index, path / INDEX)
+        needed = set(plan_names(config, tied, names, path / INDEX).names())
+        stored = open_shards(path, {name for plain, name in names.items() if plain in needed})
     else:
-        stored = open_shards(directory)
-        names = _plain_names(stored, directory)
-    where = directory / INDEX if index is not None else directory
+        stored = open_shards(path)
+        names = _plain_names(stored, path)
+    where = path / INDEX if index is not None else path
     plan = plan_names(config, tied, names, where)
     renamed = {name: stored[names[name]] for name in plan.names()}
-    tokenizer = directory / "tokenizer.json"
+    tokenizer = path / "tokenizer.json"
     refuse_pointer(tokenizer)
-    generation = directory / "generation_config.json"
+    generation = path / "generation_config.json"
     return Opened(
         assemble(config, plan, renamed),
         tokenizer if tokenizer.is_file() else None,

@@ -42,24 +42,24 @@ def recognises(path: Path) -> bool:
     return "model_type" not in raw and "num_experts" in raw and "rope_scaling_factor" in raw
 
 
-def open_form(directory: Path) -> Opened:
+def open_form(path: Path) -> Opened:
     """Read config.json and the headers of the files, no weights. Raises CheckpointError."""
-    path = directory / "config.json"
-    config = parse_config(_translate(read_json_object(path)), str(path))
-    stored = open_shards(directory)
+    config_path = path / "config.json"
+    config = parse_config(_translate(read_json_object(config_path)), str(config_path))
+    stored = open_shards(path)
     plan = _plan(config)
     for name in plan.names():
         if name not in stored:
             raise CheckpointError(
-                f"{directory}: expected tensor {name}, found {len(stored)} others; "
+                f"{path}: expected tensor {name}, found {len(stored)} others; "
                 "the checkpoint is incomplete: download it again"
             )
     # The tokenizer lies with the Hugging Face files, one folder up.
-    tokenizers = (directory / "tokenizer.json", directory.parent / "tokenizer.json")
-    generation = directory.parent / "generation_config.json"
+    tokenizers = (path / "tokenizer.json", path.parent / "tokenizer.json")
+    generation = path.parent / "generation_config.json"
     return Opened(
         assemble(config, plan, stored),
-        next((path for path in tokenizers if path.is_file()), None),
+        next((file for file in tokenizers if file.is_file()), None),
         read_json_object(generation) if generation.is_file() else {},
     )
 
