@@ -27,7 +27,7 @@ from .importer.graph import (
 )
 from .importer.requantised import describe_requantised
 from .importer.resolve import Resolved, resolve_model
-from .importer.weights import weight_pieces
+from .importer.weights import KeptScales, weight_pieces
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
@@ -102,6 +102,7 @@ def compile(
     parameters = {p.name: p for p in graph.weights}
     weights = tuple(_packed(p, packing.get(p.name)) for p in graph.weights)
     size = weights_file_bytes(weights)
+    kept = KeptScales()
     with staged_directory(output, size + OTHER_FILES_BYTES) as folder:
         names = ", ".join(m.variant for m in machines)
         _say(progress, f"compiling its kernels for {machine.description}: {names}")
@@ -112,7 +113,9 @@ def compile(
             weights_sha256 = write_weights(
                 folder / WEIGHTS,
                 weights,
-                lambda t: weight_pieces(parameters[t.name], resolved.source, packing.get(t.name)),
+                lambda t: weight_pieces(
+                    parameters[t.name], resolved.source, packing.get(t.name), kept
+                ),
                 bar.update,
             )
         _tell_requantised(resolved)
