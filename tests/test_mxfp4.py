@@ -34,7 +34,7 @@ def test_what_was_mxfp4_comes_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("scale", [1e-38, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-38, 1e-3, 1.0, 1e15])
 def test_every_weight_becomes_the_nearest_code(dtype: type, scale: float) -> None:
     weights = (RNG.standard_normal((40, 96)) * scale).astype(dtype)
     made = quantise(weights)
