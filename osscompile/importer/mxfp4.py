@@ -32,6 +32,7 @@ STEPS = (
 BELOW_STEPS = 3  # binary places from 1 down to what surely becomes 0
 
 SLAB = 1 << 17  # weights at a time: what is computed of them stays in the cache
+MEASURED = 4  # of so many slabs the first is measured: a third of the work, for digits nobody needs
 LEAST_EXPONENT = 6  # of a block's largest weight, so that no arithmetic on exponents falls below 0
 RAISE = 64  # binary places by which blocks of smaller weights are multiplied meanwhile
 
@@ -39,7 +40,7 @@ RAISE = 64  # binary places by which blocks of smaller weights are multiplied me
 @dataclass
 class Quantised:
     """blocks [rows, groups, 16] and scales [rows, groups] uint8; sums of squares of what rounding
-    changed and of the weights, both in the same unit."""
+    changed and of the weights, both over the same sample of slabs."""
 
     blocks: np.ndarray
     scales: np.ndarray
@@ -77,8 +78,8 @@ def quantise(weights: np.ndarray) -> Quantised:
     else:
         step = max(1, SLAB // inputs)
         slabs = [(slice(i, i + step), slice(None)) for i in range(0, rows, step)]
-    for slab in slabs:
-        made.put(*slab, _quantise_slab(weights[slab]))
+    for number, slab in enumerate(slabs):
+        made.put(*slab, _quantise_slab(weights[slab], measure=number % MEASURED == 0))
     return made
 
 
@@ -99,23 +100,18 @@ def pairs_of_halves(packed: np.ndarray) -> np.ndarray:
     return pairs
 
 
-def _quantise_slab(slab: np.ndarray) -> Quantised:
+def _quantise_slab(slab: np.ndarray, measure: bool) -> Quantised:
     weights = slab.reshape(len(slab), -1, BLOCK)
     codes, scales, small = _encode(weights, least_scale=0)
     if small.any():
         raised = weights[small].astype(np.float32) * np.float32(2.0**RAISE)
         codes[small], raised_scales, _ = _encode(raised, least_scale=RAISE)
         scales[small] = raised_scales - RAISE
-    # Twice the value of each code: 0 1 2 3 4 6 8 12. Numpy compares and multiplies bytes many times
-    # faster than it shifts them or takes their maximum.
-    doubled = codes + (codes > 4) + (codes > 5) + (codes > 6) * np.uint8(3)
-    changed = doubled.astype(np.float32)
-    changed *= np.ldexp(np.float32(0.5), scales.astype(np.int32) - 127)[..., None]
-    values = np.abs(_float32(weights))
-    changed -= values
+    changed, total = _change(weights, codes, scales) if measure else (0.0, 0.0)
     codes |= _negative(weights)
+    # Numpy multiplies and compares bytes many times faster than it shifts them.
     blocks = codes[..., 0::2] | codes[..., 1::2] * np.uint8(16)
-    return Quantised(blocks, scales, _sum_of_squares(changed), _sum_of_squares(values))
+    return Quantised(blocks, scales, changed, total)
 
 
 def _encode(weights: np.ndarray, least_scale: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -133,9 +129,10 @@ def _encode(weights: np.ndarray, least_scale: int) -> tuple[np.ndarray, np.ndarr
     floor = (scales - BELOW_STEPS).astype(bits.dtype)[..., None] << one(mantissa)
     np.maximum(magnitudes, floor, out=magnitudes)
     magnitudes -= floor
-    codes = np.zeros_like(magnitudes, np.uint8)
+    codes, above = np.zeros_like(magnitudes, np.uint8), np.empty_like(magnitudes, bool)
     for step in _steps(mantissa):
-        codes += magnitudes > one(step)
+        np.greater(magnitudes, one(step), out=above)
+        codes += above.view(np.uint8)
     return codes, scales.astype(np.uint8), (largest > 0) & (exponents < LEAST_EXPONENT)
 
 
@@ -146,6 +143,16 @@ def _steps(mantissa: int) -> list[int]:
         bits = int(np.float32(value).view(np.uint32)) - ((127 - BELOW_STEPS) << 23)
         steps.append((bits >> (23 - mantissa)) - tie_goes_up)
     return steps
+
+
+def _change(weights: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> tuple[float, float]:
+    """Sums of squares of what the codes of the magnitudes change, and of the weights."""
+    doubled = codes + (codes > 4) + (codes > 5) + (codes > 6) * np.uint8(3)  # 0 1 2 3 4 6 8 12
+    changed = doubled.astype(np.float32)
+    changed *= np.ldexp(np.float32(0.5), scales.astype(np.int32) - 127)[..., None]
+    values = np.abs(_float32(weights))
+    changed -= values
+    return _sum_of_squares(changed), _sum_of_squares(values)
 
 
 def _bits(weights: np.ndarray) -> tuple[np.ndarray, int]:
