@@ -195,13 +195,15 @@ def test_one_matrix_of_all_experts(tmp_path: Path, base: Path, part: str) -> Non
     )
 
 
-def test_experts_that_are_modules(tmp_path: Path, base: Path) -> None:
-    module = f"{LAYER}mlp.experts.down_projs.5"
-    tensors = pair(module, 64, 96)
-    deltas = np.zeros((8, 64, 96), np.float32)
+@pytest.mark.parametrize("form", ["mxfp4", "gguf"])
+@pytest.mark.parametrize("part", SIZES)
+def test_experts_that_are_modules(tmp_path: Path, form: str, part: str) -> None:
+    module = f"{LAYER}mlp.experts.{part}_projs.5"
+    tensors = pair(module, *SIZES[part])
+    deltas = np.zeros((8, *SIZES[part]), np.float32)
     deltas[5] = 2 * product(tensors, module)
-    source = merged(base, write_adapter(tmp_path / "a", tensors))
-    assert_experts(source, "down", deltas)
+    source = merged(BASES[form](tmp_path), write_adapter(tmp_path / "a", tensors))
+    assert_experts(source, part, deltas)
 
 
 def test_whole_modules(tmp_path: Path, base: Path) -> None:
