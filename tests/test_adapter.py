@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint, write_safetensors
+from checkpoints import config_json, write_checkpoint, write_safetensors
 from forms import Type, by_expert, dequantised, gguf_tensors, write_dense, write_gguf
 from test_forms import numbers
 
@@ -220,6 +220,15 @@ def test_whole_modules(tmp_path: Path, base: Path) -> None:
     )
 
 
+def test_embedding_that_is_the_output_layer_too(tmp_path: Path) -> None:
+    config = config_json(TINY) | {"tie_word_embeddings": True}
+    base = write_checkpoint(tmp_path / "m", SOURCE, config=config)
+    tensors = {"base_model.model.model.embed_tokens.weight": normal(512, 64)}
+    source = merged(base, write_adapter(tmp_path / "a", tensors))
+    for name in ("embed.weight", "lm_head.weight"):
+        np.testing.assert_array_equal(numbers(source, name), *tensors.values())
+
+
 REFUSED_FIELDS = {
     "another_method": ({"peft_type": "IA3"}, "peft_type: expected 'LORA', found 'IA3'"),
     "biases": ({"bias": "all"}, "bias: expected 'none', found 'all'"),
@@ -228,6 +237,10 @@ REFUSED_FIELDS = {
     "alpha_is_text": ({"lora_alpha": "6"}, "lora_alpha"),
     "alpha_is_nan": ({"lora_alpha": math.nan}, "lora_alpha"),
     "pattern_is_no_expression": ({"alpha_pattern": {"(": 3}}, r"alpha_pattern.*'\('"),
+    "pattern_that_takes_for_ever": (
+        {"alpha_pattern": {"(l*)*x": 3}},
+        "alpha_pattern: expected names",
+    ),
 }
 
 

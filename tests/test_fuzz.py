@@ -29,7 +29,7 @@ from osscompile.importer.resolve import NANO_CHECKPOINT, resolve_model
 from osscompile.importer.synthetic import TINY, SyntheticSource
 from osscompile.runtime.tokenizer import Tokenizer
 
-EXAMPLES = int(os.environ.get("OSSCOMPILE_FUZZ", "150"))
+EXAMPLES = int(os.environ.get("OSSCOMPILE_FUZZ", "100"))
 fuzz = settings(
     max_examples=EXAMPLES,
     derandomize="OSSCOMPILE_FUZZ" not in os.environ,

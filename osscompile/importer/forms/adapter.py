@@ -156,21 +156,28 @@ class _Scaling:
                 path, "lora_alpha, alpha_pattern", f"expected numbers, found {numbers or patterns}"
             )
         assert isinstance(alpha, int | float)
-        try:
-            for pattern in patterns:
-                re.compile(pattern)
-        except re.error as error:
-            _refuse(
-                path, "alpha_pattern", f"expected regular expressions, found {pattern!r}: {error}"
-            )
+        for pattern in patterns:
+            if not _is_harmless(pattern):
+                _refuse(path, "alpha_pattern", f"expected names of modules, found {pattern!r}")
         return cls(alpha, patterns, raw.get("use_rslora") is True)
 
     def __call__(self, module: str, rank: int) -> float:
+        """The factor of B A; patterns match the end of the module's name, as in PEFT."""
         alpha = next(
             (a for p, a in self.patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)),
             self.alpha,
         )
         return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def _is_harmless(pattern: str) -> bool:
+    """A regular expression that cannot take for ever: few repetitions, none of a group."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    repetitions = sum(pattern.count(sign) for sign in "*+{")
+    return len(pattern) < 200 and repetitions <= 4 and not re.search(r"\)[*+?{]", pattern)
 
 
 def _open_weights(directory: Path) -> dict[str, Stored]:
@@ -203,7 +210,10 @@ def _replace(source: FormSource, name: str, stored: Stored) -> None:
         _refuse_tensor(stored, "of whole modules embed_tokens, lm_head, norm, router or o_proj")
     if stored.shape != source.shape(canonical):
         _refuse_tensor(stored, f"{list(source.shape(canonical))}, as the model has")
-    source.tensors[canonical] = (Rows((stored,)),)
+    shared = source.tensors[canonical]  # the output layer may be the embedding
+    for other, rows in source.tensors.items():
+        if rows == shared:
+            source.tensors[other] = (Rows((stored,)),)
 
 
 def _merge_module(

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from ...errors import CheckpointError
 from ..checkpoint import Opened
@@ -47,17 +46,15 @@ def open_form(path: Path) -> Opened:
     Raises CheckpointError naming the file, field or tensor at fault.
     """
     config, tied = _read_config(path)
-    names = None
     index = read_index(path)
-    if index is not None:  # what is missing is told before any shard is looked at
-        names = _plain_names(index, path / INDEX)
-        needed = set(plan_names(config, tied, names, path / INDEX).names())
-        stored = open_shards(path, {name for plain, name in names.items() if plain in needed})
-    else:
+    if index is None:
         stored = open_shards(path)
         names = _plain_names(stored, path)
-    where = path / INDEX if index is not None else path
-    plan = plan_names(config, tied, names, where)
+        plan = plan_names(config, tied, names, path)
+    else:  # what is missing is told before any shard is looked at
+        names = _plain_names(index, path / INDEX)
+        plan = plan_names(config, tied, names, path / INDEX)
+        stored = open_shards(path, {names[name] for name in plan.names()})
     renamed = {name: stored[names[name]] for name in plan.names()}
     tokenizer = path / "tokenizer.json"
     refuse_pointer(tokenizer)
@@ -137,11 +134,7 @@ def _read_config(directory: Path) -> tuple[ModelConfig, bool]:
     if isinstance(text, dict) and text.get("model_type") == "gpt_oss":
         raw = text
     refuse_foreign_config(raw, path)
-    return parse_config(raw, str(path)), _is_tied(raw)
-
-
-def _is_tied(raw: dict[str, Any]) -> bool:
-    return raw.get("tie_word_embeddings", False) is True
+    return parse_config(raw, str(path)), raw.get("tie_word_embeddings") is True
 
 
 def _plain_names(stored: Collection[str], where: Path) -> dict[str, str]:
