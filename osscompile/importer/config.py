@@ -14,6 +14,7 @@ HEAD_DIM_UNIT = 8  # attention mixes values in parts of so many dimensions
 MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
 MAX_NUMBER = 1e12
+MAX_FOUND = 200  # letters of a value in a message
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -163,6 +164,7 @@ class _Fields:
 
     def error(self, key: str, expected: str, advice: str = "") -> CheckpointError:
         found = repr(self.raw[key]) if key in self.raw else "nothing"
+        found = found if len(found) <= MAX_FOUND else f"{found[:MAX_FOUND]}.."
         message = f"{self.source}: {key}: expected {expected}, found {found}"
         return CheckpointError(message + (f"; {advice}" if advice else ""))
 

@@ -36,9 +36,16 @@ _FIELDS = {
     "rms_norm_eps": ("attention.layer_norm_rms_epsilon",),
     "rope_theta": ("rope.freq_base",),
 }
-# GGUF has no key for these: they are as in the published config.json.
+# What GGUF has no key for, or what converters leave out or set to 0: as in the published config.
 _CONSTANTS = {"model_type": "gpt_oss", "swiglu_limit": 7.0}
-_BETA_FAST, _BETA_SLOW, _TRUNCATE = 32.0, 1.0, False
+_ROPE_FIELDS = {
+    "factor": ("rope.scaling.factor", 32.0),
+    "beta_fast": ("rope.scaling.yarn_beta_fast", 32.0),
+    "beta_slow": ("rope.scaling.yarn_beta_slow", 1.0),
+    "original_max_position_embeddings": ("rope.scaling.original_context_length", 4096),
+    "rope_type": ("rope.scaling.type", "yarn"),
+}
+_TRUNCATE = False
 
 # Canonical name -> names after "blk.N."; the first that are all there count.
 _LAYER_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -148,18 +155,18 @@ def _config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
     if embedding is not None and embedding.shape:
         raw["vocab_size"] = embedding.shape[0]
     raw["rope_scaling"] = {
-        "rope_type": get("rope.scaling.type") or "yarn",
-        "factor": get("rope.scaling.factor"),
-        "beta_fast": get("rope.scaling.yarn_beta_fast") or _BETA_FAST,
-        "beta_slow": get("rope.scaling.yarn_beta_slow") or _BETA_SLOW,
-        "original_max_position_embeddings": get("rope.scaling.original_context_length"),
-        "truncate": _TRUNCATE,
-    }
+        field: _scalar(get(key)) or default for field, (key, default) in _ROPE_FIELDS.items()
+    } | {"truncate": _TRUNCATE}
     pattern = get("attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         kinds = ("full_attention", "sliding_attention")
         raw["layer_types"] = [kinds[bool(sliding)] for sliding in pattern]
     return parse_config(raw, f"{file.path}, metadata {architecture}.*")
+
+
+def _scalar(value: Any) -> Any:
+    """Lists, whose truth numpy does not tell, as something that is no number."""
+    return str(value) if isinstance(value, np.ndarray) else value
 
 
 def _plan(config: ModelConfig, names: Collection[str]) -> Plan:
