@@ -13,12 +13,13 @@ import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
-from forms import Type, gguf_tensors, gguf_tokenizer, write_gguf, write_original
+from forms import Type, gguf_fields, gguf_tensors, gguf_tokenizer, write_gguf, write_original
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_adapter import pair, write_adapter
@@ -152,6 +153,19 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(inner)
 
 
+@cache
+def nano_tokenizer() -> dict[str, Any]:
+    return gguf_tokenizer(NANO_CHECKPOINT / "tokenizer.json", 1024)
+
+
+def small_tokenizer() -> dict[str, Any]:
+    """The first of nano's tokens, and the merges among them."""
+    tokens = {k: v[:300] if isinstance(v, list) else v for k, v in nano_tokenizer().items()}
+    known = set(tokens["tokens"])
+    merges = (m for m in nano_tokenizer()["merges"] if {m.replace(" ", ""), *m.split(" ")} <= known)
+    return tokens | {"merges": list(merges)}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good checkpoint of every form, to damage again and again."""
@@ -160,15 +174,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(NANO_CHECKPOINT / "generation_config.json", folder / "hf")
     write_checkpoint(folder / "single", SOURCE, shards=1)
     write_original(folder / "original", SOURCE)
-    tokenizer = gguf_tokenizer(NANO_CHECKPOINT / "tokenizer.json", 1024)
-    tokens = {
-        key: value[:300] if isinstance(value, list) else value for key, value in tokenizer.items()
-    }
-    known = set(tokens["tokens"])
-    tokens["merges"] = [
-        m for m in tokenizer["merges"] if {m.replace(" ", ""), *m.split(" ")} <= known
-    ]
-    write_gguf(folder / "m.gguf", SMALL, gguf_tensors(SOURCE, Type.Q8_0), tokenizer=tokens)
+    write_gguf(
+        folder / "m.gguf", SMALL, gguf_tensors(SOURCE, Type.Q8_0), tokenizer=small_tokenizer()
+    )
     tensors = pair("base_model.model.lm_head", 64, 32)
     write_adapter(folder / "adapter", tensors, alpha_pattern={"lm_head": 3}, modules_to_save=None)
     manifest = {
@@ -194,6 +202,30 @@ def test_gguf(folder: Path, edits: Any, whole: bool) -> None:
     (folder / "x").mkdir(exist_ok=True)
     path = folder / "x" / "m.gguf"
     path.write_bytes(damaged(good, edits, len(good) if whole else 7000))
+    read_everything(path)
+
+
+metadata_values = st.one_of(
+    st.integers(0, 2**32 - 1),
+    st.floats(width=32),
+    st.text(max_size=5),
+    st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4),
+    st.lists(st.text(max_size=5), min_size=1, max_size=4),
+)
+
+
+@fuzz
+@given(edits=st.dictionaries(st.integers(0, 99), metadata_values, min_size=1, max_size=3))
+def test_gguf_metadata(folder: Path, edits: dict[int, Any]) -> None:
+    """Whole files with other values and types."""
+    fields, tokenizer = gguf_fields(SMALL), small_tokenizer()
+    both = [(fields, key) for key in fields] + [(tokenizer, key) for key in tokenizer]
+    for place, value in edits.items():
+        where, key = both[place % len(both)]
+        where[key] = value
+    path = folder / "y" / "m.gguf"
+    path.parent.mkdir(exist_ok=True)
+    write_gguf(path, SMALL, gguf_tensors(SOURCE, Type.BF16), fields=fields, tokenizer=tokenizer)
     read_everything(path)
 
 

@@ -74,7 +74,6 @@ def recognises(path: Path) -> bool:
 def open_form(path: Path) -> Opened:
     """Read metadata and tensor tables, of all files of a split. Raises CheckpointError."""
     files = [read_gguf(file) for file in _files_of(_only_model(path) if path.is_dir() else path)]
-    metadata = files[0].metadata
     stored = _all_tensors(files)
     config = _config(files[0], stored)
     plan = _plan(config, stored)
@@ -83,8 +82,8 @@ def open_form(path: Path) -> Opened:
     _tell_lossy(files[0].path, plan, stored)
     return Opened(
         assemble(config, plan, stored),
-        make_tokenizer(files[0].path, metadata),
-        generation_of(metadata),
+        make_tokenizer(files[0]),
+        generation_of(files[0]),
     )
 
 
@@ -119,12 +118,12 @@ def _files_of(path: Path) -> list[Path]:
 def _all_tensors(files: list[GgufFile]) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for number, file in enumerate(files):
-        count = file.metadata.get("split.count", len(files) if len(files) > 1 else 0)
-        if file.metadata.get("split.no", number) != number or count not in (len(files), 0):
+        place, count = file.scalar("split.no") or 0, file.scalar("split.count") or 1
+        if (place, count) != (number, len(files)):
             raise CheckpointError(
                 f"{file.path}: expected file {number} of {len(files)} of a split, found "
-                f"split.no {file.metadata.get('split.no')} of {count}; "
-                "download the files of one split, and keep their names"
+                f"split.no {place} of {count}; download the files of one split, and keep their "
+                "names"
             )
         for name, tensor in file.tensors.items():
             if name in stored:
@@ -137,8 +136,7 @@ def _all_tensors(files: list[GgufFile]) -> dict[str, Stored]:
 
 
 def _config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
-    metadata = file.metadata
-    architecture = metadata.get("general.architecture")
+    architecture = file.scalar("general.architecture")
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{file.path}: general.architecture: expected 'gpt-oss' or 'gptoss', found "
@@ -146,7 +144,7 @@ def _config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
         )
 
     def get(*keys: str) -> Any:
-        found = (metadata.get(f"{architecture}.{key}") for key in keys)
+        found = (file.scalar(f"{architecture}.{key}") for key in keys)
         return next((value for value in found if value is not None), None)
 
     raw = {field: get(*keys) for field, keys in _FIELDS.items()}
@@ -155,18 +153,13 @@ def _config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
     if embedding is not None and embedding.shape:
         raw["vocab_size"] = embedding.shape[0]
     raw["rope_scaling"] = {
-        field: _scalar(get(key)) or default for field, (key, default) in _ROPE_FIELDS.items()
+        field: get(key) or default for field, (key, default) in _ROPE_FIELDS.items()
     } | {"truncate": _TRUNCATE}
-    pattern = get("attention.sliding_window_pattern")
+    pattern = file.metadata.get(f"{architecture}.attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         kinds = ("full_attention", "sliding_attention")
         raw["layer_types"] = [kinds[bool(sliding)] for sliding in pattern]
     return parse_config(raw, f"{file.path}, metadata {architecture}.*")
-
-
-def _scalar(value: Any) -> Any:
-    """Lists, whose truth numpy does not tell, as something that is no number."""
-    return str(value) if isinstance(value, np.ndarray) else value
 
 
 def _plan(config: ModelConfig, names: Collection[str]) -> Plan:

@@ -85,6 +85,16 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: dict[str, Stored]
 
+    def scalar(self, key: str) -> Any:
+        """A number or string of the metadata, or None. Raises CheckpointError for a list."""
+        value = self.metadata.get(key)
+        if isinstance(value, list | np.ndarray):
+            raise CheckpointError(
+                f"{self.path}: {key}: expected one value, found a list of {len(value)}; "
+                "convert the model again with a current llama.cpp"
+            )
+        return value
+
 
 def is_gguf(path: Path) -> bool:
     """Whether the file begins as a GGUF does, whatever its name."""

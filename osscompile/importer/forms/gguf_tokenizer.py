@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ...errors import CheckpointError
+from .gguf_file import GgufFile
 
 # Where o200k_harmony, the published vocabulary, cuts text before it merges bytes.
 O200K = (
@@ -26,31 +27,28 @@ PADDING = re.compile(r"\[PAD\d+\]")
 EOS_KEYS = ("eos_token_id", "eot_token_id", "eos_token_ids")
 
 
-def make_tokenizer(path: Path, metadata: dict[str, Any]) -> bytes | None:
+def make_tokenizer(file: GgufFile) -> bytes | None:
     """The bytes of a tokenizer.json, or None, with a warning, where the file has no tokenizer of
     this kind. Raises CheckpointError if what it has is damaged."""
-
-    def get(key: str) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}")
-
-    tokens = get("tokens")
-    if tokens is None or get("model") != "gpt2" or get("pre") not in PRE_TOKENIZERS:
-        found = "none" if tokens is None else f"{get('model')!r}, pre {get('pre')!r}"
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    model, pre = (file.scalar(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if tokens is None or model != "gpt2" or pre not in PRE_TOKENIZERS:
+        found = "none" if tokens is None else f"{model!r}, pre {pre!r}"
         warnings.warn(
-            f"{path}: tokenizer: expected model 'gpt2', pre 'gpt-4o', as of gpt-oss, found {found}",
+            f"{file.path}: tokenizer: expected model 'gpt2', pre 'gpt-4o', as of gpt-oss, found "
+            f"{found}",
             stacklevel=2,
         )
         return None
-    types, merges = get("token_type"), get("merges")
-    if types is None:
-        types = np.full(len(tokens), NORMAL)
+    types = file.metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), NORMAL))
+    merges = file.metadata.get("tokenizer.ggml.merges")
     if (
         not _are_strings(tokens)
         or not _are_strings(merges)
         or not isinstance(types, np.ndarray)
         or len(types) != len(tokens)
     ):
-        raise _damaged(path, "lists of tokens, their types, and merges")
+        raise _damaged(file.path, "lists of tokens, their types, and merges")
     vocab: dict[str, int] = {}
     added = []
     for id, (token, kind) in enumerate(zip(tokens, types.tolist(), strict=True)):
@@ -64,16 +62,17 @@ def make_tokenizer(path: Path, metadata: dict[str, Any]) -> bytes | None:
         data = text.encode()
         Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
-        raise _damaged(path, f"tokens that its merges make ({error})") from error
+        raise _damaged(file.path, f"tokens that its merges make ({error})") from error
     return data
 
 
-def generation_of(metadata: dict[str, Any]) -> dict[str, Any]:
+def generation_of(file: GgufFile) -> dict[str, Any]:
     """What stands in generation_config.json: the ids that end an answer."""
-    ids: list[int] = []
+    ids = []
     for key in EOS_KEYS:
-        value = metadata.get(f"tokenizer.ggml.{key}", [])
-        ids += value.tolist() if isinstance(value, np.ndarray) else [value] if value != [] else []
+        value = file.metadata.get(f"tokenizer.ggml.{key}")
+        ids += value.tolist() if isinstance(value, np.ndarray) else [value]
+    ids = [id for id in ids if isinstance(id, int)]
     return {"eos_token_id": list(dict.fromkeys(ids))} if ids else {}
 
 
