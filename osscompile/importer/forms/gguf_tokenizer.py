@@ -31,7 +31,7 @@ def make_tokenizer(file: GgufFile) -> bytes | None:
     """The bytes of a tokenizer.json, or None, with a warning, where the file has no tokenizer of
     this kind. Raises CheckpointError if what it has is damaged."""
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    model, pre = (file.scalar(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    model, pre = file.scalar("tokenizer.ggml.model"), file.scalar("tokenizer.ggml.pre")
     if tokens is None or model != "gpt2" or pre not in PRE_TOKENIZERS:
         found = "none" if tokens is None else f"{model!r}, pre {pre!r}"
         warnings.warn(
@@ -40,15 +40,13 @@ def make_tokenizer(file: GgufFile) -> bytes | None:
             stacklevel=2,
         )
         return None
-    types = file.metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), NORMAL))
+    types = file.metadata.get("tokenizer.ggml.token_type")
     merges = file.metadata.get("tokenizer.ggml.merges")
-    if (
-        not _are_strings(tokens)
-        or not _are_strings(merges)
-        or not isinstance(types, np.ndarray)
-        or len(types) != len(tokens)
-    ):
-        raise _damaged(file.path, "lists of tokens, their types, and merges")
+    if not _are_strings(tokens) or not _are_strings(merges):
+        raise _damaged(file.path, "lists of tokens and merges")
+    types = np.full(len(tokens), NORMAL) if types is None else types
+    if not isinstance(types, np.ndarray) or len(types) != len(tokens):
+        raise _damaged(file.path, f"the types of {len(tokens)} tokens")
     vocab: dict[str, int] = {}
     added = []
     for id, (token, kind) in enumerate(zip(tokens, types.tolist(), strict=True)):
@@ -68,7 +66,7 @@ def make_tokenizer(file: GgufFile) -> bytes | None:
 
 def generation_of(file: GgufFile) -> dict[str, Any]:
     """What stands in generation_config.json: the ids that end an answer."""
-    ids = []
+    ids: list[Any] = []
     for key in EOS_KEYS:
         value = file.metadata.get(f"tokenizer.ggml.{key}")
         ids += value.tolist() if isinstance(value, np.ndarray) else [value]
