@@ -13,6 +13,7 @@ from forms import Type, by_expert, dequantised, gguf_tensors, write_dense, write
 from test_forms import numbers
 
 from osscompile.errors import CheckpointError
+from osscompile.importer import resolve
 from osscompile.importer.checkpoint import Source
 from osscompile.importer.mxfp4 import quantise
 from osscompile.importer.resolve import resolve_model
@@ -287,6 +288,20 @@ def test_adapter_without_weights(tmp_path: Path, base: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: no such file"):
         merged(base, adapter)
+
+
+def test_adapter_by_its_id(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = write_adapter(tmp_path / "a", pair("base_model.model.lm_head", 512, 64))
+    asked: list[Any] = []
+
+    def download(repo_id: str, **patterns: Any) -> str:
+        asked.append((repo_id, patterns["allow_patterns"]))
+        return str(adapter)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resolve, "snapshot_download", download)
+    resolve_model(base, ["org/adapter"])
+    assert asked == [("org/adapter", ["adapter_config.json", "adapter_model.safetensors"])]
 
 
 def test_adapter_for_random_weights(tmp_path: Path) -> None:

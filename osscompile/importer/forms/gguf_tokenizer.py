@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -74,7 +74,7 @@ def generation_of(file: GgufFile) -> dict[str, Any]:
     return {"eos_token_id": list(dict.fromkeys(ids))} if ids else {}
 
 
-def _are_strings(values: Any) -> bool:
+def _are_strings(values: Any) -> TypeGuard[list[str]]:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
