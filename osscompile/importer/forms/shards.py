@@ -12,6 +12,7 @@ from ..stored import Stored
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# OpenAI writes two hyphens.
 SHARD = re.compile(r"model-?-(\d{5})-of-(\d{5})\.safetensors")
 # What may lie there instead.
 OTHER_FILES = {
