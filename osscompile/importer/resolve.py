@@ -61,8 +61,8 @@ def resolve_model(model: str | Path, adapters: Sequence[str | Path] = ()) -> Res
     in Ollama's store, or a Hugging Face id to download.
 
     What lies here wins over an id of the same spelling. `adapters` are merged in order: folders of
-    PEFT, or ids of them. Raises CheckpointError if nothing is found,
-    the download fails, or the checkpoint is not a complete gpt-oss.
+    PEFT, or ids of them. Raises CheckpointError if nothing is found, the download fails, or the
+    checkpoint is not a complete gpt-oss.
     """
     resolved = _resolve(model)
     for adapter in adapters:

@@ -20,7 +20,7 @@ def find_in_store(model: str) -> Path | None:
     match = NAME.fullmatch(model)
     if match is None or (match[1] and not match[3]):  # ORG/NAME is an id of Hugging Face
         return None
-    store = Path(os.environ.get(STORE) or Path.home() / ".ollama" / "models")
+    store = Path(os.environ.get(STORE) or os.path.expanduser("~/.ollama/models"))
     owner, name, tag = match[1].rstrip("/") or "library", match[2], match[3] or "latest"
     registry = () if "/" in owner else ("registry.ollama.ai",)
     manifest = store.joinpath("manifests", *registry, owner, name, tag)
