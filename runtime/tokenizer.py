@@ -39,7 +39,11 @@ class Tokenizer:
             )
         try:
             self._backend = _Backend.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
+        except KeyboardInterrupt:
+            raise
+        except (
+            BaseException
+        ) as error:  # what the library raises, or its panic, which is no Exception
             raise ArtifactError(
                 f"tokenizer: expected a tokenizer.json, found {path} which does not parse "
                 f"({error}); compile the model again or copy the file again"

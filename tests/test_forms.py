@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import ml_dtypes
@@ -280,8 +281,13 @@ def test_tokenizer_of_another_kind(tmp_path: Path, key: str, value: str) -> None
         assert open_checkpoint(path).tokenizer is None
 
 
-def test_tokenizer_whose_merges_make_no_token(tmp_path: Path) -> None:
-    fields = gguf_tokenizer(NANO_CHECKPOINT / "tokenizer.json", 1024) | {"merges": ["zzq qqz"]}
+@pytest.mark.parametrize(
+    "changes",
+    [{"merges": ["zzq qqz"]}, {"tokens": ["a", "b"], "token_type": [1, 1], "merges": ["a b"]}],
+    ids=["raises", "panics"],
+)
+def test_tokenizer_whose_merges_make_no_token(tmp_path: Path, changes: dict[str, Any]) -> None:
+    fields = gguf_tokenizer(NANO_CHECKPOINT / "tokenizer.json", 1024) | changes
     path = write_gguf(tmp_path / "m.gguf", TINY, gguf_tensors(SOURCE, Type.BF16), tokenizer=fields)
     with pytest.raises(CheckpointError, match="tokenizer: expected tokens that its merges make"):
         open_checkpoint(path)

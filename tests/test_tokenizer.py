@@ -133,3 +133,23 @@ def test_added_token_that_is_not_special_is_spelled_as_it_is(tmp_path: Path) -> 
     assert tokenizer.vocab_size == id + 1
     assert "東 京" not in tokenizer.special
     assert tokenizer.decode([id]) == "東 京"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]},  # of a token longer than all others
+        {
+            "vocab": {"a": 0, "b": 1, "ab": 2},
+            "merges": [["a", "b"]],
+            "continuing_subword_prefix": "##",
+        },
+    ],
+)
+def test_file_on_which_the_library_panics(tmp_path: Path, model: dict[str, object]) -> None:
+    path = write_tokenizer(tmp_path / "tokenizer.json")
+    fields = json.loads(path.read_text())
+    fields["model"] |= model
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ArtifactError, match="which does not parse"):
+        Tokenizer(path)

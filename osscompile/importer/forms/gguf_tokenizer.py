@@ -59,7 +59,9 @@ def make_tokenizer(file: GgufFile) -> bytes | None:
     try:
         data = text.encode()
         Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more specific
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what the library raises, or its panic, which is no Exception
         raise _damaged(file.path, f"tokens that its merges make ({error})") from error
     return data
 
