@@ -20,7 +20,7 @@ O200K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PRE_TOKENIZERS = ("gpt-4o", "default", None)  # Ollama names none, and always cuts this way
+PRE_TOKENIZERS = ("gpt-4o", "default", None)  # what Ollama calls `default`, it cuts this way
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types; the others stand for no text
 PADDING = re.compile(r"\[PAD\d+\]")
 
