@@ -147,6 +147,11 @@ def test_missing_key(key: str) -> None:
         parsed(without=(key,))
 
 
+def test_size_under_an_empty_name_is_missing() -> None:
+    with pytest.raises(CheckpointError, match=r"hidden_size: expected .* found nothing"):
+        parsed({"": 2880}, without=("hidden_size",))
+
+
 NONSENSE = {
     "another_architecture": ({"model_type": "llama"}, "model_type: expected 'gpt_oss'.*'llama'"),
     "tied_embeddings_are_text": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),

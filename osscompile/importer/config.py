@@ -168,8 +168,8 @@ class _Fields:
         message = f"{self.source}: {key}: expected {expected}, found {found}"
         return CheckpointError(message + (f"; {advice}" if advice else ""))
 
-    def size(self, key: str, other_spelling: str = "", maximum: int = MAX_SIZE) -> int:
-        if key not in self.raw and other_spelling in self.raw:
+    def size(self, key: str, other_spelling: str | None = None, maximum: int = MAX_SIZE) -> int:
+        if key not in self.raw and other_spelling is not None and other_spelling in self.raw:
             key = other_spelling
         value = self.raw.get(key)
         if type(value) is not int or not 1 <= value <= maximum:
