@@ -55,6 +55,9 @@ def make_tokenizer(file: GgufFile) -> bytes | None:
         elif kind in (CONTROL, USER_DEFINED) and not PADDING.fullmatch(token):
             added.append(_added_token(id, token, special=kind == CONTROL))
     pairs = [merge.split(" ", 1) for merge in merges]
+    for pair in pairs:  # on some of these the library panics, which shows on stderr
+        if len(pair) != 2 or "".join(pair) not in vocab:
+            raise _damaged(file.path, f"tokens that its merges make, such as of {pair}")
     text = json.dumps(_tokenizer_json(vocab, pairs, added), ensure_ascii=False)
     try:
         data = text.encode()
@@ -62,7 +65,7 @@ def make_tokenizer(file: GgufFile) -> bytes | None:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # what the library raises, or its panic, which is no Exception
-        raise _damaged(file.path, f"tokens that its merges make ({error})") from error
+        raise _damaged(file.path, f"tokens and merges that fit each other ({error})") from error
     return data
 
 
