@@ -25,8 +25,9 @@ from .importer.graph import (
     build_graph,
     with_choose,
 )
+from .importer.requantised import describe_requantised
 from .importer.resolve import Resolved, resolve_model
-from .importer.weights import weight_pieces
+from .importer.weights import KeptScales, weight_pieces
 from .options import names_option, path_option, whole_number
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
@@ -58,6 +59,7 @@ def compile(
     variants: str | Iterable[str] | None = None,
     profile: str = "fast",
     context: int | None = None,
+    adapters: str | Path | Iterable[str | Path] = (),
     dump: str | Path | None = None,
     prefill_chunk: int = DEFAULT_CHUNK,
     records: str | Path | None = None,
@@ -65,15 +67,16 @@ def compile(
 ) -> Path:
     """Compile a model for a target and return the artifact's directory.
 
-    `model`: a directory in the Hugging Face layout, a Hugging Face id, "nano", or
-    "synthetic:gpt-oss-20b" (also gpt-oss-120b, tiny). `target`: one of `targets.names()` (default:
-    the one for this machine). `output`: default NAME-TARGET.osc here. `variants`: of the target's
-    CPUs, by name, those to compile for (default: all).
+    `model`: a directory with a checkpoint, a GGUF file, a model in Ollama's store by its name, a
+    Hugging Face id, "nano", or "synthetic:gpt-oss-20b" (also gpt-oss-120b, tiny). `target`: one of
+    `targets.names()` (default: the one for this machine). `output`: default NAME-TARGET.osc here.
+    `variants`: of the target's CPUs, by name, those to compile for (default: all).
     `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 weights, float32
-    activations). `context`: most positions (default: the model's). `dump`: a folder for the IR
-    after each phase. `prefill_chunk`: tokens of one prefill; a smaller one takes less workspace.
-    `records`: a file of `osscompile tune` for the one variant, whose constants are taken before the
-    package's (default: that in the user's own folder, for each variant that has one).
+    activations). `context`: most positions (default: the model's). `adapters`: folders of LoRA
+    adapters of PEFT, merged in order. `dump`: a folder for the IR after each phase.
+    `prefill_chunk`: tokens of one prefill; a smaller one takes less workspace. `records`: a file of
+    `osscompile tune` for the one variant, whose constants are taken before the package's (default:
+    that in the user's own folder, for each variant that has one).
     Raises CheckpointError, TargetError or CompileError; nothing is left behind.
     """
     target = target if target is not None else targets.of_this_machine().name
@@ -84,9 +87,10 @@ def compile(
     records = path_option("records", records) if records is not None else None
     if not isinstance(model, str | os.PathLike):
         raise CheckpointError(f"model: expected a name or a directory, found {model!r}")
+    adapters = (adapters,) if isinstance(adapters, str | os.PathLike) else tuple(adapters)
     prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
     with worker_threads(1) as pool:  # a download that is interrupted waits for its own threads
-        resolved = pool.submit(resolve_model, model).result()
+        resolved = pool.submit(resolve_model, model, adapters).result()
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
     if output is None:
@@ -105,6 +109,7 @@ def compile(
     parameters = {p.name: p for p in graph.weights}
     weights = tuple(_packed(p, packing.get(p.name)) for p in graph.weights)
     size = weights_file_bytes(weights)
+    kept = KeptScales()
     with staged_directory(output, size + OTHER_FILES_BYTES) as folder:
         names = ", ".join(m.variant for m in machines)
         _say(progress, f"compiling its kernels for {machine.description}: {names}")
@@ -115,9 +120,12 @@ def compile(
             weights_sha256 = write_weights(
                 folder / WEIGHTS,
                 weights,
-                lambda t: weight_pieces(parameters[t.name], resolved.source, packing.get(t.name)),
+                lambda t: weight_pieces(
+                    parameters[t.name], resolved.source, packing.get(t.name), kept
+                ),
                 bar.update,
             )
+        _tell_requantised(resolved)
         _copy_tokenizer(resolved, folder)
         manifest = Manifest(
             model=resolved.name,
@@ -243,8 +251,16 @@ def _decode_bytes(config: ModelConfig, weights: tuple[Tensor, ...]) -> int:
     return total
 
 
+def _tell_requantised(resolved: Resolved) -> None:
+    changed = resolved.source.requantised()
+    if changed:
+        warnings.warn(describe_requantised(changed), stacklevel=3)
+
+
 def _copy_tokenizer(resolved: Resolved, folder: Path) -> None:
-    if resolved.tokenizer is not None:
+    if isinstance(resolved.tokenizer, bytes):
+        (folder / TOKENIZER).write_bytes(resolved.tokenizer)
+    elif resolved.tokenizer is not None:
         shutil.copyfile(resolved.tokenizer, folder / TOKENIZER)
     else:
         warnings.warn(

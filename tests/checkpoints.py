@@ -124,8 +124,8 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write one safetensors file; bfloat16 arrays become BF16, uint8 U8, float32 F32."""
-    labels = {"bfloat16": "BF16", "uint8": "U8", "float32": "F32"}
+    """Write one safetensors file; bfloat16 arrays become BF16, uint8 U8, and so on."""
+    labels = {"bfloat16": "BF16", "uint8": "U8", "float16": "F16", "float32": "F32"}
     header, offset = {}, 0
     for name, array in tensors.items():
         header[name] = {

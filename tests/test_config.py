@@ -147,14 +147,19 @@ def test_missing_key(key: str) -> None:
         parsed(without=(key,))
 
 
-def test_missing_key_beside_one_without_a_name() -> None:
-    with pytest.raises(CheckpointError, match=r"intermediate_size: expected .* found nothing"):
-        parsed({"": 64}, without=("intermediate_size",))
+def test_size_under_an_empty_name_is_missing() -> None:
+    with pytest.raises(CheckpointError, match=r"hidden_size: expected .* found nothing"):
+        parsed({"": 2880}, without=("hidden_size",))
 
 
 NONSENSE = {
     "another_architecture": ({"model_type": "llama"}, "model_type: expected 'gpt_oss'.*'llama'"),
-    "tied_embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    "tied_embeddings_are_text": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    "a_classifier": (
+        {"architectures": ["GptOssForSequenceClassification"]},
+        "architectures: expected GptOssForCausalLM, found .*SequenceClassification.*classifier",
+    ),
+    "architectures_are_a_number": ({"architectures": 3}, "architectures: expected a list"),
     "no_attention_bias": ({"attention_bias": False}, "attention_bias"),
     "another_activation": ({"hidden_act": "gelu"}, "hidden_act"),
     "heads_not_divisible": ({"num_key_value_heads": 7}, "divisor of num_attention_heads = 64"),
@@ -194,11 +199,6 @@ def test_nonsense(case: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         parsed(changes)
     assert "config.json" in str(caught.value)
-
-
-def test_openai_original_folder_is_named() -> None:
-    with pytest.raises(CheckpointError, match="give the folder above"):
-        parse_config({"num_hidden_layers": 24, "num_experts": 32}, "original/config.json")
 
 
 def test_read_config(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class Hub:
 @pytest.fixture
 def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "no-store"))
     hub = Hub(checkpoint, tmp_path / "cache")
     monkeypatch.setattr(resolve, "snapshot_download", hub)
     return hub

@@ -263,3 +263,23 @@ def test_interrupt_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_text_that_is_none(tokenizer: Tokenizer, text: Any) -> None:
     with pytest.raises(InputError, match=f"expected a string, found {type(text).__name__}"):
         tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]},  # of a token longer than all others
+        {
+            "vocab": {"a": 0, "b": 1, "ab": 2},
+            "merges": [["a", "b"]],
+            "continuing_subword_prefix": "##",
+        },
+    ],
+)
+def test_file_on_which_the_library_panics(tmp_path: Path, model: dict[str, object]) -> None:
+    path = write_tokenizer(tmp_path / "tokenizer.json")
+    fields = json.loads(path.read_text())
+    fields["model"] |= model
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ArtifactError, match="which does not parse"):
+        Tokenizer(path)

@@ -84,10 +84,11 @@ def test_pack_rows_puts_neighbouring_rows_side_by_side(axis: int, lanes: int) ->
     assert packed.size == tensor.size
 
 
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e-4, 1e-2, 1.0, 1e3])
-def test_quantized_weights_are_off_by_half_a_step_at_most(scale: float) -> None:
+def test_quantized_weights_are_off_by_half_a_step_at_most(scale: float, dtype: type) -> None:
     """Clipping would be off by more. The scale is a float16, and a subnormal below 8e-6."""
-    weight = numbers(44, 64, 96, scale=scale).astype(ml_dtypes.bfloat16)
+    weight = numbers(44, 64, 96, scale=scale).astype(dtype)
     weight[3, 32:64] = 0
     words, scales = quantize_q8(weight)
     steps = scales.astype(np.float64)[..., None]

@@ -10,8 +10,9 @@ def add_compile(commands: Commands) -> None:
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="a directory in the Hugging Face layout, a Hugging Face id, nano, or "
-        "synthetic:gpt-oss-20b, synthetic:gpt-oss-120b, synthetic:tiny",
+        help="a directory with a checkpoint (Hugging Face, OpenAI), a GGUF file, a model that "
+        "Ollama has (gpt-oss:20b), a Hugging Face id, nano, or synthetic:gpt-oss-20b, "
+        "synthetic:gpt-oss-120b, synthetic:tiny",
     )
     command.add_argument("--target", help="see `osscompile targets` (default: this machine's)")
     command.add_argument(
@@ -24,6 +25,13 @@ def add_compile(commands: Commands) -> None:
         help="fast: int8 dense weights and activations (default); exact: as in the checkpoint",
     )
     command.add_argument("--context", type=int, metavar="N", help="most positions")
+    command.add_argument(
+        "--adapter",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a LoRA adapter of PEFT to merge; several are merged in order",
+    )
     command.add_argument(
         "--records",
         metavar="FILE",
@@ -43,6 +51,7 @@ def _compile(arguments: argparse.Namespace) -> None:
         variants=arguments.variants.split(",") if arguments.variants is not None else None,
         profile=arguments.profile,
         context=arguments.context,
+        adapters=arguments.adapter,
         dump=arguments.dump,
         records=arguments.records,
         progress=True,

@@ -14,6 +14,9 @@ HEAD_DIM_UNIT = 8  # attention mixes values in parts of so many dimensions
 MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
 MAX_NUMBER = 1e12
+MAX_FOUND = 200  # letters of a value in a message
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,23 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     return config
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError if the file is what git leaves where git-lfs is not installed."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError:
+        return  # who reads it tells
+    if start == LFS_POINTER:
+        raise CheckpointError(
+            f"{path}: expected the file itself, found a git-lfs pointer to it; run `git lfs pull` "
+            "in its folder, or download it with `hf download`"
+        )
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError naming the file if that is not what it holds."""
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -146,6 +164,7 @@ class _Fields:
 
     def error(self, key: str, expected: str, advice: str = "") -> CheckpointError:
         found = repr(self.raw[key]) if key in self.raw else "nothing"
+        found = found if len(found) <= MAX_FOUND else f"{found[:MAX_FOUND]}.."
         message = f"{self.source}: {key}: expected {expected}, found {found}"
         return CheckpointError(message + (f"; {advice}" if advice else ""))
 
@@ -177,13 +196,24 @@ class _Fields:
 
 def _check_architecture(fields: _Fields) -> None:
     if fields.raw.get("model_type") != "gpt_oss":
-        advice = "only gpt-oss models compile"
-        if "num_experts" in fields.raw and "model_type" not in fields.raw:
-            advice = "if this is OpenAI's `original` folder, give the folder above it"
-        raise fields.error("model_type", "'gpt_oss'", advice)
+        raise fields.error("model_type", "'gpt_oss'", "only gpt-oss models compile")
     fields.constant("attention_bias", True)
     fields.constant("hidden_act", "silu")
-    fields.constant("tie_word_embeddings", False)
+    fields.flag("tie_word_embeddings", default=False)
+    _check_head(fields)
+
+
+def _check_head(fields: _Fields) -> None:
+    """Refuse models that answer with something else than a next token."""
+    architectures = fields.raw.get("architectures") or []
+    if not isinstance(architectures, list) or any(not isinstance(a, str) for a in architectures):
+        raise fields.error("architectures", "a list of names")
+    if architectures and not {"GptOssForCausalLM", "GptOssModel"} & set(architectures):
+        raise fields.error(
+            "architectures",
+            "GptOssForCausalLM",
+            "a classifier or reward model predicts no next token: only language models compile",
+        )
 
 
 def _parse_layer_types(fields: _Fields, num_layers: int) -> tuple[bool, ...]:

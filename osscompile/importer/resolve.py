@@ -2,25 +2,33 @@
 
 import os
 import re
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from ..errors import CheckpointError
 from ..runtime.errors import ArtifactError
 from ..runtime.tokenizer import Tokenizer
-from .checkpoint import INDEX, Source, open_checkpoint, read_metadata
-from .config import read_json_object
+from .checkpoint import Source
+from .forms import open_checkpoint
+from .forms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapter
+from .forms.assemble import FormSource
+from .forms.huggingface import check_metadata
+from .forms.ollama import find_in_store
+from .forms.shards import INDEX
 from .synthetic import synthetic_source
 
 NANO_CHECKPOINT = Path(__file__).parent.parent / "nano" / "checkpoint"
 SYNTHETIC = "synthetic:"
 ACCEPTED = (
     "`nano`, `synthetic:gpt-oss-20b`, `synthetic:gpt-oss-120b`, `synthetic:tiny`, a directory with "
-    "a Hugging Face checkpoint, or a Hugging Face id such as `openai/gpt-oss-20b`"
+    "a checkpoint, a GGUF file, a Hugging Face id such as `openai/gpt-oss-20b`, or a model that "
+    "Ollama has, such as `gpt-oss:20b`"
 )
 HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -30,6 +38,7 @@ METADATA_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     INDEX,
+    ADAPTER_CONFIG,
 ]
 WEIGHT_FILES = ["model*.safetensors"]
 # `*` also matches a slash: without this, model/x.safetensors would count as top level.
@@ -40,73 +49,110 @@ SUBFOLDERS = ["*/*"]
 class Resolved:
     """A model ready to compile.
 
-    `tokenizer` is the path of a tokenizer.json or None; `generation` holds generation_config.json;
-    `name` is fit for a file name.
+    `tokenizer` is the path of a tokenizer.json, its bytes, or None; `generation` holds
+    generation_config.json; `name` is fit for a file name.
     """
 
     source: Source
-    tokenizer: Path | None
+    tokenizer: Path | bytes | None
     generation: dict[str, Any]
     name: str
 
 
-def resolve_model(model: str | Path) -> Resolved:
-    """Find a model: `nano`, `synthetic:NAME`, a directory, or a Hugging Face id to download.
+def resolve_model(model: str | Path, adapters: Sequence[str | Path] = ()) -> Resolved:
+    """Find a model: `nano`, `synthetic:NAME`, a directory or GGUF file in one of the forms, a model
+    in Ollama's store, or a Hugging Face id to download.
 
-    A directory wins over a Hugging Face id of the same spelling. Raises CheckpointError if nothing
-    is found, the download fails, or the checkpoint is not a complete MXFP4 gpt-oss.
+    What lies here wins over an id of the same spelling. `adapters` are merged in order: folders of
+    PEFT, or ids of them. Raises CheckpointError if nothing is found, the download fails, or the
+    checkpoint is not a complete gpt-oss.
     """
+    resolved = _resolve(model)
+    for adapter in adapters:
+        if not isinstance(resolved.source, FormSource):
+            raise CheckpointError(f"{model}: expected a checkpoint to merge {adapter} into")
+        merge_adapter(resolved.source, _adapter_folder(adapter))
+    return resolved
+
+
+def _resolve(model: str | Path) -> Resolved:
     if model == "nano":
-        return _from_directory(NANO_CHECKPOINT, "nano")
+        return _from_path(NANO_CHECKPOINT, "nano")
     if isinstance(model, str) and model.startswith(SYNTHETIC):
         name = model.removeprefix(SYNTHETIC)
         return Resolved(synthetic_source(name), None, {}, f"synthetic-{name}")
     path = os.path.expanduser(model)  # os.path, because pathlib raises on names too long or odd
-    if os.path.isdir(path):
-        name = Path(path).resolve().name
-        printable = "".join(c if c.isprintable() else "_" for c in name)  # as in a manifest
-        return _from_directory(Path(path), printable)
     if os.path.exists(path):
-        raise CheckpointError(f"{model}: expected a directory, found a file; give its directory")
+        name = Path(path).resolve().name.removesuffix(".gguf")
+        return _from_path(Path(path), name)
+    blob = find_in_store(model) if isinstance(model, str) else None
+    if blob is not None:
+        return _from_path(blob, str(model).replace("/", "-").replace(":", "-"))
     if isinstance(model, str) and HUGGING_FACE_ID.fullmatch(model):
-        return _from_directory(_download(model), model.rsplit("/", 1)[1])
+        return _from_hub(model)
     raise CheckpointError(f"{model}: no such model; expected {ACCEPTED}")
 
 
-def _from_directory(directory: Path, name: str) -> Resolved:
-    source = open_checkpoint(directory)
-    generation = directory / "generation_config.json"
-    return Resolved(
-        source,
-        _find_tokenizer(directory),
-        read_json_object(generation) if generation.is_file() else {},
-        name,
-    )
+def _adapter_folder(adapter: str | Path) -> Path:
+    path = Path(os.path.expanduser(adapter))
+    if not os.path.isdir(path) and isinstance(adapter, str) and HUGGING_FACE_ID.fullmatch(adapter):
+        return _fetch(adapter, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    return path
 
 
-def _find_tokenizer(directory: Path) -> Path | None:
-    """What the runtime would refuse is refused here, before any kernel is built."""
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        return None
-    try:
-        Tokenizer(file)
-    except ArtifactError as error:
-        raise CheckpointError(str(error)) from error
-    return file
+def _from_path(path: Path, name: str) -> Resolved:
+    opened = open_checkpoint(path)
+    _check_tokenizer(opened.tokenizer)
+    printable = "".join(c if c.isprintable() else "_" for c in name)  # as in a manifest
+    return Resolved(opened.source, opened.tokenizer, opened.generation, printable)
 
 
-def _download(repo_id: str) -> Path:
+def _check_tokenizer(tokenizer: Path | bytes | None) -> None:
+    """Refuse here what the runtime would refuse, before any kernel is built."""
+    if tokenizer is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(tokenizer, bytes):
+            content, tokenizer = tokenizer, Path(folder) / "tokenizer.json"
+            tokenizer.write_bytes(content)
+        try:
+            Tokenizer(tokenizer)
+        except ArtifactError as error:
+            raise CheckpointError(str(error)) from error
+
+
+def _from_hub(repo_id: str) -> Resolved:
     """Fetch the metadata, check it, then fetch the weights (or find both in the cache)."""
     directory = _fetch(repo_id, METADATA_FILES)
-    read_metadata(directory)  # another model stops here, not after its gigabytes
-    _find_tokenizer(directory)
-    return _fetch(repo_id, METADATA_FILES + WEIGHT_FILES)
+    try:
+        if (directory / "config.json").exists():
+            check_metadata(directory)  # another model stops here, not after its gigabytes
+            tokenizer = directory / "tokenizer.json"
+            _check_tokenizer(tokenizer if tokenizer.is_file() else None)
+        elif not (directory / ADAPTER_CONFIG).exists():
+            raise CheckpointError(
+                f"{repo_id}: expected a config.json in the repository, found none; if it holds "
+                f"GGUF files, get one with `hf download {repo_id} FILE` and give that file"
+            )
+        directory = _fetch(repo_id, METADATA_FILES + WEIGHT_FILES)
+        return _from_path(directory, repo_id.rsplit("/", 1)[1])
+    except CheckpointError as error:
+        if not constants.HF_HUB_OFFLINE:
+            raise
+        raise CheckpointError(
+            f"{error} (HF_HUB_OFFLINE is set, and what the cache has of {repo_id} may be "
+            "incomplete: unset it once to download the rest)"
+        ) from error
 
 
 def _fetch(repo_id: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=files, ignore_patterns=SUBFOLDERS))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo_id}: its owner gives access on request only; ask for it at "
+            f"https://huggingface.co/{repo_id}, then log in with `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{repo_id}: neither a directory here nor a repository on Hugging Face that you may "

@@ -136,6 +136,13 @@ class SyntheticSource:
         bits = rows.reshape(stop - start, *shape[1:])
         return bits.view(ml_dtypes.bfloat16) if dtype == "bf16" else bits
 
+    def read_int8(self, name: str, start: int, stop: int) -> None:
+        """None: it holds no int8."""
+
+    def requantised(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def _values(self, name: str, chunk: int, count: int, dtype: np.dtype) -> np.ndarray:
         key = hashlib.blake2b(f"{self.seed}/{name}/{chunk}".encode(), digest_size=16).digest()
         generator = np.random.SFC64(int.from_bytes(key, "little"))

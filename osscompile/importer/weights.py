@@ -4,9 +4,11 @@ Dense layers stay bfloat16 (exact) or become int8 (fast); MXFP4 stays as it is, 
 another order; vectors become float32. `schedules/formats.py` reads what is written here.
 """
 
+import threading
 from collections.abc import Callable
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
@@ -20,13 +22,47 @@ from .graph import Parameter
 PIECE_BYTES = 1 << 20
 
 
+class KeptScales:
+    """Scales of int8 that were found with the words, until they are asked for: no weight is read
+    twice. Several threads keep and take at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # scales, and which rows are here
+
+    def keep(self, name: str, num_rows: int, start: int, scales: np.ndarray) -> None:
+        """Scales [n, blocks] of rows from `start` on of a matrix of `num_rows`."""
+        with self._lock:
+            if name not in self._kept:
+                room = np.empty((num_rows, *scales.shape[1:]), scales.dtype)
+                self._kept[name] = room, np.zeros(num_rows, bool)
+            kept, here = self._kept[name]
+            kept[start : start + len(scales)] = scales
+            here[start : start + len(scales)] = True
+
+    def take(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Scales of rows [start, stop), or None if some are not here (yet)."""
+        with self._lock:
+            kept, here = self._kept.get(name, (np.empty(0), np.zeros(stop, bool)))
+            if not here[start:stop].all():
+                return None
+            here[start:stop] = False
+            if not here.any():
+                self._kept.pop(name, None)
+            return kept[start:stop]
+
+
 def weight_pieces(
-    parameter: Parameter, source: Source, packing: tuple[int, int] | None
+    parameter: Parameter,
+    source: Source,
+    packing: tuple[int, int] | None,
+    kept: KeptScales | None = None,
 ) -> list[Callable[[], np.ndarray]]:
     """The tensor in its final layout, cut along its leading axis: for each piece, in order, a
     function that makes it. They may be called on any thread.
 
     `packing`: (axis of the rows, lanes) if rows lie side by side (`passes/pack_weights.py`).
+    `kept`: where words leave scales for the tensor that follows them.
     """
     size = parameter.shape[0]
     row_bytes = max(1, int(np.prod(parameter.shape[1:])) * np.dtype(parameter.dtype).itemsize)
@@ -36,7 +72,7 @@ def weight_pieces(
     if packing is not None and packing[0] == 0:
         step = max(packing[1], step // packing[1] * packing[1])
     return [
-        partial(_make_piece, parameter, source, packing, start, min(start + step, size))
+        partial(_make_piece, parameter, source, packing, kept, start, min(start + step, size))
         for start in range(0, size, step)
     ]
 
@@ -49,14 +85,21 @@ def pack_rows(tensor: np.ndarray, axis: int, lanes: int) -> np.ndarray:
 
 
 def _make_piece(
-    parameter: Parameter, source: Source, packing: tuple[int, int] | None, start: int, stop: int
+    parameter: Parameter,
+    source: Source,
+    packing: tuple[int, int] | None,
+    kept: KeptScales | None,
+    start: int,
+    stop: int,
 ) -> np.ndarray:
-    rows = _rows(parameter, source, start, stop)
+    rows = _rows(parameter, source, kept, start, stop)
     assert rows.shape[1:] == parameter.shape[1:] and rows.dtype == parameter.dtype, parameter
     return np.ascontiguousarray(rows if packing is None else pack_rows(rows, *packing))
 
 
-def _rows(parameter: Parameter, source: Source, start: int, stop: int) -> np.ndarray:
+def _rows(
+    parameter: Parameter, source: Source, kept: KeptScales | None, start: int, stop: int
+) -> np.ndarray:
     name, _, part = parameter.name.rpartition(".")
     if parameter.name == "rope":
         return rope_table(source.config, np.arange(start, stop))
@@ -65,20 +108,35 @@ def _rows(parameter: Parameter, source: Source, start: int, stop: int) -> np.nda
     if part == "scales" and parameter.dtype == "uint8":
         return source.read(f"{name}.scales", start, stop)
     if part in ("words", "scales"):
-        weight = source.read(f"{name}.weight", start, stop)
-        with np.errstate(over="ignore", invalid="ignore"):  # such scales are refused below
-            words, scales = quantize_q8(weight) if part == "words" else (None, q8_scales(weight))
-        if not np.isfinite(scales).all():
-            raise CheckpointError(
-                f"{name}.weight, rows {start} to {stop - 1}: expected finite weights that int8 "
-                "with float16 scales can hold, found one beyond 8.3 million, or NaN; compile with "
-                "the profile `exact`, or check where this checkpoint comes from"
-            )
-        return scales if words is None else words
+        scales = kept.take(name, start, stop) if kept is not None and part == "scales" else None
+        if scales is not None:
+            return scales
+        words, scales = _int8(name, source, start, stop)
+        if kept is not None and part == "words":
+            kept.keep(name, parameter.shape[0], start, scales)
+        return words if part == "words" else scales
     values = source.read(parameter.name, start, stop)
     if parameter.dtype == "uint16":
-        return values.view(np.uint16)
+        return values.astype(ml_dtypes.bfloat16, copy=False).view(np.uint16)
     return values.astype(np.float32)
+
+
+def _int8(name: str, source: Source, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Words [rows, blocks, 8] uint32 and scales [rows, blocks] float16."""
+    stored = source.read_int8(f"{name}.weight", start, stop)
+    if stored is not None:  # a second rounding would only lose
+        words, scales = stored[0].view("<u4").reshape(*stored[1].shape, -1), stored[1]
+    else:
+        weight = source.read(f"{name}.weight", start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):  # such scales are refused below
+            words, scales = quantize_q8(weight)
+    if not np.isfinite(scales).all():
+        raise CheckpointError(
+            f"{name}.weight, rows {start} to {stop - 1}: expected finite weights that int8 "
+            "with float16 scales can hold, found one beyond 8.3 million, or NaN; compile with "
+            "the profile `exact`, or check where this checkpoint comes from"
+        )
+    return words, scales
 
 
 def mxfp4_words(blocks: np.ndarray) -> np.ndarray:
@@ -102,8 +160,9 @@ def _swap_bits(words: np.ndarray, distance: int, mask: int) -> None:
 
 
 def quantize_q8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[rows, inputs] bfloat16 -> words [rows, blocks, 8] uint32 of four int8 each, and scales
-    [rows, blocks] float16. Values are rounded to the nearest multiple of the scale as stored."""
+    """[rows, inputs] bfloat16 or float32 -> words [rows, blocks, 8] uint32 of four int8 each, and
+    scales [rows, blocks] float16. Values are rounded to the nearest multiple of the scale as
+    stored."""
     scales = q8_scales(weight)
     blocks = weight.astype(np.float32).reshape(*scales.shape, BLOCK)
     divisor = np.where(scales > 0, scales, 1).astype(np.float32)
@@ -118,10 +177,17 @@ def q8_scales(weight: np.ndarray) -> np.ndarray:
     Rounded up, so that the largest value is not clipped.
     """
     rows, inputs = weight.shape
-    largest = weight.view(np.uint16).reshape(-1) & np.uint16(0x7FFF)  # order of bits = order
+    # The order of bits is that of magnitudes.
+    largest: np.ndarray
+    if weight.dtype == ml_dtypes.bfloat16:
+        largest = weight.view(np.uint16).reshape(-1) & np.uint16(0x7FFF)
+    else:
+        largest = weight.view(np.uint32).reshape(-1) & np.uint32(0x7FFFFFFF)
     while largest.size > rows * (inputs // BLOCK):  # faster than max() over a short axis
         largest = np.maximum(largest[0::2], largest[1::2])
-    exact = (largest.astype(np.uint32) << 16).view(np.float32) / np.float32(127)
+    if largest.dtype == np.uint16:
+        largest = largest.astype(np.uint32) << np.uint32(16)
+    exact = largest.view(np.float32) / np.float32(127)
     scales: np.ndarray = exact.astype(np.float16)
     scales.view(np.uint16)[...] += scales.astype(np.float32) < exact  # to the next float16
     return scales.reshape(rows, inputs // BLOCK)

@@ -1,0 +1,85 @@
+"""Tell what a checkpoint is that we do not read, and what to give instead."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+
+READ = "osscompile reads MXFP4, bf16, fp16, fp32 and GGUF"
+GIVE = "give the checkpoint that it was made from"
+
+# quant_method of config.json -> what the world calls it.
+QUANTISATIONS = {
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "bitsandbytes": "bitsandbytes",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8",
+    "modelopt": "NVIDIA ModelOpt (NVFP4 or FP8)",
+    "compressed-tensors": "compressed-tensors (FP8, NVFP4 or INT4)",
+    "quark": "AMD Quark",
+    "auto-round": "AutoRound",
+    "hqq": "HQQ",
+    "torchao": "torchao",
+    "eetq": "EETQ",
+}
+# Ends of names that only one kind of checkpoint has -> what that is.
+SIGNS = {
+    ".absmax": "a bitsandbytes checkpoint",
+    ".quant_map": "a bitsandbytes checkpoint",
+    ".qweight": "an AWQ or GPTQ checkpoint",
+    ".qzeros": "an AWQ or GPTQ checkpoint",
+    ".weight_scale_2": "an NVFP4 checkpoint",
+    ".weight_packed": "a checkpoint of compressed-tensors",
+    ".weight_scale_inv": "an FP8 checkpoint",
+    ".weight_scale": "an FP8 checkpoint",
+    ".biases": "an MLX checkpoint",
+}
+HEADS = ("score.weight", "classifier.weight", "v_head.weight", "v_head.summary.weight")
+
+
+def refuse_foreign_config(raw: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError if config.json says that the weights are stored in another way."""
+    quantization = raw.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method not in (None, "mxfp4"):
+        name = QUANTISATIONS.get(method, "") if isinstance(method, str) else ""
+        of = f" ({name})" if name else ""
+        raise CheckpointError(
+            f"{path}: quant_method: expected 'mxfp4' or none, found {method!r}{of}; {READ}: {GIVE}"
+        )
+    if "quantization" in raw:  # only MLX writes this key
+        raise CheckpointError(
+            f"{path}: expected the weights of transformers, found those of MLX "
+            f"(quantization: {raw['quantization']!r}); {READ}: {GIVE}"
+        )
+
+
+def refuse_foreign_names(names: Collection[str], where: Path) -> None:
+    """Raise CheckpointError if the names of the tensors tell what this is."""
+    for name in names:
+        for end, kind in SIGNS.items():
+            if name.endswith(end):
+                raise CheckpointError(
+                    f"{where}: expected weights of transformers, found tensor {name}: this is "
+                    f"{kind}; {READ}: {GIVE}"
+                )
+        if ".lora_A." in name or ".lora_magnitude_vector" in name:
+            raise CheckpointError(
+                f"{where}: expected a whole model, found tensor {name}: its adapter is not merged; "
+                "call `merge_and_unload()` before `save_pretrained()`, or give base and adapter: "
+                "osscompile compile BASE --adapter DIR"
+            )
+        if name in HEADS:
+            raise CheckpointError(
+                f"{where}: expected a language model, found tensor {name}, the head of a "
+                "classifier or reward model; only models that predict the next token compile"
+            )
+    embedding = next((name for name in names if name.endswith("embed_tokens.weight")), None)
+    if embedding not in (None, "model.embed_tokens.weight"):
+        prefix = str(embedding).removesuffix("embed_tokens.weight")
+        raise CheckpointError(
+            f"{where}: expected names that begin with `model.`, found `{prefix}` (of {embedding}); "
+            "save the language model alone, with transformers"
+        )
