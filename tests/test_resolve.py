@@ -130,7 +130,10 @@ NO_TOKENIZERS = {
 @pytest.mark.parametrize("text", NO_TOKENIZERS.values(), ids=list(NO_TOKENIZERS))
 def test_tokenizer_that_is_none(checkpoint: Path, text: str) -> None:
     (checkpoint / "tokenizer.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json which does not parse.*git-lfs"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"tokenizer\.json(: expected the file itself| which does not parse).*git-lfs",
+    ):
         resolve_model(checkpoint)
 
 
