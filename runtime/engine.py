@@ -20,7 +20,7 @@ from .devices.tvm_cpu import Device
 from .devices.tvm_device import TensorDevice
 from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import ChannelParser, Piece, render_chat, stop_ids
-from .kv_cache import KVCache
+from .kv_cache import KVCache, PageCounts, page_counts
 from .machine import available_memory_bytes, choose_threads
 from .manifest import Manifest
 from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
@@ -46,6 +46,7 @@ def load(
     path: str | Path,
     *,
     context: int | None = None,
+    kv_memory: int | None = None,
     threads: int | None = None,
     variant: str | None = None,
     verify: bool = False,
@@ -54,6 +55,8 @@ def load(
     """Load a compiled artifact; only load those that you trust, their library is code.
 
     `context`: at most so many positions, to use less memory than the artifact was compiled for.
+    `kv_memory`: bytes of keys and values (default: what the context needs, and a few kept points);
+    with more, more of earlier prompts is kept. On a CPU they are taken as they are used.
     `threads`: CPU threads (default: all cores; more than can run at once are not used, with a
     warning); OpenCL devices have their own. `variant`: which of
     its libraries to run (default: the best for this CPU). `verify`: hash the weights even if this
@@ -67,11 +70,14 @@ def load(
     artifact = open_artifact(path, verify, progress, variant)
     limit = artifact.manifest.context
     context = limit if context is None else _whole_number("context", context, limit)
-    return Model(artifact, context, threads)
+    if kv_memory is not None:
+        kv_memory = _whole_number("kv_memory", kv_memory)
+    return Model(artifact, context, threads, kv_memory)
 
 
-def memory_bytes(manifest: Manifest, context: int) -> dict[str, int]:
-    """Memory that a run uses when `context` positions are full, by what it is for.
+def memory_bytes(manifest: Manifest, context: int, kv_memory: int | None = None) -> dict[str, int]:
+    """Memory that a run uses when `context` positions are full, by what it is for; `kv_memory` as
+    for `load`.
 
     A GPU holds all weights and caches from the beginning, and mostly in the memory of the machine;
     on a CPU, what a run does not use of them takes none.
@@ -84,13 +90,9 @@ def memory_bytes(manifest: Manifest, context: int) -> dict[str, int]:
         weights += min(
             weight.num_bytes, rows * max(weight.num_bytes // weight.shape[0], FAULT_BYTES)
         )
-    caches = 0
-    for cache, sliding in zip(manifest.caches, np.repeat(manifest.sliding, 2), strict=True):
-        share = 1.0 if sliding or whole else min(1.0, context / manifest.context)
-        caches += int(cache.num_bytes * share)
     return {
         "weights": weights,
-        "KV cache": caches,
+        "KV cache": page_counts(manifest, context, kv_memory).num_bytes(manifest),
         "workspace": sum(manifest.workspace_bytes[f] for f in ("prefill", "decode")),
         "process": PROCESS_BYTES,
     }
@@ -103,8 +105,11 @@ class Model:
     nothing wrong behind, and a process that was forked since the load must load its own.
     """
 
-    def __init__(self, artifact: Artifact, context: int, threads: int | None) -> None:
+    def __init__(
+        self, artifact: Artifact, context: int, threads: int | None, kv_memory: int | None = None
+    ) -> None:
         self.manifest = artifact.manifest
+        self._needed = memory_bytes(self.manifest, context, kv_memory)
         self.variant = artifact.variant.name
         self.context = context
         self.vocab_size = self.manifest.vocab_size
@@ -116,11 +121,13 @@ class Model:
             size = self.tokenizer.vocab_size
             self._reserved = reserved_ids(self.tokenizer.special, self.vocab_size, size)
             self._stops |= stop_ids(self.tokenizer)
+        self.cached_tokens = 0  # of the last prompt: those that were not computed
         self._turn = 0  # counts the calls that used the cache
         self._certain = True  # whether the last of them ended as its caller was told
         threads = choose_threads(threads)
         self._driver = driver()
-        self._driver.call(lambda: self._open(artifact, threads))
+        counts = page_counts(self.manifest, context, kv_memory)
+        self._driver.call(lambda: self._open(artifact, threads, counts))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
@@ -188,7 +195,7 @@ class Model:
                 "decode: expected a call before this one that ended, found one that did not: it is "
                 "uncertain what the token would follow; call `prefill` again"
             )
-        if len(self._cache.tokens) >= self.context:
+        if self._cache.length >= self.context:
             raise InputError(
                 f"decode: expected room in the context of {self.context} positions, found none; "
                 "call `forget`, or load with a larger context"
@@ -245,11 +252,12 @@ class Model:
 
     # From here to `_run`: on the device's thread.
 
-    def _open(self, artifact: Artifact, threads: int) -> None:
-        self._device = _open_device(artifact, self.context, threads)
-        self._cache = KVCache(self.manifest, self._device)
+    def _open(self, artifact: Artifact, threads: int, counts: PageCounts) -> None:
+        needed = sum(self._needed.values()) - PROCESS_BYTES
+        self._device = _open_device(artifact, threads, needed)
+        self._cache = KVCache(self.manifest, self._device, counts)
         self._bound: list[Any] = []
-        for array in (*self._cache.arrays, *artifact.weights):
+        for array in (*self._cache.tables, *self._cache.arrays, *artifact.weights):
             self._driver.check()
             self._bound.append(self._device.tensor(array))
         self._chooser: Chooser | None = None  # where the logits are in the host's memory
@@ -258,7 +266,7 @@ class Model:
 
     def _score(self, ids: list[int]) -> np.ndarray:
         self._turn += 1
-        self._cache.reuse(())
+        self._cache.start_apart()
         rows = []
         for start in range(0, len(ids), self.manifest.score_chunk):
             part = ids[start : start + self.manifest.score_chunk]
@@ -300,7 +308,7 @@ class Model:
     def _prefill(self, ids: list[int]) -> Any:
         """Extend the cache to `ids` -> the device's logits [1, vocab] after the last. At least one
         is computed."""
-        kept = self._cache.reuse(ids[:-1])
+        kept = self.cached_tokens = self._cache.reuse(ids[:-1])
         logits = None
         for start in range(kept, len(ids), self.manifest.chunk):
             part = ids[start : start + self.manifest.chunk]
@@ -310,7 +318,7 @@ class Model:
             index = np.array([len(part) - 1], np.int32)
             logits = self._run("prefill", part, index)
             self._cache.append(part)
-        self._cache.save()
+        self._cache.keep()
         return logits
 
     def _decode(self, token_id: int) -> Any:
@@ -352,7 +360,7 @@ class Model:
     def _check_memory(self) -> None:
         if self.manifest.runtime == "cuda":  # in the GPU's memory, which tells when it is full
             return
-        needed = memory_bytes(self.manifest, self.context)
+        needed = self._needed
         private = needed["KV cache"] + needed["workspace"]
         if not self.manifest.on_cpu:  # copied, not mapped
             private += needed["weights"]
@@ -373,7 +381,7 @@ class Model:
 
 
 def _open_device(
-    artifact: Artifact, context: int, threads: int
+    artifact: Artifact, threads: int, needed_bytes: int
 ) -> Device | TensorDevice | LaunchDevice:
     manifest, library = artifact.manifest, artifact.library
     sha256 = manifest.files[library.name].sha256
@@ -383,8 +391,7 @@ def _open_device(
     launching = LAUNCH_DEVICES.get(manifest.runtime)
     if launching is not None:
         return launching(library, read_programs(artifact), sha256=sha256)
-    needed = sum(memory_bytes(manifest, context).values()) - PROCESS_BYTES
-    return TensorDevice(library, manifest.device, threads, needed, sha256)
+    return TensorDevice(library, manifest.device, threads, needed_bytes, sha256)
 
 
 def _whole_number(name: str, value: object, most: int | None = None) -> int:

@@ -1,19 +1,28 @@
-"""The KV cache: which tokens it holds, and how far it can go back.
+"""The KV cache: pages of keys and values, and the sequence that is computed.
 
-Full layers keep every position. A sliding layer keeps a ring of window + chunk positions, so that
-the last `chunk` of them can be taken back; a snapshot of the rings reaches further.
+What was computed stays in a tree of prefixes until its pages are needed, so that a sequence with
+the same beginning computes only what is new. A sliding layer needs the window before the new
+tokens: a sequence can go on wherever the window pages are still there. They stay longest where a
+turn began or ended (`keep`).
 
-Work can end anywhere, by an error or a signal. So `tokens` never says more than what the arrays
-hold: it is cut before they change, and grows after.
+An interrupt may come anywhere. The tree and the path of the running sequence say what is there, and
+each change of them is a single assignment that makes true what was written before.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .manifest import Manifest
+import numpy as np
 
-KEYS_PER_TILE = 16  # keys are [heads, positions / 16, dim, 16], values [heads, positions, dim]
+from .errors import InputError
+from .manifest import Manifest
+from .pages import Pages
+from .prefix_tree import Node, match, new_root
+
+KEYS_PER_TILE = 16  # of a page: keys are [heads, tiles, dim, 16], values [heads, positions, dim]
+PAGE_TOKENS = 64  # positions of a page, of what is compiled now
+KEPT_POINTS = 16  # whose window pages there is room for, beside the running sequence's
 
 
 class CacheMemory(Protocol):
@@ -21,92 +30,196 @@ class CacheMemory(Protocol):
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any: ...
 
-    def copy(self, array: Any) -> Any: ...
+    def write(self, array: Any, part: np.ndarray, start: int = 0) -> None:
+        """Set elements along axis 0, from `start` on."""
 
-    def restore(self, array: Any, saved: Any) -> None:
-        """Write back what `copy` gave of it."""
+    def copy(self, array: Any, source: int, target: int) -> None:
+        """Set one element along axis 0 to what another is."""
 
     def clear(self, array: Any, count: int) -> None:
-        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
+        """Set the first `count` along axis 0 to zero."""
 
 
 @dataclass(frozen=True)
-class _Snapshot:
-    tokens: list[int]
-    written: int
-    rings: list[Any]
+class PageCounts:
+    """Pages of the layers that see everything, and of the sliding layers."""
+
+    full: int
+    window: int
+
+    def num_bytes(self, manifest: Manifest) -> int:
+        """Of the keys and values of all layers."""
+        counts = (self.full, self.window)
+        sizes = [cache.num_bytes for cache in manifest.caches]
+        return sum(counts[manifest.sliding[i // 2]] * size for i, size in enumerate(sizes))
+
+
+def page_counts(manifest: Manifest, context: int, kv_memory: int | None = None) -> PageCounts:
+    """What `context` positions need, and room for kept points; or as many pages of both kinds, in
+    that proportion, as fit into `kv_memory` bytes. Raises InputError if the context does not."""
+    page = manifest.page_tokens
+    full = -(-context // page) + 1  # one to copy to when a sequence leaves another
+    if any(manifest.sliding):
+        # so many positions may begin anywhere in a page
+        running, point = ((manifest.window + n - 2) // page + 2 for n in (manifest.chunk, 0))
+        least = PageCounts(full, min(full, running + 1))
+        wanted = PageCounts(full, min(full, running + 1 + KEPT_POINTS * point))
+    else:
+        least = wanted = PageCounts(full, full)  # window pages cost nothing
+    if kv_memory is None:
+        return wanted
+    if kv_memory < least.num_bytes(manifest):
+        raise InputError(
+            f"kv_memory: expected at least {least.num_bytes(manifest)} bytes, which {context} "
+            f"positions take, found {kv_memory}; load with a smaller context"
+        )
+    share = kv_memory / wanted.num_bytes(manifest)
+    full = max(least.full, int(wanted.full * share))
+    room = kv_memory - PageCounts(full, 0).num_bytes(manifest)
+    if room < PageCounts(0, least.window).num_bytes(manifest):
+        full, room = least.full, kv_memory - PageCounts(least.full, 0).num_bytes(manifest)
+    each = PageCounts(0, 1).num_bytes(manifest)
+    return PageCounts(full, min(full, room // each) if each else full)
 
 
 class KVCache:
-    """Arrays of every layer, in the order of the manifest, and the tokens they hold."""
+    """The arrays of every layer, in the order of the manifest, and what they hold."""
 
-    def __init__(self, manifest: Manifest, memory: CacheMemory) -> None:
+    def __init__(self, manifest: Manifest, memory: CacheMemory, counts: PageCounts) -> None:
         self._memory = memory
-        self.arrays = [memory.zeros(c.shape, c.dtype) for c in manifest.caches]
-        self.tokens: list[int] = []
-        self._chunk = manifest.chunk
-        self._written = 0  # positions that the rings hold are among the last before this one
-        self._dirty = 0  # positions that were written since all were zero
-        pairs = zip(self.arrays[0::2], self.arrays[1::2], manifest.sliding, strict=True)
-        self._rings = [a for keys, values, sliding in pairs if sliding for a in (keys, values)]
-        self._snapshot: _Snapshot | None = None
+        self._window, self._page = manifest.window, manifest.page_tokens
+        self._arrays: tuple[list[Any], list[Any]] = ([], [])  # by kind: full, window
+        self.arrays = []
+        for i, cache in enumerate(manifest.caches):
+            sliding = manifest.sliding[i // 2]  # keys and values of each layer
+            shape = ((counts.full, counts.window)[sliding], *cache.shape)
+            self.arrays.append(memory.zeros(shape, cache.dtype))
+            self._arrays[sliding].append(self.arrays[-1])
+        # one more entry than pages: kernels may read keys of the next page, and ignore them
+        entries = -(-manifest.context // self._page) + 1
+        self.tables = [memory.zeros((entries,), "int32") for _ in (0, 1)]
+        self._pages = Pages(counts.full, counts.window)
+        self._root, self._time = new_root(), 0
+        self._base = self._root  # what the running sequence hangs from
+        self._path: list[Node] = []
+        self._ahead: list[tuple[int, int]] = []  # pages of what is being written
+
+    @property
+    def length(self) -> int:
+        """Positions of the running sequence that are written."""
+        path = self._path
+        return (len(path) - 1) * self._page + len(path[-1].tokens) if path else 0
+
+    def reuse(self, tokens: Sequence[int]) -> int:
+        """Begin a sequence with the longest prefix of `tokens` that can be gone on from; how many
+        that is. The end of the sequence before is kept."""
+        self.keep()
+        self._leave()
+        path, shared = match(self._root, tokens, self._page)
+        shared = self._reachable(path, shared)
+        whole, rest = divmod(shared, self._page)
+        if rest:
+            path[whole] = self._own(path[: whole + 1], rest)
+        path = path[: whole + bool(rest)]
+        self._time += 1
+        for node in path:
+            node.used = self._time
+        self._write_tables(0, [(node.full, node.window or 0) for node in path])
+        self._path = path
+        return shared
+
+    def start_apart(self) -> None:
+        """Begin an empty sequence, of which nothing is kept."""
+        self.keep()
+        self._leave()
+        self._base = new_root()
 
     def begin(self, count: int) -> int:
-        """Where `count` positions are about to be written: after the tokens.
-
-        What they overwrite counts as lost from now on, even if no `append` follows.
-        """
-        start = len(self.tokens)
-        self._written = max(self._written, start + count)
-        self._dirty = max(self._dirty, self._written)
+        """Make room for `count` more positions; the first of them."""
+        start, have = self.length, len(self._path)
+        missing = -(-(start + count) // self._page) - have
+        self._ahead = []  # what an interrupt may have left
+        if missing:
+            first_needed = max(0, start - self._window + 1) // self._page
+            taken = self._pages.take(missing, missing, self._root, self._path, first_needed)
+            ahead = list(zip(*taken, strict=True))
+            self._write_tables(have, ahead)
+            self._ahead = ahead
         return start
 
     def append(self, tokens: Sequence[int]) -> None:
-        """The tokens were written."""
-        self.tokens += tokens
+        """The tokens were written at the positions that `begin` made room for."""
+        rest = tuple(tokens)
+        while rest:
+            last = self._path[-1] if self._path else self._base
+            room = self._page - len(last.tokens) if self._path else 0
+            if room:
+                last.tokens += rest[:room]
+                rest = rest[room:]
+                continue
+            full, window = self._ahead.pop(0)
+            node = Node(last, rest[: self._page], full, window)
+            node.used = self._time
+            last.children.append(node)
+            self._path.append(node)
+            rest = rest[self._page :]
 
-    def reuse(self, tokens: Sequence[int]) -> int:
-        """Keep the longest prefix of `tokens` that can be kept; how many that is."""
-        shared = _shared_prefix(self.tokens, tokens)
-        if self._written - shared > self._chunk:
-            shared = self._restore(tokens)
-        del self.tokens[shared:]
-        if self._snapshot is not None and shared < len(self._snapshot.tokens):
-            self._snapshot = None  # what follows overwrites its positions in the full layers
-        return shared
+    def keep(self) -> None:
+        """Keep this point, to go on from it later: the last token, too, can be another then."""
+        self._time += 1
+        first = max(0, self.length - self._window) // self._page
+        for node in self._path[first:]:
+            node.kept = self._time
+
+    def pages_used(self) -> tuple[int, int]:
+        """How many pages of each kind were ever written: the first ones."""
+        full, window = self._pages.most_used
+        return full, window
 
     def clear(self) -> None:
-        """Forget everything, and set what was ever written to zero: what is not a number would
-        spoil even what does not look at it."""
-        self.tokens, self._snapshot = [], None
-        tiles = -(-self._dirty // KEYS_PER_TILE)
-        for keys, values in zip(self.arrays[0::2], self.arrays[1::2], strict=True):
-            self._memory.clear(keys, tiles)
-            self._memory.clear(values, self._dirty)
-        self._written = self._dirty = 0
+        """Forget everything, and set what was written to zero."""
+        self._root = self._base = new_root()
+        self._leave()
+        for arrays, most_used in zip(self._arrays, self.pages_used(), strict=True):
+            for array in arrays:
+                self._memory.clear(array, most_used)
 
-    def save(self) -> None:
-        """Remember the rings as they are: a later `reuse` can come back to this point."""
-        rings = [self._memory.copy(ring) for ring in self._rings]
-        self._snapshot = _Snapshot(list(self.tokens), self._written, rings)
+    def _leave(self) -> None:
+        """End the running sequence."""
+        self._path, self._ahead, self._base = [], [], self._root
+        self._pages.count(self._root, ())
 
-    def _restore(self, tokens: Sequence[int]) -> int:
-        """Go back to the snapshot, or else to nothing; how many of `tokens` can be kept then."""
-        snapshot = self._snapshot
-        shared = _shared_prefix(snapshot.tokens, tokens) if snapshot is not None else 0
-        self.tokens = []
-        if snapshot is None or shared == 0 or snapshot.written - shared > self._chunk:
-            self._written = 0
-            return 0
-        for ring, saved in zip(self._rings, snapshot.rings, strict=True):
-            self._memory.restore(ring, saved)
-        self._written = snapshot.written  # more than its tokens, where some were taken back
-        self.tokens = list(snapshot.tokens)
+    def _reachable(self, path: Sequence[Node], shared: int) -> int:
+        """How many of `shared` tokens can be gone on from: the window before must be there."""
+        while shared:
+            first = max(0, shared - self._window + 1) // self._page
+            last = (shared - 1) // self._page
+            gaps = [i for i in range(first, last + 1) if path[i].window is None]
+            if not gaps:
+                break
+            shared = gaps[-1] * self._page
         return shared
 
+    def _own(self, path: Sequence[Node], count: int) -> Node:
+        """A node with the first `count` tokens of the last of `path`, to go on from: itself if it
+        has no more, else one with a copy of its pages."""
+        node = path[-1]
+        if len(node.tokens) == count:
+            return node
+        length = (len(path) - 1) * self._page + count
+        first_needed = max(0, length - self._window + 1) // self._page
+        (full,), (window,) = self._pages.take(1, 1, self._root, path, first_needed)
+        assert node.window is not None and node.parent is not None
+        for array in self._arrays[0]:
+            self._memory.copy(array, node.full, full)
+        for array in self._arrays[1]:
+            self._memory.copy(array, node.window, window)
+        copied = Node(node.parent, node.tokens[:count], full, window)
+        node.parent.children.append(copied)
+        return copied
 
-def _shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    def _write_tables(self, start: int, pages: Sequence[tuple[int, int]]) -> None:
+        """Tell kernels the pages of both kinds, from number `start` of the sequence on."""
+        if pages:
+            for table, numbers in zip(self.tables, zip(*pages, strict=True), strict=True):
+                self._memory.write(table, np.array(numbers, np.int32), start)

@@ -21,7 +21,7 @@ import numpy as np
 from .errors import ArtifactError
 from .machine import Machine
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -99,7 +99,7 @@ class Manifest:
     chunk: int  # tokens of one prefill, at most
     score_chunk: int  # tokens of one scoring, at most
     workspace_bytes: dict[str, int]  # of each function's activations
-    caches: tuple[Tensor, ...]  # keys and values of each layer: arguments before the weights
+    caches: tuple[Tensor, ...]  # a page of each layer's keys and values: arguments before weights
     weights: tuple[Tensor, ...]
     decode_bytes: int  # of weights that one decode step reads
     gathered: tuple[str, ...]  # weights of which a run reads the rows of its tokens only
@@ -110,6 +110,11 @@ class Manifest:
     def on_cpu(self) -> bool:
         """Whether its functions run on the CPU, and read weights where the file is mapped."""
         return self.runtime == "tvm" and self.device == CPU
+
+    @property
+    def page_tokens(self) -> int:
+        """Positions of a page of keys and values."""
+        return self.caches[1].shape[-2]
 
     def fits(self, here: Machine) -> bool:
         """Whether it was made for this system and architecture."""
@@ -222,8 +227,8 @@ def _check(manifest: Manifest, file: Path) -> None:
         expect(tensor.num_bytes < MAX_NUMBER, f"{tensor.name} to be smaller", tensor.shape)
     layers = len(m.sliding)
     expect(0 < layers == len(m.caches) / 2, f"{2 * layers} caches", f"{len(m.caches)}")
-    for keys, values, sliding in zip(m.caches[0::2], m.caches[1::2], m.sliding, strict=True):
-        _check_cache(m, keys, values, sliding, expect)
+    for keys, values in zip(m.caches[0::2], m.caches[1::2], strict=True):
+        _check_cache(m, keys, values, expect)
 
     weights = {weight.name: weight for weight in m.weights}
     total, most = sum(w.num_bytes for w in m.weights), m.files[WEIGHTS].num_bytes
@@ -238,15 +243,12 @@ def _check(manifest: Manifest, file: Path) -> None:
     expect(set(embedded) == {m.vocab_size}, f"{m.vocab_size} rows of embed", embedded)
 
 
-def _check_cache(
-    m: Manifest, keys: Tensor, values: Tensor, sliding: bool, expect: Callable[..., None]
-) -> None:
-    """Whole tiles of keys, and values, for as many positions as are kept and no tile more."""
+def _check_cache(m: Manifest, keys: Tensor, values: Tensor, expect: Callable[..., None]) -> None:
+    """Pages of as many positions as those of all layers, in whole tiles of keys."""
     expect(keys.dtype == values.dtype, f"{values.name} of {keys.dtype}", values.dtype)
     expect(len(keys.shape) == 4, f"4 extents of {keys.name}", keys.shape)
     heads, tiles, dim, per_tile = keys.shape
     shape = (heads, tiles * per_tile, dim)
     expect(values.shape == shape, f"{values.name} of shape {shape}", values.shape)
-    positions = m.window + m.chunk if sliding else m.context
-    fits = 0 <= tiles * per_tile - positions < per_tile
-    expect(fits, f"{keys.name} of {positions} positions", keys.shape)
+    page = m.page_tokens
+    expect(tiles * per_tile == page, f"{keys.name} of {page} positions", keys.shape)

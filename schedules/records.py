@@ -49,6 +49,8 @@ def kernel_key(function: PrimFunc) -> str:
     for parameter in function.params:
         extents = (str(e.value) if isinstance(e, tirx.IntImm) else "n" for e in parameter.shape)
         parameters.append(f"{parameter.dtype}[{','.join(extents)}]")
+    if window := int(function.attrs.get("window", 0)):  # which no shape tells
+        parameters.append(f"window={window}")
     return " ".join([str(function.attrs["op"]), *parameters])
 
 

@@ -52,7 +52,7 @@ def check_sampler_does_the_rest(nano: Path, option: dict[str, Any]) -> None:
 def check_broken_weights_show(nano: Path) -> None:
     model = load(nano)
     names = [weight.name for weight in model.manifest.weights]
-    at = len(model.manifest.caches) + names.index("norm.weight")
+    at = len(model._bound) - len(names) + names.index("norm.weight")
     broken = np.full(model.manifest.weights[names.index("norm.weight")].shape, np.nan, np.float32)
     model._bound = [*model._bound[:at], model._device.tensor(broken), *model._bound[at + 1 :]]
     with pytest.raises(ArtifactError, match="logits: expected finite numbers, found nan"):

@@ -40,7 +40,9 @@ from osscompile.importer.synthetic import TINY
 from osscompile.importer.weights import rope_table
 from osscompile.runtime.artifact import Artifact
 from osscompile.runtime.devices.program import (
+    INPUTS,
     MEMORY,
+    TOKENS,
     Launch,
     Program,
     evaluate,
@@ -155,7 +157,7 @@ def mutated_bytes(content: bytes, random: Random) -> bytes:
 
 def small_manifest(runtime: str) -> Manifest:
     """That of a model which is not compiled."""
-    tensors = weight_parameters(MODEL, "exact", 64), cache_parameters(MODEL, "exact", 64, 16)
+    tensors = weight_parameters(MODEL, "exact", 64), cache_parameters(MODEL, "exact")
     weights, caches = (tuple(Tensor(p.name, p.shape, p.dtype) for p in part) for part in tensors)
     names = (WEIGHTS, TOKENIZER, "lib.so", "lib.launches")
     return Manifest(
@@ -195,15 +197,15 @@ def small_programs() -> dict[str, Program]:
     vocab = MODEL.vocab_size
     rows = ["//", ["+", ["*", "tokens", 4], 31], 32]
     many = Launch("k", (("input", 0), ("storage", 0), ("int32", "tokens")), (rows, 2), (32, 1))
-    one = Launch(
-        "one", (("bound", 3), ("storage", 1), ("int64", ["min", "tokens", 7])), (4,), (64,)
-    )
-    sizes = (4096, 16 * vocab * 4)
+    least = ("int64", ["min", "tokens", 7])
+    few = Launch("few", (("bound", 3), ("storage", 1), least), (4,), (64,))
+    one = Launch("one", (("bound", 3), ("storage", 1), ("int64", 7)), (4,), (64,), 1024, True)
+    sizes, symbols = (4096, 16 * vocab * 4), {"tokens": 16}
     return {
-        "prefill": Program(sizes, (many, one), 16, ("tokens", 1, 1), 1, (1, vocab)),
-        "decode": Program(sizes, (one,), 1, (1, 1), 1, (1, vocab)),
-        "score": Program(sizes, (many, one), 16, ("tokens", 1), 1, ("tokens", vocab)),
-        "choose": Program((64, 8), (), 1, (3,), 1, (1, 2)),
+        "prefill": Program(sizes, (many, few), symbols, INPUTS["prefill"], 1, (1, vocab)),
+        "decode": Program(sizes, (one,), {}, INPUTS["decode"], 1, (1, vocab)),
+        "score": Program(sizes, (many, one), symbols, INPUTS["score"], 1, ("tokens", vocab)),
+        "choose": Program((64, 8), (), {}, INPUTS["choose"], 1, (1, 2)),
     }
 
 
@@ -224,12 +226,13 @@ def try_programs(random: Random, folder: Path) -> None:
     (folder / "lib.launches").write_text(json.dumps(mutated(PROGRAMS_TEXT, random)))
     programs = read_programs(Artifact(folder, LAUNCHED, LAUNCHED.variants[0], ()))
     for program in programs.values():
-        for tokens in range(1, program.max_tokens + 1):
+        for tokens in range(1, program.symbols.get(TOKENS, 1) + 1):
+            values = {TOKENS: tokens} if program.symbols else {}
             for launch in program.launches:
                 for kind, value in launch.arguments:
                     if kind not in MEMORY:
-                        np.dtype(kind).type(evaluate(value, tokens))
-                sizes = [evaluate(count, tokens) for count in launch.groups] + [*launch.threads]
+                        np.dtype(kind).type(evaluate(value, values))
+                sizes = [evaluate(count, values) for count in launch.groups] + [*launch.threads]
                 assert all(0 < size < 1 << 31 for size in sizes)
 
 

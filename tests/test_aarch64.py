@@ -109,8 +109,7 @@ def test_quantize_q8_of_hard_blocks(target: Target, block: str) -> None:
 @attention.every_window
 @attention.both_dtypes
 def test_attention(target: Target, window: int | None, dtype: str) -> None:
-    capacity = 192 if window else 272
-    attention.Layer(window, dtype, capacity=capacity, target=target).check_in_parts(20)
+    attention.Layer(window, dtype, target=target).check_in_parts(20)
 
 
 @on_variants

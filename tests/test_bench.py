@@ -46,7 +46,7 @@ def test_token_macs_of_gpt_oss_20b(tiny_artifact: Path, profile: str) -> None:
 def manifest_of_20b(other: Path, profile: str) -> Manifest:
     """Return a manifest with the tensors of 20b; all other fields are another artifact's."""
     config = gpt_oss_config(num_layers=24, num_experts=32)
-    tensors = weight_parameters(config, profile, 64), cache_parameters(config, profile, 64, 16)
+    tensors = weight_parameters(config, profile, 64), cache_parameters(config, profile)
     weights, caches = (tuple(Tensor(p.name, p.shape, p.dtype) for p in part) for part in tensors)
     return dataclasses.replace(
         read_manifest(other),

@@ -29,7 +29,6 @@ from osscompile.runtime.devices.cuda import CudaDevice
 from osscompile.runtime.devices.opencl import OpenCLDevice
 from osscompile.runtime.engine import memory_bytes
 from osscompile.runtime.errors import OsscompileError
-from osscompile.runtime.kv_cache import KEYS_PER_TILE
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +82,13 @@ def test_artifact_of_a_device_is_not_sent(nano: Path, capsys: pytest.CaptureFixt
 def test_cache_is_filled_up_to_the_depth(nano: Path) -> None:
     model = load(nano)
     _fill_cache(model, list(range(100)))
-    assert model._cache.tokens == list(range(100))
-    for i, (array, cache) in enumerate(
-        zip(model._cache.arrays, model.manifest.caches, strict=True)
-    ):
-        content = np.empty(cache.shape, cache.dtype)
+    assert model._cache.length == 100
+    used = -(-100 // model.manifest.page_tokens)
+    for array, cache in zip(model._cache.arrays, model.manifest.caches, strict=True):
+        content = np.empty(array.shape, cache.dtype)
         model._device.read(array.memory, content)  # type: ignore[union-attr]
-        used = min(-(-100 // KEYS_PER_TILE) if i % 2 == 0 else 100, cache.shape[1])
-        assert (content[:, :used] != 0).mean() > 0.99 and not content[:, used:].any()
-        assert abs(content[:, :used].astype(np.float32).std() - 1) < 0.1
+        assert (content[:used] != 0).mean() > 0.99 and not content[used:].any()
+        assert abs(content[:used].astype(np.float32).std() - 1) < 0.1
     assert np.isfinite(model.decode(1)).all()
 
 

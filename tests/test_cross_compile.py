@@ -58,8 +58,8 @@ def test_byte_products(target: Target, name: str) -> None:
 @pytest.mark.parametrize("tokens", [1, TOKENS], ids=["decode", "prefill"])
 def test_float16_of_the_cache_is_converted_by_instructions(target: Target, tokens: object) -> None:
     sizes = (8, 2, 64)
-    attend = attention.attention(tokens, *sizes, 272, None, "float16")
-    append = kv_cache.append_kv(tokens, *sizes, 4096, 272, "float16")
+    attend = attention.attention(tokens, *sizes, None, "float16")
+    append = kv_cache.append_kv(tokens, *sizes, 4096, "float16")
     for kernel, conversion in ((attend, "fcvtl"), (append, "fcvt")):
         text = assembly(kernel, target)
         assert re.search(rf"\t{conversion}", text)

@@ -29,7 +29,7 @@ from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
 from osscompile.runtime.artifact import read_manifest
 from osscompile.runtime.devices import cuda
 from osscompile.runtime.devices.cuda import CudaDevice
-from osscompile.runtime.devices.program import Launch, Launches, Program
+from osscompile.runtime.devices.program import Input, Launch, Launches, Program
 from osscompile.runtime.errors import ArtifactError, OsscompileError
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs CUDA's compiler, nvcc")
@@ -97,17 +97,19 @@ def test_source_that_nvcc_refuses(tmp_path: Path) -> None:
 
 VOCAB = 4
 OUT, IDS, POSITION, CACHE = ("storage", 0), ("input", 0), ("input", 1), ("bound", 0)
-COUNT = ("int64", "tokens")
+ONE, TOKENS = ("int64", 1), ("int64", "tokens")
 
 
-def program(max_tokens: int, *, add: tuple[Any, ...] = (OUT, POSITION, CACHE, COUNT)) -> Program:
+def program(max_tokens: int, *, add: tuple[Any, ...] | None = None) -> Program:
     """Return a program for 2 x ids + position + the number of calls before + 7."""
-    groups = ["//", ["+", "tokens", 1], 2]
+    count, symbols = (TOKENS, {"tokens": max_tokens}) if max_tokens > 1 else (ONE, {})
+    groups = ["//", ["+", count[1], 1], 2]
     launches = (
-        Launch("twice", (OUT, IDS, COUNT), (groups,), (2,)),
-        Launch("add", (*add, ("int32", 7)), (1, 1), (1, 1)),
+        Launch("twice", (OUT, IDS, count), (groups,), (2,)),
+        Launch("add", (*(add or (OUT, POSITION, CACHE, count)), ("int32", 7)), (1, 1), (1, 1)),
     )
-    return Program((max_tokens * 4,), launches, max_tokens, ("tokens", 1), 0, ("tokens",))
+    inputs = (Input("ids", (count[1],)), Input("position", (1,)))
+    return Program((max_tokens * 4,), launches, symbols, inputs, 0, (count[1],))
 
 
 @pytest.fixture(scope="session")
@@ -190,24 +192,23 @@ def test_arrays_of_the_cache(driver: ctypes.CDLL, image: Path) -> None:
     device = CudaDevice(image, {"decode": program(1)})
     array = device.zeros((2, 3), "float32")
     bound = [device.tensor(array)]
-    saved = device.copy(array)
     assert [call(device, "decode", bound, 1) for _ in range(2)] == [[109], [110]]
-    device.restore(array, saved)
+    device.copy(array, 1, 0)  # which is zero still
     assert call(device, "decode", bound, 1) == [109]
+    device.copy(array, 0, 1)
     device.clear(array, 0)
     assert call(device, "decode", bound, 1) == [110]
     device.clear(array, 1)
     assert call(device, "decode", bound, 1) == [109]
-    device.clear(array, 9)
-    assert call(device, "decode", bound, 1) == [109]
+    device.copy(array, 1, 0)
+    assert call(device, "decode", bound, 1) == [110]
 
 
 def test_memory_that_nobody_holds_is_freed(driver: ctypes.CDLL, image: Path) -> None:
-    """The snapshots of a long chat are such memory."""
     device = CudaDevice(image, {})
     array = device.zeros((2, 3), "float32")
     for _ in range(3):
-        device.copy(array)
+        device.zeros((2, 3), "float32")
     assert count(driver, "fake_freed") == 3
     del array
     assert count(driver, "fake_freed") == 4
@@ -219,18 +220,22 @@ def test_memory_that_is_held_is_counted(driver: ctypes.CDLL, image: Path) -> Non
     call(device, "decode", [device.tensor(array)], 1)
     assert device.usage.num_bytes == 24 + 4 + 4 + 4  # the inputs, and the storage
     beside = CudaDevice(image, {}, device.opened)
-    copied = beside.copy(array)
+    more = beside.zeros((2, 3), "float32")
     assert beside.usage.num_bytes == device.usage.num_bytes == 60
-    del copied
+    del more
     assert device.usage.num_bytes == 36
 
 
 def test_part_of_an_array_is_written(driver: ctypes.CDLL, image: Path) -> None:
     device = CudaDevice(image, {})
     array, found = device.zeros((2, 3, 2), "float32"), np.empty((2, 3, 2), np.float32)
-    device.write(array, np.float32([[[1, 2], [3, 4]], [[5, 6], [7, 8]]]))
+    part = np.float32([[[1, 2], [3, 4], [5, 6]]])
+    device.write(array, part, 1)
     device.read(array.memory, found)
-    assert found.tolist() == [[[1, 2], [3, 4], [0, 0]], [[5, 6], [7, 8], [0, 0]]]
+    assert found.tolist() == [[[0, 0]] * 3, *part.tolist()]
+    device.write(array, np.broadcast_to(part, array.shape))
+    device.read(array.memory, found)
+    assert found.tolist() == [*part.tolist(), *part.tolist()]
 
 
 TWICE = Launches((), (Launch("quick", (("bound", 0), ("bound", 1), ("int64", 3)), (1,), (10,)),))
@@ -267,7 +272,7 @@ def test_graph_that_cannot_be_recorded_leaves_the_stream_as_it_was(
 
 
 def test_kernel_that_takes_other_parameters(driver: ctypes.CDLL, image: Path) -> None:
-    for add in ((OUT, POSITION, CACHE), (OUT, POSITION, CACHE, COUNT, COUNT), (OUT,) * 3):
+    for add in ((OUT, POSITION, CACHE), (OUT, POSITION, CACHE, ONE, ONE), (OUT,) * 3):
         device = CudaDevice(image, {"decode": program(1, add=add)})
         with pytest.raises(ArtifactError, match=r"add takes parameters of .* the program gives"):
             call(device, "decode", [device.tensor(np.zeros(1, np.float32))], 1)
@@ -275,9 +280,9 @@ def test_kernel_that_takes_other_parameters(driver: ctypes.CDLL, image: Path) ->
 
 def test_kernel_that_is_not_there(driver: ctypes.CDLL, image: Path) -> None:
     launch = Launch("subtract", (), (1,), (1,))
-    device = CudaDevice(image, {"decode": Program((4,), (launch,), 1, (1, 1), 0, (1,))})
+    device = CudaDevice(image, {"decode": Program((4,), (launch,), {}, (), 0, (1,))})
     with pytest.raises(ArtifactError, match=r"subtract: .*not found.*compile them again"):
-        call(device, "decode", [], 1)
+        device.run("decode", [], [])
 
 
 def test_image_that_is_none(driver: ctypes.CDLL, tmp_path: Path) -> None:

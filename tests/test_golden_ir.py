@@ -12,6 +12,7 @@ from smallest_graph import AVX2, PROFILES, imported, kernels
 from tvm import ir, tirx
 from tvm_ffi import structural_equal
 
+from osscompile.importer.graph import EXPERT_ROWS, TOKENS
 from osscompile.passes import run_passes
 from osscompile.passes.pack_weights import PACKED_ROWS, pack_weights
 from osscompile.passes.schedule_kernels import schedule_kernels
@@ -46,8 +47,9 @@ def _shown_kernels(module: ir.IRModule, profile: str) -> set[ir.GlobalVar]:
     shown: dict[tuple[str, bool], ir.GlobalVar] = {}
     for name, kernel in sorted(kernels(module).items(), key=lambda item: item[0].name_hint):
         if not any(structural_equal(kernel, known) for known in kernels(other).values()):
-            symbolic = any(isinstance(e, tirx.Var) for p in kernel.params for e in p.shape)
-            shown.setdefault((str(kernel.attrs["op"]), symbolic), name)
+            symbols = {e for p in kernel.params for e in p.shape if isinstance(e, tirx.Var)}
+            any_number = bool(symbols & {TOKENS, EXPERT_ROWS})
+            shown.setdefault((str(kernel.attrs["op"]), any_number), name)
     return set(shown.values())
 
 

@@ -1,4 +1,4 @@
-"""RoPE, the cache and attention against the float64 reference: windows, rings, chunks, sinks."""
+"""RoPE, the cache and attention against the float64 reference: windows, pages, chunks, sinks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kernel_runner import Array, Rule, build
 from reference import F64, to_float64
 
 from osscompile.kernels import attention, kv_cache
-from osscompile.runtime.kv_cache import KEYS_PER_TILE
+from osscompile.runtime.kv_cache import KEYS_PER_TILE, PAGE_TOKENS
 from osscompile.schedules.cpu.loops import loops
 from osscompile.targets import Target
 
@@ -47,27 +47,29 @@ def test_rotate_queries_up_to_the_last_position(form: Form, position: int) -> No
 
 @every_form
 @both_dtypes
-@pytest.mark.parametrize("position", [0, 3, 31, 32, 47, 4095])
-def test_append_kv_around_the_wrap_of_a_ring_of_32(form: Form, dtype: str, position: int) -> None:
+@pytest.mark.parametrize("position", [0, 3, 63, 64, 79, 4095])
+def test_append_kv_around_the_borders_of_pages(form: Form, dtype: str, position: int) -> None:
     check_append(form, dtype, position)
 
 
 def check_append(form: Form, dtype: str, position: int, target: Target = HERE) -> None:
-    capacity = 32
     qkv = new_qkv(10, form)
     _, k, v = split_qkv(qkv, HEADS, KV_HEADS, HEAD_DIM)
     at = position + np.arange(len(k))
     rotated = reference.apply_rope(k, at, INV_FREQ, CONCENTRATION)
-    keys = np.full((KV_HEADS, capacity // KEYS_PER_TILE, HEAD_DIM, KEYS_PER_TILE), 77.0, dtype)
-    values = np.full((KV_HEADS, capacity, HEAD_DIM), 77.0, dtype)
+    table = np.array([7, 2, 5], np.int32)[np.arange(CONTEXT // PAGE_TOKENS) % 3]
+    shapes = kv_cache.page_shapes(KV_HEADS, HEAD_DIM)
+    keys, values = (np.full((9, *shape), 77.0, dtype) for shape in shapes)
     expected_keys, expected_values = keys.astype(np.float64), values.copy()
-    for token, slot in enumerate(at % capacity):
-        expected_keys[:, slot // KEYS_PER_TILE, :, slot % KEYS_PER_TILE] = rotated[token]
-        expected_values[:, slot] = v[token].astype(dtype)
-    kernel = kv_cache.append_kv(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, capacity, dtype)
+    for token, where in enumerate(at):
+        page, slot = table[where // PAGE_TOKENS], where % PAGE_TOKENS
+        expected_keys[page, :, slot // KEYS_PER_TILE, :, slot % KEYS_PER_TILE] = rotated[token]
+        expected_values[page, :, slot] = v[token].astype(dtype)
+    kernel = kv_cache.append_kv(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, dtype)
     run = build(kernel, target)
-    new_keys, new_values = run(keys, values, qkv, rope_of(CONTEXT), int32(position), in_place=2)
-    np.testing.assert_array_equal(new_values, expected_values)  # no other slot changed either
+    inputs = (qkv, rope_of(CONTEXT), int32(position), table)
+    new_keys, new_values = run(keys, values, *inputs, in_place=2)
+    np.testing.assert_array_equal(new_values, expected_values)  # also that no other slot changed
     rounding = 2.0**-11 if dtype == "float16" else 3e-7
     np.testing.assert_allclose(new_keys.astype(np.float64), expected_keys, rtol=rounding, atol=5e-7)
 
@@ -90,16 +92,17 @@ class Layer:
         heads: int = 4,
         kv_heads: int = 2,
         head_dim: int = 16,
-        capacity: int = 272,
+        positions: int = 272,
         target: Target = HERE,
         rule: Rule | None = None,
     ) -> None:
         self.window, self.dtype, self.target, self.rule = window, dtype, target, rule
         self.sizes = (heads, kv_heads, head_dim)
-        self.capacity, self.context = capacity, 8192
-        shape = (kv_heads, capacity, head_dim)
-        self.keys = np.zeros((kv_heads, capacity // KEYS_PER_TILE, head_dim, KEYS_PER_TILE), dtype)
-        self.values = np.zeros(shape, dtype)
+        self.context = 8192
+        num_pages = -(-positions // PAGE_TOKENS) + 1  # one more may be read, but not used
+        self.table = np.random.default_rng(num_pages).permutation(num_pages + 2).astype(np.int32)
+        shapes = kv_cache.page_shapes(kv_heads, head_dim)
+        self.keys, self.values = (np.zeros((num_pages + 2, *s), dtype) for s in shapes)
         self.rope = np.zeros((self.context, head_dim // 2, 2), np.float32)
         self.rope[..., 0] = 1
         self.sinks = np.linspace(-2, 3, heads).astype(np.float32)
@@ -113,18 +116,16 @@ class Layer:
     def run(self, qkv: Array, position: int, form: Form = PREFILL) -> Array:
         """Append the tokens [count, width], then attend -> [count, heads, head_dim]."""
         heads, _, head_dim = self.sizes
-        cache = (self.capacity, self.dtype)
-        append = kv_cache.append_kv(form.tokens, *self.sizes, self.context, *cache)
+        append = kv_cache.append_kv(form.tokens, *self.sizes, self.context, self.dtype)
         self.keys, self.values = build(append, self.target)(
-            self.keys, self.values, qkv, self.rope, int32(position), in_place=2
+            self.keys, self.values, qkv, self.rope, int32(position), self.table, in_place=2
         )
-        attend = attention.attention(
-            form.tokens, *self.sizes, self.capacity, self.window, self.dtype
-        )
+        attend = attention.attention(form.tokens, *self.sizes, self.window, self.dtype)
         queries = qkv[:, : heads * head_dim].reshape(len(qkv), heads, head_dim)
         queries = queries * np.float32(head_dim**-0.5)  # exact: head_dim is a power of 4
         kernel = build(attend, self.target, rule=self.rule)
-        out = kernel(queries, self.keys, self.values, self.sinks, int32(position))
+        inputs = (queries, self.keys, self.values, self.sinks, int32(position), self.table)
+        out = kernel(*inputs)
         return out.reshape(len(qkv), heads, head_dim)
 
     def check_in_parts(self, seed: int) -> None:
@@ -165,7 +166,7 @@ def test_attention_of_one_more_token(window: int | None, count: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 8, 15, 16, 17])
 def test_attention_of_windows_that_are_no_whole_tiles(window: int) -> None:
-    layer = Layer(window, capacity=48)
+    layer = Layer(window, positions=48)
     qkv = layer.tokens(window, 32)
     assert_close(layer.run(qkv, 0), layer.expected(qkv))
 
@@ -181,7 +182,7 @@ def test_attention_of_windows_that_are_no_whole_tiles(window: int) -> None:
 def test_attention_with_1_2_3_8_and_12_query_heads_a_key(
     form: Form, heads: int, kv_heads: int
 ) -> None:
-    layer = Layer(16, heads=heads, kv_heads=kv_heads, capacity=48)
+    layer = Layer(16, heads=heads, kv_heads=kv_heads, positions=48)
     qkv = layer.tokens(heads, 21)
     split = 20 if form is DECODE else 13
     layer.run(qkv[:split], 0)
@@ -189,7 +190,7 @@ def test_attention_with_1_2_3_8_and_12_query_heads_a_key(
 
 
 def test_attention_with_the_heads_of_gpt_oss() -> None:
-    layer = Layer(128, "float16", heads=64, kv_heads=8, head_dim=64, capacity=192)
+    layer = Layer(128, "float16", heads=64, kv_heads=8, head_dim=64)
     qkv = layer.tokens(64, 136)
     whole = layer.expected(qkv)
     assert_close(layer.run(qkv[:64], 0), whole[:64])
@@ -200,9 +201,8 @@ def test_attention_with_the_heads_of_gpt_oss() -> None:
 
 @every_window
 @both_dtypes
-def test_attention_in_uneven_chunks_and_around_a_ring(window: int | None, dtype: str) -> None:
-    """A ring of 192 wraps twice."""
-    layer = Layer(window, dtype, capacity=192 if window else 512)
+def test_attention_in_uneven_chunks(window: int | None, dtype: str) -> None:
+    layer = Layer(window, dtype, positions=512)
     qkv = layer.tokens(12, 450)
     expected = layer.expected(qkv)
     start = 0
@@ -215,7 +215,7 @@ def test_attention_in_uneven_chunks_and_around_a_ring(window: int | None, dtype:
 
 @every_window
 def test_attention_past_position_4096(window: int | None) -> None:
-    layer = Layer(window, "float16", heads=2, kv_heads=1, capacity=192 if window else 4352)
+    layer = Layer(window, "float16", heads=2, kv_heads=1, positions=4352)
     qkv = layer.tokens(13, 4200)
     q, k, v = split_qkv(qkv, *layer.sizes)
     for start in range(0, 4160, 64):
@@ -230,14 +230,17 @@ def test_attention_past_position_4096(window: int | None) -> None:
 def test_attention_does_not_see_keys_outside_the_window_or_after_it(form: Form) -> None:
     """The slots of other positions may hold any number, but not NaN."""
     window, position, count = 16, 37, 1 if form is DECODE else 8
-    layer = Layer(window, "float16", capacity=64)
+    layer = Layer(window, "float16", positions=64)
     qkv = layer.tokens(14, position + count)
     for start in range(0, position, 16):
         layer.run(qkv[start : min(start + 16, position)], start)
-    visible = np.arange(position - window + 1, position + count) % layer.capacity
-    hidden = np.setdiff1d(np.arange(layer.capacity), visible)
-    layer.values[:, hidden] = 6e4
-    layer.keys[:, hidden // KEYS_PER_TILE, :, hidden % KEYS_PER_TILE] = 3e4
+    visible = np.arange(position - window + 1, position + count)
+    for page in range(len(layer.table)):
+        for slot in range(PAGE_TOKENS):
+            if page * PAGE_TOKENS + slot not in visible:
+                layer.values[layer.table[page], :, slot] = 6e4
+                at = slot // KEYS_PER_TILE, slice(None), slot % KEYS_PER_TILE
+                layer.keys[layer.table[page], :, at[0], :, at[2]] = 3e4
     out = layer.run(qkv[position:], position, form)
     assert_close(out, layer.expected(qkv)[position:])
 
@@ -252,7 +255,7 @@ def test_attention_with_a_huge_sink_gives_nothing(form: Form) -> None:
 
 @pytest.mark.parametrize("sink", [-1e4, -100.0, 0.0, 50.0])
 def test_attention_sinks_take_their_share(sink: float) -> None:
-    layer = Layer(16, capacity=48)
+    layer = Layer(16, positions=48)
     layer.sinks[:] = sink
     qkv = layer.tokens(16, 24)
     assert_close(layer.run(qkv, 0), layer.expected(qkv))
@@ -268,13 +271,13 @@ def test_attention_with_scores_far_apart() -> None:
 @every_window
 @both_dtypes
 def test_attention_under_the_fallback_rule(window: int | None, dtype: str) -> None:
-    layer = Layer(window, dtype, capacity=192 if window else 272, rule=loops)
+    layer = Layer(window, dtype, rule=loops)
     layer.check_in_parts(18)
 
 
 @pytest.mark.parametrize("head_dim", [4, 12])
 def test_attention_of_heads_that_do_not_fill_vectors(head_dim: int) -> None:
-    layer = Layer(None, head_dim=head_dim, capacity=32)
+    layer = Layer(None, head_dim=head_dim, positions=32)
     qkv = layer.tokens(19, 20)
     expected = layer.expected(qkv)
     assert_close(layer.run(qkv, 0), expected)
@@ -284,5 +287,5 @@ def test_attention_of_heads_that_do_not_fill_vectors(head_dim: int) -> None:
 @every_window
 def test_attention_of_other_variants(window: int | None, variant: Target) -> None:
     sizes = {"heads": 16, "kv_heads": 2, "head_dim": 64}
-    layer = Layer(window, "float16", capacity=192 if window else 272, target=variant, **sizes)
+    layer = Layer(window, "float16", target=variant, **sizes)
     layer.check_in_parts(20)

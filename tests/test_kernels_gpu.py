@@ -170,13 +170,13 @@ def test_append_kv_around_the_wrap_of_a_ring_of_32(
 @every_window
 @both_dtypes
 def test_append_and_attention_around_a_ring(gpu: Target, window: int | None, dtype: str) -> None:
-    layer = Layer(window, dtype, capacity=192 if window else 272, target=gpu)
+    layer = Layer(window, dtype, target=gpu)
     layer.check_in_parts(18)
 
 
 @pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
 def test_attention_with_the_heads_of_gpt_oss(gpu: Target, form: Form) -> None:
-    layer = Layer(128, "float16", heads=64, kv_heads=8, head_dim=64, capacity=192, target=gpu)
+    layer = Layer(128, "float16", heads=64, kv_heads=8, head_dim=64, target=gpu)
     qkv = layer.tokens(64, 131 if form is DECODE else 140)
     layer.run(qkv[:130], 0)
     assert_close(layer.run(qkv[130:], 130, form), layer.expected(qkv)[130:])
@@ -200,7 +200,7 @@ def test_attention_of_a_prompt_and_of_its_last_token(
 def test_attention_of_any_number_of_heads(
     gpu: Target, form: Form, heads: int, kv_heads: int
 ) -> None:
-    layer = Layer(16, heads=heads, kv_heads=kv_heads, capacity=48, target=gpu)
+    layer = Layer(16, heads=heads, kv_heads=kv_heads, positions=48, target=gpu)
     qkv = layer.tokens(heads, 21)
     split = 20 if form is DECODE else 13
     layer.run(qkv[:split], 0)
@@ -208,7 +208,7 @@ def test_attention_of_any_number_of_heads(
 
 
 def test_attention_past_position_4096(gpu: Target) -> None:
-    layer = Layer(None, "float16", heads=2, kv_heads=1, capacity=4352, target=gpu)
+    layer = Layer(None, "float16", heads=2, kv_heads=1, positions=4352, target=gpu)
     qkv = layer.tokens(13, 4200)
     q, k, v = split_qkv(qkv, *layer.sizes)
     for start in range(0, 4199, 323):
@@ -220,7 +220,7 @@ def test_attention_past_position_4096(gpu: Target) -> None:
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("sink", [-100.0, 10.0])
 def test_attention_sinks(gpu: Target, window: int | None, sink: float) -> None:
-    layer = Layer(window, capacity=48, target=gpu)
+    layer = Layer(window, positions=48, target=gpu)
     layer.sinks[:] = sink
     qkv = layer.tokens(16, 24)
     expected = layer.expected(qkv)
@@ -239,5 +239,5 @@ def test_matmul_a_thread_an_element(gpu: Target, case: Callable[..., Case], form
 
 @every_window
 def test_attention_a_thread_a_task(gpu: Target, window: int | None) -> None:
-    layer = Layer(window, capacity=192 if window else 272, target=gpu, rule=tasks)
+    layer = Layer(window, target=gpu, rule=tasks)
     layer.check_in_parts(18)

@@ -49,9 +49,7 @@ def test_matmul(target: Target, make: Callable[..., Case], form: Form) -> None:
 @every_window
 def test_attention(target: Target, window: int | None) -> None:
     for rule in rules(target, "attention"):
-        layer = Layer(
-            window, "float16", heads=16, head_dim=64, capacity=192, target=target, rule=rule
-        )
+        layer = Layer(window, "float16", heads=16, head_dim=64, target=target, rule=rule)
         layer.check_in_parts(1)
 
 

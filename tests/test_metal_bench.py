@@ -26,7 +26,6 @@ from osscompile.runtime.bench.report import read_reports, table, write_reports
 from osscompile.runtime.devices.tvm_device import TensorDevice
 from osscompile.runtime.devices.tvm_memory import TensorMemory
 from osscompile.runtime.errors import ArtifactError
-from osscompile.runtime.kv_cache import KEYS_PER_TILE
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +104,17 @@ def test_reader_that_the_driver_does_not_take(tiny: Path, monkeypatch: pytest.Mo
 
 @needs_gxx
 def test_cache_is_filled_up_to_the_depth(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is filled in pieces that divide no row."""
+    """It is filled in pieces that divide no page."""
     monkeypatch.setattr("osscompile.runtime.devices.tvm_memory.PIECE_BYTES", 1000)
     load_stand_in()
     model = load(tiny)
     _fill_cache(model, list(range(100)))
-    assert model._cache.tokens == list(range(100))
-    for i, array in enumerate(model._cache.arrays):
+    assert model._cache.length == 100
+    used = -(-100 // model.manifest.page_tokens)
+    for array in model._cache.arrays:
         content = model._device.numpy(array)
-        used = min(-(-100 // KEYS_PER_TILE) if i % 2 == 0 else 100, content.shape[1])
-        assert (content[:, :used] != 0).mean() > 0.99 and not content[:, used:].any()
-        assert abs(content[:, :used].astype(np.float32).std() - 1) < 0.1
+        assert (content[:used] != 0).mean() > 0.99 and not content[used:].any()
+        assert abs(content[:used].astype(np.float32).std() - 1) < 0.1
     assert np.isfinite(model.decode(1)).all()
 
 

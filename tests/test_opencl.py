@@ -147,7 +147,7 @@ def test_forgetting_sets_the_cache_to_zero(talker: Path) -> None:
     def largest() -> float:
         found = 0.0
         for array, cache in zip(model._cache.arrays, model.manifest.caches, strict=True):
-            content = np.empty(cache.shape, cache.dtype)
+            content = np.empty(array.shape, cache.dtype)
             device.read(array.memory, content)
             found = max(found, float(np.abs(content).max()))
         return found
@@ -208,10 +208,14 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "result elsewhere": (lambda p: p["score"].update(result=999), "the result's storage"),
     "result too large": (lambda p: p["score"].update(result_shape=[1 << 20, 1024]), "a result"),
     "result in a small storage": (lambda p: p["decode"]["storages"].__setitem__(-1, 8), "a result"),
-    "fewer tokens": (lambda p: p["prefill"].update(max_tokens=511), "up to 512 tokens"),
-    "fewer inputs": (lambda p: p["prefill"]["inputs"].pop(), "expected inputs of"),
-    "empty input": (lambda p: p["prefill"].update(inputs=["tokens", 1, 0]), "1, 0) and 512"),
-    "short input": (lambda p: p["prefill"].update(inputs=[1, 1, 1]), "found (1, 1, 1)"),
+    "fewer tokens": (lambda p: p["prefill"]["symbols"].update(tokens=511), "{'tokens': 512} at"),
+    "another symbol": (lambda p: p["prefill"]["symbols"].update(rows=1), "'rows': 1"),
+    "fewer inputs": (lambda p: p["prefill"]["inputs"].pop(), "expected the inputs"),
+    "short input": (lambda p: p["prefill"]["inputs"][0].update(shape=[1]), "expected the inputs"),
+    "input of another name": (lambda p: p["decode"]["inputs"][0].update(name="id"), "name='id'"),
+    "shared memory of a name": (lambda p: first_launch(p).update(shared_bytes="1"), "shared mem"),
+    "much shared memory": (lambda p: first_launch(p).update(shared_bytes=1 << 40), "shared mem"),
+    "dependent by a number": (lambda p: first_launch(p).update(dependent=1), "dependent"),
     "result of other rows": (lambda p: p["score"].update(result_shape=[64, 1024]), "a result"),
     "kernel with a blank": (lambda p: first_launch(p).update(kernel="a b"), "name of a kernel"),
     "kernel without a name": (lambda p: first_launch(p).update(kernel=7), "name of a kernel"),

@@ -175,7 +175,7 @@ def test_last_rule_takes_every_kernel_made_of_blocks(profile: str) -> None:
 
 def test_loops_take_every_kernel_that_is_not_made_of_blocks() -> None:
     for kernel in (
-        attention.attention(TOKENS, 4, 2, 16, 64, None, "float32"),
+        attention.attention(TOKENS, 4, 2, 16, None, "float32"),
         experts.sort_by_expert(TOKENS, 8, 4),
     ):
         assert loops(kernel, AVX2, recorded(kernel, AVX2)) is not None
@@ -262,9 +262,11 @@ def test_kernel_key_tells_operations_shapes_and_dtypes_apart() -> None:
             matmul.dense_bf16(1, 32, 64, True, False),
             matmul.moe_mxfp4_swiglu("q8", 1, 4, 32, 64, 7.0),
             matmul.moe_mxfp4_swiglu("digits", 1, 4, 32, 64, 7.0),
+            attention.attention(1, 4, 2, 64, None, "float16"),
+            attention.attention(1, 4, 2, 64, 128, "float16"),
         )
     }
-    assert len(keys) == 6
+    assert len(keys) == 8
 
 
 def test_record_changes_the_schedule_but_not_the_result(

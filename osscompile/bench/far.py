@@ -23,6 +23,7 @@ from ..runtime.artifact import Artifact, open_artifact, read_manifest
 from ..runtime.bench.artifact import artifact_facts, random_ids
 from ..runtime.bench.models import DECODE_STEPS, REPEATS, WARMUP_STEPS, fitting, timing
 from ..runtime.bench.report import BenchError, Report
+from ..runtime.kv_cache import page_counts
 from .bandwidth import PREFETCH_BYTES, read_module, shapes
 
 SESSION_SECONDS = 24 * 3600  # then the server ends a session that was forgotten
@@ -119,11 +120,18 @@ class _FarModel:
         self.session, self.device = session, session.cpu(0)
         self.chunk = artifact.manifest.chunk
         self._machine = relax.VirtualMachine(upload(session, artifact.library), self.device)
-        caches = [np.zeros(c.shape, c.dtype) for c in artifact.manifest.caches]
-        total = sum(array.nbytes for array in (*caches, *artifact.weights))
+        manifest = artifact.manifest
+        counts = page_counts(manifest, manifest.context)
+        pages = (counts.full, counts.window)
+        arrays = [np.arange(counts.full, dtype=np.int32) % count for count in pages]  # the tables
+        for i, cache in enumerate(manifest.caches):
+            count = pages[manifest.sliding[i // 2]]
+            arrays.append(np.zeros((count, *cache.shape), cache.dtype))
+        arrays += artifact.weights
+        total = sum(array.nbytes for array in arrays)
         self._bound = []
         with tqdm(total=total, unit="B", unit_scale=True, desc="sending weights") as bar:
-            for array in (*caches, *artifact.weights):
+            for array in arrays:
                 self._bound.append(self.tensor(np.asarray(array)))
                 bar.update(array.nbytes)
 

@@ -20,13 +20,14 @@ from ..runtime.devices.program import (
     ITEM_BYTES,
     TOKENS,
     Expression,
+    Input,
     Launch,
     Launches,
     Program,
     evaluate,
 )
 
-INPUT_DTYPE = "int32"  # arguments that come with every call; no cache or weight has this type
+INPUT_DTYPE = "int32"
 _OPERATORS = {
     tirx.Add: "+",
     tirx.Sub: "-",
@@ -54,10 +55,11 @@ class _Extraction:
 
     def __init__(self, module: ir.IRModule, function: relax.Function) -> None:
         self.module, self.function = module, function
-        self.max_tokens = int((function.attrs.get("tir_var_upper_bound") or {}).get(TOKENS, 1))
-        self.inputs = [p for p in function.params if str(p.ty.dtype) == INPUT_DTYPE]
-        assert list(function.params[: len(self.inputs)]) == self.inputs
-        bound = function.params[len(self.inputs) :]
+        bounds = function.attrs.get("tir_var_upper_bound") or {}
+        self.symbols = {str(symbol): int(most) for symbol, most in bounds.items()}
+        num_inputs = int(function.attrs["num_input"])
+        self.inputs, bound = function.params[:num_inputs], function.params[num_inputs:]
+        assert {str(p.ty.dtype) for p in self.inputs} == {INPUT_DTYPE}
         self.places: dict[relax.Var, Any] = {p: ("input", i) for i, p in enumerate(self.inputs)}
         self.places |= {p: ("bound", i) for i, p in enumerate(bound)}
         self.storages: list[int] = []
@@ -71,8 +73,8 @@ class _Extraction:
         kind, number = self.places[result]
         assert kind == "storage" and str(result.ty.dtype) == "float32", result
         return Program(
-            max_tokens=self.max_tokens,
-            inputs=tuple(_product(p.ty.shape) for p in self.inputs),
+            symbols=self.symbols,
+            inputs=tuple(Input(p.name, tuple(map(_expression, p.ty.shape))) for p in self.inputs),
             storages=tuple(self.storages),
             launches=tuple(self.launches),
             result=number,
@@ -95,7 +97,7 @@ class _Extraction:
             assert int(value.args[1].value) == 0, "a tensor begins where its storage does"
             return self.places[value.args[0]]
         assert value.op == ir.Op.get("relax.builtin.alloc_tensor"), value  # the result
-        size = evaluate(_product(value.args[0].values), self.max_tokens)
+        size = evaluate(_product(value.args[0].values), self.symbols)
         return self._storage(size * ITEM_BYTES)
 
     def _storage(self, num_bytes: int) -> Place:

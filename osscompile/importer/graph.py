@@ -1,9 +1,10 @@
 """The model as one Relax module: `prefill`, `decode` and `score`, without a target.
 
-Every function takes (ids, position, [index,] caches.., weights..) and returns logits; the caches
-are updated in place. Activations are float32 [tokens, ...]: one token in decode, a symbolic number
-in the others. Where the host does not share the device's memory, `choose` takes the logits on to
-the next token.
+Every function takes (ids, position, [index,] tables.., caches.., weights..) and returns logits; the
+caches are updated in place. Activations are float32 [tokens, ...]: one token in decode, a symbolic
+number in the others. A cache is an array of pages, whose number is symbolic; the tables say which
+pages a sequence has, one for the layers that see everything and one for the sliding layers. Where
+the host does not share the device's memory, `choose` takes the logits on to the next token.
 """
 
 import math
@@ -14,7 +15,6 @@ from tvm.relax import BlockBuilder, TensorType
 from tvm.tirx import PrimFunc
 
 from ..kernels import attention, choose, experts, kv_cache, matmul, quantize, rows
-from ..runtime.kv_cache import KEYS_PER_TILE
 from ..schedules.formats import BLOCK, DIGITS, FP4_PER_WORD, INT8_PER_WORD, Index
 from .config import ModelConfig
 
@@ -22,6 +22,7 @@ DEFAULT_CHUNK = 512  # tokens of one prefill call; longer prompts take several
 SCORE_CHUNK = 64  # of one score call: it keeps 800 kB of logits a token
 TOKENS = tirx.Var("tokens", "int64")  # number of tokens within a kernel
 EXPERT_ROWS = tirx.Var("expert_rows", "int64")  # of rows of the experts' kernels: top_k a token
+TABLES = ("full_table", "window_table")  # which pages hold a sequence
 PROFILES = ("fast", "exact")
 CANDIDATES_PER_TASK = 24  # of the vocabulary, when a token is chosen
 
@@ -37,7 +38,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Graph:
-    """A module and the tensors its functions take, in the order in which they take them."""
+    """A module and the tensors its functions take, in the order in which they take them; of the
+    `caches` the shape is that of one page."""
 
     module: ir.IRModule
     caches: tuple[Parameter, ...]
@@ -50,7 +52,7 @@ def build_graph(config: ModelConfig, profile: str, context: int, chunk: int) -> 
     `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 and float32).
     """
     assert profile in PROFILES
-    caches = cache_parameters(config, profile, context, chunk)
+    caches = cache_parameters(config, profile)
     weights = weight_parameters(config, profile, context)
     builder = BlockBuilder()
     for name in ("prefill", "decode", "score"):
@@ -76,7 +78,7 @@ def with_choose(module: ir.IRModule, vocab: int) -> ir.IRModule:
 
     parts = -(-vocab // CANDIDATES_PER_TASK)
     fewer = math.isqrt(parts)
-    with builder.function("choose", [options, logits, mask], pure=False):
+    with builder.function("choose", [options, logits, mask], attrs={"num_input": 1}, pure=False):
         left = call(choose.draw(vocab, parts), [options, logits, mask], parts)
         left = call(choose.narrow(parts, fewer), left, fewer)
         _, token = call(choose.narrow(fewer, 1), left, 1)
@@ -86,21 +88,14 @@ def with_choose(module: ir.IRModule, vocab: int) -> ir.IRModule:
     return builder.get()
 
 
-def cache_parameters(
-    config: ModelConfig, profile: str, context: int, chunk: int
-) -> tuple[Parameter, ...]:
-    """Keys and values of every layer."""
+def cache_parameters(config: ModelConfig, profile: str) -> tuple[Parameter, ...]:
+    """A page of the keys and of the values of every layer."""
     dtype = "float16" if profile == "fast" else "float32"
-    group = KEYS_PER_TILE
-    full = (context + group - 1) // group * group
-    ring = (config.window + chunk + group - 1) // group * group
-    heads, dim = config.num_kv_heads, config.head_dim
+    keys, values = kv_cache.page_shapes(config.num_kv_heads, config.head_dim)
     parameters = []
-    for i, sliding in enumerate(config.sliding):
-        capacity = ring if sliding else full
-        keys = (heads, capacity // group, dim, group)
+    for i in range(config.num_layers):
         parameters.append(Parameter(f"layers.{i}.keys", keys, dtype))
-        parameters.append(Parameter(f"layers.{i}.values", (heads, capacity, dim), dtype))
+        parameters.append(Parameter(f"layers.{i}.values", values, dtype))
     return tuple(parameters)
 
 
@@ -168,13 +163,20 @@ def _emit_function(
     ]
     if name == "prefill":
         arguments.append(relax.Var("index", TensorType((1,), "int32")))
-    variables = {
-        p.name: relax.Var(p.name, TensorType(p.shape, p.dtype)) for part in tensors for p in part
-    }
+    table_pages = tirx.Var("table_pages", "int64")
+    variables = {t: relax.Var(t, TensorType((table_pages,), "int32")) for t in TABLES}
+    caches, weights = tensors
+    pages = [tirx.Var(f"{kind}_pages", "int64") for kind in ("full", "window")]
+    for i, cache in enumerate(caches):
+        shape = (pages[config.sliding[i // 2]], *cache.shape)
+        variables[cache.name] = relax.Var(cache.name, TensorType(shape, cache.dtype))
+    variables |= {w.name: relax.Var(w.name, TensorType(w.shape, w.dtype)) for w in weights}
     limit = min(chunk, SCORE_CHUNK) if name == "score" else chunk
-    bound = {} if name == "decode" else {"tir_var_upper_bound": {"tokens": limit}}
+    attributes: dict[str, object] = {"num_input": len(arguments)}
+    if name != "decode":
+        attributes["tir_var_upper_bound"] = {"tokens": limit}
     parameters = [*arguments, *variables.values()]
-    with builder.function(name, parameters, attrs=bound, pure=False):
+    with builder.function(name, parameters, attrs=attributes, pure=False):
         layers = _Layers(builder, config, profile, variables, arguments[1], tokens)
         x = layers.embed(arguments[0])
         for i in range(config.num_layers):
@@ -217,8 +219,8 @@ class _Layers:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         keys, values = self.variables[f"{layer}.keys"], self.variables[f"{layer}.values"]
         rope = self.variables["rope"]
-        context = int(rope.ty.shape[0])
-        capacity, dtype = int(values.ty.shape[1]), str(values.ty.dtype)
+        table = self.variables[TABLES[config.sliding[i]]]
+        context, dtype = int(rope.ty.shape[0]), str(values.ty.dtype)
 
         qkv = self._dense(f"{layer}.qkv", self._dense_activation(f"{layer}.attn_norm", x))
         queries = self._call(
@@ -226,11 +228,11 @@ class _Layers:
             [qkv, rope, self.position],
             [TensorType((self.tokens, heads, dim), "float32")],
         )
-        append = kv_cache.append_kv(tokens, heads, kv_heads, dim, context, capacity, dtype)
+        append = kv_cache.append_kv(tokens, heads, kv_heads, dim, context, dtype)
         caches = self.builder.emit(
             relax.op.call_tir_inplace(
                 self.builder.add_func(append, "append_kv"),
-                [keys, values, qkv, rope, self.position],
+                [keys, values, qkv, rope, self.position, table],
                 [0, 1],
                 [keys.ty, values.ty],
             )
@@ -238,8 +240,8 @@ class _Layers:
         keys, values = (self.builder.emit(relax.TupleGetItem(caches, j)) for j in (0, 1))
         window = config.window if config.sliding[i] else None
         mixed = self._call(
-            attention.attention(tokens, heads, kv_heads, dim, capacity, window, dtype),
-            [queries, keys, values, self.variables[f"{layer}.sinks"], self.position],
+            attention.attention(tokens, heads, kv_heads, dim, window, dtype),
+            [queries, keys, values, self.variables[f"{layer}.sinks"], self.position, table],
             [TensorType((self.tokens, config.q_size), "float32")],
         )
         activation = [mixed]

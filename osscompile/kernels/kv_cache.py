@@ -1,41 +1,57 @@
 """The KV cache: where keys and values lie, and the kernel that adds new ones.
 
-Keys lie in tiles of 16 positions with the position innermost, so that a vector, or neighbouring
-threads, hold the same element of 16 keys; values lie position by position. Position p is in slot p
-modulo the capacity. A full layer's capacity is the context; a sliding layer is a ring of window +
-chunk positions.
+They lie in pages of `PAGE_TOKENS` positions: a table says in which page a sequence has its first
+positions, in which the next ones, and so on. Within a page keys lie in tiles of 16 positions with
+the position innermost, so that a vector, or neighbouring threads, hold the same element of 16 keys;
+values lie position by position.
 """
 
 from functools import cache
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from ..runtime.kv_cache import KEYS_PER_TILE
+from ..runtime.kv_cache import KEYS_PER_TILE, PAGE_TOKENS
 from ..schedules.formats import Index, extent
 from .rows import rotated
+
+PAGES = tirx.Var("pages", "int64")  # of an array of keys or values, fixed when a model is loaded
+TABLE_PAGES = tirx.Var("table_pages", "int64")  # of a sequence, at most
+
+
+def page_shapes(kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a page of keys and of a page of values."""
+    keys = (kv_heads, PAGE_TOKENS // KEYS_PER_TILE, head_dim, KEYS_PER_TILE)
+    return keys, (kv_heads, PAGE_TOKENS, head_dim)
+
+
+def cache_shapes(kv_heads: int, head_dim: int) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
+    """Shapes of the keys and of the values of a layer, as kernels see them."""
+    keys, values = page_shapes(kv_heads, head_dim)
+    return (PAGES, *map(extent, keys)), (PAGES, *map(extent, values))
+
+
+def page_of(table: Buffer, position: Expr) -> Expr:
+    """The page that holds a position."""
+    return table[position // PAGE_TOKENS].astype("int64")
 
 
 @cache
 def append_kv(
-    tokens: Index,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    context: int,
-    capacity: int,
-    dtype: str,
+    tokens: Index, heads: int, kv_heads: int, head_dim: int, context: int, dtype: str
 ) -> PrimFunc:
     """Rotate the new keys and write keys and values into the cache, in place.
 
-    keys [kv_heads, capacity/16, head_dim, 16], values [kv_heads, capacity, head_dim] of `dtype`,
-    qkv [tokens, (heads + 2 kv_heads) head_dim] float32, rope [context, head_dim/2, 2] float32,
-    position [1] int32 (of the first token).
+    keys [pages, kv_heads, PAGE_TOKENS/16, head_dim, 16] and values [pages, kv_heads, PAGE_TOKENS,
+    head_dim] of `dtype`, qkv [tokens, (heads + 2 kv_heads) head_dim] float32, rope [context,
+    head_dim/2, 2] float32, position [1] int32 (of the first token), table [table_pages] int32 (the
+    page of every PAGE_TOKENS positions).
     """
     width = (heads + 2 * kv_heads) * head_dim
     key_start, value_start = heads * head_dim, (heads + kv_heads) * head_dim
-    key_tiles, num_tokens = capacity // KEYS_PER_TILE, extent(tokens)
+    num_tokens = extent(tokens)
 
     def position_of(position: Buffer, n: Expr) -> Expr:
         return position[0].astype("int64") + n
@@ -47,25 +63,30 @@ def append_kv(
     def value(qkv: Buffer, n: Expr, h: Expr, d: Expr) -> Expr:
         return qkv[n, value_start + h * head_dim + d].astype(dtype)
 
+    def page(table: Buffer, position: Buffer, n: Expr) -> Expr:
+        return page_of(table, position_of(position, n))
+
     def slot(position: Buffer, n: Expr) -> Expr:
-        return position_of(position, n) % capacity
+        """Within the page."""
+        return position_of(position, n) % PAGE_TOKENS
+
+    keys_shape, values_shape = cache_shapes(kv_heads, head_dim)
 
     @T.prim_func(private=True, s_tir=True)
     def append(
-        keys: T.Buffer(
-            (T.int64(kv_heads), T.int64(key_tiles), T.int64(head_dim), T.int64(KEYS_PER_TILE)),
-            dtype,
-        ),
-        values: T.Buffer((T.int64(kv_heads), T.int64(capacity), T.int64(head_dim)), dtype),
+        keys: T.Buffer(keys_shape, dtype),
+        values: T.Buffer(values_shape, dtype),
         qkv: T.Buffer((num_tokens, T.int64(width)), "float32"),
         rope: T.Buffer((T.int64(context), T.int64(head_dim // 2), T.int64(2)), "float32"),
         position: T.Buffer((T.int64(1),), "int32"),
+        table: T.Buffer((TABLE_PAGES,), "int32"),
     ) -> None:
         T.func_attr({"op": "append_kv", "tirx.noalias": True})
         for i, h, d in T.grid(num_tokens, T.int64(kv_heads), T.int64(head_dim)):
             with T.sblock("keys"):
                 token, head, k = T.axis.remap("SSS", [i, h, d])
                 keys[
+                    page(table, position, token),
                     head,
                     slot(position, token) // KEYS_PER_TILE,
                     k,
@@ -74,6 +95,8 @@ def append_kv(
         for i, h, d in T.grid(num_tokens, T.int64(kv_heads), T.int64(head_dim)):
             with T.sblock("values"):
                 token, head, k = T.axis.remap("SSS", [i, h, d])
-                values[head, slot(position, token), k] = value(qkv, token, head, k)
+                values[page(table, position, token), head, slot(position, token), k] = value(
+                    qkv, token, head, k
+                )
 
     return append

@@ -63,6 +63,8 @@ def _whole_numbers(name: str, setting: Setting) -> Fill:
     match name:
         case "position":
             return "indices", setting.position, setting.position + 1
+        case "table":
+            return "permutation", 0, sizes["table"][0]
         case "index":
             return "indices", 0, row_of("x")
         case "row_token":

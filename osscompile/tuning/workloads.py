@@ -13,8 +13,10 @@ from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
 from ..importer.config import ModelConfig
-from ..importer.graph import DEFAULT_CHUNK, build_graph, with_choose
+from ..importer.graph import DEFAULT_CHUNK, TOKENS, build_graph, with_choose
+from ..kernels.kv_cache import PAGES, TABLE_PAGES
 from ..passes.pack_weights import pack_weights
+from ..runtime.kv_cache import PAGE_TOKENS
 from ..runtime.manifest import CPU
 from ..runtime.trials.files import Argument
 from ..schedules.records import kernel_key
@@ -23,13 +25,14 @@ from ..targets import Target
 from .fills import IN_PLACE, OUTPUT, Setting, fill_of
 
 NOT_TUNED = ("score",)  # functions whose speed nobody waits for
-# The position of the first new token: attention sees that many keys before it, and new keys wrap
-# from the end of a ring of 128 + 512 slots to its beginning.
+# The position of the first new token: attention sees that many keys before it, and new keys go on
+# from the end of a page to the next.
 POSITION = 1270
 # The rows of a kernel with a symbolic number of them, when its result is compared: more than a tile
 # of 64, and fewer where the host would take minutes.
 CHECKED_ROWS = 85
 CHECKED_ELEMENTS = 1 << 20  # in the result at most, unless one row has more
+PAGE_SYMBOLS = (PAGES.name, TABLE_PAGES.name)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def collect_workloads(config: ModelConfig, profile: str, target: Target) -> list
         module = with_choose(module, config.vocab_size)
     module = pack_weights(module, target)
     workloads = []
-    for kernel, calls in _calls_by_kernel(module).items():
+    num_pages = _num_pages(config)
+    for kernel, calls in _calls_by_kernel(module, num_pages).items():
         function = module[kernel]
         arguments = [_arguments(function, call, config) for call in calls]
         largest = max(arguments, key=lambda all_of: sum(math.prod(a.shape) for a in all_of))
@@ -72,12 +76,13 @@ class _Call:
     sizes: dict[str, int]
 
 
-def _calls_by_kernel(module: ir.IRModule) -> dict[str, list[_Call]]:
+def _calls_by_kernel(module: ir.IRModule, num_pages: int) -> dict[str, list[_Call]]:
     found = defaultdict(list)
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):
             bounds = function.attrs.get("tir_var_upper_bound", {}) if function.attrs else {}
             sizes = {str(symbol): int(bound) for symbol, bound in bounds.items()}
+            sizes |= dict.fromkeys(("full_pages", "window_pages", "table_pages"), num_pages)
             for block in function.body.blocks:
                 for binding in block.bindings:
                     call = binding.value
@@ -114,17 +119,26 @@ def _asks(function: PrimFunc, target: Target) -> bool:
     return bool(asked)
 
 
+def _position(config: ModelConfig) -> int:
+    return max(0, min(POSITION, config.max_context - DEFAULT_CHUNK))
+
+
+def _num_pages(config: ModelConfig) -> int:
+    """Pages of a sequence that ends with a chunk, and one that is read in vain."""
+    return -(-(_position(config) + DEFAULT_CHUNK) // PAGE_TOKENS) + 1
+
+
 def _arguments(function: PrimFunc, call: _Call, config: ModelConfig) -> tuple[Argument, ...]:
-    position = max(0, min(POSITION, config.max_context - DEFAULT_CHUNK))
+    position = _position(config)
     room = config.max_context - position
-    most = {name: min(size, room) for name, size in call.sizes.items()}
+    most = call.sizes | {TOKENS.name: min(call.sizes.get(TOKENS.name, 1), room)}
     shapes = [_shape(ty.shape, most) for ty in _argument_types(call.call)]
     sizes = {p.name: shape for p, shape in zip(function.params, shapes, strict=True)}
     num_inputs, written = len(call.call.args[1].fields), _written(call.call)
     widest = max((math.prod(shape[1:]) for shape in shapes[num_inputs:]), default=1)
     rows = min(CHECKED_ROWS, room, max(1, CHECKED_ELEMENTS // widest))
-    symbols = (e.name for p in function.params for e in p.shape if isinstance(e, tirx.Var))
-    checked = dict.fromkeys(symbols, rows)
+    symbols = {e.name for p in function.params for e in p.shape if isinstance(e, tirx.Var)}
+    checked = dict.fromkeys(symbols, rows) | dict.fromkeys(PAGE_SYMBOLS, _num_pages(config))
     setting = Setting(sizes, rows, position, config)
     arguments = []
     for i, (parameter, shape) in enumerate(zip(function.params, shapes, strict=True)):

@@ -37,8 +37,7 @@ def kv_bytes(manifest: Manifest) -> tuple[int, int]:
     total = {False: 0, True: 0}
     pairs = zip(manifest.caches[0::2], manifest.caches[1::2], manifest.sliding, strict=True)
     for keys, values, sliding in pairs:
-        capacity = values.shape[1]
-        total[sliding] += (keys.num_bytes + values.num_bytes) // capacity
+        total[sliding] += (keys.num_bytes + values.num_bytes) // manifest.page_tokens
     return total[False], total[True]
 
 

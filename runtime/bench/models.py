@@ -30,7 +30,6 @@ from ..devices.launch_devices import LaunchDevice
 from ..devices.tvm_cpu import Device
 from ..devices.tvm_device import TensorDevice
 from ..engine import Model, load
-from ..kv_cache import KEYS_PER_TILE
 from ..machine import physical_cores
 from ..manifest import Manifest
 from ..sampler import Sampler, SamplingOptions
@@ -268,15 +267,16 @@ def _fill_cache(model: Model, ids: list[int]) -> None:
 
 def _write_cache(model: Model, ids: list[int]) -> None:
     cache, rng = model._cache, np.random.default_rng(0)
-    cache.begin(len(ids))
-    tiles = -(-len(ids) // KEYS_PER_TILE)
+    for start in range(0, len(ids), model.manifest.chunk):
+        part = ids[start : start + model.manifest.chunk]
+        cache.begin(len(part))
+        cache.append(part)
+    used = cache.pages_used()
     for i, (array, facts) in enumerate(zip(cache.arrays, model.manifest.caches, strict=True)):
-        count = min(len(ids) if i % 2 else tiles, facts.shape[1])  # keys lie in tiles
-        shape = (facts.shape[0], count, *facts.shape[2:])
+        count = used[model.manifest.sliding[i // 2]]
         if count:
-            part = rng.standard_normal(shape, np.float32).astype(facts.dtype)
-            model._device.write(array, part)
-    cache.append(ids)
+            pages = rng.standard_normal((count, *facts.shape), np.float32).astype(facts.dtype)
+            model._device.write(array, pages)
 
 
 def _outside_share(model: Model, ids: list[int]) -> float | None:

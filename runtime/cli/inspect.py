@@ -8,6 +8,7 @@ from ..engine import memory_bytes
 from ..errors import InputError
 from ..manifest import ANY
 from .main import Commands
+from .options import add_kv_memory
 from .terminal import print_table
 
 
@@ -15,6 +16,7 @@ def add_inspect(commands: Commands) -> None:
     command = commands.add_parser("inspect", help="say what an artifact is and what it needs")
     command.add_argument("artifact", metavar="OUT")
     command.add_argument("--context", type=int, metavar="N", help="positions to plan for")
+    add_kv_memory(command)
     command.set_defaults(command=_inspect)
 
 
@@ -48,7 +50,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         ]
     )
     print(f"\nmemory at {context} positions")
-    needed = memory_bytes(manifest, context)
+    needed = memory_bytes(manifest, context, arguments.kv_memory)
     rows = [*needed.items(), ("total", sum(needed.values()))]
     print_table([(f"  {name}", f"{size / 1e6:,.1f} MB") for name, size in rows])
     print("\nfiles")

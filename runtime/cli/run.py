@@ -7,6 +7,7 @@ from ..artifact import ALWAYS_HASHED_BYTES, read_manifest
 from ..engine import Model, load
 from .chat import answer, converse
 from .main import Commands
+from .options import add_kv_memory
 from .terminal import say_stage
 
 
@@ -18,6 +19,7 @@ def add_run(commands: Commands) -> None:
     command.add_argument("--hide-analysis", action="store_true", help="show answers only")
     command.add_argument("--system", metavar="TEXT", help="instructions for the model")
     command.add_argument("--context", type=int, metavar="N", help="most positions")
+    add_kv_memory(command)
     command.add_argument("--max-tokens", type=int, metavar="N")
     command.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     command.add_argument("--top-p", type=float, default=1.0)
@@ -54,6 +56,7 @@ def _load(arguments: argparse.Namespace) -> Model:
     model = load(
         arguments.artifact,
         context=arguments.context,
+        kv_memory=arguments.kv_memory,
         threads=arguments.threads,
         progress=progress if total > ALWAYS_HASHED_BYTES else None,
     )

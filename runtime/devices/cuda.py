@@ -111,26 +111,26 @@ class CudaDevice(DeviceMemory):
         program, driver = self._programs[function], self._driver
         assert isinstance(program, Program)
         prepared = self._prepare(function, bound)
-        tokens = min(len(inputs[0]), program.max_tokens)
+        values = program.bind(inputs)
         try:
             for memory, array in zip(prepared.memory["input"], inputs, strict=True):
                 address, source = memory.handle, _pointer(array)
                 driver.call("cuMemcpyHtoDAsync_v2", address, source, array.nbytes, self._stream)
-            if program.max_tokens == 1:  # nothing changes from call to call
+            if not program.symbols:  # nothing changes from call to call
                 if prepared.graph is None:
-                    prepared.graph = self._record(lambda: self._launch_all(prepared, 1))
+                    prepared.graph = self._record(lambda: self._launch_all(prepared, {}))
                 driver.call("cuGraphLaunch", prepared.graph.handle, self._stream)
             else:
-                self._launch_all(prepared, tokens)
+                self._launch_all(prepared, values)
         except _DriverError as error:
             raise self._cannot_run(error) from error
-        shape = tuple(evaluate(extent, tokens) for extent in program.result_shape)
+        shape = tuple(evaluate(extent, values) for extent in program.result_shape)
         return DeviceArray(prepared.memory["storage"][program.result], shape)
 
     def call(self, name: str, bound: Sequence[Any]) -> None:
         """Launch what takes no inputs, and wait for it."""
         try:
-            self._launch_all(self._prepare(name, bound), 1)
+            self._launch_all(self._prepare(name, bound), {})
             self._driver.call("cuStreamSynchronize", self._stream)
         except _DriverError as error:
             raise self._cannot_run(error) from error
@@ -142,7 +142,7 @@ class CudaDevice(DeviceMemory):
 
         def launch() -> None:
             for bound in calls:
-                self._launch_all(self._prepare(name, bound), 1)
+                self._launch_all(self._prepare(name, bound), {})
 
         driver, stream = self._driver, self._stream
         milliseconds = ctypes.c_float()
@@ -208,20 +208,21 @@ class CudaDevice(DeviceMemory):
             )
         return function
 
-    def _launch_all(self, prepared: "_Prepared", tokens: int) -> None:
+    def _launch_all(self, prepared: "_Prepared", values: Mapping[str, int]) -> None:
         for launch, function in prepared.launches:
-            values: list[Any] = []
+            given: list[Any] = []
             for kind, value in launch.arguments:
                 if kind in MEMORY:
-                    values.append(Address(prepared.memory[kind][value].handle))
+                    given.append(Address(prepared.memory[kind][value].handle))
                 else:
-                    number = evaluate(value, tokens)
-                    values.append((ctypes.c_int32 if kind == "int32" else ctypes.c_int64)(number))
-            pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-            groups = [evaluate(count, tokens) for count in launch.groups]
+                    number = evaluate(value, values)
+                    given.append((ctypes.c_int32 if kind == "int32" else ctypes.c_int64)(number))
+            pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(v) for v in given))
+            groups = [evaluate(count, values) for count in launch.groups]
             sizes = [*groups, *[1] * (3 - len(groups))]
             sizes += [*launch.threads, *[1] * (3 - len(groups))]
-            self._driver.call("cuLaunchKernel", function, *sizes, 0, self._stream, pointers, None)
+            sizes.append(launch.shared_bytes)
+            self._driver.call("cuLaunchKernel", function, *sizes, self._stream, pointers, None)
 
     def read(self, memory: Memory, array: np.ndarray) -> None:
         target = _pointer(array)
@@ -247,8 +248,9 @@ class CudaDevice(DeviceMemory):
         target = memory.handle + offset
         self._driver.call("cuMemcpyHtoD_v2", target, _pointer(array), array.nbytes)
 
-    def _copy(self, memory: Memory, source: Memory, num_bytes: int) -> None:
-        self._driver.call("cuMemcpyDtoD_v2", memory.handle, source.handle, num_bytes)
+    def _copy(self, memory: Memory, target: int, source: int, num_bytes: int) -> None:
+        start = memory.handle
+        self._driver.call("cuMemcpyDtoD_v2", start + target, start + source, num_bytes)
 
     def _zero(self, memory: Memory, offset: int, num_bytes: int) -> None:
         self._driver.call("cuMemsetD8_v2", memory.handle + offset, 0, num_bytes)

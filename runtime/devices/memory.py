@@ -45,6 +45,11 @@ class DeviceArray:
     def num_bytes(self) -> int:
         return self.memory.num_bytes
 
+    @property
+    def element_bytes(self) -> int:
+        """Of one element along axis 0."""
+        return self.num_bytes // self.shape[0]
+
 
 class DeviceMemory:
     """What programs and the KV cache do with a device's memory. How that is had, written, copied
@@ -72,42 +77,40 @@ class DeviceMemory:
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         array = DeviceArray(self._allocate(math.prod(shape) * np.dtype(dtype).itemsize), shape)
-        self.clear(array, shape[1])
+        self.clear(array, shape[0])
         return array
 
-    def copy(self, array: DeviceArray) -> DeviceArray:
-        saved = DeviceArray(self._allocate(array.num_bytes), array.shape)
-        self.restore(saved, array)
-        return saved
+    def write(self, array: DeviceArray, part: np.ndarray, start: int = 0) -> None:
+        """Set elements along axis 0, from `start` on, to those of `part`, which has the array's
+        type and its other extents."""
+        size = array.element_bytes
+        if part.flags.c_contiguous:
+            self._write(array.memory, part, start * size)
+            return
+        for i, row in enumerate(part, start):  # a copy of all may be too large
+            self._write(array.memory, np.ascontiguousarray(row), i * size)
 
-    def restore(self, array: DeviceArray, saved: DeviceArray) -> None:
-        self._copy(array.memory, saved.memory, array.num_bytes)
+    def copy(self, array: DeviceArray, source: int, target: int) -> None:
+        """Set one element along axis 0 to what another is."""
+        size = array.element_bytes
+        self._copy(array.memory, target * size, source * size, size)
 
     def clear(self, array: DeviceArray, count: int) -> None:
-        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
-        row_bytes = array.num_bytes // array.shape[0]
-        size = row_bytes // array.shape[1] * min(count, array.shape[1])
-        if size:
-            for offset in range(0, array.num_bytes, row_bytes):
-                self._zero(array.memory, offset, size)
-
-    def write(self, array: DeviceArray, part: np.ndarray) -> None:
-        """Set the first along axis 1 to those of `part`, which has the array's type and its other
-        extents."""
-        row_bytes = array.num_bytes // array.shape[0]
-        assert part.nbytes // part.shape[0] <= row_bytes, (part.shape, array.shape)
-        for i, row in enumerate(part):
-            self._write(array.memory, np.ascontiguousarray(row), i * row_bytes)
+        """Set the first `count` along axis 0 to zero."""
+        if count:
+            self._zero(array.memory, 0, count * array.element_bytes)
 
     def own_memory(self, name: str) -> dict[str, Sequence[Memory]]:
         """What a program has beside the memory that it is bound to, by the kind of a launch's
         argument."""
         if name not in self._own:
             program = self._programs[name]
-            inputs = program.inputs if isinstance(program, Program) else ()
-            most = program.max_tokens if isinstance(program, Program) else 0
+            sizes: list[int] = []
+            if isinstance(program, Program):
+                shapes = ([evaluate(e, program.symbols) for e in i.shape] for i in program.inputs)
+                sizes = [math.prod(shape) * ITEM_BYTES for shape in shapes]
             self._own[name] = {
-                "input": [self._allocate(evaluate(size, most) * ITEM_BYTES) for size in inputs],
+                "input": [self._allocate(size) for size in sizes],
                 "storage": [self._allocate(size) for size in program.storages],
             }
         return self._own[name]
@@ -130,7 +133,8 @@ class DeviceMemory:
     def _write(self, memory: Memory, array: np.ndarray, offset: int) -> None:
         raise NotImplementedError
 
-    def _copy(self, memory: Memory, source: Memory, num_bytes: int) -> None:
+    def _copy(self, memory: Memory, target: int, source: int, num_bytes: int) -> None:
+        """Within a memory, to and from these offsets in bytes; they do not overlap."""
         raise NotImplementedError
 
     def _zero(self, memory: Memory, offset: int, num_bytes: int) -> None:

@@ -86,20 +86,20 @@ class OpenCLDevice(DeviceMemory):
         program = self._programs[function]
         assert isinstance(program, Program)
         prepared = self._prepare(function, bound)
-        tokens = min(len(inputs[0]), program.max_tokens)
+        values = program.bind(inputs)
         try:
             for memory, array in zip(prepared.memory["input"], inputs, strict=True):
                 self._write(memory, array, 0)
-            self._launch_all(prepared, tokens, self._queue)
+            self._launch_all(prepared, values, self._queue)
         except self._cl.Error as error:
             raise self._cannot_run(error) from error
-        shape = tuple(evaluate(extent, tokens) for extent in program.result_shape)
+        shape = tuple(evaluate(extent, values) for extent in program.result_shape)
         return DeviceArray(prepared.memory["storage"][program.result], shape)
 
     def call(self, name: str, bound: Sequence[Any]) -> None:
         """Launch what takes no inputs, and wait for it."""
         try:
-            self._launch_all(self._prepare(name, bound), 1, self._queue)
+            self._launch_all(self._prepare(name, bound), {}, self._queue)
             self._queue.finish()
         except self._cl.Error as error:
             raise self._cannot_run(error) from error
@@ -112,7 +112,7 @@ class OpenCLDevice(DeviceMemory):
         events = []
         try:
             for bound in calls:
-                events += self._launch_all(self._prepare(name, bound), 1, queue)
+                events += self._launch_all(self._prepare(name, bound), {}, queue)
             queue.finish()
             nanoseconds = sum(event.profile.end - event.profile.start for event in events)
         except self._cl.Error as error:
@@ -127,14 +127,14 @@ class OpenCLDevice(DeviceMemory):
             return False
         return True
 
-    def _launch_all(self, prepared: _Prepared, tokens: int, queue: Any) -> list[Any]:
+    def _launch_all(self, prepared: _Prepared, values: Mapping[str, int], queue: Any) -> list[Any]:
         """The event of every launch."""
         events = []
         for launch, kernel, _ in prepared.launches:
             for i, (kind, value) in enumerate(launch.arguments):
                 if kind not in MEMORY:
-                    kernel.set_arg(i, np.dtype(kind).type(evaluate(value, tokens)))
-            counts = [evaluate(count, tokens) for count in launch.groups]
+                    kernel.set_arg(i, np.dtype(kind).type(evaluate(value, values)))
+            counts = [evaluate(count, values) for count in launch.groups]
             work_items = [n * threads for n, threads in zip(counts, launch.threads, strict=True)]
             enqueue = self._cl.enqueue_nd_range_kernel
             events.append(enqueue(queue, kernel, work_items, launch.threads))
@@ -163,6 +163,8 @@ class OpenCLDevice(DeviceMemory):
     def _kernel(self, launch: Launch) -> tuple[Any, frozenset[int]]:
         """And which arguments it takes as images. Raises ValueError for a program that gives it
         others: a driver may take a number for an address."""
+        if launch.shared_bytes:  # OpenCL has no such memory that a kernel does not declare
+            raise ValueError(f"{launch.kernel}: {launch.shared_bytes} bytes of shared memory")
         kernel, info = self._cl.Kernel(self._kernels, launch.kernel), self._cl.kernel_arg_info
         everywhere = self._cl.kernel_arg_address_qualifier.GLOBAL
         images, wanted = set(), []
@@ -209,8 +211,9 @@ class OpenCLDevice(DeviceMemory):
     def _write(self, memory: Memory, array: np.ndarray, offset: int) -> None:
         self._cl.enqueue_copy(self._queue, memory.handle, array, dst_offset=offset)
 
-    def _copy(self, memory: Memory, source: Memory, num_bytes: int) -> None:
-        self._cl.enqueue_copy(self._queue, memory.handle, source.handle)
+    def _copy(self, memory: Memory, target: int, source: int, num_bytes: int) -> None:
+        held, offsets = memory.handle, {"src_offset": source, "dst_offset": target}
+        self._cl.enqueue_copy(self._queue, held, held, byte_count=num_bytes, **offsets)
 
     def _zero(self, memory: Memory, offset: int, num_bytes: int) -> None:
         zero = np.zeros(1, np.uint8)

@@ -1,22 +1,24 @@
 """A program: what a function of an artifact launches, in order, and on which memory.
 
 This file defines the format, JSON (`osscompile/codegen/programs.py` writes it), and checks all of
-it when it is read. Sizes that depend on the number of tokens are expressions: a whole number,
-"tokens", or [operator, expression, expression].
+it when it is read. Sizes that depend on a call are expressions: a whole number, a symbol, which
+stands for an extent of an input, or [operator, expression, expression].
 """
 
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from ..artifact import Artifact
 from ..errors import ArtifactError
 from ..manifest import Manifest
 
-Expression: TypeAlias = Any  # int | "tokens" | [operator, Expression, Expression]
+Expression: TypeAlias = Any  # int | symbol | [operator, Expression, Expression]
 TOKENS = "tokens"
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
@@ -26,17 +28,13 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
     "min": min,
     "max": max,
 }
-MEMORY = (
-    "input",
-    "bound",
-    "storage",
-)  # of a call; caches and weights; the function's own
+# Of a call; tables, caches and weights; the function's own.
+MEMORY = ("input", "bound", "storage")
 MAX_NUMBER = 1 << 48  # of what an expression and its parts come to
 MAX_GROUPS = 1 << 31  # along an axis, and of the threads of a group
+MAX_SHARED_BYTES = 1 << 20
 SCALARS = {"int32": 1 << 31, "int64": MAX_NUMBER}  # and the end of what they hold
-# How many numbers each input of a function has, see `importer/graph.py`; `choose` takes the result
-# of the others on.
-INPUTS = {"prefill": (TOKENS, 1, 1), "decode": (1, 1), "score": (TOKENS, 1), "choose": (3,)}
+NUM_TABLES = 2
 MAX_DEPTH = 8  # of an expression
 ITEM_BYTES = 4  # of an input's int32 and the result's float32
 
@@ -52,6 +50,8 @@ class Launch:
     arguments: tuple[tuple[str, Expression], ...]
     groups: tuple[Expression, ...]
     threads: tuple[int, ...]  # of a work-group
+    shared_bytes: int = 0  # of memory that a work-group has beside what its kernel declares
+    dependent: bool = False  # it may begin early, and waits itself for the launch before
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,50 @@ class Launches:
 
 
 @dataclass(frozen=True)
-class Program(Launches):
-    """Inputs are int32 and come with every call, the first has one for each token, where a call can
-    have several; the result is float32."""
+class Input:
+    """Whole numbers, int32, that come with every call. A symbol in the shape stands for what the
+    call has there."""
 
-    max_tokens: int  # of a call
-    inputs: tuple[Expression, ...]  # how many numbers each has
+    name: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Program(Launches):
+    """A function: its result is float32."""
+
+    symbols: dict[str, int]  # the most that each stands for; the least is 1
+    inputs: tuple[Input, ...]
     result: int  # the storage that holds it
     result_shape: tuple[Expression, ...]
 
+    def bind(self, inputs: Sequence[np.ndarray]) -> dict[str, int]:
+        """What the symbols stand for in a call with these inputs."""
+        pairs = zip(self.inputs, inputs, strict=True)
+        extents = ((e, n) for i, array in pairs for e, n in zip(i.shape, array.shape, strict=True))
+        values = {extent: size for extent, size in extents if isinstance(extent, str)}
+        assert all(values[symbol] <= most for symbol, most in self.symbols.items()), values
+        return values
 
-def evaluate(expression: Expression, tokens: int) -> int:
+
+# The inputs of each function, see `importer/graph.py`; `choose` takes the result of others on.
+_IDS, _ID, _POSITION = Input("ids", (TOKENS,)), Input("ids", (1,)), Input("position", (1,))
+INPUTS = {
+    "prefill": (_IDS, _POSITION, Input("index", (1,))),
+    "decode": (_ID, _POSITION),
+    "score": (_IDS, _POSITION),
+    "choose": (Input("options", (3,)),),
+}
+
+
+def evaluate(expression: Expression, values: Mapping[str, int]) -> int:
     """The value of an expression that was checked."""
     if isinstance(expression, int):
         return expression
-    if expression == TOKENS:
-        return tokens
+    if isinstance(expression, str):
+        return values[expression]
     operator, a, b = expression
-    return OPERATORS[operator](evaluate(a, tokens), evaluate(b, tokens))
+    return OPERATORS[operator](evaluate(a, values), evaluate(b, values))
 
 
 def write_programs(programs: dict[str, Program]) -> str:
@@ -104,44 +130,52 @@ def read_programs(artifact: Artifact) -> dict[str, Program]:
 
 
 def parse_launches(
-    name: str, fields: dict[str, Any], num_bound: int, inputs: int = 0, most: int = 1
+    name: str,
+    fields: dict[str, Any],
+    num_bound: int,
+    inputs: int = 0,
+    symbols: Mapping[str, int] | None = None,
 ) -> Launches:
     """Of JSON; ValueError, KeyError or TypeError for what can be none. `num_bound`: arrays that the
-    launches are bound to; `inputs`: those that come with every call; `most`: tokens of a call."""
+    launches are bound to; `inputs`: those that come with every call; `symbols`: the most that each
+    stands for."""
     sizes = [_number(size, 1, f"{name}, a storage's size") for size in fields["storages"]]
     counts = {"input": inputs, "bound": num_bound, "storage": len(sizes)}
-    launches = tuple(_launch(launch, counts, most) for launch in fields["launches"])
+    launches = tuple(_launch(launch, counts, symbols or {}) for launch in fields["launches"])
     return Launches(tuple(sizes), launches)
 
 
 def _program(name: str, fields: dict[str, Any], manifest: Manifest) -> Program:
-    num_bound = 2 if name == "choose" else len(manifest.caches) + len(manifest.weights)
-    most = {"prefill": manifest.chunk, "score": manifest.score_chunk}.get(name, 1)
-    parsed = parse_launches(name, fields, num_bound, len(INPUTS[name]), most)
-    sizes = parsed.storages
-    max_tokens = _number(fields["max_tokens"], 1, f"{name}, the number of tokens")
-    result = _number(fields["result"], 0, f"{name}, the result's storage", len(sizes))
-    inputs, shape = tuple(fields["inputs"]), tuple(fields["result_shape"])
-    if (max_tokens, inputs) != (most, INPUTS[name]):
+    num_bound = NUM_TABLES + len(manifest.caches) + len(manifest.weights)
+    most = {"prefill": manifest.chunk, "score": manifest.score_chunk}.get(name)
+    symbols = {TOKENS: most} if most is not None else {}
+    inputs = tuple(Input(i["name"], tuple(i["shape"])) for i in fields["inputs"])
+    if (fields["symbols"], inputs) != (symbols, INPUTS[name]):
         raise ValueError(
-            f"{name}: expected inputs of {INPUTS[name]} numbers and up to {most} tokens, found "
-            f"{inputs} and {max_tokens}"
+            f"{name}: expected the inputs {INPUTS[name]} with {symbols} at most, found {inputs} "
+            f"with {fields['symbols']}"
         )
+    parsed = parse_launches(
+        name, fields, 2 if name == "choose" else num_bound, len(inputs), symbols
+    )
+    sizes, shape = parsed.storages, tuple(fields["result_shape"])
+    result = _number(fields["result"], 0, f"{name}, the result's storage", len(sizes))
     rows, columns = TOKENS if name == "score" else 1, 2 if name == "choose" else manifest.vocab_size
-    needed = evaluate(rows, most) * columns * ITEM_BYTES
+    needed = evaluate(rows, symbols) * columns * ITEM_BYTES
     if shape != (rows, columns) or needed > sizes[result]:
         raise ValueError(f"{name}: a result of shape {shape} in {sizes[result]} bytes")
-    return Program(sizes, parsed.launches, most, INPUTS[name], result, (rows, columns))
+    return Program(sizes, parsed.launches, symbols, INPUTS[name], result, (rows, columns))
 
 
-def _launch(fields: dict[str, Any], counts: dict[str, int], most: int) -> Launch:
+def _launch(fields: dict[str, Any], counts: dict[str, int], symbols: Mapping[str, int]) -> Launch:
     kernel = fields["kernel"]
     if not (isinstance(kernel, str) and re.fullmatch(r"[A-Za-z_]\w*", kernel, re.ASCII)):
         raise ValueError(f"{kernel!r} as the name of a kernel")
     threads = tuple(_number(n, 1, f"{kernel}, threads of a group") for n in fields["threads"])
     _number(math.prod(threads), 1, f"{kernel}, threads of a group", MAX_GROUPS)
     groups = tuple(
-        _expression(count, most, 1, f"{kernel}, groups", MAX_GROUPS) for count in fields["groups"]
+        _expression(count, symbols, 1, f"{kernel}, groups", MAX_GROUPS)
+        for count in fields["groups"]
     )
     if not 1 <= len(threads) == len(groups) <= 3:
         raise ValueError(f"{kernel}: groups along {len(groups)} axes, threads along {len(threads)}")
@@ -151,11 +185,15 @@ def _launch(fields: dict[str, Any], counts: dict[str, int], most: int) -> Launch
             arguments.append((kind, _number(value, 0, f"{kernel}, the {kind}", counts[kind])))
         elif kind in SCALARS:
             end = SCALARS[kind]
-            number = _expression(value, most, 1 - end, f"{kernel}, the {kind}", end)
+            number = _expression(value, symbols, 1 - end, f"{kernel}, the {kind}", end)
             arguments.append((kind, number))
         else:
             raise ValueError(f"{kernel}, an argument of kind {kind!r}")
-    return Launch(kernel, tuple(arguments), groups, threads)
+    shared_bytes = _number(fields["shared_bytes"], 0, f"{kernel}, shared memory", MAX_SHARED_BYTES)
+    dependent = fields["dependent"]
+    if not isinstance(dependent, bool):
+        raise ValueError(f"{kernel}: {dependent!r} as whether it is dependent")
+    return Launch(kernel, tuple(arguments), groups, threads, shared_bytes, dependent)
 
 
 def _number(value: Any, low: int, what: str, end: int = MAX_NUMBER) -> int:
@@ -165,16 +203,19 @@ def _number(value: Any, low: int, what: str, end: int = MAX_NUMBER) -> int:
     return value
 
 
-def _expression(value: Any, most: int, low: int, what: str, end: int) -> Expression:
-    """An expression that gives a number from `low` to below `end` for 1 to `most` tokens."""
-    expression = _parse_expression(value)
-    for bound in _bounds(expression, most):
-        _number(bound, low, f"{what}, {expression} of up to {most} tokens", end)
+def _expression(
+    value: Any, symbols: Mapping[str, int], low: int, what: str, end: int
+) -> Expression:
+    """An expression that gives a number from `low` to below `end`, whatever the symbols stand
+    for."""
+    expression = _parse_expression(value, symbols)
+    for bound in _bounds(expression, symbols):
+        _number(bound, low, f"{what}, {expression} of up to {dict(symbols)}", end)
     return expression
 
 
-def _parse_expression(value: Any, depth: int = 0) -> Expression:
-    if value == TOKENS:
+def _parse_expression(value: Any, symbols: Mapping[str, int], depth: int = 0) -> Expression:
+    if isinstance(value, str) and value in symbols:
         return value
     if not isinstance(value, list):
         return _number(value, -MAX_NUMBER, "an expression")
@@ -185,18 +226,19 @@ def _parse_expression(value: Any, depth: int = 0) -> Expression:
         raise ValueError(f"{operator!r} as the operator of an expression")
     if operator == "//":
         _number(b, 1, "a divisor")
-    return [operator, _parse_expression(a, depth + 1), _parse_expression(b, depth + 1)]
+    return [operator, *(_parse_expression(part, symbols, depth + 1) for part in (a, b))]
 
 
-def _bounds(expression: Expression, most: int) -> tuple[int, int]:
-    """What an expression is at least and at most for 1 to `most` tokens, or less and more: every
-    operator has its extremes at the ends of its arguments."""
+def _bounds(expression: Expression, symbols: Mapping[str, int]) -> tuple[int, int]:
+    """What an expression is at least and at most, or less and more: every operator has its extremes
+    at the ends of its arguments."""
     if isinstance(expression, int):
         return expression, expression
-    if expression == TOKENS:
-        return 1, most
+    if isinstance(expression, str):
+        return 1, symbols[expression]
     operator, a, b = expression
-    ends = [OPERATORS[operator](x, y) for x in _bounds(a, most) for y in _bounds(b, most)]
+    pairs = ((x, y) for x in _bounds(a, symbols) for y in _bounds(b, symbols))
+    ends = [OPERATORS[operator](x, y) for x, y in pairs]
     for end in ends:
-        _number(end, 1 - MAX_NUMBER, f"{expression} of up to {most} tokens")
+        _number(end, 1 - MAX_NUMBER, f"{expression} of up to {dict(symbols)}")
     return min(ends), max(ends)

@@ -40,19 +40,17 @@ class Device:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return np.frombuffer(memory, dtype).reshape(shape)
 
-    def copy(self, array: np.ndarray) -> np.ndarray:
-        return array.copy()
+    def write(self, array: np.ndarray, part: np.ndarray, start: int = 0) -> None:
+        """Set elements along axis 0, from `start` on."""
+        array[start : start + len(part)] = part
 
-    def restore(self, array: np.ndarray, saved: np.ndarray) -> None:
-        array[...] = saved
+    def copy(self, array: np.ndarray, source: int, target: int) -> None:
+        """Set one element along axis 0 to what another is."""
+        array[target] = array[source]
 
     def clear(self, array: np.ndarray, count: int) -> None:
-        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
-        array[:, :count] = 0
-
-    def write(self, array: np.ndarray, part: np.ndarray) -> None:
-        """Set the first along axis 1 to those of `part`."""
-        array[:, : part.shape[1]] = part
+        """Set the first `count` along axis 0 to zero."""
+        array[:count] = 0
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> Any:
         """Call a function with small inputs, which are copied, and tensors bound before. Raises

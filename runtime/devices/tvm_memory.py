@@ -63,37 +63,35 @@ class TensorMemory:
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
         array = self.empty(shape, dtype)
-        self.clear(array, shape[1])
+        self.clear(array, shape[0])
         return array
 
     def view(self, array: Any, shape: Sequence[int], dtype: str, begin: int = 0) -> Any:
         """A part of a tensor's memory, from byte `begin` on, as a tensor."""
         return self._view(array, self._shape(shape), dtype, begin)
 
-    def copy(self, array: Any) -> Any:
-        saved = self.empty(tuple(array.shape), str(array.dtype))
-        self.restore(saved, array)
-        return saved
+    def write(self, array: Any, part: np.ndarray, start: int = 0) -> None:
+        """Set elements along axis 0, from `start` on, to those of `part`, which has the tensor's
+        type and its other extents."""
+        size = _element_bytes(array)
+        if part.flags.c_contiguous:
+            self._write_bytes(array, start * size, part)
+            return
+        for i, row in enumerate(part, start):  # a copy of all may be too large
+            self._write_bytes(array, i * size, np.ascontiguousarray(row))
 
-    def restore(self, array: Any, saved: Any) -> None:
-        self._copy(saved, array)
+    def copy(self, array: Any, source: int, target: int) -> None:
+        """Set one element along axis 0 to what another is."""
+        shape, dtype, size = array.shape[1:], str(array.dtype), _element_bytes(array)
+        held, copied = (self.view(array, shape, dtype, i * size) for i in (source, target))
+        self._copy(held, copied)
 
     def clear(self, array: Any, count: int) -> None:
-        """Set the first `count` along axis 1 to zero, or all if there are fewer."""
-        rows, columns, *rest = (int(extent) for extent in array.shape)
-        column_bytes = int(np.prod(rest)) * np.dtype(str(array.dtype)).itemsize
-        num_bytes = min(count, columns) * column_bytes
+        """Set the first `count` along axis 0 to zero."""
+        num_bytes = count * _element_bytes(array)
         zeros = np.zeros(min(num_bytes, PIECE_BYTES), np.uint8)
-        for row in range(rows):
-            for begin, size in _pieces(num_bytes):
-                self._write_bytes(array, row * columns * column_bytes + begin, zeros[:size])
-
-    def write(self, array: Any, part: np.ndarray) -> None:
-        """Set the first along axis 1 to those of `part`, which has the tensor's type and its other
-        extents."""
-        row_bytes = part.itemsize * int(np.prod([int(extent) for extent in array.shape[1:]]))
-        for i, row in enumerate(part):
-            self._write_bytes(array, i * row_bytes, np.ascontiguousarray(row))
+        for begin, size in _pieces(num_bytes):
+            self._write_bytes(array, begin, zeros[:size])
 
     def numpy(self, result: Any) -> np.ndarray:
         """A copy of a tensor, after all that the device was told."""
@@ -133,6 +131,11 @@ class TensorMemory:
 def _address(array: np.ndarray) -> ctypes.c_void_p:
     assert array.flags.c_contiguous
     return ctypes.c_void_p(array.ctypes.data)
+
+
+def _element_bytes(array: Any) -> int:
+    """Of one element along axis 0."""
+    return int(np.prod(array.shape[1:])) * np.dtype(str(array.dtype)).itemsize
 
 
 def _pieces(num_bytes: int) -> Iterator[tuple[int, int]]:

@@ -53,7 +53,7 @@ def count_turns(arguments: Sequence[Argument]) -> tuple[int, float]:
 def moved_bytes(arguments: Sequence[Argument]) -> int | None:
     """Count the bytes that a timed call reads and writes, with only its own experts' weights; None
     where indices decide that."""
-    if any(a.fill == "indices" for a in arguments):
+    if any(a.fill in ("indices", "permutation") for a in arguments):
         return None
     _, share = count_turns(arguments)
     num_experts = next((a.high for a in arguments if a.fill == "experts"), None)
@@ -112,6 +112,9 @@ def make_array(argument: Argument, shape: tuple[int, ...]) -> np.ndarray:
         return array
     if argument.fill == "offsets":
         return array  # for `_set_offsets`, which knows the numbers
+    if argument.fill == "permutation":
+        array[...] = np.random.default_rng(0).permutation(array.size).reshape(shape)
+        return array
     if argument.fill == "experts":
         return _experts(argument, shape, 0)
     seed = list(argument.name.encode())

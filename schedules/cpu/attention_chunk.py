@@ -36,7 +36,7 @@ class Chunks:
         self.buffers = buffers
         self.num_tokens, heads, head_dim = buffers["queries"].shape
         self.heads, self.head_dim = int(heads), int(head_dim)
-        self.kv_heads, self.key_tiles, _, self.tile = (int(e) for e in buffers["keys"].shape)
+        self.kv_heads, self.page_tiles, _, self.tile = (int(e) for e in buffers["keys"].shape[1:])
         self.group = self.heads // self.kv_heads
         self.tiles = KEYS // self.tile  # in a chunk
         self.window = int(function.attrs["window"]) or None
@@ -65,11 +65,9 @@ class Chunks:
             return lane <= last
         return T.And(lane <= last, lane > last - self.window)
 
-    def slot(self, key_tile: Expr) -> Expr:
-        """Return where a tile of keys lies. A full layer never wraps, but a prefetch may."""
-        if self.window is None:
-            return T.min(key_tile, const(self.key_tiles - 1, "int64"))
-        return key_tile % self.key_tiles
+    def page(self, key_tile: Expr) -> Expr:
+        """Return the page of a tile of keys."""
+        return self.buffers["table"][key_tile // self.page_tiles].astype("int64")
 
     def first_tile(self, last_key: Expr) -> Expr:
         """Return the tile of the first key visible to the token whose own key is `last_key`."""
@@ -96,7 +94,7 @@ class Chunks:
         queries, keys, values = (self.buffers[n] for n in ("queries", "keys", "values"))
         lanes, rows, vectors, tile = self.lanes, self.rows, self.vectors, self.tile
         group, head_dim, dtype, tiles = self.group, self.head_dim, self.dtype, self.tiles
-        column, slot, visible = self.column, self.slot, self.visible
+        column, page, visible, page_tiles = self.column, self.page, self.visible, self.page_tiles
         step = lanes * vectors  # keys, and then elements of a value
         direct = self.single and rows == group  # a panel used once does not repay its making
         line = LINE_BYTES // DataType(dtype).itemsize
@@ -108,12 +106,15 @@ class Chunks:
         def float32(x: Expr) -> Expr:
             return x if dtype == "float32" else x.astype("float32")
 
-        # `at` counts elements into the chunk; where a ring ends within it, the fetch is in vain
+        # `at` counts elements into the chunk; where a page ends within it, the fetch is in vain
         def fetched_key(kv_head: Expr, key_tile: Expr, at: Expr) -> Expr:
-            return fetch(keys[kv_head, slot(key_tile), 0, at])
+            return fetch(keys[page(key_tile), kv_head, key_tile % page_tiles, 0, at])
 
         def fetched_value(kv_head: Expr, key_tile: Expr, at: Expr) -> Expr:
-            return fetch(values[kv_head, slot(key_tile) * tile, at])
+            return fetch(values[page(key_tile), kv_head, key_tile % page_tiles * tile, at])
+
+        def key_at(kv_head: Expr, key_tile: Expr, d: Expr, lane: Expr) -> Expr:
+            return float32(keys[page(key_tile), kv_head, key_tile % page_tiles, d, lane])
 
         def key_of(
             panel: Buffer, kv_head: Expr, key_tile: Expr, d: Expr, vector: Expr, lane: Expr
@@ -121,10 +122,11 @@ class Chunks:
             if not direct:
                 return panel[d * KEYS + vector * lanes + lane]
             at = vector * lanes + lane
-            return float32(keys[kv_head, slot(key_tile + at // tile), d, at % tile])
+            return key_at(kv_head, key_tile + at // tile, d, at % tile)
 
         def value_at(kv_head: Expr, key_tile: Expr, i: Expr, d: Expr) -> Expr:
-            return float32(values[kv_head, slot(key_tile + i // tile) * tile + i % tile, d])
+            of_i = key_tile + i // tile
+            return float32(values[page(of_i), kv_head, of_i % page_tiles * tile + i % tile, d])
 
         def value_of(panel: Buffer, kv_head: Expr, key_tile: Expr, i: Expr, d: Expr) -> Expr:
             return value_at(kv_head, key_tile, i, d) if direct else panel[i * head_dim + d]
@@ -164,8 +166,8 @@ class Chunks:
                 for i in range(num_steps * (step // tile)):
                     for d in range(T.int64(head_dim)):
                         for lane in T.vectorized(tile):
-                            panel[d * KEYS + i * tile + lane] = float32(
-                                keys[kv_head, slot(key_tile + i), d, lane]
+                            panel[d * KEYS + i * tile + lane] = key_at(
+                                kv_head, key_tile + i, d, lane
                             )
             for block in range(num_tokens * (group // rows)):
                 for i in range(num_steps):

@@ -81,10 +81,14 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
         """Whether the token sees the key, and the key is not the next part's."""
         return T.And(tiles.visible(first, first, key), key < first_chunk(part + 1) * threads)
 
+    def there(key: Expr) -> Expr:
+        """Return a key in the cache: subgroups past the last chunk read the last key in vain."""
+        return T.min(key, tiles.last_key(first, first))
+
     def value_at(kv_head: Expr, key: Expr, thread: Expr, i: Expr) -> Expr:
         """Return a thread's i-th element; threads past the last repeat it, and do not keep it."""
         d = T.min(thread * each + i, const(head_dim - 1, "int64"))
-        return tiles.value_at(kv_head, key, d)
+        return tiles.value_at(kv_head, there(key), d)
 
     def begins(part: Expr, member: Expr) -> Expr:
         """Whether a subgroup adds the sink: only the first one does."""
@@ -152,7 +156,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
                 for d in T.unroll(at_once):
                     loaded[d] = tiles.key_at(
                         kv_head,
-                        first_key(part, turn, member) + thread,
+                        there(first_key(part, turn, member) + thread),
                         batch * at_once + d,
                     )
                 for d in T.unroll(at_once):

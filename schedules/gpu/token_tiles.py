@@ -15,14 +15,15 @@ class TokenTiles:
 
     def __init__(self, function: PrimFunc, together: int, chunk: int) -> None:
         buffers = {parameter.name: parameter for parameter in function.params}
-        self.queries, self.keys, self.values, self.sinks, self.position, self.out = (
-            buffers[n] for n in ("queries", "keys", "values", "sinks", "position", "out")
+        self.queries, self.keys, self.values, self.sinks = (
+            buffers[n] for n in ("queries", "keys", "values", "sinks")
         )
+        self.position, self.table, self.out = (buffers[n] for n in ("position", "table", "out"))
         self.together, self.chunk = together, chunk
         self.num_tokens = self.queries.shape[0]
         self.heads, self.head_dim = (int(e) for e in self.queries.shape[1:])
-        self.kv_heads, key_tiles, _, self.per_tile = (int(e) for e in self.keys.shape)
-        self.capacity = key_tiles * self.per_tile
+        self.kv_heads, page_tiles, _, self.per_tile = (int(e) for e in self.keys.shape[1:])
+        self.per_page = page_tiles * self.per_tile
         self.group = self.heads // self.kv_heads
         self.window = int(function.attrs["window"]) or None
 
@@ -63,13 +64,14 @@ class TokenTiles:
         return self.last_key(tile, last_row) // self.chunk + 1 - self.first_chunk(tile)
 
     def key_at(self, kv_head: Expr, key: Expr, d: Expr) -> Expr:
-        slot = self.slot(key)
-        number = self.keys[kv_head, slot // self.per_tile, d, slot % self.per_tile]
+        page, slot = self.place(key)
+        number = self.keys[page, kv_head, slot // self.per_tile, d, slot % self.per_tile]
         return number.astype("float32")
 
     def value_at(self, kv_head: Expr, key: Expr, d: Expr) -> Expr:
-        return self.values[kv_head, self.slot(key), d].astype("float32")
+        page, slot = self.place(key)
+        return self.values[page, kv_head, slot, d].astype("float32")
 
-    def slot(self, key: Expr) -> Expr:
-        """Return where a key lies, in a ring or not; GPUs divide in 32 bits."""
-        return (key.astype("int32") % self.capacity).astype("int64")
+    def place(self, key: Expr) -> tuple[Expr, Expr]:
+        """Return the page of a key, and where the key lies there."""
+        return self.table[key // self.per_page].astype("int64"), key % self.per_page

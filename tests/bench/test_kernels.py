@@ -26,7 +26,7 @@ from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.importer.weights import pack_rows
 from osscompile.kernels import attention, experts, kv_cache, matmul, rows
 from osscompile.kernels.quantize import quantize as quantize_kernel
-from osscompile.runtime.kv_cache import KEYS_PER_TILE
+from osscompile.runtime.kv_cache import PAGE_TOKENS
 
 CONFIG = gpt_oss_config(num_layers=1, num_experts=4)
 HIDDEN, INNER, TOP_K = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_experts_per_token
@@ -82,25 +82,29 @@ def rotate_queries(form: Form) -> Case:
 
 
 def append_kv(form: Form) -> Case:
-    capacity = max(form.count, KEYS_PER_TILE)
-    shape = (*HEADS, form.count, capacity, "float16")
-    return Case(kv_cache.append_kv(form.tokens, *shape))
+    kernel = kv_cache.append_kv(form.tokens, *HEADS, form.count, "float16")
+    return Case(kernel, addresses={"table": table()})
 
 
-def attend(form: Form, capacity: int, window: int | None) -> Case:
-    kernel = attention.attention(form.tokens, *HEADS, capacity, window, "float16")
+def table() -> Array:
+    """Return the pages of the context, and one that may be read in vain."""
+    return np.arange(CONTEXT // PAGE_TOKENS + 1, dtype=np.int32)
+
+
+def attend(form: Form, window: int | None) -> Case:
+    kernel = attention.attention(form.tokens, *HEADS, window, "float16")
     first = CONTEXT - form.count
     seen = sum(min(at + 1, window or CONTEXT) for at in range(first, CONTEXT))
     position = np.array([first], np.int32)
-    return Case(kernel, 2 * CONFIG.q_size * seen, {"position": position})
+    return Case(kernel, 2 * CONFIG.q_size * seen, {"position": position, "table": table()})
 
 
 def attention_full(form: Form) -> Case:
-    return attend(form, CONTEXT, None)
+    return attend(form, None)
 
 
 def attention_sliding(form: Form) -> Case:
-    return attend(form, CONFIG.window + form.count // 8 * 8, CONFIG.window)
+    return attend(form, CONFIG.window)
 
 
 def router(form: Form) -> Case:
@@ -179,7 +183,9 @@ def test_speed(make: Callable[[Form], Case], form: Form, benchmark: BenchmarkFix
 
 def bound(kernel: BuiltKernel, case: Case, form: Form) -> list[Array]:
     """Return all arguments in the target's layout."""
+    num_pages = CONTEXT // PAGE_TOKENS + 1
     symbols = {"tokens": form.count, "expert_rows": form.count * TOP_K}
+    symbols |= {"pages": num_pages, "table_pages": num_pages}
     assert case.addresses.keys() <= {parameter.name for parameter in case.kernel.params}
     arrays = []
     for i, parameter in enumerate(case.kernel.params):
