@@ -19,7 +19,7 @@ from .devices.program import read_programs
 from .devices.tvm_cpu import Device
 from .devices.tvm_device import TensorDevice
 from .errors import ArtifactError, InputError, OsscompileError
-from .harmony import IDENTITY, AnswerParser, Piece, render_chat, stop_ids
+from .harmony import IDENTITY, Piece, render_chat, stop_ids, stream_answer
 from .kv_cache import KVCache
 from .machine import available_memory_bytes, choose_threads
 from .manifest import Manifest
@@ -183,7 +183,8 @@ class Model:
         ids, sampling = self._check_tokens(prompt), _sampling_options(options)
         limit = self._limit(ids, max_tokens)
         tokens = self._generate(ids, limit, sampling, stop_ids(tokenizer))
-        return _pieces(tokens, AnswerParser(tokenizer), sampling.stop_ids)
+        said = (token.token_id for token in tokens)
+        return stream_answer(said, tokenizer, sampling.stop_ids)
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.
@@ -432,16 +433,3 @@ def _sampling_options(options: Mapping[str, object]) -> SamplingOptions:
         names = ", ".join(field.name for field in fields(SamplingOptions))
         raise InputError(f"options: expected max_tokens, {names}, found {unknown[0]!r}")
     return SamplingOptions(**options)  # type: ignore[arg-type]
-
-
-def _pieces(
-    tokens: Iterator[GeneratedToken], parser: AnswerParser, more_stops: Set[int]
-) -> Iterator[Piece]:
-    """`more_stops`: ids that end an answer beside the format's own."""
-    reason = "length"
-    for token in tokens:
-        yield from parser.push(token.token_id)
-        if parser.ended:
-            return
-        reason = "stop" if token.token_id in more_stops else "length"
-    yield from parser.finish(reason)

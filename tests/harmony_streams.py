@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
@@ -21,8 +22,8 @@ from osscompile.runtime.harmony import (
     Piece,
     ToolCall,
     as_messages,
-    parse_answer,
     render_chat,
+    stream_answer,
 )
 from osscompile.runtime.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ HEADER_WORDS = (
 TEXTS = ("¿uno", " ¿dos", "\n¿tres", "¿🙂", "{¿}", "¿to=x")
 
 
-def said(pieces: list[Piece]) -> list[Piece]:
+def said(pieces: Iterable[Piece]) -> list[Piece]:
     """Join what follows each other of the same kind."""
     joined: list[Piece] = []
     for piece in pieces:
@@ -62,7 +63,7 @@ def check_stream(tokenizer: Tokenizer, random: Random) -> None:
     )
     text = "".join(random.choice(part) for part in parts)
     ids = marked(tokenizer, text)
-    pieces = parse_answer(ids, tokenizer)
+    pieces = list(stream_answer(ids, tokenizer))
     assert [isinstance(piece, Finish) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert all(_text_of(piece) for piece in pieces[:-1]), text
     # Cut anywhere, an answer begins in the same way, but for what was held back.
@@ -70,7 +71,7 @@ def check_stream(tokenizer: Tokenizer, random: Random) -> None:
     so_far = [piece for id in ids for piece in parser.push(id)]
     assert so_far == pieces[: len(so_far)], text
     cut = random.randrange(len(ids) + 1)
-    parse_answer(ids[:cut], tokenizer)
+    list(stream_answer(ids[:cut], tokenizer))
     # Nothing is lost, until the answer ends or another begins to speak.
     shown = "".join(_text_of(piece) for piece in pieces)
     others = re.search(r"user|(?<!to=)(functions\.f|python)", text)

@@ -23,8 +23,8 @@ from osscompile.runtime.harmony import (
     Text,
     ToolCall,
     as_messages,
-    parse_answer,
     render_chat,
+    stream_answer,
 )
 from osscompile.runtime.tokenizer import Tokenizer, byte_alphabet
 
@@ -161,7 +161,7 @@ def test_messages_equal_openai_harmony(oracle: Any, o200k: Tokenizer, answer: st
     ids = marked(o200k, answer)
     theirs = oracle.parse_messages_from_completion_tokens(ids, Role.ASSISTANT)
     expected = [(m.channel, m.content[0].text, m.recipient) for m in theirs]
-    ours = as_messages(parse_answer(ids, o200k))
+    ours = as_messages(stream_answer(ids, o200k))
     assert [_summary(message) for message in ours] == expected
 
 
@@ -169,7 +169,7 @@ def test_messages_equal_openai_harmony(oracle: Any, o200k: Tokenizer, answer: st
 def test_golden_ids_of_an_answer(o200k: Tokenizer) -> None:
     ids = golden_answer("simple_reasoning_response")
     thought = 'User asks: "What is 2 + 2?" Simple arithmetic. Provide answer.'
-    assert said(parse_answer(ids, o200k)) == [
+    assert said(stream_answer(ids, o200k)) == [
         Reasoning("analysis", thought),
         Text("final", "2 + 2 = 4."),
         Finish("length"),
@@ -180,7 +180,7 @@ def test_golden_ids_of_an_answer(o200k: Tokenizer) -> None:
 def test_golden_ids_of_a_call_that_is_cut_off(o200k: Tokenizer) -> None:
     ids = golden_answer("simple_tool_call")
     thought = 'User asks: "What is the weather in Tokyo?" We need to use lookup_weather tool.'
-    assert said(parse_answer(ids, o200k)) == [
+    assert said(stream_answer(ids, o200k)) == [
         Reasoning("analysis", thought),
         ToolCall("analysis", "call_0", "lookup_weather"),
         Arguments("analysis", "call_0", '{"location": "Tokyo"}'),

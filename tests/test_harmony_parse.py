@@ -21,8 +21,8 @@ from osscompile.runtime.harmony import (
     Text,
     ToolCall,
     as_messages,
-    parse_answer,
     stop_ids,
+    stream_answer,
 )
 from osscompile.runtime.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 
 def parsed(tokenizer: Tokenizer, text: str) -> list[Piece]:
     """Return what an answer says, pieces of the same kind joined."""
-    return said(parse_answer(marked(tokenizer, text), tokenizer))
+    return said(stream_answer(marked(tokenizer, text), tokenizer))
 
 
 def final(text: str, channel: str = "final") -> Text:
@@ -125,7 +125,7 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
         ),
         pytest.param(
             '<|channel|>commentary to=functions.f <|constrain|>json{"a": 1}<|call|>',
-            [*call("f", 'json{"a": 1}'), CALLS],
+            [*call("f", '{"a": 1}'), CALLS],
             id="call_without_message_and_blank",
         ),
         pytest.param(
@@ -310,6 +310,11 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
         pytest.param("<|channel|><|message|>Hi", [final("Hi"), LENGTH], id="empty_channel"),
         pytest.param("<|start|>assistant<|message|>Hi", [final("Hi"), LENGTH], id="only_a_role"),
         pytest.param("<|start|>assistant Hello", [final(" Hello"), LENGTH], id="role_then_text"),
+        pytest.param(
+            "<|end|><|start|>assistant:bob<|channel|>final<|message|>Hi",
+            [final("Hi"), LENGTH],
+            id="role_with_a_name",
+        ),
         pytest.param("assistant<|channel|>final<|message|>Hi", [final("Hi"), LENGTH], id="role"),
         pytest.param("<|channel|>final<|message|><|return|>", [STOP], id="empty_answer"),
         pytest.param(
@@ -376,9 +381,9 @@ def test_cut_off_at_every_token(tokenizer: Tokenizer) -> None:
     """A cut shows the beginning of what would be said, and nothing of a header."""
     ids = marked(tokenizer, WHOLE)
     whole = [thought("Let me look."), *call("find_it", '{"q": "🙂"}'), CALLS]
-    assert said(parse_answer(ids, tokenizer)) == whole
+    assert said(stream_answer(ids, tokenizer)) == whole
     for length in range(len(ids)):
-        *pieces, end = said(parse_answer(ids[:length], tokenizer))
+        *pieces, end = said(stream_answer(ids[:length], tokenizer))
         assert end == LENGTH
         texts = ["".join(p.text for p in some if isinstance(p, Reasoning)) for some in (pieces,)]
         assert "Let me look.".startswith(texts[0])
@@ -434,6 +439,17 @@ def test_text_is_held_back_for_32_tokens_only(tokenizer: Tokenizer, text: str) -
     assert first - text.startswith("<|channel|>") == 32
 
 
+@pytest.mark.parametrize("num_words", range(26, 33))
+def test_text_that_is_held_back_does_not_shorten_a_header(
+    tokenizer: Tokenizer, num_words: int
+) -> None:
+    """Wherever the limit falls in the header that follows, nothing of it is text."""
+    text = "a" + " a" * (num_words - 1)
+    assert len(tokenizer.encode(text)) == num_words
+    result = "<|start|>get_weather to=assistant<|channel|>commentary<|message|>5"
+    assert parsed(tokenizer, f"{text}<|end|>{result}") == [final(text), STOP]
+
+
 def test_incomplete_characters_are_held_back(tokenizer: Tokenizer) -> None:
     ids = marked(tokenizer, "<|channel|>final<|message|>👍東")
     parser = AnswerParser(tokenizer)
@@ -467,7 +483,7 @@ def test_stop_ids_are_return_call_and_endoftext(tokenizer: Tokenizer) -> None:
 
 
 def test_messages_of_an_answer(tokenizer: Tokenizer) -> None:
-    pieces = parse_answer(marked(tokenizer, WHOLE), tokenizer)
+    pieces = list(stream_answer(marked(tokenizer, WHOLE), tokenizer))
     function = {"name": "find_it", "arguments": '{"q": "🙂"}'}
     assert as_messages(pieces) == [
         {"role": "assistant", "channel": "analysis", "content": "Let me look."},

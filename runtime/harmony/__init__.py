@@ -1,7 +1,7 @@
 """The harmony chat format: messages -> ids of a prompt, and ids of an answer -> what it says."""
 
 from .events import Arguments, Finish, Piece, Reasoning, Text, ToolCall, as_messages
-from .parse import AnswerParser, parse_answer, stop_ids
+from .parse import AnswerParser, stop_ids, stream_answer
 from .render import IDENTITY, render_chat
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "Text",
     "ToolCall",
     "as_messages",
-    "parse_answer",
     "render_chat",
     "stop_ids",
+    "stream_answer",
 ]

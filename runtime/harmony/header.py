@@ -14,7 +14,10 @@ OTHER_ROLES = ("user", "system", "developer", "tool", "python", "browser", "func
 _WORD = re.compile(r"\s*(\S+)")
 # A name ends where arguments begin, also without a blank between.
 _RECIPIENT = re.compile(r"\s*to=([^\s{}()\[\]\"]*)")
-_ASSISTANT = re.compile(r"\s*assistant(?=\s|$|analysis|commentary|final)")
+_TYPE = re.compile(rf"\s*({'|'.join(CONTENT_TYPES)})(?=[\s{{\[]|$)")
+_CONSTRAINED_TYPE = re.compile(r"\s*([A-Za-z][\w.+/-]*)(?=\s|$)")
+_ASSISTANT = re.compile(rf"\s*assistant(?::\S+|(?=\s|$|{'|'.join(CHANNELS)}))")
+_ODD_CHANNEL = re.compile(r"\s*([A-Za-z][\w-]*[?!.,:;]*)(?:\s+to=\S*)?\s*")
 _ONLY_RECIPIENT = re.compile(r"(?:\s*to=\S*)?\s*")
 _OTHER_ROLE = re.compile(rf"\s*(?:{'|'.join(OTHER_ROLES)})(?:[.:]\S*)?(?=\s|$)")
 _TOOLS_RESULT = re.compile(r"\s*[\w.:-]+\s+to=assistant\b")
@@ -111,38 +114,34 @@ class _Reader:
         if opener not in ("<|channel|>", "<|constrain|>") and (found := _ASSISTANT.match(text)):
             text = text[found.end() :]
         has_channel = has_type = False
-        while found := _RECIPIENT.match(text) or _WORD.match(text):
-            word, after = found.group(1), text[found.end() :]
-            channel = None if has_channel else _known_channel(word)
-            if found.re is _RECIPIENT:
-                self.recipient = self.recipient or word
+        while found := _WORD.match(text):
+            channel = None if has_channel else _known_channel(found.group(1))
+            if recipient := _RECIPIENT.match(text):
+                found = recipient
+                self.recipient = self.recipient or found.group(1)
             elif channel is not None:
                 has_channel = True
                 self.channel = self.channel or channel
-            elif not has_type and self._is_type(word, opener):
-                has_type = True
-            elif self._is_odd_channel(word, opener, after) and not (has_channel or has_type):
+            elif not has_type and (type := self._match_type(text, opener)):
+                found, has_type = type, True
+            elif not has_channel and (odd := self._match_odd_channel(text, opener)):
                 has_channel = True
-                self.odd_channel = self.odd_channel or word
+                self.odd_channel = odd.group(1)
             else:
                 break
-            text = after
+            text = text[found.end() :]
         return text.lstrip()
 
-    def _is_type(self, word: str, opener: str) -> bool:
+    def _match_type(self, text: str, opener: str) -> re.Match[str] | None:
         if opener == "<|constrain|>" and self._is_whole:
-            return re.fullmatch(r"[A-Za-z][\w.+/-]*", word) is not None
+            return _CONSTRAINED_TYPE.match(text)
         is_expected = self._is_whole or opener == "<|constrain|>" or self.recipient is not None
-        return is_expected and word in CONTENT_TYPES
+        return _TYPE.match(text) if is_expected else None
 
-    def _is_odd_channel(self, word: str, opener: str, after: str) -> bool:
-        return (
-            self._is_whole
-            and re.fullmatch(r"[A-Za-z][\w-]*[?!.,:;]*", word) is not None
-            and opener == "<|channel|>"
-            and self.odd_channel is None
-            and _ONLY_RECIPIENT.fullmatch(after) is not None
-        )
+    def _match_odd_channel(self, text: str, opener: str) -> re.Match[str] | None:
+        """A word that stands alone where a channel should be."""
+        is_expected = self._is_whole and opener == "<|channel|>" and self.odd_channel is None
+        return _ODD_CHANNEL.fullmatch(text) if is_expected else None
 
 
 def _known_channel(word: str) -> str | None:

@@ -1,6 +1,6 @@
 """The ids of an answer -> what the model says: pieces of text, calls of tools, and the end."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
 
 from ..tokenizer import StreamDecoder, Tokenizer
@@ -46,9 +46,9 @@ class AnswerParser:
 
     def push(self, token_id: int) -> list[Piece]:
         """What this id tells: mostly one piece or none; none once the answer has ended."""
-        name = self._special_names.get(token_id)
         if self.ended:
             return []
+        name = self._special_names.get(token_id)
         if name is None:
             self._num_held += 1
             return self._take_text(self._decoder.push(token_id))
@@ -69,6 +69,9 @@ class AnswerParser:
         self._segments[-1].text += text
         if self._num_held < MOST_HELD:
             return []
+        if self._unheaded:  # what came after it may yet become a header
+            text, self._unheaded, self._num_held = self._unheaded, "", 0
+            return [Text("final", text)]
         header = read_header(self._segments, is_whole=False)
         if header.is_header:
             return self._begin_message(header)
@@ -178,10 +181,19 @@ class AnswerParser:
         return [*pieces, Finish("tool_calls" if is_call else reason)]
 
 
-def parse_answer(token_ids: Iterable[int], tokenizer: Tokenizer) -> list[Piece]:
-    """All that a whole answer says (see AnswerParser)."""
+def stream_answer(
+    token_ids: Iterable[int], tokenizer: Tokenizer, more_stops: Set[int] = frozenset()
+) -> Iterator[Piece]:
+    """What the ids of an answer tell (see AnswerParser), until it ends; no more are taken then.
+    more_stops: ids that end it beside the format's own."""
     parser = AnswerParser(tokenizer)
-    return [piece for id in token_ids for piece in parser.push(id)] + parser.finish()
+    reason = "length"
+    for id in token_ids:
+        yield from parser.push(id)
+        if parser.ended:
+            return
+        reason = "stop" if id in more_stops else "length"
+    yield from parser.finish(reason)
 
 
 def _text(channel: str, text: str) -> Piece:

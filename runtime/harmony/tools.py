@@ -76,7 +76,8 @@ def response_format_text(response_format: object) -> str:
 
 def _read_tool(where: str, tool: object) -> Function:
     function = tool.get("function") if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or tool.get("type") != "function":
+    kind = tool.get("type") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or kind != "function":
         raise InputError(
             f'{where}: expected {{"type": "function", "function": {{"name": ..., "description": '
             f'..., "parameters": ...}}}}, found {tool!r:.100}'
