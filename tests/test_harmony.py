@@ -310,6 +310,40 @@ def test_response_format_stands_before_the_tools(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": ["integer", "null"], "nullable": True}, "a?: number | null,"),
+        ({"type": "array", "items": {"type": "array"}}, "a?: Array<any>[],"),
+        ({"anyOf": [{"type": "string"}]}, "a?: any,"),
+        ({"oneOf": None, "default": 1, "description": "D"}, "a?: any,"),
+        (True, "a?: any,"),
+        ({"default": 1.5e-5}, "a?: any, // default: 0.000015"),
+        ({"default": [1e16, 1e-7, {"é": None}]}, 'a?: any, // default: [1e16,1e-7,{"é":null}]'),
+        (
+            {"type": "array", "items": {"oneOf": [{"enum": ["x"], "default": "x"}]}},
+            'a?: \n | any // default: "x"[],'.replace("\n |", "\n     |"),
+        ),
+        (
+            {"description": "D", "oneOf": [{"description": "E"}, {"description": "D"}]},
+            "// D\na?:\n | any\n | any\n,",
+        ),
+        (
+            {"description": "D", "oneOf": [{"description": "D"}, {"description": "E"}]},
+            "a?:\n | any\n | any // E\n,",
+        ),
+        (
+            {"type": "object", "description": "D", "properties": {"b": {"type": "string"}}},
+            "// D\na?:     // D\n{\n    b?: string,\n    },",
+        ),
+    ],
+)
+def test_type_of_a_property(tokenizer: Tokenizer, schema: Any, text: str) -> None:
+    """The texts are openai-harmony's."""
+    tools = [function("f", "", a=schema)]
+    assert f"type f = (_: {{\n{text}\n}}) => any;" in rendered(tokenizer, [SUM], tools=tools)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"tools": "f"}, "tools: expected a list, found str"),

@@ -124,6 +124,11 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
             id="call_without_message",
         ),
         pytest.param(
+            ' to=functions.f {"a": 1}<|call|>',
+            [*call("f", '{"a": 1}'), CALLS],
+            id="call_without_channel_and_message",
+        ),
+        pytest.param(
             '<|channel|>commentary to=functions.f <|constrain|>json{"a": 1}<|call|>',
             [*call("f", '{"a": 1}'), CALLS],
             id="call_without_message_and_blank",
@@ -301,6 +306,11 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
             [STOP],
             id="made_up_result_of_a_bare_name",
         ),
+        pytest.param(
+            "<|start|>assistant to=assistant<|channel|>final<|message|>Hi",
+            [final("Hi"), LENGTH],
+            id="to_itself",
+        ),
         pytest.param("", [LENGTH], id="nothing"),
         pytest.param("Hello there<|return|>", [final("Hello there"), STOP], id="text_only"),
         pytest.param("to be, or not<|return|>", [final("to be, or not"), STOP], id="to_be"),
@@ -333,6 +343,12 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
             [thought("musing"), final("Hm"), LENGTH],
             id="unknown_channel_then_another",
         ),
+        pytest.param(
+            "<|channel|>musing <|constrain|>final<|message|>Hm",
+            [thought("musing"), final("Hm"), LENGTH],
+            id="unknown_channel_then_constrain",
+        ),
+        pytest.param("\n<|end|>" * 40 + "<|return|>", [STOP], id="nothing_but_newlines"),
         pytest.param(
             "<|channel|>analysis<|message|>A<|channel|>final<|message|>B",
             [thought("A"), final("B"), LENGTH],
