@@ -7,6 +7,7 @@ ten minutes on two cores at half each.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from osscompile.runtime.harmony import (
     render_chat,
     stream_answer,
 )
+from osscompile.runtime.harmony.parse import MOST_HELD
 from osscompile.runtime.tokenizer import Tokenizer
 
 SPECIALS = (
@@ -71,6 +73,10 @@ def check_stream(tokenizer: Tokenizer, random: Random) -> None:
     parser = AnswerParser(tokenizer)
     so_far = [piece for id in ids for piece in parser.push(id)]
     assert so_far == pieces[: len(so_far)], text
+    # The same text in other tokens, a byte each, says the same while nothing is held too long.
+    in_bytes = _in_bytes(tokenizer, ids)
+    if len(in_bytes) < MOST_HELD:
+        assert said(stream_answer(in_bytes, tokenizer)) == said(pieces), text
     cut = random.randrange(len(ids) + 1)
     list(stream_answer(ids[:cut], tokenizer))
     # Nothing is lost, until the answer ends or another begins to speak.
@@ -86,6 +92,22 @@ def check_stream(tokenizer: Tokenizer, random: Random) -> None:
     # The conversation can go on with it.
     messages = [{"role": "user", "content": "Hi"}, *as_messages(pieces)]
     render_chat([*messages, {"role": "user", "content": "And?"}], tokenizer)
+
+
+@functools.cache
+def _byte_ids(tokenizer: Tokenizer) -> dict[int, int]:
+    """Return the ids of the tokens that stand for one byte each."""
+    spelled = ((tokenizer.token_bytes(id), id) for id in range(tokenizer.vocab_size))
+    return {token[0]: id for token, id in spelled if len(token) == 1}
+
+
+def _in_bytes(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    specials, bytes_ = set(tokenizer.special.values()), _byte_ids(tokenizer)
+    return [
+        byte_id
+        for id in ids
+        for byte_id in ([id] if id in specials else [bytes_[b] for b in tokenizer.token_bytes(id)])
+    ]
 
 
 def _text_of(piece: Piece) -> str:

@@ -311,6 +311,11 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
             [final("Hi"), LENGTH],
             id="to_itself",
         ),
+        pytest.param(
+            "<|start|>analysis to=assistant<|message|>Hi",
+            [thought("Hi"), LENGTH],
+            id="channel_for_a_role",
+        ),
         pytest.param("", [LENGTH], id="nothing"),
         pytest.param("Hello there<|return|>", [final("Hello there"), STOP], id="text_only"),
         pytest.param("to be, or not<|return|>", [final("to be, or not"), STOP], id="to_be"),

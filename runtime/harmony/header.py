@@ -20,7 +20,9 @@ _ASSISTANT = re.compile(rf"\s*assistant(?::\S+|(?=\s|$|{'|'.join(CHANNELS)}))")
 _ODD_CHANNEL = re.compile(r"\s*([A-Za-z][\w-]*[?!.,:;]*)(?:\s+to=\S*)?\s*")
 _ONLY_RECIPIENT = re.compile(r"(?:\s*to=\S*)?\s*")
 _OTHER_ROLE = re.compile(rf"\s*(?:{'|'.join(OTHER_ROLES)})(?:[.:]\S*)?(?=\s|$)")
-_TOOLS_RESULT = re.compile(r"\s*(?!assistant\b)[\w.:-]+\s+to=assistant\b")
+_TOOLS_RESULT = re.compile(
+    rf"\s*(?!(?:assistant|{'|'.join(CHANNELS)})\b)[\w.:-]+\s+to=assistant(?=\s|$)"
+)
 
 
 @dataclass
