@@ -147,6 +147,7 @@ def test_reasoning_that_is_there_twice_or_empty(tokenizer: Tokenizer) -> None:
 def test_refusal_is_what_was_said(tokenizer: Tokenizer) -> None:
     message = {"role": "assistant", "content": None, "refusal": "No."}
     assert rendered(tokenizer, message) == said("final", "No.")
+    assert rendered(tokenizer, {**assistant("Hm. "), "refusal": "No."}) == said("final", "Hm. No.")
     parts = [{"type": "refusal", "refusal": "No."}]
     assert rendered(tokenizer, {**assistant("x"), "content": parts}) == said("final", "No.")
 
@@ -154,7 +155,7 @@ def test_refusal_is_what_was_said(tokenizer: Tokenizer) -> None:
 def test_what_an_sdk_dumps_of_an_answer(tokenizer: Tokenizer) -> None:
     """The fields of ChatCompletionMessage.model_dump() in openai 1.x and 2.x."""
     empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None}
-    call = {**CALL, "index": 0}
+    call = {**CALL, "index": 0, "type": None}
     dumped = {"role": "assistant", "content": None, **empty, "tool_calls": [call]}
     assert rendered(tokenizer, dumped) == RENDERED_CALL
     dumped = {**assistant("Yes"), **empty, "tool_calls": None, "parsed": None}

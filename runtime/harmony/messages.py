@@ -102,8 +102,8 @@ class _Reader:
     ) -> list[Message]:
         content = _read_content(where, message.get("content"), "assistant")
         refusal = read_text(f"{where}.refusal", message.get("refusal"))
-        if content is None and refusal:
-            content = (refusal,)
+        if refusal:
+            content = (*(content or ()), refusal)
         reasoning = _read_reasoning(where, message)
         channel = read_word(f"{where}.channel", message.get("channel"))
         is_said = content is not None and any(content)
@@ -129,7 +129,7 @@ class _Reader:
 
     def _read_call(self, where: str, call: object, author: "_Author") -> Message:
         function = call.get("function") if isinstance(call, Mapping) else None
-        kind = call.get("type", "function") if isinstance(call, Mapping) else None
+        kind = (call.get("type") or "function") if isinstance(call, Mapping) else None
         if not isinstance(call, Mapping) or not isinstance(function, Mapping) or kind != "function":
             raise InputError(
                 f'{where}: expected {{"id": ..., "type": "function", "function": {{"name": ..., '
