@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,27 @@ def test_turns_of_a_chat_equal_those_of_a_fresh_model(
         assert pieces == answer(load(talker), messages)
         text = "".join(piece.text for piece in pieces if piece.channel == "final")[:20]
         messages += [{"role": "assistant", "content": text}, user(f"And {turn}?")]
+
+
+def test_nano_calls_a_function_and_words_its_result(nano_artifact: Path) -> None:
+    number = {"type": "number"}
+    parameters = {
+        "type": "object",
+        "properties": {"a": number, "b": number},
+        "required": ["a", "b"],
+    }
+    described = {"name": "multiply", "description": "Multiplies.", "parameters": parameters}
+    tool = {"type": "function", "function": described}
+    options: dict[str, Any] = {"tools": [tool], "current_date": DATE}
+    nano = load(nano_artifact)
+    messages: list[dict[str, object]] = [{"role": "user", "content": "What is 12 times 11?"}]
+    pieces = list(nano.chat(messages, reasoning="low", **options))
+    calls = [(p.id, p.name) for p in pieces if isinstance(p, ToolCall)]
+    assert calls == [("call_0", "multiply")]
+    arguments = "".join(p.delta for p in pieces if isinstance(p, Arguments))
+    assert json.loads(arguments) == {"a": 12, "b": 11}
+    assert pieces[-1] == Finish("tool_calls")
+    result = {"role": "tool", "tool_call_id": "call_0", "content": '{"result": 132}'}
+    messages += [*as_messages(pieces), result]
+    answer = "".join(p.text for p in nano.chat(messages, reasoning="low", **options))
+    assert answer == "The result is 132."
