@@ -3,14 +3,20 @@ it needs tvm_ffi, numpy, tokenizers and libtvm_runtime, and imports nothing else
 
 from .engine import GeneratedToken, Model, load
 from .errors import ArtifactError, InputError, OsscompileError
-from .harmony import Piece
+from .harmony import Arguments, Finish, Piece, Reasoning, Text, ToolCall, as_messages
 
 __all__ = [
+    "Arguments",
     "ArtifactError",
+    "Finish",
     "GeneratedToken",
     "InputError",
     "Model",
     "OsscompileError",
     "Piece",
+    "Reasoning",
+    "Text",
+    "ToolCall",
+    "as_messages",
     "load",
 ]

@@ -3,7 +3,7 @@
 import datetime
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from .devices.program import read_programs
 from .devices.tvm_cpu import Device
 from .devices.tvm_device import TensorDevice
 from .errors import ArtifactError, InputError, OsscompileError
-from .harmony import ChannelParser, Piece, render_chat, stop_ids
+from .harmony import IDENTITY, Piece, render_chat, stop_ids, stream_answer
 from .kv_cache import KVCache, PageCounts, page_counts
 from .machine import available_memory_bytes, choose_threads
 from .manifest import Manifest
@@ -145,38 +145,53 @@ class Model:
         one before continues there. Another call ends this one: to go on with it then raises
         InputError. Raises InputError for bad arguments, before anything is computed.
         """
-        ids = self._check_tokens(token_ids)
-        unknown = sorted(options.keys() - {field.name for field in fields(SamplingOptions)})
-        if unknown:
-            names = ", ".join(field.name for field in fields(SamplingOptions))
-            raise InputError(f"options: expected max_tokens, {names}, found {unknown[0]!r}")
-        sampling = SamplingOptions(**options)  # type: ignore[arg-type]
-        limit = self.context - len(ids) + 1  # what is sampled last needs no position of its own
-        if max_tokens is not None:
-            limit = min(limit, _whole_number("max_tokens", max_tokens))
-        return self._generate(ids, limit, sampling)
+        ids, sampling = self._check_tokens(token_ids), _sampling_options(options)
+        return self._generate(ids, self._limit(ids, max_tokens), sampling, self._stops)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, object]],
         *,
         reasoning: str = "medium",
-        current_date: str | None = None,
+        current_date: str | None = "today",
+        identity: str = IDENTITY,
+        tools: Sequence[Mapping[str, object]] = (),
+        builtin_tools: Sequence[str] = (),
+        response_format: Mapping[str, object] | None = None,
         max_tokens: int | None = None,
         **options: object,
     ) -> Iterator[Piece]:
-        """Answer a conversation, in pieces of text as they are generated.
+        """Answer a conversation, in pieces as they are generated.
 
-        `messages`: {"role": system, developer, user or assistant, "content": text}; `reasoning`:
-        low, medium or high; `current_date`: YYYY-MM-DD (default: today's). Pieces name their
-        channel: "analysis" is the model's reasoning, "final" its answer. `max_tokens` and `options`
-        as in `generate`. Raises InputError, before anything is computed.
+        `messages`: as in OpenAI's chat API, {"role": system, developer, user, assistant or tool,
+        "content": text}, with tool_calls, tool_call_id, reasoning; also what `as_messages` makes of
+        the pieces of an answer. `reasoning`: low, medium or high; `current_date`: YYYY-MM-DD, today
+        or None; `identity`: who the model is told to be. `tools` (functions) and `response_format`
+        have OpenAI's shapes; `builtin_tools`: of browser and python. No tool is run here.
+
+        Every piece has a channel and a text, which is "" where there is none: Reasoning and Text,
+        ToolCall and Arguments, and last Finish, with the reason. `max_tokens` and `options` as in
+        `generate`, but `<|return|>`, `<|call|>` and `<|endoftext|>` end an answer, whatever ends
+        other texts of the checkpoint. Raises InputError, before anything is computed.
         """
         tokenizer = self._need_tokenizer("chat")
-        date = current_date or datetime.date.today().isoformat()
-        prompt = render_chat(messages, tokenizer, reasoning=reasoning, current_date=date)
-        tokens = self.generate(prompt, max_tokens=max_tokens, **options)
-        return _pieces(tokens, ChannelParser(tokenizer))
+        if current_date == "today":
+            current_date = datetime.date.today().isoformat()
+        prompt = render_chat(
+            messages,
+            tokenizer,
+            reasoning=reasoning,
+            current_date=current_date,
+            identity=identity,
+            tools=tools,
+            builtin_tools=builtin_tools,
+            response_format=response_format,
+        )
+        ids, sampling = self._check_tokens(prompt), _sampling_options(options)
+        limit = self._limit(ids, max_tokens)
+        tokens = self._generate(ids, limit, sampling, stop_ids(tokenizer))
+        said = (token.token_id for token in tokens)
+        return stream_answer(said, tokenizer, sampling.stop_ids)
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.
@@ -225,11 +240,11 @@ class Model:
             raise
 
     def _generate(
-        self, ids: list[int], limit: int, options: SamplingOptions
+        self, ids: list[int], limit: int, options: SamplingOptions, stops: Set[int]
     ) -> Iterator[GeneratedToken]:
         sampler = Sampler(options, self._reserved)
         decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
-        stops = self._stops | options.stop_ids
+        stops = stops | options.stop_ids
         turn, sample = self._serve(lambda: self._first_sample(sampler, ids))
         for count in range(1, limit + 1):
             last = sample.token_id in stops or count == limit
@@ -241,6 +256,11 @@ class Model:
                 return
             self._check_turn(turn)
             sample = self._serve(partial(self._next_sample, turn, sampler, sample.token_id))
+
+    def _limit(self, ids: list[int], max_tokens: int | None) -> int:
+        """How many tokens may follow a prompt."""
+        limit = self.context - len(ids) + 1  # what is sampled last needs no position of its own
+        return limit if max_tokens is None else min(limit, _whole_number("max_tokens", max_tokens))
 
     def _check_turn(self, turn: int) -> None:
         if self._turn != turn:
@@ -414,7 +434,9 @@ def _index(value: Any) -> int:
     return operator.index(value)
 
 
-def _pieces(tokens: Iterator[GeneratedToken], parser: ChannelParser) -> Iterator[Piece]:
-    for token in tokens:
-        yield from parser.push(token.token_id)
-    yield from parser.finish()
+def _sampling_options(options: Mapping[str, object]) -> SamplingOptions:
+    unknown = sorted(options.keys() - {field.name for field in fields(SamplingOptions)})
+    if unknown:
+        names = ", ".join(field.name for field in fields(SamplingOptions))
+        raise InputError(f"options: expected max_tokens, {names}, found {unknown[0]!r}")
+    return SamplingOptions(**options)  # type: ignore[arg-type]

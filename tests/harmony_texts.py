@@ -24,6 +24,11 @@ def assistant(text: str, channel: str | None = None) -> dict[str, str]:
     return message if channel is None else {**message, "channel": channel}
 
 
+def tool_call(id: str, name: str, arguments: object) -> dict[str, object]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": id, "type": "function", "function": function}
+
+
 def golden(name: str) -> str:
     return (GOLDEN / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from talker import CONTEXT, TOKENIZER, say
 
-from osscompile.runtime import InputError, Model, Piece, load
+from osscompile.runtime import (
+    Arguments,
+    Finish,
+    InputError,
+    Model,
+    Piece,
+    Reasoning,
+    Text,
+    ToolCall,
+    as_messages,
+    load,
+)
 from osscompile.runtime.harmony import render_chat
 from osscompile.runtime.tokenizer import Tokenizer
 
@@ -55,7 +68,8 @@ def test_chat_tells_the_channels_apart(
         channel: "".join(piece.text for piece in group)
         for channel, group in itertools.groupby(pieces, lambda piece: piece.channel)
     }
-    assert by_channel == {"analysis": "Let me think.", "final": UNICODE}
+    assert by_channel == {"analysis": "Let me think.", "final": UNICODE, "": ""}
+    assert pieces[-1] == Finish("stop")
     assert len(pieces) > 10  # pieces come one by one, not all at the end
 
 
@@ -66,16 +80,85 @@ def test_chat_that_max_tokens_cuts_gives_what_there_is(
     say(model, answer, monkeypatch)
     pieces = list(model.chat([user("Hello")], max_tokens=len(answer) - 2))
     assert "".join(piece.text for piece in pieces) == "a\ufffd"
+    assert pieces[-1] == Finish("length")
 
 
-def test_chat_call_names_its_recipient(
+def test_chat_call_has_a_name_and_arguments_and_goes_on_with_the_result(
     model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = answer_ids(tokenizer, ("commentary to=functions.add", '{"a": 1}', "<|call|>"))
-    say(model, [*answer, 1], monkeypatch)
+    prompts = say(model, [*answer, 1], monkeypatch)
+    tool = {"type": "function", "function": {"name": "add", "description": "Adds."}}
+    pieces = list(model.chat([user("Hello")], tools=[tool]))
+    assert pieces[0] == ToolCall("commentary", "call_0", "add")
+    assert "".join(p.delta for p in pieces if isinstance(p, Arguments)) == '{"a": 1}'
+    assert "".join(p.text for p in pieces) == ""
+    assert pieces[-1] == Finish("tool_calls")
+    result = {"role": "tool", "tool_call_id": "call_0", "content": "2"}
+    list(model.chat([user("Hello"), *as_messages(pieces), result], tools=[tool]))
+    assert "namespace functions {\n\n// Adds.\ntype add = () => any;" in tokenizer.decode(
+        prompts[0]
+    )
+    assert tokenizer.decode(prompts[1]).endswith(
+        ' to=functions.add<|channel|>commentary <|constrain|>json<|message|>{"a": 1}<|call|>'
+        "<|start|>functions.add to=assistant<|channel|>commentary<|message|>2<|end|>"
+        "<|start|>assistant"
+    )
+
+
+def test_end_never_ends_an_answer_whatever_the_checkpoint_says(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = tokenizer.special["<|end|>"]
+    monkeypatch.setattr(model, "_stops", {end, tokenizer.encode("Think")[0]})
+    answer = answer_ids(tokenizer, ("analysis", "Think", "<|end|>"), ("final", "4", "<|return|>"))
+    say(model, answer, monkeypatch)
     pieces = list(model.chat([user("Hello")]))
-    assert {(p.channel, p.recipient) for p in pieces} == {("commentary", "functions.add")}
-    assert "".join(p.text for p in pieces) == '{"a": 1}'
+    assert "".join(p.text for p in pieces) == "Think4"
+    assert pieces[-1] == Finish("stop")
+
+
+def test_stop_ids_of_the_caller_end_an_answer(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = answer_ids(tokenizer, ("analysis", "A", "<|end|>"), ("final", "B", "<|return|>"))
+    say(model, answer, monkeypatch)
+    pieces = list(model.chat([user("Hello")], stop_ids=iter([tokenizer.special["<|end|>"]])))
+    assert pieces == [Reasoning("analysis", "A"), Finish("stop")]
+
+
+def test_nothing_is_generated_once_another_role_speaks(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model has nothing more to say than this: to ask it would be an error."""
+    special = tokenizer.special
+    next_turn = [special["<|start|>"], *tokenizer.encode("user"), special["<|message|>"]]
+    answer = answer_ids(tokenizer, ("final", "4", "<|end|>"))
+    say(model, [*answer, *next_turn], monkeypatch)
+    assert list(model.chat([user("Hello")])) == [Text("final", "4"), Finish("stop")]
+
+
+@pytest.mark.parametrize("channel", ["commentary?", "Final", "musing"])
+def test_conversation_goes_on_after_an_odd_channel(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, channel: str
+) -> None:
+    say(model, answer_ids(tokenizer, (channel, "Hm", "<|return|>")), monkeypatch)
+    pieces = list(model.chat([user("Hello")]))
+    assert "".join(piece.text for piece in pieces) == "Hm"
+    list(model.chat([user("Hello"), *as_messages(pieces), user("And?")]))
+
+
+def test_chat_date_is_today_or_none_or_given(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = say(model, [tokenizer.special["<|return|>"]], monkeypatch)
+    list(model.chat([user("Hi")]))
+    list(model.chat([user("Hi")], current_date=DATE))
+    list(model.chat([user("Hi")], current_date=None))
+    texts = [tokenizer.decode(prompt) for prompt in prompts]
+    assert re.search(r"Current date: \d{4}-\d\d-\d\d\n", texts[0])
+    assert f"Current date: {DATE}\n" in texts[1]
+    assert "Current date" not in texts[2]
 
 
 @pytest.mark.parametrize("reasoning", ["low", "medium", "high"])
@@ -143,3 +226,27 @@ def test_turns_of_a_chat_equal_those_of_a_fresh_model(
         assert pieces == answer(load(talker), messages)
         text = "".join(piece.text for piece in pieces if piece.channel == "final")[:20]
         messages += [{"role": "assistant", "content": text}, user(f"And {turn}?")]
+
+
+def test_nano_calls_a_function_and_words_its_result(nano_artifact: Path) -> None:
+    number = {"type": "number"}
+    parameters = {
+        "type": "object",
+        "properties": {"a": number, "b": number},
+        "required": ["a", "b"],
+    }
+    described = {"name": "multiply", "description": "Multiplies.", "parameters": parameters}
+    tool = {"type": "function", "function": described}
+    options: dict[str, Any] = {"tools": [tool], "current_date": DATE}
+    nano = load(nano_artifact)
+    messages: list[dict[str, object]] = [{"role": "user", "content": "What is 12 times 11?"}]
+    pieces = list(nano.chat(messages, reasoning="low", **options))
+    calls = [(p.id, p.name) for p in pieces if isinstance(p, ToolCall)]
+    assert calls == [("call_0", "multiply")]
+    arguments = "".join(p.delta for p in pieces if isinstance(p, Arguments))
+    assert json.loads(arguments) == {"a": 12, "b": 11}
+    assert pieces[-1] == Finish("tool_calls")
+    result = {"role": "tool", "tool_call_id": "call_0", "content": '{"result": 132}'}
+    messages += [*as_messages(pieces), result]
+    answer = "".join(p.text for p in nano.chat(messages, reasoning="low", **options))
+    assert answer == "The result is 132."

@@ -1,25 +1,18 @@
-"""The chat format against golden renderings, and answers that are malformed or cut off."""
+"""Prompts against golden renderings."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from harmony_texts import ANSWER, assistant, golden, marked, user
+from harmony_texts import assistant, golden, tool_call, user
 
 import osscompile.nano
 from osscompile.runtime.errors import InputError
-from osscompile.runtime.harmony import (
-    IDENTITY,
-    ChannelParser,
-    Piece,
-    parse_answer,
-    render_chat,
-    stop_ids,
-)
+from osscompile.runtime.harmony import IDENTITY, render_chat
+from osscompile.runtime.harmony.messages import Message
+from osscompile.runtime.harmony.render import render_messages
 from osscompile.runtime.tokenizer import Tokenizer
 
 NANO = Path(osscompile.nano.__file__).parent / "checkpoint" / "tokenizer.json"
@@ -47,11 +40,15 @@ def without_system(text: str) -> str:
     return text.split("<|end|>", 1)[1]
 
 
-def parsed(tokenizer: Tokenizer, text: str) -> list[Piece]:
-    return parse_answer(marked(tokenizer, text), tokenizer)
+def without_user(text: str) -> str:
+    """Remove the last message: harmony's golden conversations may have none."""
+    return text.replace("<|start|>user<|message|>Hi<|end|>", "")
 
 
-# ---- rendering ----------------------------------------------------------------------------------
+def function(name: str, description: str, required: Any = (), **properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": required}
+    described = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": described}
 
 
 def test_golden_simple_conversation(tokenizer: Tokenizer) -> None:
@@ -71,6 +68,133 @@ def test_golden_effort_and_instructions(tokenizer: Tokenizer, effort: str, role:
 def test_golden_current_date(tokenizer: Tokenizer) -> None:
     text = rendered(tokenizer, [SUM], current_date="2025-06-28")
     assert text.startswith(golden("no_tools").removesuffix("<|start|>assistant"))
+
+
+def test_golden_system_messages_of_other_channels_and_dates(tokenizer: Tokenizer) -> None:
+    few: Any = {"channels": ["analysis", "final"]}
+    assert rendered(tokenizer, [SUM], **few) == golden("reasoning_system_message")
+    candy = user("What is the best place to eat candy in the world?")
+    text = rendered(tokenizer, [candy], reasoning="high", **few)
+    assert text == golden("reasoning_system_message_no_instruction")
+    dates = {"knowledge_cutoff": "2021-01", "current_date": "2021-01-01"}
+    text = rendered(tokenizer, [user("What is 42 * pi?")], **few, **dates)
+    assert text == golden("reasoning_system_message_with_dates")
+
+
+def test_golden_builtin_tools(tokenizer: Tokenizer) -> None:
+    for name, tools in (
+        ("browser_tool_only", ["browser"]),
+        ("browser_and_python_tool", ["python", "browser"]),  # always in the same order
+    ):
+        options = {"current_date": "2025-06-28", "builtin_tools": tools}
+        text = rendered(tokenizer, [user("Hi")], **options)
+        assert without_user(text) == golden(name)
+
+
+def test_golden_browser_and_function(tokenizer: Tokenizer) -> None:
+    description = (
+        "Use this tool to lookup the weather in a given location. Call it with the parameter "
+        "'location', can be any textual description of a location."
+    )
+    tool = function(
+        "lookup_weather", description, location={"type": "string"}, required=["location"]
+    )
+    text = rendered(
+        tokenizer,
+        [user("Hi")],
+        current_date="2025-06-28",
+        builtin_tools=["browser"],
+        tools=[tool],
+    )
+    assert without_user(text) == golden("browser_and_function_tool")
+
+
+def test_golden_functions_with_parameters(tokenizer: Tokenizer) -> None:
+    unit = {"type": "string", "enum": ["celsius", "fahrenheit"], "default": "celsius"}
+    city = {"type": "string", "description": "The city and state, e.g. San Francisco, CA"}
+    cities = {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": 'List of city and state, e.g. ["San Francisco, CA", "New York, NY"]',
+    }
+    texts = {"description": "A string", "title": "STRING", "examples": ["hello", "world"]}
+    nullable = {"nullable": True, "description": "A nullable string", "default": "the default"}
+    one_of = [
+        {"type": "string", "default": "default_string_in_oneof"},
+        {"type": "number", "description": "numbers can happen too"},
+    ]
+    everything = function(
+        "kitchensink",
+        "A function with various complex schemas.",
+        string={"type": "string", **texts},
+        string_nullable={"type": "string", **nullable},
+        string_enum={"type": "string", "enum": ["a", "b", "c"]},
+        oneof_string_or_number={"oneOf": one_of, "description": "a oneof", "default": 20},
+    )
+    everything["function"]["parameters"]["description"] = "params object"
+    location = {"name": "get_location", "description": "Gets the location of the user."}
+    tools = [
+        {"type": "function", "function": location},
+        function(
+            "get_current_weather",
+            "Gets the current weather in the provided location.",
+            location=city,
+            format=unit,
+            required=["location"],
+        ),
+        function(
+            "get_multiple_weathers",
+            "Gets the current weather in the provided list of locations.",
+            locations=cities,
+            format=unit,
+            required=["locations"],
+        ),
+        everything,
+    ]
+    messages = [
+        {"role": "developer", "content": "Always respond in riddles"},
+        user("What is the weather like in SF?"),
+    ]
+    options = {"reasoning": "high", "current_date": "2025-06-28", "tools": tools}
+    assert rendered(tokenizer, messages, **options) == golden("render_functions_with_parameters")
+
+
+def test_golden_call_and_result_of_a_turn_that_goes_on(tokenizer: Tokenizer) -> None:
+    """The golden result has no channel and no recipient, ours are as the models were trained."""
+    thought = "User asks: “What is the weather in SF?” We need to use lookup_weather tool."
+    call = tool_call("c", "lookup_weather", '{"location": "San Francisco"}')
+    messages = [
+        user("What is the weather in SF?"),
+        {"role": "assistant", "reasoning": thought, "content": None, "tool_calls": [call]},
+        {
+            "role": "tool",
+            "tool_call_id": "c",
+            "content": '{"temperature": 20, "description": "sunny"}',
+        },
+    ]
+    author = "<|start|>functions.lookup_weather"
+    expected = golden("does_not_drop_if_ongoing_analysis")
+    expected = expected.replace(author, f"{author} to=assistant<|channel|>commentary")
+    assert without_system(rendered(tokenizer, messages)) == expected
+
+
+def test_golden_result_of_a_builtin_tool(tokenizer: Tokenizer) -> None:
+    output = ('{"result": "https://openai.com/"}',)
+    message = Message("tool", output, "browser.search", "commentary", "assistant")
+    text = tokenizer.decode(render_messages([message], tokenizer))
+    assert text == golden("tool_response_parsing").strip() + "<|end|>"
+
+
+def test_golden_analysis_is_kept_where_nothing_drops_it(tokenizer: Tokenizer) -> None:
+    thought = 'User asks a simple question: "What is 2 + 2?" The answer: 4.'
+    messages = [
+        Message("user", ("What is 2 + 2?",)),
+        Message("assistant", (thought,), channel="analysis"),
+        Message("assistant", ("2 + 2 equals 4.",), channel="final"),
+        Message("user", ("What about 9 / 2?",)),
+    ]
+    text = tokenizer.decode(render_messages(messages, tokenizer))
+    assert text + "<|start|>assistant" == golden("preserve_cot")
 
 
 def test_golden_analysis_before_the_first_final_is_dropped(tokenizer: Tokenizer) -> None:
@@ -153,172 +277,104 @@ def test_special_tokens_inside_content_stay_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids).count(attack) == 4
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "at least one message, found an empty list"),
-        ("Hello", "expected a list of dicts .* found str"),
-        (user("Hello"), "expected a list of dicts .* found dict"),
-        (["Hello"], r"messages\[0\]: expected a dict .* found str"),
-        ([SUM, {"role": "bot", "content": "x"}], r"messages\[1\]: expected a role .* 'bot'"),
-        ([{"role": ["user"], "content": "x"}], "expected a role"),
-        ([{"content": "x"}], "expected a role .* found None"),
-        ([{"role": "tool", "content": "x"}], "expected a role .* found 'tool'"),
-        ([{"role": "user"}], "expected text as content, found NoneType"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "as content, found list"),
-        ([{**SUM, "channel": "final"}], "channel in assistant messages only"),
-        ([assistant("x", "thoughts")], "expected a channel of analysis.* found 'thoughts'"),
-        ([{**assistant("x"), "tool_calls": []}], "found tool_calls"),
-        ([user("a\ud800")], "surrogate"),
-    ],
-)
-def test_malformed_messages(tokenizer: Tokenizer, messages: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        render_chat(messages, tokenizer)
-
-
 def test_malformed_options(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="expected one of low, medium, high, found 'max'"):
         render_chat([SUM], tokenizer, reasoning="max")
-    with pytest.raises(InputError, match="current_date: expected text, found 2025"):
+    with pytest.raises(InputError, match="current_date: expected text, found int"):
         rendered(tokenizer, [SUM], current_date=2025)
     with pytest.raises(InputError, match="identity: expected text, found None"):
         rendered(tokenizer, [SUM], identity=None)
 
 
-def test_stop_ids_are_return_call_and_endoftext(tokenizer: Tokenizer) -> None:
-    names = {tokenizer.decode([id]) for id in stop_ids(tokenizer)}
-    assert names == {"<|return|>", "<|call|>", "<|endoftext|>"}
+def test_tools_without_instructions_or_description_or_parameters(tokenizer: Tokenizer) -> None:
+    tool = {"type": "function", "function": {"name": "f", "strict": True}}
+    text = rendered(tokenizer, [user("Hi")], tools=[tool])
+    assert "Calls to these tools must go to the commentary channel: 'functions'.<|end|>" in text
+    assert (
+        "<|start|>developer<|message|># Tools\n\n## functions\n\nnamespace functions {\n\n"
+        "type f = () => any;\n\n} // namespace functions<|end|>"
+    ) in text
 
 
-# ---- parsing ------------------------------------------------------------------------------------
-
-
-def test_analysis_then_final(tokenizer: Tokenizer) -> None:
-    assert parsed(tokenizer, ANSWER) == [Piece("analysis", "Think."), Piece("final", "Four.")]
-
-
-def test_golden_call_and_tool_result(tokenizer: Tokenizer) -> None:
-    messages = parsed(tokenizer, golden("streamable_parser"))
-    assert [(m.channel, m.recipient) for m in messages] == [
-        ("analysis", None),
-        ("commentary", "browser.search"),
-        ("commentary", "assistant"),
-    ]
-    assert messages[0].text.startswith('User asks "Who is')
-    assert json.loads(messages[1].text)["topn"] == 10
-    assert messages[2].text == '{"result": "https://openai.com/"}'
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        "<|channel|>commentary to=functions.f <|constrain|>json",
-        "<|channel|>commentary to=functions.f<|constrain|>json",
-        "<|channel|>commentary to=functions.f json",
-        "<|channel|>commentary to=functions.f",
-        " to=functions.f<|channel|>commentary <|constrain|>json",
-        " to=functions.f<|channel|>commentary",
-        "<|start|>assistant to=functions.f<|channel|>commentary json",
-        " to=functions.f json",
-        " to=functions.f <|constrain|>json",
-    ],
-)
-def test_recipient_before_or_after_the_channel(tokenizer: Tokenizer, header: str) -> None:
-    text = header + '<|message|>{"a": 1}<|call|>'
-    assert parsed(tokenizer, text) == [Piece("commentary", '{"a": 1}', "functions.f")]
-
-
-def test_content_type_is_no_recipient(tokenizer: Tokenizer) -> None:
-    text = "<|channel|>final <|constrain|>json<|message|>{}<|return|>"
-    assert parsed(tokenizer, text) == [Piece("final", "{}")]
-
-
-def test_pieces_stream_as_the_ids_come(tokenizer: Tokenizer) -> None:
-    parser = ChannelParser(tokenizer)
-    pushed = [parser.push(id) for id in marked(tokenizer, ANSWER)]
-    assert max(map(len, pushed)) == 1
-    pieces = [piece for some in pushed for piece in some]
-    assert all(piece.text for piece in pieces)
-    assert "".join(p.text for p in pieces if p.channel == "analysis") == "Think."
-    assert "".join(p.text for p in pieces if p.channel == "final") == "Four."
-    assert len(pieces) == len(tokenizer.encode("Think.")) + len(tokenizer.encode("Four."))
-    assert parser.finish() == []
-    assert parser.final_text == "Four."
-
-
-def test_incomplete_characters_are_held_back(tokenizer: Tokenizer) -> None:
-    ids = marked(tokenizer, "<|channel|>final<|message|>👍東")
-    parser = ChannelParser(tokenizer)
-    texts = [piece.text for id in ids for piece in parser.push(id)]
-    assert texts == ["👍", "東"]
-    cut = ChannelParser(tokenizer)
-    assert [piece.text for id in ids[:-1] for piece in cut.push(id)] == ["👍"]
-    assert cut.finish() == [Piece("final", "\ufffd")]
-    assert cut.messages == [Piece("final", "👍\ufffd")]
+def test_response_format_stands_before_the_tools(tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+    described = {"name": "person", "description": "A person.", "schema": schema, "strict": True}
+    response_format = {"type": "json_schema", "json_schema": described}
+    messages = [{"role": "system", "content": "Answer in JSON."}, user("Hi")]
+    options = {"response_format": response_format, "tools": [function("f", "Does.")]}
+    assert (
+        "<|message|># Instructions\n\nAnswer in JSON.\n\n# Response Formats\n\n## person\n\n"
+        '// A person.\n{"type":"object","properties":{"age":{"type":"integer"}}}\n\n# Tools\n'
+    ) in rendered(tokenizer, messages, **options)
+    assert "developer" not in rendered(tokenizer, [SUM], response_format={"type": "text"})
 
 
 @pytest.mark.parametrize(
-    ("text", "messages"),
+    ("schema", "text"),
     [
-        ("", []),
-        ("Hello there<|return|>", [Piece("final", "Hello there")]),
-        ("to be, or not<|return|>", [Piece("final", "to be, or not")]),
-        (" to be<|return|>", [Piece("final", " to be")]),
-        ("as<|return|>", [Piece("final", "as")]),
-        ("assistants help", [Piece("final", "assistants help")]),
-        ("<|message|>Hi<|return|>", [Piece("final", "Hi")]),
-        ("<|channel|><|message|>Hi<|return|>", [Piece("final", "Hi")]),
-        ("<|start|>assistant<|message|>Hi", [Piece("final", "Hi")]),
-        ("<|start|>assistant Hello there", [Piece("final", " Hello there")]),
-        ("assistant<|channel|>final<|message|>Hi", [Piece("final", "Hi")]),
-        ("<|channel|>final<|message|><|return|>", [Piece("final", "")]),
-        ("<|channel|>musing<|message|>Hm", [Piece("musing", "Hm")]),
+        ({"type": ["integer", "null"], "nullable": True}, "a?: number | null,"),
+        ({"type": "array", "items": {"type": "array"}}, "a?: Array<any>[],"),
+        ({"anyOf": [{"type": "string"}]}, "a?: any,"),
+        ({"oneOf": None, "default": 1, "description": "D"}, "a?: any,"),
+        (True, "a?: any,"),
+        ({"default": 1.5e-5}, "a?: any, // default: 0.000015"),
+        ({"default": [1e16, 1e-7, {"é": None}]}, 'a?: any, // default: [1e16,1e-7,{"é":null}]'),
         (
-            "<|channel|>analysis<|message|>A<|channel|>final<|message|>B",
-            [Piece("analysis", "A"), Piece("final", "B")],
+            {"type": "array", "items": {"oneOf": [{"enum": ["x"], "default": "x"}]}},
+            'a?: \n | any // default: "x"[],'.replace("\n |", "\n     |"),
         ),
         (
-            "<|channel|>analysis<|message|>A<|start|>assistant<|channel|>final<|message|>B",
-            [Piece("analysis", "A"), Piece("final", "B")],
+            {"description": "D", "oneOf": [{"description": "E"}, {"description": "D"}]},
+            "// D\na?:\n | any\n | any\n,",
         ),
         (
-            "<|channel|>analysis<|message|>A<|end|>B<|return|>",
-            [Piece("analysis", "A"), Piece("final", "B")],
+            {"description": "D", "oneOf": [{"description": "D"}, {"description": "E"}]},
+            "a?:\n | any\n | any // E\n,",
         ),
         (
-            "<|channel|>commentary to=f<|message|>{}<|call|>B<|return|>",
-            [Piece("commentary", "{}", "f"), Piece("final", "B")],
+            {"type": "object", "description": "D", "properties": {"b": {"type": "string"}}},
+            "// D\na?:     // D\n{\n    b?: string,\n    },",
         ),
-        (
-            "<|channel|>final<|message|>A<|return|>B<|endoftext|>C",
-            [Piece("final", "A"), Piece("final", "B"), Piece("final", "C")],
-        ),
-        (
-            "<|channel|>analysis<|message|>A<|end|>\n<|start|>assistant<|message|>B",
-            [Piece("analysis", "A"), Piece("final", "B")],
-        ),
-        ("<|channel|>final<|message|>A<|message|>B<|constrain|>C", [Piece("final", "ABC")]),
-        # This answer is cut off before anything was said.
-        ("<|channel|>analysis", []),
-        ("<|channel|>final<|return|>", []),
-        (" to=functions.f", []),
-        ("<|start|>assistant", []),
-        ("<|end|><|end|><|return|><|call|>", []),
     ],
 )
-def test_malformed_answer(tokenizer: Tokenizer, text: str, messages: list[Piece]) -> None:
-    assert parsed(tokenizer, text) == messages
+def test_type_of_a_property(tokenizer: Tokenizer, schema: Any, text: str) -> None:
+    """The texts are openai-harmony's."""
+    tools = [function("f", "", a=schema)]
+    assert f"type f = (_: {{\n{text}\n}}) => any;" in rendered(tokenizer, [SUM], tools=tools)
 
 
-def test_no_answer_is_an_exception_and_pieces_add_up(tokenizer: Tokenizer) -> None:
-    random = np.random.default_rng(0)
-    specials = list(tokenizer.special.values())
-    words = [
-        id for text in ("assistant", " to=f", "final", "é", " x") for id in marked(tokenizer, text)
-    ]
-    for _ in range(300):
-        ids = random.choice([*specials, *words, tokenizer.vocab_size + 3], size=40)
-        parser = ChannelParser(tokenizer)
-        pieces = [piece for id in ids for piece in parser.push(int(id))] + parser.finish()
-        assert "".join(p.text for p in pieces) == "".join(m.text for m in parser.messages)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": "f"}, "tools: expected a list, found str"),
+        ({"tools": [{"name": "f"}]}, r"tools\[0\]: expected .* found {'name': 'f'}"),
+        ({"tools": [{"type": "function", "function": {}}]}, r"tools\[0\]\.function\.name"),
+        ({"tools": [function("a b", "")]}, r"function\.name: expected a word .* 'a b'"),
+        ({"tools": [function("f", ""), function("f", "")]}, r"tools\[1\].*'f' twice"),
+        ({"tools": [function("f", "", a={"default": {1}})]}, r"parameters: expected what JSON"),
+        ({"tools": [function("f", "", a={"title": "\ud800"})]}, r"parameters: expected what JSON"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]},
+            r"tools\[0\]\.function\.parameters: expected a JSON schema",
+        ),
+        ({"builtin_tools": ["shell"]}, "builtin_tools: expected some of browser, python"),
+        ({"builtin_tools": "python"}, "builtin_tools: expected a list, found str"),
+        ({"response_format": {"type": "xml"}}, "response_format: expected"),
+        ({"response_format": {"type": "json_schema"}}, "response_format: expected"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            r"response_format\.json_schema: expected a name and a schema",
+        ),
+    ],
+)
+def test_malformed_tools_and_formats(tokenizer: Tokenizer, options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        render_chat([SUM], tokenizer, **options)
+
+
+def test_schema_that_is_nested_without_end(tokenizer: Tokenizer) -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(400):
+        schema = {"type": "object", "properties": {"a": schema}}
+    with pytest.raises(InputError, match="tools"):
+        render_chat([SUM], tokenizer, tools=[function("f", "", a=schema)])

@@ -6,10 +6,22 @@ import os
 from typing import Any
 
 import pytest
+from harmony_oracle import conversations, render_with_harmony
+from harmony_streams import said
 from harmony_texts import ANSWER, assistant, golden, marked, user
+from hypothesis import HealthCheck, given, settings
 from o200k import RANKS, write_o200k
 
-from osscompile.runtime.harmony import Piece, parse_answer, render_chat
+from osscompile.runtime.harmony import (
+    Arguments,
+    Finish,
+    Reasoning,
+    Text,
+    ToolCall,
+    as_messages,
+    render_chat,
+    stream_answer,
+)
 from osscompile.runtime.tokenizer import Tokenizer
 
 CONVERSATIONS: list[list[dict[str, str]]] = [
@@ -49,26 +61,31 @@ def o200k(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def test_ids_equal_openai_harmony(
     oracle: Any, o200k: Tokenizer, messages: list[dict[str, str]]
 ) -> None:
-    import openai_harmony as harmony
+    options = {"reasoning": "high", "current_date": "2025-06-28"}
+    expected = render_with_harmony(oracle, messages, options)
+    assert render_chat(messages, o200k, **options) == expected
 
-    system = harmony.SystemContent.new().with_conversation_start_date("2025-06-28")
-    system = system.with_reasoning_effort(harmony.ReasoningEffort.HIGH)
-    theirs = [harmony.Message.from_role_and_content(harmony.Role.SYSTEM, system)]
-    for message in messages:
-        if message["role"] in ("system", "developer"):
-            developer = harmony.DeveloperContent.new().with_instructions(message["content"])
-            theirs.append(harmony.Message.from_role_and_content(harmony.Role.DEVELOPER, developer))
-            continue
-        role = harmony.Role(message["role"])
-        turn = harmony.Message.from_role_and_content(role, message["content"])
-        if role == harmony.Role.ASSISTANT:
-            turn = turn.with_channel(message.get("channel", "final"))
-        theirs.append(turn)
-    expected = oracle.render_conversation_for_completion(
-        harmony.Conversation.from_messages(theirs), harmony.Role.ASSISTANT
+
+@pytest.mark.oracle
+def test_random_conversations_and_schemas_equal_openai_harmony(
+    oracle: Any, o200k: Tokenizer
+) -> None:
+    """HARMONY_EXAMPLES says how many; the default takes seconds."""
+
+    @settings(
+        max_examples=int(os.environ.get("HARMONY_EXAMPLES", "150")),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
     )
-    found = render_chat(messages, o200k, reasoning="high", current_date="2025-06-28")
-    assert found == expected
+    @given(conversations())
+    def one(conversation: tuple[list[dict[str, Any]], dict[str, Any]]) -> None:
+        messages, options = conversation
+        expected = render_with_harmony(oracle, messages, options)
+        assert render_chat(messages, o200k, **options) == expected
+
+    one()
 
 
 @pytest.mark.oracle
@@ -87,15 +104,42 @@ def test_messages_equal_openai_harmony(oracle: Any, o200k: Tokenizer, answer: st
 
     ids = marked(o200k, answer)
     theirs = oracle.parse_messages_from_completion_tokens(ids, Role.ASSISTANT)
-    expected = [Piece(m.channel, m.content[0].text, m.recipient) for m in theirs]
-    assert parse_answer(ids, o200k) == expected
+    expected = [(m.channel, m.content[0].text, m.recipient) for m in theirs]
+    ours = as_messages(stream_answer(ids, o200k))
+    assert [_summary(message) for message in ours] == expected
 
 
 @pytest.mark.oracle
 def test_golden_ids_of_an_answer(o200k: Tokenizer) -> None:
-    ids = [int(id) for id in golden("simple_reasoning_response").split()]
+    ids = golden_answer("simple_reasoning_response")
     thought = 'User asks: "What is 2 + 2?" Simple arithmetic. Provide answer.'
-    assert parse_answer(ids, o200k) == [
-        Piece("analysis", thought),
-        Piece("final", "2 + 2 = 4."),
+    assert said(stream_answer(ids, o200k)) == [
+        Reasoning("analysis", thought),
+        Text("final", "2 + 2 = 4."),
+        Finish("length"),
     ]
+
+
+@pytest.mark.oracle
+def test_golden_ids_of_a_call_that_is_cut_off(o200k: Tokenizer) -> None:
+    ids = golden_answer("simple_tool_call")
+    thought = 'User asks: "What is the weather in Tokyo?" We need to use lookup_weather tool.'
+    assert said(stream_answer(ids, o200k)) == [
+        Reasoning("analysis", thought),
+        ToolCall("analysis", "call_0", "lookup_weather"),
+        Arguments("analysis", "call_0", '{"location": "Tokyo"}'),
+        Finish("length"),
+    ]
+
+
+def golden_answer(name: str) -> list[int]:
+    """Return ids in which `<|end|>` ends the reasoning: at their `<|return|>` an answer ends."""
+    return [200007 if id == "200002" else int(id) for id in golden(name).split()]
+
+
+def _summary(message: dict[str, Any]) -> tuple[str, str, str | None]:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message["channel"], message["content"], None
+    function = calls[0]["function"]
+    return message["channel"], function["arguments"], f"functions.{function['name']}"

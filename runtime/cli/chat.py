@@ -4,8 +4,9 @@ import sys
 from collections.abc import Mapping
 
 from ..engine import Model
+from ..harmony import Arguments, Finish, Piece, Reasoning, ToolCall, as_messages
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, object]]
 
 
 def converse(
@@ -35,16 +36,22 @@ def answer(
     """Print an answer as it comes; return it as messages of the history. `options`: of
     `Model.chat`."""
     dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    said: Messages = []
+    said: list[Piece] = []
+    shown: Piece | None = None
     for piece in model.chat(messages, **options):  # type: ignore[arg-type]
-        if not said or said[-1]["channel"] != piece.channel:
-            if said and not (hide_analysis and said[-1]["channel"] == "analysis"):
-                print(plain)
-            said.append({"role": "assistant", "channel": piece.channel, "content": ""})
-            if piece.channel == "analysis" and not hide_analysis:
-                print(dim, end="")
-        said[-1]["content"] += piece.text
-        if piece.channel != "analysis" or not hide_analysis:
-            print(piece.text, end="", flush=True)
+        said.append(piece)
+        if isinstance(piece, Finish) or (hide_analysis and isinstance(piece, Reasoning)):
+            continue
+        if shown is None or shown.channel != piece.channel or isinstance(piece, ToolCall):
+            print("" if shown is None else f"{plain}\n", end="")
+            print(dim if isinstance(piece, Reasoning) else "", end="")
+        shown = piece
+        print(_shown_text(piece), end="", flush=True)
     print(plain)
-    return said
+    return as_messages(said)
+
+
+def _shown_text(piece: Piece) -> str:
+    if isinstance(piece, ToolCall):
+        return f"{piece.name}: "
+    return piece.delta if isinstance(piece, Arguments) else piece.text

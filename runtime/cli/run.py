@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..artifact import ALWAYS_HASHED_BYTES, read_manifest
 from ..engine import Model, load
-from .chat import answer, converse
+from .chat import Messages, answer, converse
 from .main import Commands
 from .options import add_kv_memory
 from .terminal import say_stage
@@ -34,7 +34,9 @@ def _run(arguments: argparse.Namespace) -> None:
     model = _load(arguments)
     names = ("reasoning", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
     options = {name: getattr(arguments, name) for name in names}
-    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages: Messages = []
+    if arguments.system:
+        messages.append({"role": "system", "content": arguments.system})
     if arguments.prompt is None:
         converse(model, messages, arguments.hide_analysis, options)
         return

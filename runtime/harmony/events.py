@@ -1,0 +1,78 @@
+"""What a model says, as it says it: pieces of text, calls of tools, and why it ended."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became readable: `text` may be printed as it comes, and is "" where there is none.
+
+    channel is analysis (the model's reasoning), commentary (beside tools, or before them), final
+    (the answer) or what else the model wrote there; "" at the end.
+    """
+
+    channel: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Reasoning(Piece):
+    """Text of the model's reasoning, on channel analysis."""
+
+
+@dataclass(frozen=True)
+class Text(Piece):
+    """Text for the user: on channel final the answer, on others what goes with it."""
+
+
+@dataclass(frozen=True)
+class ToolCall(Piece):
+    """A call begins. name: of a function as it was declared, else python, browser.search or what
+    the model made up. id: of the call within its answer, "call_0" first."""
+
+    text: str = field(default="", init=False)
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Arguments(Piece):
+    """More of the arguments of the call with this id: JSON, or code for python, as the model wrote
+    it, which need not be valid."""
+
+    text: str = field(default="", init=False)
+    id: str
+    delta: str
+
+
+@dataclass(frozen=True)
+class Finish(Piece):
+    """The answer has ended, the last event. reason: tool_calls (it waits for their results), stop
+    (it is whole), or length (it was cut off, perhaps within a call)."""
+
+    channel: str = field(default="", init=False)
+    text: str = field(default="", init=False)
+    reason: str
+
+
+def as_messages(pieces: Iterable[Piece]) -> list[dict[str, object]]:
+    """What was said, as messages that go on with the conversation, each with its channel."""
+    messages: list[dict[str, object]] = []
+    for piece in pieces:
+        last = messages[-1] if messages else {}
+        if isinstance(piece, ToolCall):
+            function = {"name": piece.name, "arguments": ""}
+            call = {"id": piece.id, "type": "function", "function": function}
+            message = {"role": "assistant", "channel": piece.channel, "content": None}
+            messages.append({**message, "tool_calls": [call]})
+        elif isinstance(piece, Arguments):
+            function["arguments"] += piece.delta
+        elif isinstance(piece, Finish):
+            break
+        elif last.get("content") is not None and last["channel"] == piece.channel:
+            last["content"] = f"{last['content']}{piece.text}"
+        else:
+            content = {"channel": piece.channel, "content": piece.text}
+            messages.append({"role": "assistant", **content})
+    return messages

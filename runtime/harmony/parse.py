@@ -1,0 +1,200 @@
+"""The ids of an answer -> what the model says: pieces of text, calls of tools, and the end."""
+
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import replace
+
+from ..tokenizer import StreamDecoder, Tokenizer
+from .events import Arguments, Finish, Piece, Reasoning, Text, ToolCall
+from .header import Header, Segment, plain_text, read_header, without_cut_word
+
+# So many tokens are held back at most until they turn out to be a header, or not.
+MOST_HELD = 32
+ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")
+
+
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end an answer: `<|return|>`, `<|call|>` and `<|endoftext|>`.
+
+    `<|end|>` is not among them: after an analysis message the model goes on with another one.
+    """
+    return frozenset(tokenizer.special[name] for name in ENDS)
+
+
+class AnswerParser:
+    """Reads the ids of an answer as they come; the prompt ended with `<|start|>assistant`.
+
+    Whatever the model says is read without an error, and none of its text is left out. What is a
+    header, and what is text, may be uncertain: such tokens are held back until `<|message|>`, the
+    end of the message or MOST_HELD tokens tell. Incomplete characters are held back as well.
+
+    - Header: see `read_header`. Without a channel, a call is on commentary, other text on final.
+      Text in a header is content, where there is no place for it in a header.
+    - Text without a header is the answer, or if a message with a header follows, reasoning.
+    - `<|start|>` or `<|channel|>` inside a message ends it and begins the next; other special
+      tokens inside a message are left out.
+    - Once another role begins to speak, the answer has ended.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.ended = False
+        self._decoder = StreamDecoder(tokenizer)
+        self._special_names = {id: name for name, id in tokenizer.special.items()}
+        self._num_calls = 0
+        self._unheaded = ""  # ended messages without a header: what follows tells what they are
+        self._num_held = 0
+        self._begin_header("assistant")
+
+    def push(self, token_id: int) -> list[Piece]:
+        """What this id tells: mostly one piece or none; none once the answer has ended."""
+        if self.ended:
+            return []
+        name = self._special_names.get(token_id)
+        if name is None:
+            self._num_held += 1
+            return self._take_text(self._decoder.push(token_id))
+        pieces = self._take_text(self._decoder.flush())
+        return pieces if self.ended else pieces + self._take_special(name)
+
+    def finish(self, reason: str = "length") -> list[Piece]:
+        """Call once after the last id: what was held back, and the end if no id told it. reason:
+        length where the model would have gone on, else stop."""
+        if self.ended:
+            return []
+        pieces = self._take_text(self._decoder.flush())
+        return pieces if self.ended else pieces + self._end(reason)
+
+    def _take_text(self, text: str) -> list[Piece]:
+        if self._segments is None:
+            return self._say(text)
+        self._segments[-1].text += text
+        if self._num_held < MOST_HELD:
+            return []
+        if self._unheaded:  # what came after it may yet become a header
+            text, self._unheaded, self._num_held = self._unheaded, "", 0
+            return [Text("final", text)]
+        header = read_header(self._segments, is_whole=False)
+        if header.is_header:
+            return self._begin_message(header)
+        return self._say_unheaded(plain_text(self._segments))
+
+    def _take_special(self, name: str) -> list[Piece]:
+        if name in ENDS:
+            return self._end("stop")
+        if name in ("<|end|>", "<|start|>"):
+            return self._end_message() + self._begin_header("" if name == "<|end|>" else name)
+        if name == "<|channel|>" and self._has_content():
+            pieces = self._end_message() + self._begin_header("")
+            self._add_segment(name)
+            return pieces
+        if self._segments is None:
+            return []
+        if name == "<|message|>":
+            return self._begin_message(read_header(self._segments, is_whole=True), is_whole=True)
+        if name in ("<|channel|>", "<|constrain|>"):
+            self._add_segment(name)
+        return []
+
+    def _begin_header(self, opener: str) -> list[Piece]:
+        self._segments: list[Segment] | None = [Segment(opener)]  # None: within a message
+        if not self._unheaded:
+            self._num_held = 0
+        return []
+
+    def _add_segment(self, opener: str) -> None:
+        assert self._segments is not None
+        if len(self._segments) > 1 and not self._segments[-1].text:  # else they could be endless
+            self._segments.pop()
+        self._segments.append(Segment(opener))
+
+    def _has_content(self) -> bool:
+        """Whether a message has begun, perhaps without its `<|message|>`, which another
+        `<|channel|>` ends; within a header it repeats the channel."""
+        if self._segments is None:
+            return True
+        return bool(read_header(self._segments, is_whole=False).rest)
+
+    def _begin_message(self, header: Header, is_whole: bool = False) -> list[Piece]:
+        if header.other_role:
+            self._segments = None
+            return self._end("stop")
+        lead, self._unheaded = self._unheaded + header.lead, ""
+        pieces: list[Piece] = [Reasoning("analysis", lead)] if lead.strip() else []
+        rest = header.rest if header.rest.strip() else ""
+        channel = header.channel or ("commentary" if header.recipient else "final")
+        if is_whole and header.recipient and rest:  # it is not among the arguments
+            pieces.append(_text(channel, rest))
+            rest = ""
+        pieces += self._begin_content(channel, header.recipient)
+        return pieces + self._say(rest)
+
+    def _begin_content(self, channel: str, recipient: str | None = None) -> list[Piece]:
+        self._segments = None
+        self._channel = channel
+        self._call_id: str | None = None
+        if recipient is None:
+            return []
+        self._call_id = f"call_{self._num_calls}"
+        self._num_calls += 1
+        return [ToolCall(channel, self._call_id, recipient.removeprefix("functions."))]
+
+    def _say(self, text: str) -> list[Piece]:
+        if not text:
+            return []
+        if self._call_id is not None:
+            return [Arguments(self._channel, self._call_id, text)]
+        return [_text(self._channel, text)]
+
+    def _say_unheaded(self, text: str) -> list[Piece]:
+        """Text without a header that no header follows."""
+        text, self._unheaded = self._unheaded + text, ""
+        self._begin_content("final")
+        return self._say(text if text.strip() else "")
+
+    def _end_message(self) -> list[Piece]:
+        """A message ends, perhaps before its `<|message|>`, and something follows."""
+        if self._segments is None:
+            return []
+        header = read_header(self._segments, is_whole=False)
+        if header.is_header:
+            return self._begin_message(header)
+        text = self._unheaded + plain_text(self._segments)
+        self._unheaded = text if text.strip() else ""
+        return []
+
+    def _end(self, reason: str) -> list[Piece]:
+        """The answer ends, perhaps within a header."""
+        pieces: list[Piece] = []
+        if self._segments is not None:
+            segments = self._segments if reason == "stop" else without_cut_word(self._segments)
+            header = read_header(segments, is_whole=False)
+            if not header.is_header:
+                pieces = self._say_unheaded(plain_text(segments))
+            elif reason == "stop" or header.rest:
+                pieces = self._begin_message(header)
+            elif header.lead:
+                pieces = self._begin_message(replace(header, recipient=None))
+        pieces += self._say_unheaded("") if self._unheaded else []
+        if self.ended:
+            return pieces
+        self.ended = True
+        is_call = reason == "stop" and self._num_calls > 0
+        return [*pieces, Finish("tool_calls" if is_call else reason)]
+
+
+def stream_answer(
+    token_ids: Iterable[int], tokenizer: Tokenizer, more_stops: Set[int] = frozenset()
+) -> Iterator[Piece]:
+    """What the ids of an answer tell (see AnswerParser), until it ends; no more are taken then.
+    more_stops: ids that end it beside the format's own."""
+    parser = AnswerParser(tokenizer)
+    reason = "length"
+    for id in token_ids:
+        yield from parser.push(id)
+        if parser.ended:
+            return
+        reason = "stop" if id in more_stops else "length"
+    yield from parser.finish(reason)
+
+
+def _text(channel: str, text: str) -> Piece:
+    return Reasoning(channel, text) if channel == "analysis" else Text(channel, text)

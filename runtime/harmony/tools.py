@@ -1,0 +1,101 @@
+"""Tools and response formats in OpenAI's shapes -> what the renderer tells the model of them."""
+
+from collections.abc import Mapping, Sequence
+
+from ..errors import InputError
+from .builtin_tools import BUILTIN_TOOLS
+from .checks import read_json, read_text, read_word
+from .typescript import Function, Namespace, compact_json, tools_text
+
+
+def read_tools(tools: object) -> tuple[Function, ...]:
+    """Functions, each {"type": "function", "function": {"name": ..., "description": ...,
+    "parameters": a JSON schema}}, the last two optional. Raises InputError that names tools[i]."""
+    functions = [
+        _read_tool(f"tools[{i}]", tool) for i, tool in enumerate(_read_list("tools", tools))
+    ]
+    names = [function.name for function in functions]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InputError(
+                f"tools[{i}].function.name: expected a name of its own, found {name!r} twice"
+            )
+    return tuple(functions)
+
+
+def read_builtin_tools(names: object) -> tuple[Namespace, ...]:
+    """Those of browser and python that `names` holds, in this order. Raises InputError."""
+    found = _read_list("builtin_tools", names)
+    for name in found:
+        if not isinstance(name, str) or name not in BUILTIN_TOOLS:
+            raise InputError(
+                f"builtin_tools: expected some of {', '.join(BUILTIN_TOOLS)}, found {name!r}"
+            )
+    return tuple(tool for name, tool in BUILTIN_TOOLS.items() if name in found)
+
+
+def functions_text(functions: Sequence[Function]) -> str:
+    """The section of a developer message that declares functions; "" if there are none."""
+    if not functions:
+        return ""
+    try:
+        return tools_text([Namespace("functions", "", tuple(functions))])
+    except RecursionError:
+        raise InputError(
+            "tools: expected schemas nested a hundred levels at most, found more"
+        ) from None
+
+
+def response_format_text(response_format: object) -> str:
+    """The section of a developer message that asks for JSON; "" for {"type": "text"} and None.
+
+    response_format: {"type": "json_schema", "json_schema": {"name": ..., "description": ...,
+    "schema": ...}}, the description optional. Raises InputError that names the field.
+    """
+    where = "response_format"
+    if response_format is None:
+        return ""
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind == "text":
+        return ""
+    described = response_format.get("json_schema") if isinstance(response_format, Mapping) else None
+    if kind != "json_schema" or not isinstance(described, Mapping):
+        raise InputError(
+            f'{where}: expected {{"type": "text"}} or {{"type": "json_schema", "json_schema": '
+            f'{{"name": ..., "schema": ...}}}}, found {response_format!r:.100}'
+        )
+    where = f"{where}.json_schema"
+    name = read_word(f"{where}.name", described.get("name"))
+    description = read_text(f"{where}.description", described.get("description"))
+    schema = read_json(f"{where}.schema", described.get("schema"))
+    if name is None or not isinstance(schema, Mapping):
+        raise InputError(f"{where}: expected a name and a schema, found {described!r:.100}")
+    remark = "".join(f"// {line}\n" for line in (description or "").splitlines())
+    return f"# Response Formats\n\n## {name}\n\n{remark}{compact_json(schema)}"
+
+
+def _read_tool(where: str, tool: object) -> Function:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    kind = tool.get("type") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or kind != "function":
+        raise InputError(
+            f'{where}: expected {{"type": "function", "function": {{"name": ..., "description": '
+            f'..., "parameters": ...}}}}, found {tool!r:.100}'
+        )
+    where = f"{where}.function"
+    name = read_word(f"{where}.name", function.get("name"))
+    if name is None:
+        raise InputError(f"{where}.name: expected the name of the function, found none")
+    description = read_text(f"{where}.description", function.get("description"))
+    parameters = read_json(f"{where}.parameters", function.get("parameters"))
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise InputError(f"{where}.parameters: expected a JSON schema, found {parameters!r:.100}")
+    return Function(name, description or "", parameters)
+
+
+def _read_list(where: str, values: object) -> Sequence[object]:
+    if values is None:
+        return ()
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence):
+        raise InputError(f"{where}: expected a list, found {type(values).__name__}")
+    return values
