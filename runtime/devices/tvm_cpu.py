@@ -1,5 +1,6 @@
 """Run the functions of a compiled library on the CPU: TVM's virtual machine."""
 
+import contextlib
 import math
 import mmap
 from collections.abc import Sequence
@@ -35,9 +36,12 @@ class Device:
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """The operating system gives memory to the array when it is first written, so that a long
-        context costs what is used of it."""
+        context costs what is used of it; in huge pages, where it can, which read faster."""
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(memory, dtype).reshape(shape)
 
     def write(self, array: np.ndarray, part: np.ndarray, start: int = 0) -> None:
