@@ -14,7 +14,10 @@ def add_kv_memory(command: argparse.ArgumentParser) -> None:
 
 
 def _bytes_of_gigabytes(text: str) -> int:
-    number = float(text)  # argparse words a ValueError
-    if not (math.isfinite(number) and number > 0):
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"expected gigabytes above 0, found {text!r}")
     return int(number * 1e9)
