@@ -161,6 +161,21 @@ def test_the_least_recently_used_goes_first() -> None:
     assert sequences.prompt(second) < 190
 
 
+def test_a_kept_point_outlasts_what_others_passed() -> None:
+    sequences, tokens = Sequences(PageCounts(24, 10)), ids(26, 200)
+    sequences.prompt(tokens)
+    sequences.prompt(ids(27, 900))
+    assert sequences.prompt([*tokens, 1]) == 200
+
+
+def test_a_sequence_apart_has_pages_of_its_own_where_there_is_little_room() -> None:
+    sequences, tokens = Sequences(PageCounts(17, 10)), ids(28, 900)
+    sequences.prompt(ids(29, 900))
+    sequences.cache.start_apart()
+    for start in range(0, 900, 50):
+        sequences.step(tokens, start, 50)
+
+
 def test_a_sequence_apart_leaves_nothing() -> None:
     sequences, tokens = Sequences(), ids(15, 300)
     sequences.cache.start_apart()
@@ -258,6 +273,8 @@ def test_an_interrupt_at_any_line(case: str) -> None:
         sequences.prompt(SAID)
         if not interrupted(line, functools.partial(CASES[case], sequences)):
             break
+        said = [token for node in sequences.cache._path for token in node.tokens]
+        sequences.decode([*said, *ids(30, 3)], len(said))  # it goes on from what it says is there
         for tokens in (BRANCH, TURN, LONG, BRANCH):
             sequences.prompt(tokens)
         sequences.check_no_page_is_lost_or_held_twice()
