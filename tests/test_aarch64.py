@@ -154,7 +154,7 @@ class TestAgain:
     @both_forms
     @attention.both_dtypes
     def test_append_kv(self, form: Form, dtype: str) -> None:
-        attention.test_append_kv_around_the_wrap_of_a_ring_of_32(form, dtype, 31)
+        attention.test_append_kv_around_the_borders_of_pages(form, dtype, 63)
 
 
 # --- Models -----------------------------------------------------------------------------------
