@@ -160,7 +160,7 @@ def test_sort_by_expert(gpu: Target, form: Form, kind: str) -> None:
 @every_form
 @both_dtypes
 @pytest.mark.parametrize("position", [0, 31, 47])
-def test_append_kv_around_the_wrap_of_a_ring_of_32(
+def test_append_kv_around_the_borders_of_pages(
     gpu: Target, form: Form, dtype: str, position: int
 ) -> None:
     """Halves are rounded as numpy rounds them."""
@@ -169,7 +169,7 @@ def test_append_kv_around_the_wrap_of_a_ring_of_32(
 
 @every_window
 @both_dtypes
-def test_append_and_attention_around_a_ring(gpu: Target, window: int | None, dtype: str) -> None:
+def test_append_and_attention_in_parts(gpu: Target, window: int | None, dtype: str) -> None:
     layer = Layer(window, dtype, target=gpu)
     layer.check_in_parts(18)
 
