@@ -140,8 +140,8 @@ class KVCache:
         missing = -(-(start + count) // self._page) - have
         self._ahead = []  # what an interrupt may have left
         if missing:
-            first_needed = max(0, start - self._window + 1) // self._page
-            taken = self._pages.take(missing, missing, self._root, self._path, first_needed)
+            seen = self._first_seen(start)
+            taken = self._pages.take(missing, missing, self._root, self._path, seen)
             ahead = list(zip(*taken, strict=True))
             self._write_tables(have, ahead)
             self._ahead = ahead
@@ -167,7 +167,7 @@ class KVCache:
     def keep(self) -> None:
         """Keep this point, to go on from it later: the last token, too, can be another then."""
         self._time += 1
-        first = max(0, self.length - self._window) // self._page
+        first = self._first_seen(self.length - 1)
         for node in self._path[first:]:
             node.kept = self._time
 
@@ -184,6 +184,10 @@ class KVCache:
             for array in arrays:
                 self._memory.clear(array, most_used)
 
+    def _first_seen(self, position: int) -> int:
+        """The first page, of a sequence, in the window of a token at a position."""
+        return max(0, position - self._window + 1) // self._page
+
     def _leave(self) -> None:
         """End the running sequence."""
         self._path, self._ahead, self._base = [], [], self._root
@@ -192,7 +196,7 @@ class KVCache:
     def _reachable(self, path: Sequence[Node], shared: int) -> int:
         """How many of `shared` tokens can be gone on from: the window before must be there."""
         while shared:
-            first = max(0, shared - self._window + 1) // self._page
+            first = self._first_seen(shared)
             last = (shared - 1) // self._page
             gaps = [i for i in range(first, last + 1) if path[i].window is None]
             if not gaps:
@@ -207,8 +211,8 @@ class KVCache:
         if len(node.tokens) == count:
             return node
         length = (len(path) - 1) * self._page + count
-        first_needed = max(0, length - self._window + 1) // self._page
-        (full,), (window,) = self._pages.take(1, 1, self._root, path, first_needed)
+        seen = self._first_seen(length)
+        (full,), (window,) = self._pages.take(1, 1, self._root, path, seen)
         assert node.window is not None and node.parent is not None
         for array in self._arrays[0]:
             self._memory.copy(array, node.full, full)

@@ -17,7 +17,7 @@ from osscompile.runtime import load
 
 
 def check_exact(target: str, folder: Path) -> None:
-    """Score, prefill and decode with random weights, past the window and around the rings."""
+    """Score, prefill and decode with random weights, past the window and over pages."""
     config, tensors = random_model(0, window=16)
     checkpoint = write_checkpoint(folder / "checkpoint", config, tensors)
     options: dict[str, Any] = {"profile": "exact", "context": 256, "prefill_chunk": 32}
