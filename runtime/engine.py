@@ -20,7 +20,7 @@ from .devices.tvm_cpu import Device
 from .devices.tvm_device import TensorDevice
 from .errors import ArtifactError, InputError, OsscompileError
 from .harmony import IDENTITY, Piece, render_chat, stop_ids, stream_answer
-from .kv_cache import KVCache, PageCounts, page_counts
+from .kv_cache import KVCache, page_counts
 from .machine import available_memory_bytes, choose_threads
 from .manifest import Manifest
 from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
@@ -56,7 +56,8 @@ def load(
 
     `context`: at most so many positions, to use less memory than the artifact was compiled for.
     `kv_memory`: bytes of keys and values (default: what the context needs, and a few kept points);
-    with more, more of earlier prompts is kept. On a CPU they are taken as they are used.
+    with more, more of earlier prompts is kept, up to what a device allocates at once for a layer.
+    On a CPU they are taken as they are used.
     `threads`: CPU threads (default: all cores; more than can run at once are not used, with a
     warning); OpenCL devices have their own. `variant`: which of
     its libraries to run (default: the best for this CPU). `verify`: hash the weights even if this
@@ -126,8 +127,7 @@ class Model:
         self._certain = True  # whether the last of them ended as its caller was told
         threads = choose_threads(threads)
         self._driver = driver()
-        counts = page_counts(self.manifest, context, kv_memory)
-        self._driver.call(lambda: self._open(artifact, threads, counts))
+        self._driver.call(lambda: self._open(artifact, threads, kv_memory))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
@@ -272,9 +272,11 @@ class Model:
 
     # From here to `_run`: on the device's thread.
 
-    def _open(self, artifact: Artifact, threads: int, counts: PageCounts) -> None:
+    def _open(self, artifact: Artifact, threads: int, kv_memory: int | None) -> None:
         needed = sum(self._needed.values()) - PROCESS_BYTES
         self._device = _open_device(artifact, threads, needed)
+        limit = self._device.array_limit
+        counts = page_counts(self.manifest, self.context, kv_memory, limit)
         self._cache = KVCache(self.manifest, self._device, counts)
         self._bound: list[Any] = []
         for array in (*self._cache.tables, *self._cache.arrays, *artifact.weights):

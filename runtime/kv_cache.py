@@ -54,9 +54,33 @@ class PageCounts:
         return sum(counts[manifest.sliding[i // 2]] * size for i, size in enumerate(sizes))
 
 
-def page_counts(manifest: Manifest, context: int, kv_memory: int | None = None) -> PageCounts:
+def page_counts(
+    manifest: Manifest,
+    context: int,
+    kv_memory: int | None = None,
+    array_limit: int | None = None,
+) -> PageCounts:
     """What `context` positions need, and room for kept points; or as many pages of both kinds, in
-    that proportion, as fit into `kv_memory` bytes. Raises InputError if the context does not."""
+    that proportion, as fit into `kv_memory` bytes. No array of a layer takes more than
+    `array_limit` bytes. Raises InputError if the context does not fit."""
+    wanted, least = _counts_of_context(manifest, context)
+    if kv_memory is not None:
+        wanted = _counts_within(manifest, context, kv_memory, wanted, least)
+    if array_limit is None:
+        return wanted
+    page = max(cache.num_bytes for cache in manifest.caches)
+    most = array_limit // page
+    if most < least.full:
+        raise InputError(
+            f"context: expected keys and values of a layer in at most {array_limit / 1e6:.0f} MB, "
+            f"which the device allocates at once, found {least.full * page / 1e6:.0f} MB for "
+            f"{context} positions; load with a smaller context"
+        )
+    return PageCounts(min(wanted.full, most), min(wanted.window, most))
+
+
+def _counts_of_context(manifest: Manifest, context: int) -> tuple[PageCounts, PageCounts]:
+    """What there is by default, and the least."""
     page = manifest.page_tokens
     full = -(-context // page) + 1  # one to copy to when a sequence leaves another
     if any(manifest.sliding):
@@ -66,8 +90,12 @@ def page_counts(manifest: Manifest, context: int, kv_memory: int | None = None) 
         wanted = PageCounts(full, min(full, running + 1 + KEPT_POINTS * point))
     else:
         least = wanted = PageCounts(full, full)  # window pages cost nothing
-    if kv_memory is None:
-        return wanted
+    return wanted, least
+
+
+def _counts_within(
+    manifest: Manifest, context: int, kv_memory: int, wanted: PageCounts, least: PageCounts
+) -> PageCounts:
     if kv_memory < least.num_bytes(manifest):
         raise InputError(
             f"kv_memory: expected at least {least.num_bytes(manifest)} bytes, which {context} "

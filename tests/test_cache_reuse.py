@@ -62,7 +62,7 @@ def computed_positions(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[in
 def test_next_turn_continues_where_the_prompts_part(
     model: Model, talker: Path, monkeypatch: pytest.MonkeyPatch, length: int, generated: int
 ) -> None:
-    """A chat leaves the reasoning out of the next prompt; a long answer goes back by the snapshot.
+    """A chat leaves the reasoning out of the next prompt; a long answer goes back to where it began.
     Only new tokens are computed."""
     prompt = random_ids(length)
     list(model.generate(prompt, max_tokens=generated))
@@ -84,7 +84,7 @@ def test_same_prompt_again_computes_one_token(
 
 @pytest.mark.parametrize("back", [1, CHUNK - 8, CHUNK - 7, CHUNK - 1, CHUNK, CHUNK + 1, 60])
 @pytest.mark.parametrize("length", [89, 96, 97])
-def test_edit_before_the_end_of_a_padded_prompt(
+def test_edit_before_the_end_of_a_prompt(
     model: Model, talker: Path, length: int, back: int
 ) -> None:
     prompt = random_ids(length)
@@ -94,16 +94,16 @@ def test_edit_before_the_end_of_a_padded_prompt(
 
 
 @pytest.mark.parametrize("back", [1, CHUNK - 8, CHUNK - 7, CHUNK - 1, CHUNK])
-def test_edit_before_a_snapshot_of_a_padded_prompt(model: Model, talker: Path, back: int) -> None:
-    """After the snapshot is restored, its padding still counts as written."""
+def test_edit_before_a_prompt_that_was_gone_back_to(model: Model, talker: Path, back: int) -> None:
+    """What a long answer wrote beyond the prompt is not taken for the prompt's."""
     prompt = random_ids(89)
     list(model.generate(prompt, max_tokens=2 * CHUNK))
-    model.prefill([*prompt, 7])  # restores the snapshot
+    model.prefill([*prompt, 7])  # goes back to where the answer began
     check_against_fresh(model, talker, [*prompt[:-back], *random_ids(5, seed=1)], 3)
 
 
-def test_back_to_a_snapshot_twice(model: Model, talker: Path) -> None:
-    """What was written after its tokens, and taken back, is lost in its rings all the same."""
+def test_back_twice(model: Model, talker: Path) -> None:
+    """What was decoded in between is gone from the window pages that the last prompt needs."""
     prompt = random_ids(100)
     list(model.generate(prompt, max_tokens=6))  # five are decoded
     model.prefill([*prompt[:90], 1])
@@ -113,7 +113,7 @@ def test_back_to_a_snapshot_twice(model: Model, talker: Path) -> None:
     check_against_fresh(model, talker, [*prompt[:65], *random_ids(5, seed=2)], 3)
 
 
-@pytest.mark.parametrize("back", [100, 70, 1], ids=["kept", "by a snapshot", "to nothing"])
+@pytest.mark.parametrize("back", [100, 70, 1], ids=["kept", "within", "to nothing"])
 def test_what_is_forgotten_is_zero(model: Model, back: int) -> None:
     """Else a number that is none would spoil later answers, even where nothing looks at it."""
     prompt = random_ids(100)

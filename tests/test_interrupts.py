@@ -41,7 +41,7 @@ class History:
         self.tokens: list[int] | None = []
 
     def run(self) -> None:
-        """A snapshot, an answer that leads far from it, the way back, and an empty cache."""
+        """A prompt, an answer that leads far from it, the way back, and an empty cache."""
         self._prefill(PROMPT)
         self._decode(5)
         self._generate(LONGER, CHUNK + 9)

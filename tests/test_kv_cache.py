@@ -298,6 +298,18 @@ def test_a_budget_that_is_too_small_for_the_context() -> None:
         page_counts(facts, CONTEXT, 1000)
 
 
+def test_no_array_is_larger_than_what_a_device_allocates_at_once() -> None:
+    facts = sized_manifest()
+    least = CONTEXT // PAGE_TOKENS + 1
+    limit = (least + 2) * facts.caches[0].num_bytes
+    plenty = page_counts(facts, CONTEXT, 100 * page_counts(facts, CONTEXT).num_bytes(facts))
+    counts = page_counts(facts, CONTEXT, 10**9, limit)
+    assert plenty.full > least + 2 == counts.full
+    assert counts.window == min(plenty.window, least + 2)
+    with pytest.raises(InputError, match="which the device allocates at once"):
+        page_counts(facts, CONTEXT, None, least * facts.caches[0].num_bytes - 1)
+
+
 def sized_manifest() -> Any:
     facts = manifest()
     for cache in facts.caches:

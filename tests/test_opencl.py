@@ -127,7 +127,7 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_opencl
-def test_long_answer_goes_back_by_the_snapshot(talker: Path) -> None:
+def test_next_turn_goes_back_over_a_long_answer(talker: Path) -> None:
     model, prompt = load(talker), random_ids(60)
     list(model.generate(prompt, max_tokens=3 * CHUNK))
     test_cache_reuse.check_against_fresh(model, talker, prompt + random_ids(20, seed=1), 3)

@@ -56,6 +56,8 @@ class DeviceMemory:
     and filled, and how a program is run, a subclass says. `usage`: where what is held is
     counted."""
 
+    array_limit: int | None = None  # bytes of the largest array that can be had, if it is known
+
     def __init__(self, programs: Mapping[str, Launches], usage: Usage) -> None:
         self.usage = usage
         self._programs = programs

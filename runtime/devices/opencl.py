@@ -66,6 +66,7 @@ class OpenCLDevice(DeviceMemory):
         except (self._cl.Error, UnicodeDecodeError) as error:
             raise self._cannot_run(error) from error
         self._prepared: dict[str, _Prepared] = {}
+        self.array_limit = int(self.opened.device.max_mem_alloc_size)
 
     @staticmethod
     def open() -> _Opened:

@@ -22,6 +22,8 @@ class Device:
     `threads`: CPU threads of its functions; `sha256`: of the library.
     """
 
+    array_limit = None
+
     def __init__(self, library: Path, threads: int, sha256: str | None = None) -> None:
         self._threads = threads
         self._machine = load_function(library, "vm_load_executable", threads, sha256)()

@@ -20,6 +20,8 @@ class TensorMemory:
     """Memory of the first device of a kind, one of `manifest.DEVICES`. Raises OsscompileError
     without TVM's runtime for that device, or without the device."""
 
+    array_limit = None  # TVM's runtime does not tell
+
     def __init__(self, device: str) -> None:
         self._name = device
         ffi = load_device_runtime(device)
