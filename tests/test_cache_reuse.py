@@ -62,7 +62,7 @@ def computed_positions(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[in
 def test_next_turn_continues_where_the_prompts_part(
     model: Model, talker: Path, monkeypatch: pytest.MonkeyPatch, length: int, generated: int
 ) -> None:
-    """A chat leaves the reasoning out of the next prompt; a long answer goes back to where it began.
+    """A chat leaves the reasoning out of the next prompt; a long answer goes back to its start.
     Only new tokens are computed."""
     prompt = random_ids(length)
     list(model.generate(prompt, max_tokens=generated))
