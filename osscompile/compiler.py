@@ -20,9 +20,9 @@ from .importer.config import ModelConfig
 from .importer.graph import (
     DEFAULT_CHUNK,
     PROFILES,
-    SCORE_CHUNK,
     Parameter,
     build_graph,
+    most_wanted,
     with_choose,
 )
 from .importer.requantised import describe_requantised
@@ -142,7 +142,7 @@ def compile(
             window=config.window,
             sliding=config.sliding,
             chunk=prefill_chunk,
-            score_chunk=min(prefill_chunk, SCORE_CHUNK),
+            most_wanted=most_wanted(prefill_chunk),
             workspace_bytes=workspace_bytes,
             caches=tuple(Tensor(c.name, c.shape, c.dtype) for c in graph.caches),
             weights=weights,

@@ -24,6 +24,7 @@ from .kv_cache import KVCache, page_counts
 from .machine import available_memory_bytes, choose_threads
 from .manifest import Manifest
 from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
+from .step import FUNCTIONS, Part, step_inputs
 from .tokenizer import StreamDecoder, Tokenizer
 
 T = TypeVar("T")
@@ -94,7 +95,7 @@ def memory_bytes(manifest: Manifest, context: int, kv_memory: int | None = None)
     return {
         "weights": weights,
         "KV cache": page_counts(manifest, context, kv_memory).num_bytes(manifest),
-        "workspace": sum(manifest.workspace_bytes[f] for f in ("prefill", "decode")),
+        "workspace": sum(manifest.workspace_bytes[f] for f in FUNCTIONS),
         "process": PROCESS_BYTES,
     }
 
@@ -290,10 +291,9 @@ class Model:
         self._turn += 1
         self._cache.start_apart()
         rows = []
-        for start in range(0, len(ids), self.manifest.score_chunk):
-            part = ids[start : start + self.manifest.score_chunk]
-            rows.append(self._device.numpy(self._run("score", part)).copy())
-            self._cache.append(part)
+        for start in range(0, len(ids), self.manifest.most_wanted):
+            part = ids[start : start + self.manifest.most_wanted]
+            rows.append(self._device.numpy(self._step(part, len(part))).copy())
         return np.concatenate(rows)
 
     def _host_logits(self, compute: Callable[[Any], Any], argument: object) -> np.ndarray:
@@ -334,25 +334,21 @@ class Model:
         logits = None
         for start in range(kept, len(ids), self.manifest.chunk):
             part = ids[start : start + self.manifest.chunk]
-            if len(part) == 1:
-                logits = self._decode(part[0])
-                continue
-            index = np.array([len(part) - 1], np.int32)
-            logits = self._run("prefill", part, index)
-            self._cache.append(part)
+            logits = self._step(part)
         self._cache.keep()
         return logits
 
     def _decode(self, token_id: int) -> Any:
         """Append one token -> the device's logits [1, vocab]."""
-        logits = self._run("decode", [token_id])
-        self._cache.append([token_id])
-        return logits
+        return self._step([token_id])
 
-    def _run(self, function: str, ids: Sequence[int], *more: np.ndarray) -> Any:
+    def _step(self, ids: Sequence[int], wanted: int = 1) -> Any:
+        """Append tokens -> the device's logits [wanted, vocab] of the last ones."""
         self._driver.check()
-        position = np.array([self._cache.begin(len(ids))], np.int32)
-        return self._device.run(function, [np.array(ids, np.int32), position, *more], self._bound)
+        part = Part(ids, self._cache.begin(len(ids)), wanted=wanted)
+        logits = self._device.run(*step_inputs([part]), self._bound)
+        self._cache.append(ids)
+        return logits
 
     def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
         try:

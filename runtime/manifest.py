@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import ArtifactError
 from .machine import Machine
+from .step import FUNCTIONS
 
 FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
@@ -33,7 +34,6 @@ RUNTIMES = ("tvm", "opencl", "cuda")
 CPU = "cpu"
 DEVICES = (CPU, "metal")  # of TVM's runtime
 DTYPES = ("float32", "float16", "uint8", "uint16", "uint32")  # of weights and caches
-FUNCTIONS = ("prefill", "decode", "score")  # that every artifact has
 MAX_NUMBER = (
     1 << 48
 )  # far above any size in bytes, low enough that sums and products are no trouble
@@ -97,7 +97,7 @@ class Manifest:
     window: int  # of the sliding layers, in positions
     sliding: tuple[bool, ...]  # of each layer
     chunk: int  # tokens of one prefill, at most
-    score_chunk: int  # tokens of one scoring, at most
+    most_wanted: int  # rows of a step whose logits are wanted, at most
     workspace_bytes: dict[str, int]  # of each function's activations
     caches: tuple[Tensor, ...]  # a page of each layer's keys and values: arguments before weights
     weights: tuple[Tensor, ...]
@@ -210,9 +210,9 @@ def _check(manifest: Manifest, file: Path) -> None:
         expect(Path(name).name == name != "..", "file names without a folder", repr(name))
         expect(re.fullmatch("[0-9a-f]{64}", entry.sha256) is not None, f"a sha256 of {name}", entry)
 
-    for name in ("vocab_size", "context", "window", "chunk", "score_chunk"):
+    for name in ("vocab_size", "context", "window", "chunk", "most_wanted"):
         expect(getattr(m, name) > 0, f"a positive {name}", "0")
-    expect(m.score_chunk <= m.chunk, f"a score_chunk up to {m.chunk}", m.score_chunk)
+    expect(m.most_wanted <= m.chunk, f"most_wanted up to {m.chunk}", m.most_wanted)
     known = m.workspace_bytes.keys()
     expect(known >= set(FUNCTIONS), f"workspace_bytes of {', '.join(FUNCTIONS)}", list(known))
     wrong = [id for id in m.eos_token_ids if id >= m.vocab_size]

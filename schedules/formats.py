@@ -24,6 +24,11 @@ DIGIT = 128  # a digit is -64..63, so that sums of eight products with fp4 fit i
 # 2 x |fp4| for the codes 0..7 is 0, 1, 2, 3, 4, 6, 8, 12: one hexadecimal digit each.
 _FP4_MAGNITUDES = 0xC8643210
 
+# What a step is told of each of its rows, in int32: which token it is, at which position of its
+# sequence, and where the sequence's table of pages begins. `runtime/kv_cache.py` writes it.
+FACTS = 3
+ID, POSITION, TABLE = range(FACTS)
+
 Index: TypeAlias = int | Expr
 
 

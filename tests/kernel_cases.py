@@ -19,11 +19,12 @@ from reference import F64, to_float64
 from tvm.tirx import PrimFunc
 
 from osscompile import targets
-from osscompile.importer.graph import EXPERT_ROWS, TOKENS
+from osscompile.importer.graph import EXPERT_ROWS, TOKENS, WANTED
 from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import matmul, rows
 from osscompile.kernels.quantize import quantize
 from osscompile.runtime.machine import Machine
+from osscompile.runtime.step import TILE_ROWS
 from osscompile.schedules.formats import FP4_OFFSET, Index
 from osscompile.targets import Target
 
@@ -105,6 +106,21 @@ def int32(*values: int) -> Array:
     return np.array(values, np.int32)
 
 
+def row_facts(positions: Array | int = 0, tables: Array | int = 0, ids: Array | int = 0) -> Array:
+    """Return what a step is told of its rows [n, 3]."""
+    facts = np.broadcast_arrays(ids, positions, tables)
+    return np.stack([np.atleast_1d(f) for f in facts], axis=1).astype(np.int32)
+
+
+def tiles_of(*counts: int) -> Array:
+    """Return tiles [n, 2] of sequences that have so many rows each, one after the other."""
+    tiles, first = [], 0
+    for count in counts:
+        tiles += [(first + i, min(TILE_ROWS, count - i)) for i in range(0, count, TILE_ROWS)]
+        first += count
+    return np.array(tiles, np.int32)
+
+
 def q8_weights(seed: int, num_rows: int, inputs: int) -> tuple[Array, Array]:
     """Return codes [rows, blocks, 32] int8 with both extremes, scales [rows, blocks] float16."""
     rng = np.random.default_rng(seed)
@@ -147,7 +163,7 @@ def embed_bf16(form: Form) -> Case:
     weight = bf16_bits(1, vocab, hidden)
     ids = np.resize(int32(vocab - 1, 0, 7, 7, 21), form.count)
     kernel = rows.embed_bf16(form.tokens, vocab, hidden)
-    return Case(kernel, (ids, weight), to_float64(weight[ids]), tolerance=0)
+    return Case(kernel, (row_facts(ids=ids), weight), to_float64(weight[ids]), tolerance=0)
 
 
 def embed_q8(form: Form) -> Case:
@@ -157,7 +173,7 @@ def embed_q8(form: Form) -> Case:
     ids = np.resize(int32(vocab - 1, 0, 7, 7, 21), form.count)
     kernel = rows.embed_q8(form.tokens, vocab, hidden)
     expected = dequantized(codes, scales)[ids]
-    return Case(kernel, (ids, codes.view("<u4"), scales), expected, tolerance=0)
+    return Case(kernel, (row_facts(ids=ids), codes.view("<u4"), scales), expected, tolerance=0)
 
 
 def rms_norm(form: Form, hidden: int = 96) -> Case:
@@ -167,13 +183,13 @@ def rms_norm(form: Form, hidden: int = 96) -> Case:
     return Case(kernel, (x, weight), expected)
 
 
-def take_row(form: Form) -> Case:
-    x = numbers(5, form.count, 64)
-    last = form.count - 1
-    return Case(rows.take_row(form.tokens, 64), (x, int32(last)), x[last:], tolerance=0)
+def take_rows(form: Form) -> Case:
+    x = numbers(5, 21, 64)
+    wanted = np.resize(int32(20, 0, 7, 7), form.count)
+    return Case(rows.take_rows(TOKENS, WANTED, 64), (x, wanted), x[wanted], tolerance=0)
 
 
-ROW_CASES = [embed_bf16, embed_q8, rms_norm, take_row]
+ROW_CASES = [embed_bf16, embed_q8, rms_norm, take_rows]
 
 
 def check_quantize(form: Form, x: Array, target: Target = HERE, rule: Rule | None = None) -> None:
@@ -223,7 +239,7 @@ def rotate_queries(form: Form, position: int = 11) -> Case:
     at = position + np.arange(len(q))
     expected = reference.apply_rope(q, at, INV_FREQ, CONCENTRATION) / np.sqrt(HEAD_DIM)
     kernel = rows.rotate_queries(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT)
-    return Case(kernel, (qkv, rope_of(CONTEXT), int32(position)), expected)
+    return Case(kernel, (qkv, rope_of(CONTEXT), row_facts(at)), expected)
 
 
 # --- Matrix products --------------------------------------------------------------------------

@@ -19,12 +19,13 @@ from kernel_cases import (
     Form,
     assert_close,
     every_form,
-    int32,
     new_qkv,
     numbers,
     rope_of,
     rotate_queries,
+    row_facts,
     split_qkv,
+    tiles_of,
 )
 from kernel_runner import Array, Rule, build
 from reference import F64, to_float64
@@ -67,7 +68,7 @@ def check_append(form: Form, dtype: str, position: int, target: Target = HERE) -
         expected_values[page, :, slot] = v[token].astype(dtype)
     kernel = kv_cache.append_kv(form.tokens, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, dtype)
     run = build(kernel, target)
-    inputs = (qkv, rope_of(CONTEXT), int32(position), table)
+    inputs = (qkv, rope_of(CONTEXT), row_facts(at), table)
     new_keys, new_values = run(keys, values, *inputs, in_place=2)
     np.testing.assert_array_equal(new_values, expected_values)  # also that no other slot changed
     rounding = 2.0**-11 if dtype == "float16" else 3e-7
@@ -115,17 +116,22 @@ class Layer:
 
     def run(self, qkv: Array, position: int, form: Form = PREFILL) -> Array:
         """Append the tokens [count, width], then attend -> [count, heads, head_dim]."""
+        rows = row_facts(position + np.arange(len(qkv)))
+        return self.step(qkv, rows, tiles_of(len(qkv)), form)
+
+    def step(self, qkv: Array, rows: Array, tiles: Array, form: Form) -> Array:
+        """Compute rows [count, width] of any sequences, as `run` does those of one."""
         heads, _, head_dim = self.sizes
         append = kv_cache.append_kv(form.tokens, *self.sizes, self.context, self.dtype)
         self.keys, self.values = build(append, self.target)(
-            self.keys, self.values, qkv, self.rope, int32(position), self.table, in_place=2
+            self.keys, self.values, qkv, self.rope, rows, self.table, in_place=2
         )
         attend = attention.attention(form.tokens, *self.sizes, self.window, self.dtype)
         queries = qkv[:, : heads * head_dim].reshape(len(qkv), heads, head_dim)
         queries = queries * np.float32(head_dim**-0.5)  # exact: head_dim is a power of 4
         kernel = build(attend, self.target, rule=self.rule)
-        inputs = (queries, self.keys, self.values, self.sinks, int32(position), self.table)
-        out = kernel(*inputs)
+        inputs = (queries, self.keys, self.values, self.sinks, rows, self.table)
+        out = kernel(*inputs, *(() if isinstance(form.tokens, int) else (tiles,)))
         return out.reshape(len(qkv), heads, head_dim)
 
     def check_in_parts(self, seed: int) -> None:
@@ -289,3 +295,90 @@ def test_attention_of_other_variants(window: int | None, variant: Target) -> Non
     sizes = {"heads": 16, "kv_heads": 2, "head_dim": 64}
     layer = Layer(window, "float16", target=variant, **sizes)
     layer.check_in_parts(20)
+
+
+# --- Rows of several sequences ----------------------------------------------------------------
+
+FOUR = Form("four_rows", 4, 4)
+
+
+class Sequences:
+    """Sequences in one cache, so many pages each, whose rows are computed together."""
+
+    def __init__(self, layer: Layer, lengths: tuple[int, ...], pages_each: int) -> None:
+        self.layer, self.pages_each = layer, pages_each
+        self.qkv = [layer.tokens(i, length) for i, length in enumerate(lengths)]
+        self.done = [0] * len(lengths)
+
+    def share(self, first: int, second: int, count: int) -> None:
+        """Let the second begin with tokens of the first that are computed: whole pages."""
+        table, each = self.layer.table, self.pages_each
+        pages = count // PAGE_TOKENS
+        table[second * each : second * each + pages] = table[first * each : first * each + pages]
+        self.qkv[second][:count] = self.qkv[first][:count]
+        self.done[second] = count
+
+    def check_step(self, counts: dict[int, int], form: Form = PREFILL) -> None:
+        """Compute so many more tokens of some sequences, in this order."""
+        parts = {i: slice(self.done[i], self.done[i] + n) for i, n in counts.items()}
+        rows = [
+            row_facts(np.arange(part.start, part.stop), i * self.pages_each)
+            for i, part in parts.items()
+        ]
+        new = np.concatenate([self.qkv[i][part] for i, part in parts.items()])
+        out = self.layer.step(new, np.concatenate(rows), tiles_of(*counts.values()), form)
+        ends = np.cumsum(list(counts.values()))[:-1]
+        for (i, part), result in zip(parts.items(), np.split(out, ends), strict=True):
+            expected = self.layer.expected(self.qkv[i][: part.stop])
+            assert_close(result, expected[part])
+            self.done[i] = part.stop
+
+
+def check_together(
+    window: int | None, target: Target = HERE, dtype: str = "float16", rule: Rule | None = None
+) -> None:
+    """Chunks, single tokens and continued sequences at once; two begin with the same page."""
+    layer = Layer(window, dtype, positions=4 * 192, target=target, rule=rule)
+    sequences = Sequences(layer, (140, 110, 40, 70), 3)
+    sequences.check_step({0: 100, 2: 1})
+    sequences.share(0, 1, PAGE_TOKENS)
+    sequences.check_step({0: 1, 1: 26, 2: 17, 3: 65})
+    sequences.check_step({3: 1, 1: 1, 0: 1, 2: 1}, FOUR)
+    sequences.check_step({2: 2, 0: 33, 1: 16})
+    sequences.check_step({1: 1, 0: 1, 3: 1, 2: 1}, FOUR)
+    assert sequences.done == [136, 108, 22, 67]
+
+
+@every_window
+@both_dtypes
+def test_attention_of_sequences_together(window: int | None, dtype: str) -> None:
+    check_together(window, dtype=dtype)
+
+
+def test_attention_of_sequences_together_under_the_fallback_rule() -> None:
+    check_together(16, rule=loops)
+
+
+@every_window
+def test_attention_of_64_sequences(window: int | None) -> None:
+    """They have 1 to 64 tokens before."""
+    sequences = Sequences(Layer(window, "float16", positions=64 * 128), tuple(range(2, 66)), 2)
+    sequences.check_step({i: i + 1 for i in range(64)})
+    sequences.check_step(dict.fromkeys(range(64), 1))
+
+
+def test_attention_of_rows_of_one_sequence_in_a_step_for_few() -> None:
+    sequences = Sequences(Layer(16, "float16"), (70, 70), 2)
+    sequences.check_step({0: 60})
+    sequences.check_step({0: 3, 1: 1}, FOUR)
+    sequences.check_step({0: 4}, FOUR)
+
+
+def test_the_same_row_twice_changes_nothing() -> None:
+    """A step for few rows is filled up with one of its rows."""
+    layer = Layer(None, "float16")
+    qkv = layer.tokens(1, 66)
+    layer.run(qkv[:64], 0)
+    rows = row_facts(np.array([64, 65, 65, 65]))
+    out = layer.step(qkv[[64, 65, 65, 65]], rows, tiles_of(4), FOUR)
+    assert_close(out, layer.expected(qkv)[[64, 65, 65, 65]])

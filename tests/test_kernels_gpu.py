@@ -35,7 +35,7 @@ from kernel_cases import (
 )
 from metal_device import needs_gxx, on_this_machine
 from opencl_device import OPENCL, needs_opencl
-from test_kernels_attention import Layer, both_dtypes, check_append, every_window
+from test_kernels_attention import Layer, both_dtypes, check_append, check_together, every_window
 from test_kernels_routing import CHOICES, check_broken_route, check_route, check_sort, choices
 from test_kernels_rows import (
     check_digits,
@@ -172,6 +172,11 @@ def test_append_kv_around_the_borders_of_pages(
 def test_append_and_attention_in_parts(gpu: Target, window: int | None, dtype: str) -> None:
     layer = Layer(window, dtype, target=gpu)
     layer.check_in_parts(18)
+
+
+@every_window
+def test_attention_of_sequences_together(gpu: Target, window: int | None) -> None:
+    check_together(window, gpu)
 
 
 @pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)

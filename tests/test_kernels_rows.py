@@ -19,10 +19,8 @@ from kernel_cases import (
     assert_close,
     check_quantize,
     every_form,
-    int32,
     numbers,
     rms_norm,
-    take_row,
 )
 from kernel_runner import Array, build
 from reference import to_float64
@@ -53,13 +51,6 @@ def test_rms_norm_of_zeros_of_less_than_eps_and_of_huge_rows(scale: float) -> No
     x, weight = case.inputs[0] * np.float32(scale), case.inputs[1]
     expected = reference.rms_norm(to_float64(x), to_float64(weight), 1e-5)
     dataclasses.replace(case, inputs=(x, weight), expected=expected).check()
-
-
-@pytest.mark.parametrize("token", [0, 7, 20])
-def test_take_row(token: int) -> None:
-    case = take_row(PREFILL)
-    x = case.inputs[0]
-    dataclasses.replace(case, inputs=(x, int32(token)), expected=x[token : token + 1]).check()
 
 
 # --- Activations as int8 ----------------------------------------------------------------------

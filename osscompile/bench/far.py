@@ -24,6 +24,7 @@ from ..runtime.bench.artifact import artifact_facts, random_ids
 from ..runtime.bench.models import DECODE_STEPS, REPEATS, WARMUP_STEPS, fitting, timing
 from ..runtime.bench.report import BenchError, Report
 from ..runtime.kv_cache import page_counts
+from ..runtime.step import Part, step_inputs
 from .bandwidth import PREFETCH_BYTES, read_module, shapes
 
 SESSION_SECONDS = 24 * 3600  # then the server ends a session that was forgotten
@@ -89,7 +90,7 @@ def _measure(
         seconds, reads = [], []
         for i, token in enumerate(ids[depth : depth + WARMUP_STEPS + DECODE_STEPS]):
             reads.append(reader.bandwidth())
-            seconds.append(model.step("decode", [token], depth + i))
+            seconds.append(model.step([token], depth + i))
         decode[depth] = timing(seconds[WARMUP_STEPS:], None)
         bandwidth_at[depth] = statistics.median(reads[WARMUP_STEPS:])
         bandwidth = max(bandwidth, *reads)
@@ -141,12 +142,12 @@ class _FarModel:
     def prefill(self, ids: Sequence[int]) -> float:
         """Seconds of a whole prompt, from position 0."""
         starts = range(0, len(ids), self.chunk)
-        return sum(self.step("prefill", ids[at : at + self.chunk], at) for at in starts)
+        return sum(self.step(ids[at : at + self.chunk], at) for at in starts)
 
-    def step(self, function: str, ids: Sequence[int], position: int) -> float:
+    def step(self, ids: Sequence[int], position: int) -> float:
         """Seconds of one call."""
-        numbers = [ids, [position], *([[len(ids) - 1]] if function == "prefill" else [])]
-        inputs = [self.tensor(np.array(n, np.int32)) for n in numbers]
+        function, arrays = step_inputs([Part(ids, position)])
+        inputs = [self.tensor(array) for array in arrays]
         self._machine.set_input(function, *inputs, *self._bound)
         timer = self._machine.time_evaluator("invoke_stateful", self.device, number=1)
         seconds: float = timer(function).mean

@@ -18,7 +18,7 @@ from tvm_ffi import structural_map
 
 from ..runtime.devices.program import (
     ITEM_BYTES,
-    TOKENS,
+    SYMBOLS,
     Expression,
     Input,
     Launch,
@@ -185,13 +185,13 @@ def _launch(
 
 
 def _expression(value: Expr) -> Expression:
-    """Write a value in terms of the number of tokens, the only variable that may be left."""
+    """Write a value in terms of a step's numbers, the only variables that may be left."""
     value = Analyzer().simplify(value)
     if isinstance(value, tirx.IntImm):
         return int(value.value)
     if isinstance(value, tirx.Var):
-        assert value.name == TOKENS, value
-        return TOKENS
+        assert value.name in SYMBOLS, value
+        return str(value.name)
     return [_OPERATORS[type(value)], _expression(value.a), _expression(value.b)]
 
 

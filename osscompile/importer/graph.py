@@ -1,10 +1,13 @@
-"""The model as one Relax module: `prefill`, `decode` and `score`, without a target.
+"""The model as one Relax module, without a target: `step`, which computes rows of any sequences,
+and `step_1`, which computes one.
 
-Every function takes (ids, position, [index,] tables.., caches.., weights..) and returns logits; the
-caches are updated in place. Activations are float32 [tokens, ...]: one token in decode, a symbolic
-number in the others. A cache is an array of pages, whose number is symbolic; the tables say which
-pages a sequence has, one for the layers that see everything and one for the sliding layers. Where
-the host does not share the device's memory, `choose` takes the logits on to the next token.
+Both take (rows, [tiles, wanted,] tables.., caches.., weights..) and return logits; the caches are
+updated in place. `rows` [tokens, 3] int32 says of each row which token it is, at which position,
+and where its sequence's table begins; `tiles` [tiles, 2] which rows attention may compute together
+(see `kernels/attention.py`); `wanted` which rows' logits are returned. Activations are float32
+[tokens, ...]. A cache is an array of pages, whose number is symbolic; the tables say which pages a
+sequence has, one for the layers that see everything and one for the sliding layers. Where the host
+does not share the device's memory, `choose` takes the logits on to the next token.
 """
 
 import math
@@ -15,14 +18,15 @@ from tvm.relax import BlockBuilder, TensorType
 from tvm.tirx import PrimFunc
 
 from ..kernels import attention, choose, experts, kv_cache, matmul, quantize, rows
-from ..schedules.formats import BLOCK, DIGITS, FP4_PER_WORD, INT8_PER_WORD, Index
+from ..schedules.formats import BLOCK, DIGITS, FACTS, FP4_PER_WORD, INT8_PER_WORD, Index
 from .config import ModelConfig
 
 DEFAULT_CHUNK = 512  # tokens of one prefill call; longer prompts take several
-SCORE_CHUNK = 64  # of one score call: it keeps 800 kB of logits a token
+MOST_WANTED = 64  # of one step: logits take 800 kB a row
 TOKENS = tirx.Var("tokens", "int64")  # number of tokens within a kernel
+WANTED = tirx.Var("wanted_rows", "int64")  # number of those whose logits are wanted
 EXPERT_ROWS = tirx.Var("expert_rows", "int64")  # of rows of the experts' kernels: top_k a token
-TABLES = ("full_table", "window_table")  # which pages hold a sequence
+TABLES = ("full_tables", "window_tables")  # which pages hold a sequence
 PROFILES = ("fast", "exact")
 CANDIDATES_PER_TASK = 24  # of the vocabulary, when a token is chosen
 
@@ -55,10 +59,11 @@ def build_graph(config: ModelConfig, profile: str, context: int, chunk: int) -> 
     caches = cache_parameters(config, profile)
     weights = weight_parameters(config, profile, context)
     builder = BlockBuilder()
-    for name in ("prefill", "decode", "score"):
-        # each function needs a symbol of its own; kernels share TOKENS and are built once
-        tokens = 1 if name == "decode" else tirx.Var("tokens", "int64")
-        _emit_function(builder, name, config, profile, (caches, weights), tokens, chunk)
+    # the function needs a symbol of its own; kernels share TOKENS and are built once
+    _emit_step(
+        builder, "step", config, profile, (caches, weights), tirx.Var("tokens", "int64"), chunk
+    )
+    _emit_step(builder, "step_1", config, profile, (caches, weights), 1, chunk)
     return Graph(builder.get(), caches, weights)
 
 
@@ -148,7 +153,7 @@ def weight_parameters(config: ModelConfig, profile: str, context: int) -> tuple[
     return tuple(parameters)
 
 
-def _emit_function(
+def _emit_step(
     builder: BlockBuilder,
     name: str,
     config: ModelConfig,
@@ -157,12 +162,12 @@ def _emit_function(
     tokens: Index,
     chunk: int,
 ) -> None:
-    arguments = [
-        relax.Var("ids", TensorType((tokens,), "int32")),
-        relax.Var("position", TensorType((1,), "int32")),
-    ]
-    if name == "prefill":
-        arguments.append(relax.Var("index", TensorType((1,), "int32")))
+    arguments = [relax.Var("rows", TensorType((tokens, FACTS), "int32"))]
+    few = isinstance(tokens, int)
+    if not few:
+        num_tiles, num_wanted = (tirx.Var(n, "int64") for n in ("tiles", "wanted_rows"))
+        arguments.append(relax.Var("tiles", TensorType((num_tiles, 2), "int32")))
+        arguments.append(relax.Var("wanted", TensorType((num_wanted,), "int32")))
     table_pages = tirx.Var("table_pages", "int64")
     variables = {t: relax.Var(t, TensorType((table_pages,), "int32")) for t in TABLES}
     caches, weights = tensors
@@ -171,20 +176,25 @@ def _emit_function(
         shape = (pages[config.sliding[i // 2]], *cache.shape)
         variables[cache.name] = relax.Var(cache.name, TensorType(shape, cache.dtype))
     variables |= {w.name: relax.Var(w.name, TensorType(w.shape, w.dtype)) for w in weights}
-    limit = min(chunk, SCORE_CHUNK) if name == "score" else chunk
     attributes: dict[str, object] = {"num_input": len(arguments)}
-    if name != "decode":
-        attributes["tir_var_upper_bound"] = {"tokens": limit}
+    if not few:
+        most = {"tokens": chunk, "tiles": chunk, "wanted_rows": most_wanted(chunk)}
+        attributes["tir_var_upper_bound"] = most
     parameters = [*arguments, *variables.values()]
     with builder.function(name, parameters, attrs=attributes, pure=False):
-        layers = _Layers(builder, config, profile, variables, arguments[1], tokens)
-        x = layers.embed(arguments[0])
+        layers = _Layers(builder, config, profile, variables, arguments, tokens)
+        x = layers.embed()
         for i in range(config.num_layers):
             x = layers.attention(i, x)
             x = layers.experts(i, x)
-        if name == "prefill":
-            x = layers.take_row(x, arguments[2])
+        if not few:
+            x = layers.take_rows(x, arguments[2])
         builder.emit_func_output(layers.head(x))
+
+
+def most_wanted(chunk: int) -> int:
+    """Rows of a step whose logits are wanted, at most."""
+    return min(chunk, MOST_WANTED)
 
 
 class _Layers:
@@ -196,22 +206,25 @@ class _Layers:
         config: ModelConfig,
         profile: str,
         variables: dict[str, relax.Var],
-        position: relax.Var,
+        inputs: list[relax.Var],
         tokens: Index,
     ) -> None:
         self.builder, self.config, self.variables = builder, config, variables
         self.quantized = profile == "fast"
         self.expert_activation = "q8" if self.quantized else "digits"
-        self.position, self.tokens = position, tokens
+        self.rows, self.tiles = inputs[0], inputs[1:2]  # a kernel for few rows needs no tiles
+        self.tokens = tokens
 
     @property
     def kernel_tokens(self) -> Index:
         return self.tokens if isinstance(self.tokens, int) else TOKENS
 
-    def embed(self, ids: relax.Var) -> relax.Var:
+    def embed(self) -> relax.Var:
         kernel = rows.embed_q8 if self.quantized else rows.embed_bf16
         size = (self.kernel_tokens, self.config.vocab_size, self.config.hidden_size)
-        return self._call(kernel(*size), [ids, *self._dense_weights("embed")], [self._hidden()])
+        return self._call(
+            kernel(*size), [self.rows, *self._dense_weights("embed")], [self._hidden()]
+        )
 
     def attention(self, i: int, x: relax.Var) -> relax.Var:
         """x + attention(norm(x)) of layer i, whose caches are extended."""
@@ -219,20 +232,20 @@ class _Layers:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         keys, values = self.variables[f"{layer}.keys"], self.variables[f"{layer}.values"]
         rope = self.variables["rope"]
-        table = self.variables[TABLES[config.sliding[i]]]
+        tables = self.variables[TABLES[config.sliding[i]]]
         context, dtype = int(rope.ty.shape[0]), str(values.ty.dtype)
 
         qkv = self._dense(f"{layer}.qkv", self._dense_activation(f"{layer}.attn_norm", x))
         queries = self._call(
             rows.rotate_queries(tokens, heads, kv_heads, dim, context),
-            [qkv, rope, self.position],
+            [qkv, rope, self.rows],
             [TensorType((self.tokens, heads, dim), "float32")],
         )
         append = kv_cache.append_kv(tokens, heads, kv_heads, dim, context, dtype)
         caches = self.builder.emit(
             relax.op.call_tir_inplace(
                 self.builder.add_func(append, "append_kv"),
-                [keys, values, qkv, rope, self.position, table],
+                [keys, values, qkv, rope, self.rows, tables],
                 [0, 1],
                 [keys.ty, values.ty],
             )
@@ -241,7 +254,15 @@ class _Layers:
         window = config.window if config.sliding[i] else None
         mixed = self._call(
             attention.attention(tokens, heads, kv_heads, dim, window, dtype),
-            [queries, keys, values, self.variables[f"{layer}.sinks"], self.position, table],
+            [
+                queries,
+                keys,
+                values,
+                self.variables[f"{layer}.sinks"],
+                self.rows,
+                tables,
+                *self.tiles,
+            ],
             [TensorType((self.tokens, config.q_size), "float32")],
         )
         activation = [mixed]
@@ -304,11 +325,11 @@ class _Layers:
         )
         return out
 
-    def take_row(self, x: relax.Var, index: relax.Var) -> relax.Var:
-        """The row of one token; what follows sees it alone."""
-        kernel = rows.take_row(self.kernel_tokens, self.config.hidden_size)
-        self.tokens = 1
-        return self._call(kernel, [x, index], [self._hidden()])
+    def take_rows(self, x: relax.Var, wanted: relax.Var) -> relax.Var:
+        """The wanted rows; what follows sees them alone."""
+        kernel = rows.take_rows(TOKENS, WANTED, self.config.hidden_size)
+        self.tokens = wanted.ty.shape[0]
+        return self._call(kernel, [x, wanted], [self._hidden()])
 
     def head(self, x: relax.Var) -> relax.Var:
         return self._dense("lm_head", self._dense_activation("norm", x))

@@ -9,7 +9,10 @@ from tvm.tirx import PrimFunc
 from ..schedules.formats import (
     BLOCK,
     DIGITS,
+    FACTS,
+    ID,
     INT8_PER_WORD,
+    POSITION,
     Index,
     bf16_to_float32,
     const,
@@ -21,33 +24,33 @@ from .quantize import quantized
 
 @cache
 def embed_bf16(tokens: Index, vocab: int, hidden: int) -> PrimFunc:
-    """ids [tokens] int32, weight [vocab, hidden] bfloat16 bits -> float32 [tokens, hidden]."""
-    ids = te.placeholder((extent(tokens),), "int32", name="ids")
+    """rows [tokens, 3] int32, weight [vocab, hidden] bfloat16 bits -> float32 [tokens, hidden]."""
+    rows = row_facts(tokens)
     weight = te.placeholder((extent(vocab), extent(hidden)), "uint16", name="weight")
     out = te.compute(
         (extent(tokens), extent(hidden)),
-        lambda i, h: bf16_to_float32(weight[ids[i], h]),
+        lambda i, h: bf16_to_float32(weight[rows[i, ID], h]),
         name="out",
     )
-    return _row_func("embed_bf16", [ids, weight, out])
+    return _row_func("embed_bf16", [rows, weight, out])
 
 
 @cache
 def embed_q8(tokens: Index, vocab: int, hidden: int) -> PrimFunc:
-    """ids [tokens] int32, words [vocab, hidden/32, 8] uint32, scales [vocab, hidden/32] float16
+    """rows [tokens, 3] int32, words [vocab, hidden/32, 8] uint32, scales [vocab, hidden/32] float16
     -> [tokens, hidden] float32."""
-    ids = te.placeholder((extent(tokens),), "int32", name="ids")
+    rows = row_facts(tokens)
     blocks = (extent(vocab), extent(hidden // BLOCK))
     words = te.placeholder((*blocks, extent(BLOCK // INT8_PER_WORD)), "uint32", name="words")
     scales = te.placeholder(blocks, "float16", name="scales")
 
     def value(i: Expr, h: Expr) -> Expr:
-        word = words[ids[i], h // BLOCK, h % BLOCK // INT8_PER_WORD]
+        word = words[rows[i, ID], h // BLOCK, h % BLOCK // INT8_PER_WORD]
         code = int8_of_word(word, h % INT8_PER_WORD)
-        return code.astype("float32") * scales[ids[i], h // BLOCK].astype("float32")
+        return code.astype("float32") * scales[rows[i, ID], h // BLOCK].astype("float32")
 
     out = te.compute((extent(tokens), extent(hidden)), value, name="out")
-    return _row_func("embed_q8", [ids, words, scales, out])
+    return _row_func("embed_q8", [rows, words, scales, out])
 
 
 @cache
@@ -64,12 +67,14 @@ def rms_norm_quantized(kind: str, tokens: Index, hidden: int, eps: float) -> Pri
 
 
 @cache
-def take_row(tokens: Index, hidden: int) -> PrimFunc:
-    """x [tokens, hidden] float32, index [1] int32 of a token -> the token's row [1, hidden]."""
+def take_rows(tokens: Index, wanted_rows: Index, hidden: int) -> PrimFunc:
+    """x [tokens, hidden] float32, wanted [wanted_rows] int32, tokens -> their rows [wanted_rows,
+    hidden] float32."""
     x = te.placeholder((extent(tokens), extent(hidden)), "float32", name="x")
-    index = te.placeholder((extent(1),), "int32", name="index")
-    out = te.compute((extent(1), extent(hidden)), lambda i, h: x[index[i], h], name="out")
-    return _row_func("take_row", [x, index, out])
+    wanted = te.placeholder((extent(wanted_rows),), "int32", name="wanted")
+    shape = (extent(wanted_rows), extent(hidden))
+    out = te.compute(shape, lambda i, h: x[wanted[i], h], name="out")
+    return _row_func("take_rows", [x, wanted, out])
 
 
 @cache
@@ -101,20 +106,25 @@ def rotate_queries(
     """Rotate the queries in qkv (RoPE) and scale them by 1/sqrt(head_dim).
 
     qkv [tokens, (heads + 2 kv_heads) head_dim] float32, rope [context, head_dim/2, 2] float32
-    (cos, sin), position [1] int32 -> [tokens, heads, head_dim] float32.
+    (cos, sin), rows [tokens, 3] int32 -> [tokens, heads, head_dim] float32.
     """
     width = (heads + 2 * kv_heads) * head_dim
     qkv = te.placeholder((extent(tokens), extent(width)), "float32", name="qkv")
     table = (extent(context), extent(head_dim // 2), extent(2))
     rope = te.placeholder(table, "float32", name="rope")
-    position = te.placeholder((extent(1),), "int32", name="position")
+    rows = row_facts(tokens)
 
     def query(i: Expr, h: Expr, d: Expr) -> Expr:
-        x = rotated(qkv, rope, i, position[0] + i, h * head_dim, d, head_dim)
+        x = rotated(qkv, rope, i, rows[i, POSITION], h * head_dim, d, head_dim)
         return x * const(head_dim**-0.5, "float32")
 
     out = te.compute((extent(tokens), extent(heads), extent(head_dim)), query, name="out")
-    return _row_func("rotate_queries", [qkv, rope, position, out])
+    return _row_func("rotate_queries", [qkv, rope, rows, out])
+
+
+def row_facts(tokens: Index) -> te.Tensor:
+    """What a step is told of each row, int32: the columns ID, POSITION and TABLE."""
+    return te.placeholder((extent(tokens), extent(FACTS)), "int32", name="rows")
 
 
 def rotated(

@@ -6,6 +6,7 @@ from typing import TypeAlias
 from tvm import tirx
 
 from ..importer.config import ModelConfig
+from ..runtime.step import TILE_ROWS
 from ..schedules.formats import DIGIT, FP4_OFFSET
 
 Fill: TypeAlias = tuple[str, int, int]  # (one of `FILLS` in `runtime/trials/files.py`, low, high)
@@ -61,11 +62,13 @@ def _whole_numbers(name: str, setting: Setting) -> Fill:
         return min(setting.rows, sizes[other][0])
 
     match name:
-        case "position":
-            return "indices", setting.position, setting.position + 1
-        case "table":
-            return "permutation", 0, sizes["table"][0]
-        case "index":
+        case "rows":
+            return "rows", setting.position, config.vocab_size
+        case "tiles":
+            return "tiles", TILE_ROWS, 0
+        case "tables":
+            return "permutation", 0, sizes["tables"][0]
+        case "wanted":
             return "indices", 0, row_of("x")
         case "row_token":
             return "indices", 0, row_of("xq")
@@ -83,8 +86,6 @@ def _whole_numbers(name: str, setting: Setting) -> Fill:
             return "integers", 0, config.vocab_size
         case "ids" if "logits" in sizes:  # in `choice`: small, because they come out beside a logit
             return "indices", 1, 4
-        case "ids" if "row_expert" in sizes:  # in `sort_by_expert`
+        case "ids":  # in `sort_by_expert`
             return "integers", 0, config.num_experts
-        case "ids":  # in `embed_*`
-            return "indices", 0, config.vocab_size
     raise AssertionError(f"{name}: say here which int32 values it may hold")

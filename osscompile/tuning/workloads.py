@@ -14,17 +14,18 @@ from tvm_ffi import structural_map
 
 from ..importer.config import ModelConfig
 from ..importer.graph import DEFAULT_CHUNK, TOKENS, build_graph, with_choose
+from ..kernels.attention import TILES
 from ..kernels.kv_cache import PAGES, TABLE_PAGES
 from ..passes.pack_weights import pack_weights
 from ..runtime.kv_cache import PAGE_TOKENS
 from ..runtime.manifest import CPU
+from ..runtime.step import TILE_ROWS
 from ..runtime.trials.files import Argument
 from ..schedules.records import kernel_key
 from ..schedules.rule import schedule
 from ..targets import Target
 from .fills import IN_PLACE, OUTPUT, Setting, fill_of
 
-NOT_TUNED = ("score",)  # functions whose speed nobody waits for
 # The position of the first new token: attention sees that many keys before it, and new keys go on
 # from the end of a page to the next.
 POSITION = 1270
@@ -61,24 +62,22 @@ def collect_workloads(config: ModelConfig, profile: str, target: Target) -> list
         function = module[kernel]
         arguments = [_arguments(function, call, config) for call in calls]
         largest = max(arguments, key=lambda all_of: sum(math.prod(a.shape) for a in all_of))
-        waited_for = any(call.caller not in NOT_TUNED for call in calls)
-        tuned = waited_for and _asks(function, target)
+        tuned = _asks(function, target)
         workloads.append(Workload(kernel_key(function), function, largest, tuned))
     return workloads
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A function's call of a kernel; `sizes` has the largest value of each symbol in the shapes."""
+    """A call of a kernel; `sizes` has the largest value of each symbol in the shapes."""
 
-    caller: str
     call: ir.Call
     sizes: dict[str, int]
 
 
 def _calls_by_kernel(module: ir.IRModule, num_pages: int) -> dict[str, list[_Call]]:
     found = defaultdict(list)
-    for name, function in module.functions_items():
+    for _, function in module.functions_items():
         if isinstance(function, relax.Function):
             bounds = function.attrs.get("tir_var_upper_bound", {}) if function.attrs else {}
             sizes = {str(symbol): int(bound) for symbol, bound in bounds.items()}
@@ -89,7 +88,7 @@ def _calls_by_kernel(module: ir.IRModule, num_pages: int) -> dict[str, list[_Cal
                     if isinstance(call, ir.Call) and isinstance(call.op, ir.Op):
                         if call.op.name in ("relax.call_tir", "relax.call_tir_inplace"):
                             kernel = call.args[0].name_hint
-                            found[kernel].append(_Call(name.name_hint, call, sizes))
+                            found[kernel].append(_Call(call, sizes))
     return found
 
 
@@ -131,7 +130,8 @@ def _num_pages(config: ModelConfig) -> int:
 def _arguments(function: PrimFunc, call: _Call, config: ModelConfig) -> tuple[Argument, ...]:
     position = _position(config)
     room = config.max_context - position
-    most = call.sizes | {TOKENS.name: min(call.sizes.get(TOKENS.name, 1), room)}
+    tokens = min(call.sizes.get(TOKENS.name, 1), room)
+    most = call.sizes | {TOKENS.name: tokens, TILES.name: -(-tokens // TILE_ROWS)}
     shapes = [_shape(ty.shape, most) for ty in _argument_types(call.call)]
     sizes = {p.name: shape for p, shape in zip(function.params, shapes, strict=True)}
     num_inputs, written = len(call.call.args[1].fields), _written(call.call)
@@ -139,6 +139,7 @@ def _arguments(function: PrimFunc, call: _Call, config: ModelConfig) -> tuple[Ar
     rows = min(CHECKED_ROWS, room, max(1, CHECKED_ELEMENTS // widest))
     symbols = {e.name for p in function.params for e in p.shape if isinstance(e, tirx.Var)}
     checked = dict.fromkeys(symbols, rows) | dict.fromkeys(PAGE_SYMBOLS, _num_pages(config))
+    checked[TILES.name] = -(-rows // TILE_ROWS)
     setting = Setting(sizes, rows, position, config)
     arguments = []
     for i, (parameter, shape) in enumerate(zip(function.params, shapes, strict=True)):

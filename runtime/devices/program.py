@@ -17,9 +17,10 @@ import numpy as np
 from ..artifact import Artifact
 from ..errors import ArtifactError
 from ..manifest import Manifest
+from ..step import ANY, FEW
 
 Expression: TypeAlias = Any  # int | symbol | [operator, Expression, Expression]
-TOKENS = "tokens"
+TOKENS, TILES, WANTED_ROWS = SYMBOLS = ("tokens", "tiles", "wanted_rows")
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -90,12 +91,14 @@ class Program(Launches):
         return values
 
 
-# The inputs of each function, see `importer/graph.py`; `choose` takes the result of others on.
-_IDS, _ID, _POSITION = Input("ids", (TOKENS,)), Input("ids", (1,)), Input("position", (1,))
+# The inputs of each function, see `step.py`; `choose` takes the result of others on.
 INPUTS = {
-    "prefill": (_IDS, _POSITION, Input("index", (1,))),
-    "decode": (_ID, _POSITION),
-    "score": (_IDS, _POSITION),
+    ANY: (
+        Input("rows", (TOKENS, 3)),
+        Input("tiles", (TILES, 2)),
+        Input("wanted", (WANTED_ROWS,)),
+    ),
+    **{name: (Input("rows", (count, 3)),) for count, name in FEW.items()},
     "choose": (Input("options", (3,)),),
 }
 
@@ -147,8 +150,8 @@ def parse_launches(
 
 def _program(name: str, fields: dict[str, Any], manifest: Manifest) -> Program:
     num_bound = NUM_TABLES + len(manifest.caches) + len(manifest.weights)
-    most = {"prefill": manifest.chunk, "score": manifest.score_chunk}.get(name)
-    symbols = {TOKENS: most} if most is not None else {}
+    most = (manifest.chunk, manifest.chunk, manifest.most_wanted)
+    symbols = dict(zip(SYMBOLS, most, strict=True)) if name == ANY else {}
     inputs = tuple(Input(i["name"], tuple(i["shape"])) for i in fields["inputs"])
     if (fields["symbols"], inputs) != (symbols, INPUTS[name]):
         raise ValueError(
@@ -160,7 +163,8 @@ def _program(name: str, fields: dict[str, Any], manifest: Manifest) -> Program:
     )
     sizes, shape = parsed.storages, tuple(fields["result_shape"])
     result = _number(fields["result"], 0, f"{name}, the result's storage", len(sizes))
-    rows, columns = TOKENS if name == "score" else 1, 2 if name == "choose" else manifest.vocab_size
+    rows = WANTED_ROWS if name == ANY else 1 if name == "choose" else INPUTS[name][0].shape[0]
+    columns = 2 if name == "choose" else manifest.vocab_size
     needed = evaluate(rows, symbols) * columns * ITEM_BYTES
     if shape != (rows, columns) or needed > sizes[result]:
         raise ValueError(f"{name}: a result of shape {shape} in {sizes[result]} bytes")

@@ -42,6 +42,8 @@ FILLS = (
     "offsets",
     "output",
     "permutation",
+    "rows",
+    "tiles",
     "zeros",
 )
 MAX_EXPONENT = 24  # of a power of two, positive or negative
@@ -272,7 +274,13 @@ def _argument(fields: dict[str, Any]) -> Argument:
     _check(argument.fill in FILLS, f"fill {argument.fill!r}")
     bounds = (argument.low, argument.high)
     _check(all(type(b) is int and abs(b) < 1 << 31 for b in bounds), f"bounds {bounds!r}")
-    if argument.fill in ("experts", "indices", "integers"):
+    if argument.fill == "tiles":
+        _check(argument.low > 0, f"tiles of {argument.low} rows")
+    if argument.fill in ("rows", "tiles"):
+        columns = {"rows": 3, "tiles": 2}[argument.fill]
+        for shape in (argument.shape, argument.check_shape):
+            _check(len(shape) == 2 and shape[1] == columns, f"{argument.fill} of {shape}")
+    if argument.fill in ("experts", "indices", "integers", "rows"):
         _check(argument.low < argument.high, f"bounds {bounds!r}")
     if argument.fill in ("bfloat16", "normal"):
         _check(abs(argument.low) <= MAX_EXPONENT, f"exponent {argument.low}")

@@ -25,7 +25,7 @@ def timed_inputs(plan: Plan) -> list[Arrays]:
     """
     turns, share = count_turns(plan.arguments)
     copies = [[make_array(a, a.shape) for a in plan.arguments]]
-    _set_offsets(plan.arguments, copies[0])
+    _set_dependent(plan.arguments, copies[0])
     for _ in range(1, math.ceil(turns * share)):
         pairs = zip(plan.arguments, copies[0], strict=True)
         copies.append([array if a.written else aligned_copy(array) for a, array in pairs])
@@ -53,7 +53,7 @@ def count_turns(arguments: Sequence[Argument]) -> tuple[int, float]:
 def moved_bytes(arguments: Sequence[Argument]) -> int | None:
     """Count the bytes that a timed call reads and writes, with only its own experts' weights; None
     where indices decide that."""
-    if any(a.fill in ("indices", "permutation") for a in arguments):
+    if any(a.fill in ("indices", "permutation", "rows") for a in arguments):
         return None
     _, share = count_turns(arguments)
     num_experts = next((a.high for a in arguments if a.fill == "experts"), None)
@@ -79,17 +79,25 @@ def checked_inputs(
         else:
             array = timed[i]
         arrays.append(array)
-    _set_offsets(arguments, arrays)
+    _set_dependent(arguments, arrays)
     return arrays
 
 
-def _set_offsets(arguments: Sequence[Argument], arrays: Arrays) -> None:
-    """Set offsets to `high` x the sum of each row's and block's whole numbers in the int8 argument.
-    Numbers have one digit, or their digits to the base `low` on its last axis but one."""
-    for argument, offsets in zip(arguments, arrays, strict=True):
+def _set_dependent(arguments: Sequence[Argument], arrays: Arrays) -> None:
+    """Set what depends on other arguments.
+
+    Offsets are `high` x the sum of each row's and block's whole numbers in the int8 argument.
+    Numbers have one digit, or their digits to the base `low` on its last axis but one. Tiles are
+    the (first row, number of rows) of `low` rows each; the last ends with the rows.
+    """
+    by_fill = {a.fill: array for a, array in zip(arguments, arrays, strict=True)}
+    for argument, array in zip(arguments, arrays, strict=True):
         if argument.fill == "offsets":
             numbers = whole_numbers(next(a for a in arrays if a.dtype == np.int8), argument.low)
-            offsets[...] = argument.high * numbers.sum(axis=-1)
+            array[...] = argument.high * numbers.sum(axis=-1)
+        elif argument.fill == "tiles":
+            array[:, 0] = np.arange(len(array)) * argument.low
+            array[:, 1] = np.minimum(argument.low, len(by_fill["rows"]) - array[:, 0])
 
 
 def whole_numbers(array: np.ndarray, base: int) -> np.ndarray:
@@ -110,8 +118,13 @@ def make_array(argument: Argument, shape: tuple[int, ...]) -> np.ndarray:
     if argument.fill == "zeros":
         array.fill(0)
         return array
-    if argument.fill == "offsets":
-        return array  # for `_set_offsets`, which knows the numbers
+    if argument.fill in ("offsets", "tiles"):
+        return array  # for `_set_dependent`, which knows the others
+    if argument.fill == "rows":  # consecutive tokens of a sequence: which, where, and its table
+        array[:, 0] = np.random.default_rng(0).integers(argument.high, size=len(array))
+        array[:, 1] = argument.low + np.arange(len(array))
+        array[:, 2] = 0
+        return array
     if argument.fill == "permutation":
         array[...] = np.random.default_rng(0).permutation(array.size).reshape(shape)
         return array

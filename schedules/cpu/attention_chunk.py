@@ -21,7 +21,7 @@ from ..records import Choose
 from .prefetch import LINE_BYTES, fetch
 
 KEYS = 64  # in a chunk: a panel of 64 elements a key takes 16 kB
-TOKENS_PER_TASK = 8  # in a prefill: each unpacked chunk serves so many tokens x heads
+TOKENS_PER_TASK = 8  # of a tile: each unpacked chunk serves so many tokens x heads
 STACK_BYTES = 1023  # the largest buffer that TVM puts on the stack
 HIDDEN = -1e30  # score of a key that must not be seen
 ROWS_TOGETHER = (1, 2, 4, 8)  # rows of queries whose sums are in registers at once
@@ -40,12 +40,12 @@ class Chunks:
         self.group = self.heads // self.kv_heads
         self.tiles = KEYS // self.tile  # in a chunk
         self.window = int(function.attrs["window"]) or None
+        self.tile_rows = int(function.attrs["tile_rows"])
         self.dtype = str(buffers["keys"].dtype)
         # at least a tile: LLVM splits vectors where registers are narrower
         self.lanes = max(min(target.register_bits // 32, self.head_dim), self.tile)
-        one = isinstance(self.num_tokens, IntImm)
-        self.tokens_per_task = int(self.num_tokens) if one else TOKENS_PER_TASK
-        self.single = self.tokens_per_task == 1  # memory's speed limits it
+        self.single = isinstance(self.num_tokens, IntImm)  # a row a task: memory limits its speed
+        self.tokens_per_task = 1 if self.single else TOKENS_PER_TASK
 
     def choose(self, choose: Choose, target: Target) -> None:
         """Choose the sums kept in registers: half of the registers, the factors need the rest."""
@@ -65,9 +65,13 @@ class Chunks:
             return lane <= last
         return T.And(lane <= last, lane > last - self.window)
 
-    def page(self, key_tile: Expr) -> Expr:
-        """Return the page of a tile of keys."""
-        return self.buffers["table"][key_tile // self.page_tiles].astype("int64")
+    def page(self, table: Expr, key_tile: Expr) -> Expr:
+        """Return the page of a tile of keys, from the table that begins at `table`."""
+        return self.buffers["tables"][table + key_tile // self.page_tiles].astype("int64")
+
+    def fact(self, row: Expr, column: int) -> Expr:
+        """Return what the step is told of a row."""
+        return self.buffers["rows"][row, column].astype("int64")
 
     def first_tile(self, last_key: Expr) -> Expr:
         """Return the tile of the first key visible to the token whose own key is `last_key`."""
@@ -107,29 +111,38 @@ class Chunks:
             return x if dtype == "float32" else x.astype("float32")
 
         # `at` counts elements into the chunk; where a page ends within it, the fetch is in vain
-        def fetched_key(kv_head: Expr, key_tile: Expr, at: Expr) -> Expr:
-            return fetch(keys[page(key_tile), kv_head, key_tile % page_tiles, 0, at])
+        def fetched_key(table: Expr, kv_head: Expr, key_tile: Expr, at: Expr) -> Expr:
+            return fetch(keys[page(table, key_tile), kv_head, key_tile % page_tiles, 0, at])
 
-        def fetched_value(kv_head: Expr, key_tile: Expr, at: Expr) -> Expr:
-            return fetch(values[page(key_tile), kv_head, key_tile % page_tiles * tile, at])
+        def fetched_value(table: Expr, kv_head: Expr, key_tile: Expr, at: Expr) -> Expr:
+            return fetch(values[page(table, key_tile), kv_head, key_tile % page_tiles * tile, at])
 
-        def key_at(kv_head: Expr, key_tile: Expr, d: Expr, lane: Expr) -> Expr:
-            return float32(keys[page(key_tile), kv_head, key_tile % page_tiles, d, lane])
+        def key_at(table: Expr, kv_head: Expr, key_tile: Expr, d: Expr, lane: Expr) -> Expr:
+            return float32(keys[page(table, key_tile), kv_head, key_tile % page_tiles, d, lane])
 
         def key_of(
-            panel: Buffer, kv_head: Expr, key_tile: Expr, d: Expr, vector: Expr, lane: Expr
+            panel: Buffer,
+            table: Expr,
+            kv_head: Expr,
+            key_tile: Expr,
+            d: Expr,
+            vector: Expr,
+            lane: Expr,
         ) -> Expr:
             if not direct:
                 return panel[d * KEYS + vector * lanes + lane]
             at = vector * lanes + lane
-            return key_at(kv_head, key_tile + at // tile, d, at % tile)
+            return key_at(table, kv_head, key_tile + at // tile, d, at % tile)
 
-        def value_at(kv_head: Expr, key_tile: Expr, i: Expr, d: Expr) -> Expr:
+        def value_at(table: Expr, kv_head: Expr, key_tile: Expr, i: Expr, d: Expr) -> Expr:
             of_i = key_tile + i // tile
-            return float32(values[page(of_i), kv_head, of_i % page_tiles * tile + i % tile, d])
+            slot = of_i % page_tiles * tile + i % tile
+            return float32(values[page(table, of_i), kv_head, slot, d])
 
-        def value_of(panel: Buffer, kv_head: Expr, key_tile: Expr, i: Expr, d: Expr) -> Expr:
-            return value_at(kv_head, key_tile, i, d) if direct else panel[i * head_dim + d]
+        def value_of(
+            panel: Buffer, table: Expr, kv_head: Expr, key_tile: Expr, i: Expr, d: Expr
+        ) -> Expr:
+            return value_at(table, kv_head, key_tile, i, d) if direct else panel[i * head_dim + d]
 
         def hidden(seen: Expr, x: Expr) -> Expr:
             return T.Select(seen, x, const(HIDDEN, "float32"))
@@ -152,6 +165,7 @@ class Chunks:
             total,
             shrink,
             num_tokens,
+            table,
             kv_head,
             first_token,
             first_out,
@@ -167,7 +181,7 @@ class Chunks:
                     for d in range(T.int64(head_dim)):
                         for lane in T.vectorized(tile):
                             panel[d * KEYS + i * tile + lane] = key_at(
-                                kv_head, key_tile + i, d, lane
+                                table, kv_head, key_tile + i, d, lane
                             )
             for block in range(num_tokens * (group // rows)):
                 for i in range(num_steps):
@@ -178,6 +192,7 @@ class Chunks:
                         for f in T.unroll(lines):
                             T.evaluate(
                                 fetched_key(
+                                    table,
                                     kv_head,
                                     key_tile + tiles,
                                     i * (step * head_dim) + (d * lines + f) * line,
@@ -193,6 +208,7 @@ class Chunks:
                                             d * rounds + n,
                                         ] * key_of(
                                             panel,
+                                            table,
                                             kv_head,
                                             key_tile,
                                             d * rounds + n,
@@ -237,7 +253,7 @@ class Chunks:
                     for d in range(T.int64(head_dim // lanes)):
                         for lane in T.vectorized(lanes):
                             panel[i * head_dim + d * lanes + lane] = value_at(
-                                kv_head, key_tile, i, d * lanes + lane
+                                table, kv_head, key_tile, i, d * lanes + lane
                             )
             for block in range(num_tokens * (group // rows)):
                 for dims in range(T.int64(head_dim // step)):
@@ -258,6 +274,7 @@ class Chunks:
                         for f in T.unroll(lines):
                             T.evaluate(
                                 fetched_value(
+                                    table,
                                     kv_head,
                                     key_tile + tiles,
                                     dims * (KEYS * step) + (i * lines + f) * line,
@@ -271,6 +288,7 @@ class Chunks:
                                             block * rows + r, i * rounds + n
                                         ] * value_of(
                                             panel,
+                                            table,
                                             kv_head,
                                             key_tile,
                                             i * rounds + n,

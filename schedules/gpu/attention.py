@@ -63,6 +63,7 @@ def _body(function: PrimFunc) -> Stmt:
         for n in range(tiles.num_chunks(tile)):
             for i in range(T.int64(KEYS * head_dim // threads)):
                 chunk[i * threads + ty * SIDE + tx] = tiles.key_at(
+                    tile,
                     kv_head,
                     (tiles.first_chunk(tile) + n) * KEYS + (i * threads + ty * SIDE + tx) % KEYS,
                     (i * threads + ty * SIDE + tx) // KEYS,
@@ -103,6 +104,7 @@ def _body(function: PrimFunc) -> Stmt:
                     mass[r] += added[r * SIDE + ty, j]
             for i in range(T.int64(KEYS * head_dim // threads)):
                 chunk[i * threads + ty * SIDE + tx] = tiles.value_at(
+                    tile,
                     kv_head,
                     (tiles.first_chunk(tile) + n) * KEYS
                     + (i * threads + ty * SIDE + tx) // head_dim,

@@ -1,4 +1,5 @@
-"""Attention of one token over the KV cache: a work-group serves all query heads of a KV head.
+"""Attention of a few tokens over the KV cache: a work-group serves all query heads of a token and a
+KV head.
 
 Its subgroups take chunks of keys by turns, each with an online softmax of its own. A chunk has as
 many keys as a subgroup has threads: a thread has one key of it while scores are computed, and some
@@ -31,12 +32,11 @@ LOADS_WANTED = 16
 
 
 def attention_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
-    """Schedule attention of one token; declines other kernels, and groups of more query heads than
-    a subgroup has threads or shared memory for."""
+    """Schedule attention of a few tokens; declines other kernels, and groups of more query heads
+    than a subgroup has threads or shared memory for."""
     if str(function.attrs["op"]) != "attention":
         return None
-    num_tokens = function.params[0].shape[0]
-    if not isinstance(num_tokens, IntImm) or int(num_tokens) != 1:
+    if not isinstance(function.params[0].shape[0], IntImm):
         return None
     tiles = TokenTiles(function, 1, target.subgroup_size)
     fitting = _fitting(tiles, target)
@@ -55,7 +55,7 @@ def _fitting(tiles: TokenTiles, target: Target) -> list[int]:
 
 
 def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt:
-    first = const(0, "int64")  # the only tile and row
+    only, num_tokens = const(0, "int64"), int(tiles.num_tokens)  # a tile has one row
     queries, sinks, out = tiles.queries, tiles.sinks, tiles.out
     heads, kv_heads, head_dim, group = tiles.heads, tiles.kv_heads, tiles.head_dim, tiles.group
     each = -(-head_dim // threads)  # elements of the output that a thread has
@@ -66,59 +66,59 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
     find_largest = reduction(T.max, threads, group)
     add_up = reduction(lambda x, y: x + y, threads, group)
 
-    def first_chunk(part: Expr) -> Expr:
+    def first_chunk(token: Expr, part: Expr) -> Expr:
         """Return where a part begins; the parts share the visible chunks evenly."""
-        return tiles.first_chunk(first) + tiles.num_chunks(first) * part // parts
+        return tiles.first_chunk(token) + tiles.num_chunks(token) * part // parts
 
-    def turns(part: Expr) -> Expr:
-        chunks = first_chunk(part + 1) - first_chunk(part)
+    def turns(token: Expr, part: Expr) -> Expr:
+        chunks = first_chunk(token, part + 1) - first_chunk(token, part)
         return (chunks + (members - 1)) // members
 
-    def first_key(part: Expr, turn: Expr, member: Expr) -> Expr:
-        return (first_chunk(part) + turn * members + member) * threads
+    def first_key(token: Expr, part: Expr, turn: Expr, member: Expr) -> Expr:
+        return (first_chunk(token, part) + turn * members + member) * threads
 
-    def visible(part: Expr, key: Expr) -> Expr:
+    def visible(token: Expr, part: Expr, key: Expr) -> Expr:
         """Whether the token sees the key, and the key is not the next part's."""
-        return T.And(tiles.visible(first, first, key), key < first_chunk(part + 1) * threads)
+        return T.And(tiles.visible(token, only, key), key < first_chunk(token, part + 1) * threads)
 
-    def there(key: Expr) -> Expr:
+    def there(token: Expr, key: Expr) -> Expr:
         """Return a key in the cache: subgroups past the last chunk read the last key in vain."""
-        return T.min(key, tiles.last_key(first, first))
+        return T.min(key, tiles.last_key(token, only))
 
-    def value_at(kv_head: Expr, key: Expr, thread: Expr, i: Expr) -> Expr:
+    def value_at(token: Expr, kv_head: Expr, key: Expr, thread: Expr, i: Expr) -> Expr:
         """Return a thread's i-th element; threads past the last repeat it, and do not keep it."""
         d = T.min(thread * each + i, const(head_dim - 1, "int64"))
-        return tiles.value_at(kv_head, there(key), d)
+        return tiles.value_at(token, kv_head, there(token, key), d)
 
     def begins(part: Expr, member: Expr) -> Expr:
         """Whether a subgroup adds the sink: only the first one does."""
         return T.And(part == 0, member == 0)
 
-    def largest_of(largest: Buffer, count: int, at: Expr) -> Expr:
-        return functools.reduce(T.max, (largest[i, at] for i in range(count)))
+    def largest_of(largest: Buffer, first: Expr, count: int, at: Expr) -> Expr:
+        return functools.reduce(T.max, (largest[first + i, at] for i in range(count)))
 
     @T.macro
-    def merge(merged, count, best, mass, acc, at, d):  # type: ignore[no-untyped-def]
+    def merge(merged, first, count, best, mass, acc, at, d):  # type: ignore[no-untyped-def]
         """Set `merged` to the sum, the mass and the maximum of `count` softmaxes together."""
-        merged[2] = largest_of(best, count, at)
+        merged[2] = largest_of(best, first, count, at)
         merged[0] = T.float32(0)
         merged[1] = T.float32(0)
         for i in T.unroll(count):
-            merged[0] += acc[i, at, d] * T.exp(best[i, at] - merged[2])
-            merged[1] += mass[i, at] * T.exp(best[i, at] - merged[2])
+            merged[0] += acc[first + i, at, d] * T.exp(best[first + i, at] - merged[2])
+            merged[1] += mass[first + i, at] * T.exp(best[first + i, at] - merged[2])
 
     @T.macro
-    def keep(partial, largest, total, merged, part, head, d):  # type: ignore[no-untyped-def]
+    def keep(partial, largest, total, merged, token, part, head, d):  # type: ignore[no-untyped-def]
         if parts == 1:
-            out[0, head * head_dim + d] = merged[0] / merged[1]
+            out[token, head * head_dim + d] = merged[0] / merged[1]
         else:
-            partial[part, head, d] = merged[0]
+            partial[token * parts + part, head, d] = merged[0]
             if d == 0:
-                largest[part, head] = merged[2]
-                total[part, head] = merged[1]
+                largest[token * parts + part, head] = merged[2]
+                total[token * parts + part, head] = merged[1]
 
     @T.macro
-    def attend(partial, largest, total, kv_head, part, member, thread):  # type: ignore[no-untyped-def]
+    def attend(partial, largest, total, token, kv_head, part, member, thread):  # type: ignore[no-untyped-def]
         query = T.alloc_buffer((head_dim, group), "float32", scope="shared")
         weight = T.alloc_buffer((members, threads, group), "float32", scope="shared")
         some = T.alloc_buffer((members, slices, group), "float32", scope="shared")
@@ -138,7 +138,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
                     (i * size + member * threads + thread) % head_dim,
                     (i * size + member * threads + thread) // head_dim,
                 ] = queries[
-                    0,
+                    token,
                     kv_head * group + (i * size + member * threads + thread) // head_dim,
                     (i * size + member * threads + thread) % head_dim,
                 ]
@@ -149,14 +149,15 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
             mass[g] = T.Select(T.And(begins(part, member), thread == 0), T.float32(1), T.float32(0))
             for i in T.unroll(each):
                 acc[g, i] = T.float32(0)
-        for turn in range(turns(part)):
+        for turn in range(turns(token, part)):
             for g in T.unroll(group):
                 score[g] = T.float32(0)
             for batch in range(T.int64(head_dim // at_once)):
                 for d in T.unroll(at_once):
                     loaded[d] = tiles.key_at(
+                        token,
                         kv_head,
-                        there(first_key(part, turn, member) + thread),
+                        there(token, first_key(token, part, turn, member) + thread),
                         batch * at_once + d,
                     )
                 for d in T.unroll(at_once):
@@ -164,7 +165,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
                         score[g] += query[batch * at_once + d, g] * loaded[d]
             for g in T.unroll(group):
                 score[g] = T.Select(
-                    visible(part, first_key(part, turn, member) + thread),
+                    visible(token, part, first_key(token, part, turn, member) + thread),
                     score[g],
                     T.float32(HIDDEN),
                 )
@@ -184,8 +185,9 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
             for batch in range(T.int64(threads * each // at_once)):
                 for j in T.unroll(at_once):
                     loaded[j] = value_at(
+                        token,
                         kv_head,
-                        first_key(part, turn, member) + (batch * at_once + j) // each,
+                        first_key(token, part, turn, member) + (batch * at_once + j) // each,
                         thread,
                         (batch * at_once + j) % each,
                     )
@@ -206,6 +208,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
             if i * size + member * threads + thread < group * head_dim:
                 merge(
                     merged,
+                    T.int64(0),
                     members,
                     members_best,
                     members_mass,
@@ -218,6 +221,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
                     largest,
                     total,
                     merged,
+                    token,
                     part,
                     kv_head * group + (i * size + member * threads + thread) // head_dim,
                     (i * size + member * threads + thread) % head_dim,
@@ -227,27 +231,30 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
 
         @T.prim_func(private=True, s_tir=True, check_well_formed=False)
         def in_one() -> None:
-            for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
-                for member in T.thread_binding(T.int64(members), thread="threadIdx.y"):
-                    for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
-                        attend(out, out, out, kv_head, T.int64(0), member, thread)
+            for token in T.thread_binding(T.int64(num_tokens), thread="blockIdx.z"):
+                for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
+                    for member in T.thread_binding(T.int64(members), thread="threadIdx.y"):
+                        for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
+                            attend(out, out, out, token, kv_head, T.int64(0), member, thread)
 
         return in_one.body
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def in_parts() -> None:
-        partial = T.alloc_buffer((parts, heads, head_dim), "float32")
-        largest = T.alloc_buffer((parts, heads), "float32")
-        total = T.alloc_buffer((parts, heads), "float32")
-        for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
-            for part in T.thread_binding(T.int64(parts), thread="blockIdx.y"):
-                for member in T.thread_binding(T.int64(members), thread="threadIdx.y"):
-                    for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
-                        attend(partial, largest, total, kv_head, part, member, thread)
-        for head in T.thread_binding(T.int64(heads), thread="blockIdx.x"):
-            for d in T.thread_binding(T.int64(head_dim), thread="threadIdx.x"):
-                merged = T.alloc_buffer((3,), "float32", scope="local")
-                merge(merged, parts, largest, total, partial, head, d)
-                out[0, head * head_dim + d] = merged[0] / merged[1]
+        partial = T.alloc_buffer((num_tokens * parts, heads, head_dim), "float32")
+        largest = T.alloc_buffer((num_tokens * parts, heads), "float32")
+        total = T.alloc_buffer((num_tokens * parts, heads), "float32")
+        for token in T.thread_binding(T.int64(num_tokens), thread="blockIdx.z"):
+            for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
+                for part in T.thread_binding(T.int64(parts), thread="blockIdx.y"):
+                    for member in T.thread_binding(T.int64(members), thread="threadIdx.y"):
+                        for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
+                            attend(partial, largest, total, token, kv_head, part, member, thread)
+        for token in T.thread_binding(T.int64(num_tokens), thread="blockIdx.y"):
+            for head in T.thread_binding(T.int64(heads), thread="blockIdx.x"):
+                for d in T.thread_binding(T.int64(head_dim), thread="threadIdx.x"):
+                    merged = T.alloc_buffer((3,), "float32", scope="local")
+                    merge(merged, token * parts, parts, largest, total, partial, head, d)
+                    out[token, head * head_dim + d] = merged[0] / merged[1]
 
     return in_parts.body

@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc, Stmt
 
 from ...targets import Target
+from ..product import whole_parts
 from ..records import Choose
 from .mma import WARP, product
 from .tf32 import DEPTH, MMA, rest, upper
@@ -23,6 +24,7 @@ MATRIX_ROWS, MATRIX_COLUMNS = 16, 8
 THREADS = ROWS // MATRIX_ROWS * WARP
 SHARERS = THREADS // ROWS  # threads that share a row of scores
 KEYS = 32  # in a chunk
+TOGETHER = (1, 2, 4, 8, 16)  # tokens of a tile
 # Padding words after each row of the first and of the second factor: lanes use different banks.
 FIRST_SKEW, SECOND_SKEW = 4, 8
 
@@ -36,7 +38,8 @@ def attention_tf32(function: PrimFunc, target: Target, choose: Choose) -> Schedu
     fills = tiles.head_dim % MATRIX_COLUMNS == 0 and tiles.group <= ROWS
     if not fills or str(tiles.keys.dtype) != "float16":
         return None
-    return Schedule(function.with_body(_body(function, ROWS // tiles.group)))
+    _, together = whole_parts(int(function.attrs["tile_rows"]), TOGETHER, ROWS // tiles.group)
+    return Schedule(function.with_body(_body(function, together)))
 
 
 def _body(function: PrimFunc, together: int) -> Stmt:
@@ -109,6 +112,7 @@ def _body(function: PrimFunc, together: int) -> Stmt:
                     (i * THREADS + thread) // KEYS * (KEYS + SECOND_SKEW)
                     + (i * THREADS + thread) % KEYS
                 ] = tiles.key_at(
+                    tile,
                     kv_head,
                     (tiles.first_chunk(tile) + c) * KEYS + (i * THREADS + thread) % KEYS,
                     (i * THREADS + thread) // KEYS,
@@ -152,6 +156,7 @@ def _body(function: PrimFunc, together: int) -> Stmt:
                     (i * THREADS + thread) // head_dim * (head_dim + SECOND_SKEW)
                     + (i * THREADS + thread) % head_dim
                 ] = tiles.value_at(
+                    tile,
                     kv_head,
                     (tiles.first_chunk(tile) + c) * KEYS + (i * THREADS + thread) // head_dim,
                     (i * THREADS + thread) % head_dim,

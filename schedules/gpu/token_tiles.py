@@ -5,21 +5,24 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from ..formats import const
+from ..formats import POSITION, TABLE, const
 
 HIDDEN = -1e30  # score of a key that must not be seen
 
 
 class TokenTiles:
-    """The tiles of an attention kernel: `together` tokens a tile, `chunk` keys a chunk."""
+    """The tiles of an attention kernel: at most `together` consecutive tokens of a sequence a tile,
+    `chunk` keys a chunk. A kernel for few tokens has one a tile."""
 
     def __init__(self, function: PrimFunc, together: int, chunk: int) -> None:
         buffers = {parameter.name: parameter for parameter in function.params}
         self.queries, self.keys, self.values, self.sinks = (
             buffers[n] for n in ("queries", "keys", "values", "sinks")
         )
-        self.position, self.table, self.out = (buffers[n] for n in ("position", "table", "out"))
-        self.together, self.chunk = together, chunk
+        self.rows, self.tables, self.out = (buffers[n] for n in ("rows", "tables", "out"))
+        self.tiles = buffers.get("tiles")  # whose rows several of these tiles share
+        self.together, self.chunk = 1 if self.tiles is None else together, chunk
+        self.parts = int(function.attrs["tile_rows"]) // self.together
         self.num_tokens = self.queries.shape[0]
         self.heads, self.head_dim = (int(e) for e in self.queries.shape[1:])
         self.kv_heads, page_tiles, _, self.per_tile = (int(e) for e in self.keys.shape[1:])
@@ -28,23 +31,29 @@ class TokenTiles:
         self.window = int(function.attrs["window"]) or None
 
     def count(self) -> Expr:
-        return (self.num_tokens + (self.together - 1)) // self.together
+        return self.num_tokens if self.tiles is None else self.tiles.shape[0] * self.parts
 
     def token_of(self, tile: Expr, row: Expr) -> Expr:
         """Return the token of a row; rows past the last token repeat it, and are not kept."""
-        token = T.min(row // self.group, self.together - 1)
-        return T.min(tile * self.together + token, self.num_tokens - 1)
+        if self.tiles is None:
+            return tile
+        token = tile % self.parts * self.together + T.min(row // self.group, self.together - 1)
+        return self._shared(tile, 0) + T.min(token, self._shared(tile, 1) - 1)
 
     def head_of(self, kv_head: Expr, row: Expr) -> Expr:
         return kv_head * self.group + row % self.group
 
     def kept(self, tile: Expr, row: Expr) -> Expr:
-        exists = tile * self.together + row // self.group < self.num_tokens
-        return T.And(row < self.together * self.group, exists)
+        """Whether a row is one of the tile's tokens and heads."""
+        within = row < self.together * self.group
+        if self.tiles is None:
+            return within
+        token = tile % self.parts * self.together + row // self.group
+        return T.And(within, token < self._shared(tile, 1))
 
     def last_key(self, tile: Expr, row: Expr) -> Expr:
         """Return the row's own key, the last one it sees."""
-        return self.position[0].astype("int64") + self.token_of(tile, row)
+        return self._fact(tile, row, POSITION)
 
     def visible(self, tile: Expr, row: Expr, key: Expr) -> Expr:
         key, last = key.astype("int32"), self.last_key(tile, row).astype("int32")
@@ -60,18 +69,29 @@ class TokenTiles:
         return T.max(self.last_key(tile, zero) - (self.window - 1), zero) // self.chunk
 
     def num_chunks(self, tile: Expr) -> Expr:
-        last_row = const(self.together * self.group - 1, "int64")
-        return self.last_key(tile, last_row) // self.chunk + 1 - self.first_chunk(tile)
+        """Return how many chunks the tile sees; none if it has no token."""
+        zero, last_row = (const(r, "int64") for r in (0, self.together * self.group - 1))
+        count = self.last_key(tile, last_row) // self.chunk + 1 - self.first_chunk(tile)
+        return T.Select(self.kept(tile, zero), count, zero)
 
-    def key_at(self, kv_head: Expr, key: Expr, d: Expr) -> Expr:
-        page, slot = self.place(key)
+    def key_at(self, tile: Expr, kv_head: Expr, key: Expr, d: Expr) -> Expr:
+        page, slot = self.place(tile, key)
         number = self.keys[page, kv_head, slot // self.per_tile, d, slot % self.per_tile]
         return number.astype("float32")
 
-    def value_at(self, kv_head: Expr, key: Expr, d: Expr) -> Expr:
-        page, slot = self.place(key)
+    def value_at(self, tile: Expr, kv_head: Expr, key: Expr, d: Expr) -> Expr:
+        page, slot = self.place(tile, key)
         return self.values[page, kv_head, slot, d].astype("float32")
 
-    def place(self, key: Expr) -> tuple[Expr, Expr]:
-        """Return the page of a key, and where the key lies there."""
-        return self.table[key // self.per_page].astype("int64"), key % self.per_page
+    def place(self, tile: Expr, key: Expr) -> tuple[Expr, Expr]:
+        """Return the page of a key of the tile's sequence, and where the key lies there."""
+        table = self._fact(tile, const(0, "int64"), TABLE)
+        return self.tables[table + key // self.per_page].astype("int64"), key % self.per_page
+
+    def _fact(self, tile: Expr, row: Expr, column: int) -> Expr:
+        return self.rows[self.token_of(tile, row), column].astype("int64")
+
+    def _shared(self, tile: Expr, column: int) -> Expr:
+        """Return the first row, or the number of rows, of what several tiles share."""
+        assert self.tiles is not None
+        return self.tiles[tile // self.parts, column].astype("int64")
