@@ -1,16 +1,16 @@
 """A loaded model: token ids to logits, to tokens, to the text of a chat."""
 
 import datetime
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from .arguments import prompt_ids, sampling_options, whole_number
 from .artifact import Artifact, open_artifact
 from .chooser import Chooser
 from .devices.driver import driver, forbid_fork
@@ -18,20 +18,15 @@ from .devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
 from .devices.program import read_programs
 from .devices.tvm_cpu import Device
 from .devices.tvm_device import TensorDevice
-from .errors import ArtifactError, InputError, OsscompileError
+from .errors import ArtifactError, InputError
 from .harmony import IDENTITY, Piece, render_chat, stop_ids, stream_answer
 from .kv_cache import KVCache, PageCounts, page_counts
-from .machine import available_memory_bytes, choose_threads
-from .manifest import Manifest
+from .machine import choose_threads
+from .memory import PROCESS_BYTES, check_memory, memory_bytes
 from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
 from .tokenizer import StreamDecoder, Tokenizer
 
 T = TypeVar("T")
-
-# Python, numpy, tokenizers and TVM's runtime, without a vocabulary.
-PROCESS_BYTES = 60 << 20
-# Reading a row of a mapped file brings so much of its surroundings into memory.
-FAULT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -66,36 +61,13 @@ def load(
     """
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"artifact: expected the path of a folder, found {path!r}")
-    threads = None if threads is None else _whole_number("threads", threads)
+    threads = None if threads is None else whole_number("threads", threads)
     artifact = open_artifact(path, verify, progress, variant)
     limit = artifact.manifest.context
-    context = limit if context is None else _whole_number("context", context, limit)
+    context = limit if context is None else whole_number("context", context, limit)
     if kv_memory is not None:
-        kv_memory = _whole_number("kv_memory", kv_memory)
+        kv_memory = whole_number("kv_memory", kv_memory)
     return Model(artifact, context, threads, kv_memory)
-
-
-def memory_bytes(manifest: Manifest, context: int, kv_memory: int | None = None) -> dict[str, int]:
-    """Memory that a run uses when `context` positions are full, by what it is for; `kv_memory` as
-    for `load`.
-
-    A GPU holds all weights and caches from the beginning, and mostly in the memory of the machine;
-    on a CPU, what a run does not use of them takes none.
-    """
-    whole = not manifest.on_cpu
-    weights = 0
-    for weight in manifest.weights:
-        gathered = weight.name in manifest.gathered and not whole
-        rows = context if gathered else weight.shape[0]
-        weights += min(
-            weight.num_bytes, rows * max(weight.num_bytes // weight.shape[0], FAULT_BYTES)
-        )
-    return {
-        "weights": weights,
-        "KV cache": page_counts(manifest, context, kv_memory).num_bytes(manifest),
-        "workspace": sum(manifest.workspace_bytes[f] for f in ("prefill", "decode")),
-        "process": PROCESS_BYTES,
-    }
 
 
 class Model:
@@ -110,10 +82,10 @@ class Model:
     ) -> None:
         self.manifest = artifact.manifest
         self._needed = memory_bytes(self.manifest, context, kv_memory)
+        check_memory(self.manifest, context, self._needed)
         self.variant = artifact.variant.name
         self.context = context
         self.vocab_size = self.manifest.vocab_size
-        self._check_memory()
         path = artifact.tokenizer
         self.tokenizer = Tokenizer(path) if path is not None else None
         self._reserved, self._stops = np.empty(0, np.int64), set(self.manifest.eos_token_ids)
@@ -145,7 +117,7 @@ class Model:
         one before continues there. Another call ends this one: to go on with it then raises
         InputError. Raises InputError for bad arguments, before anything is computed.
         """
-        ids, sampling = self._check_tokens(token_ids), _sampling_options(options)
+        ids, sampling = self._check_tokens(token_ids), sampling_options(options)
         return self._generate(ids, self._limit(ids, max_tokens), sampling, self._stops)
 
     def chat(
@@ -187,7 +159,7 @@ class Model:
             builtin_tools=builtin_tools,
             response_format=response_format,
         )
-        ids, sampling = self._check_tokens(prompt), _sampling_options(options)
+        ids, sampling = self._check_tokens(prompt), sampling_options(options)
         limit = self._limit(ids, max_tokens)
         tokens = self._generate(ids, limit, sampling, stop_ids(tokenizer))
         said = (token.token_id for token in tokens)
@@ -260,7 +232,7 @@ class Model:
     def _limit(self, ids: list[int], max_tokens: int | None) -> int:
         """How many tokens may follow a prompt."""
         limit = self.context - len(ids) + 1  # what is sampled last needs no position of its own
-        return limit if max_tokens is None else min(limit, _whole_number("max_tokens", max_tokens))
+        return limit if max_tokens is None else min(limit, whole_number("max_tokens", max_tokens))
 
     def _check_turn(self, turn: int) -> None:
         if self._turn != turn:
@@ -353,43 +325,7 @@ class Model:
         return self._device.run(function, [np.array(ids, np.int32), position, *more], self._bound)
 
     def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
-        try:
-            if isinstance(token_ids, bytes | bytearray | memoryview):
-                raise TypeError("bytes")
-            ids = [_index(i) for i in token_ids]
-        except TypeError as error:
-            raise InputError(
-                f"prompt: expected token ids, which `encode` makes of text, found other: {error}"
-            ) from None
-        if not ids:
-            raise InputError("prompt: expected at least one token, found none")
-        if len(ids) > self.context:
-            raise InputError(
-                f"prompt: expected at most {self.context} tokens, found {len(ids)}; shorten it, or "
-                f"load with a larger context (this artifact was compiled for "
-                f"{self.manifest.context})"
-            )
-        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-        if wrong is not None:
-            raise InputError(
-                f"token ids: expected 0 to {self.vocab_size - 1}, found {wrong}; "
-                "was the prompt encoded with another tokenizer?"
-            )
-        return ids
-
-    def _check_memory(self) -> None:
-        if self.manifest.runtime == "cuda":  # in the GPU's memory, which tells when it is full
-            return
-        needed = self._needed
-        private = needed["KV cache"] + needed["workspace"]
-        if not self.manifest.on_cpu:  # copied, not mapped
-            private += needed["weights"]
-        available = available_memory_bytes()
-        if available is not None and private > available:
-            raise OsscompileError(
-                f"memory: {self.context} positions need {private / 1e9:.1f} GB that is not mapped, "
-                f"found {available / 1e9:.1f} GB available; load with a smaller context"
-            )
+        return prompt_ids(token_ids, self.vocab_size, self.context, self.manifest.context)
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -412,31 +348,3 @@ def _open_device(
     if launching is not None:
         return launching(library, read_programs(artifact), sha256=sha256)
     return TensorDevice(library, manifest.device, threads, needed_bytes, sha256)
-
-
-def _whole_number(name: str, value: object, most: int | None = None) -> int:
-    """From 1 to `most`; numpy's numbers are numbers. Raises InputError."""
-    try:
-        number = _index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or (most is not None and number > most):
-        limits = "from 1" if most is None else f"from 1 to {most}"
-        more = "; for more, compile the model again with a larger --context" if most else ""
-        raise InputError(f"{name}: expected a whole number {limits}, found {value!r}{more}")
-    return number
-
-
-def _index(value: Any) -> int:
-    """A whole number of any type. Raises TypeError, also for a truth value, which Python counts."""
-    if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{value!r}, a truth value")
-    return operator.index(value)
-
-
-def _sampling_options(options: Mapping[str, object]) -> SamplingOptions:
-    unknown = sorted(options.keys() - {field.name for field in fields(SamplingOptions)})
-    if unknown:
-        names = ", ".join(field.name for field in fields(SamplingOptions))
-        raise InputError(f"options: expected max_tokens, {names}, found {unknown[0]!r}")
-    return SamplingOptions(**options)  # type: ignore[arg-type]

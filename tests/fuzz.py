@@ -49,7 +49,6 @@ from osscompile.runtime.devices.program import (
     read_programs,
     write_programs,
 )
-from osscompile.runtime.engine import memory_bytes
 from osscompile.runtime.errors import OsscompileError
 from osscompile.runtime.manifest import (
     MANIFEST,
@@ -61,6 +60,7 @@ from osscompile.runtime.manifest import (
     Variant,
     parse_manifest,
 )
+from osscompile.runtime.memory import memory_bytes
 from osscompile.runtime.safetensors import map_tensors
 from osscompile.runtime.tokenizer import Tokenizer
 
