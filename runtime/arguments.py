@@ -1,14 +1,14 @@
 """What callers give to a model, checked before any work: expected, found, what to do."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from .errors import InputError
-from .sampler import SamplingOptions
+from .sampling_options import SamplingOptions
 
 
 def whole_number(name: str, value: object, most: int | None = None) -> int:
@@ -51,13 +51,22 @@ def prompt_ids(token_ids: Sequence[int], vocab_size: int, context: int, compiled
     return ids
 
 
-def sampling_options(options: Mapping[str, object]) -> SamplingOptions:
-    """Options by name. Raises InputError for one that there is not, or out of its range."""
-    unknown = sorted(options.keys() - {field.name for field in fields(SamplingOptions)})
+def sampling_options(
+    options: Mapping[str, object], others: Iterable[str], vocab_size: int
+) -> SamplingOptions:
+    """Options by name; None: as if it were not given. Raises InputError for one that there is not,
+    naming those that there are, `others` among them, or out of its range."""
+    known = [field.name for field in fields(SamplingOptions)]
+    unknown = sorted(options.keys() - set(known))
     if unknown:
-        names = ", ".join(field.name for field in fields(SamplingOptions))
-        raise InputError(f"options: expected max_tokens, {names}, found {unknown[0]!r}")
-    return SamplingOptions(**options)  # type: ignore[arg-type]
+        names = ", ".join([*others, *known])
+        raise InputError(f"options: expected {names}, found {unknown[0]!r}")
+    given = {name: value for name, value in options.items() if value is not None}
+    checked = SamplingOptions(**given)  # type: ignore[arg-type]
+    wrong = next((id for id in checked.logit_bias if id >= vocab_size), None)
+    if wrong is not None:
+        raise InputError(f"logit_bias: expected token ids below {vocab_size}, found {wrong}")
+    return checked
 
 
 def _index(value: Any) -> int:

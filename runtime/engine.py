@@ -2,8 +2,8 @@
 
 import datetime
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,22 +19,18 @@ from .devices.program import read_programs
 from .devices.tvm_cpu import Device
 from .devices.tvm_device import TensorDevice
 from .errors import ArtifactError, InputError
-from .harmony import IDENTITY, Piece, render_chat, stop_ids, stream_answer
+from .generated import GeneratedToken, generated_pieces
+from .harmony import IDENTITY, Piece, render_chat, stop_ids
 from .kv_cache import KVCache, PageCounts, page_counts
 from .machine import choose_threads
 from .memory import PROCESS_BYTES, check_memory, memory_bytes
-from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
-from .tokenizer import StreamDecoder, Tokenizer
+from .sampler import Sample, Sampler, check_logit, reserved_ids
+from .sampling_options import SamplingOptions
+from .stop_strings import TextStream
+from .tokenizer import Tokenizer
+from .usage import Usage
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class GeneratedToken(Sample):
-    """A token and the text that became complete with it ("" within a character of several bytes,
-    and for artifacts without a tokenizer)."""
-
-    text: str = ""
 
 
 def load(
@@ -109,15 +105,19 @@ class Model:
     def generate(
         self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
     ) -> Iterator[GeneratedToken]:
-        """Continue a prompt, one token at a time, until a stop id or `max_tokens`.
+        """Continue a prompt, one token at a time, until a stop id, a stop string or `max_tokens`.
 
         `options`: the fields of SamplingOptions (temperature, top_p, top_k, min_p, seed, logprobs,
-        stop_ids); the default is greedy. The stop id is the last token yielded. Without
-        `max_tokens` the context is the limit. The KV cache is kept: a prompt that begins like the
-        one before continues there. Another call ends this one: to go on with it then raises
-        InputError. Raises InputError for bad arguments, before anything is computed.
+        stop, stop_ids, logit_bias, frequency_penalty, presence_penalty); None: as if it were not
+        given. The stop id, or the token that completes a stop string, is the last one yielded.
+        Without `max_tokens` the context is the limit. The KV cache is kept: a prompt that begins
+        like the one before continues there. Another call ends this one: to go on with it then
+        raises InputError. Raises InputError for bad arguments, before anything is computed.
         """
-        ids, sampling = self._check_tokens(token_ids), sampling_options(options)
+        ids, sampling = (
+            self._check_tokens(token_ids),
+            self._check_options(options, Model.generate.__kwdefaults__),
+        )
         return self._generate(ids, self._limit(ids, max_tokens), sampling, self._stops)
 
     def chat(
@@ -142,9 +142,10 @@ class Model:
         have OpenAI's shapes; `builtin_tools`: of browser and python. No tool is run here.
 
         Every piece has a channel and a text, which is "" where there is none: Reasoning and Text,
-        ToolCall and Arguments, and last Finish, with the reason. `max_tokens` and `options` as in
-        `generate`, but `<|return|>`, `<|call|>` and `<|endoftext|>` end an answer, whatever ends
-        other texts of the checkpoint. Raises InputError, before anything is computed.
+        ToolCall and Arguments, and last Finish, with the reason and what it took. `max_tokens` and
+        `options` as in `generate`, but `<|return|>`, `<|call|>` and `<|endoftext|>` end an answer,
+        whatever ends other texts of the checkpoint, and `stop` is looked for in the text of channel
+        final alone. Raises InputError, before anything is computed.
         """
         tokenizer = self._need_tokenizer("chat")
         if current_date == "today":
@@ -159,11 +160,13 @@ class Model:
             builtin_tools=builtin_tools,
             response_format=response_format,
         )
-        ids, sampling = self._check_tokens(prompt), sampling_options(options)
+        ids, sampling = (
+            self._check_tokens(prompt),
+            self._check_options(options, Model.chat.__kwdefaults__),
+        )
         limit = self._limit(ids, max_tokens)
-        tokens = self._generate(ids, limit, sampling, stop_ids(tokenizer))
-        said = (token.token_id for token in tokens)
-        return stream_answer(said, tokenizer, sampling.stop_ids)
+        tokens = self._generate(ids, limit, replace(sampling, stop=()), stop_ids(tokenizer))
+        return generated_pieces(tokens, tokenizer, sampling)
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.
@@ -215,16 +218,18 @@ class Model:
         self, ids: list[int], limit: int, options: SamplingOptions, stops: Set[int]
     ) -> Iterator[GeneratedToken]:
         sampler = Sampler(options, self._reserved)
-        decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
+        texts = TextStream(self.tokenizer, options.stop)
         stops = stops | options.stop_ids
-        turn, sample = self._serve(lambda: self._first_sample(sampler, ids))
+        turn, cached, sample = self._serve(lambda: self._first_sample(sampler, ids))
         for count in range(1, limit + 1):
-            last = sample.token_id in stops or count == limit
-            text = decoder.push(sample.token_id) if decoder is not None else ""
-            if decoder is not None and last:
-                text += decoder.flush()
-            yield GeneratedToken(sample.token_id, sample.logprob, sample.top_logprobs, text)
-            if last:
+            ends = sample.token_id in stops
+            text = texts.push(sample.token_id, is_last=ends or count == limit)
+            reason = "stop" if ends or texts.stopped else "length" if count == limit else None
+            usage = Usage(len(ids), cached, count)
+            yield GeneratedToken(
+                sample.token_id, sample.logprob, sample.top_logprobs, text, reason, usage
+            )
+            if reason is not None:
                 return
             self._check_turn(turn)
             sample = self._serve(partial(self._next_sample, turn, sampler, sample.token_id))
@@ -275,10 +280,11 @@ class Model:
         self._turn += 1
         self._cache.clear()
 
-    def _first_sample(self, sampler: Sampler, ids: list[int]) -> tuple[int, Sample]:
-        """The turn that a generation has, and its first token."""
+    def _first_sample(self, sampler: Sampler, ids: list[int]) -> tuple[int, int, Sample]:
+        """The turn that a generation has, how many tokens were cached, and the first one."""
         self._turn += 1
-        return self._turn, self._sample(sampler, self._prefill(ids))
+        sample = self._sample(sampler, self._prefill(ids))
+        return self._turn, self.cached_tokens, sample
 
     def _next_sample(self, turn: int, sampler: Sampler, token_id: int) -> Sample:
         self._check_turn(turn)  # again: another thread's call may have come first
@@ -326,6 +332,15 @@ class Model:
 
     def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
         return prompt_ids(token_ids, self.vocab_size, self.context, self.manifest.context)
+
+    def _check_options(
+        self, options: Mapping[str, object], others: Iterable[str]
+    ) -> SamplingOptions:
+        """`others`: names of further options that the caller has."""
+        checked = sampling_options(options, others, self.vocab_size)
+        if checked.stop:
+            self._need_tokenizer("stop")
+        return checked
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
