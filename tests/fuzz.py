@@ -42,14 +42,12 @@ from osscompile.runtime.artifact import Artifact
 from osscompile.runtime.devices.program import (
     INPUTS,
     MEMORY,
-    TOKENS,
     Launch,
     Program,
     evaluate,
     read_programs,
     write_programs,
 )
-from osscompile.runtime.engine import memory_bytes
 from osscompile.runtime.errors import OsscompileError
 from osscompile.runtime.manifest import (
     MANIFEST,
@@ -61,7 +59,9 @@ from osscompile.runtime.manifest import (
     Variant,
     parse_manifest,
 )
+from osscompile.runtime.memory import memory_bytes
 from osscompile.runtime.safetensors import map_tensors
+from osscompile.runtime.step import FUNCTIONS
 from osscompile.runtime.tokenizer import Tokenizer
 
 MODEL = dataclasses.replace(TINY, num_layers=2, sliding=(True, False))
@@ -175,8 +175,8 @@ def small_manifest(runtime: str) -> Manifest:
         window=MODEL.window,
         sliding=MODEL.sliding,
         chunk=16,
-        score_chunk=16,
-        workspace_bytes=dict.fromkeys(("prefill", "decode", "score"), 1000),
+        most_wanted=16,
+        workspace_bytes=dict.fromkeys(FUNCTIONS, 1000),
         caches=caches,
         weights=weights,
         decode_bytes=1000,
@@ -200,11 +200,11 @@ def small_programs() -> dict[str, Program]:
     least = ("int64", ["min", "tokens", 7])
     few = Launch("few", (("bound", 3), ("storage", 1), least), (4,), (64,))
     one = Launch("one", (("bound", 3), ("storage", 1), ("int64", 7)), (4,), (64,), 1024, True)
-    sizes, symbols = (4096, 16 * vocab * 4), {"tokens": 16}
+    sizes = (4096, 16 * vocab * 4)
+    symbols = {"tokens": 16, "tiles": 16, "wanted_rows": 16}
     return {
-        "prefill": Program(sizes, (many, few), symbols, INPUTS["prefill"], 1, (1, vocab)),
-        "decode": Program(sizes, (one,), {}, INPUTS["decode"], 1, (1, vocab)),
-        "score": Program(sizes, (many, one), symbols, INPUTS["score"], 1, ("tokens", vocab)),
+        "step": Program(sizes, (many, few), symbols, INPUTS["step"], 1, ("wanted_rows", vocab)),
+        "step_1": Program(sizes, (one,), {}, INPUTS["step_1"], 1, (1, vocab)),
         "choose": Program((64, 8), (), {}, INPUTS["choose"], 1, (1, 2)),
     }
 
@@ -226,8 +226,8 @@ def try_programs(random: Random, folder: Path) -> None:
     (folder / "lib.launches").write_text(json.dumps(mutated(PROGRAMS_TEXT, random)))
     programs = read_programs(Artifact(folder, LAUNCHED, LAUNCHED.variants[0], ()))
     for program in programs.values():
-        for tokens in range(1, program.symbols.get(TOKENS, 1) + 1):
-            values = {TOKENS: tokens} if program.symbols else {}
+        for number in range(1, max(program.symbols.values(), default=1) + 1):
+            values = {symbol: min(number, most) for symbol, most in program.symbols.items()}
             for launch in program.launches:
                 for kind, value in launch.arguments:
                     if kind not in MEMORY:

@@ -50,7 +50,7 @@ def computed_positions(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[in
     run = model._device.run
 
     def spy(function: str, inputs: Any, bound: Any) -> Any:
-        positions.append(int(inputs[1][0]))
+        positions.append(int(inputs[0][0, 1]))
         return run(function, inputs, bound)
 
     monkeypatch.setattr(model._device, "run", spy)

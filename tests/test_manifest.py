@@ -37,11 +37,11 @@ WRONG: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     ),
     "unknown_field": (("weights", 0, "colour"), "red", "found also 'colour'"),
     "stop_id_beyond_the_vocabulary": (("eos_token_ids", 1), 512, "eos_token_ids below 512"),
-    "scores_of_more_than_a_chunk": (("score_chunk",), 17, "a score_chunk up to 16"),
+    "more_wanted_than_a_chunk": (("most_wanted",), 17, "most_wanted up to 16"),
     "function_without_workspace": (
         ("workspace_bytes",),
-        {"decode": 1},
-        "workspace_bytes of prefill",
+        {"step_1": 1},
+        "workspace_bytes of step",
     ),
     "hash_that_is_none": (("files", WEIGHTS), NO_HASH, "a sha256 of weights"),
     "file_in_a_folder": (

@@ -182,7 +182,7 @@ def test_kernels_of_gpt_oss(num_experts: int, profile: str) -> None:
 
 
 def first_launch(programs: dict[str, Any]) -> dict[str, Any]:
-    launch: dict[str, Any] = programs["prefill"]["launches"][0]
+    launch: dict[str, Any] = programs["step"]["launches"][0]
     return launch
 
 
@@ -199,24 +199,24 @@ def set_argument(*argument: Any) -> Callable[[dict[str, Any]], object]:
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "no function": (lambda p: p.pop("decode"), "decode"),
-    "no field": (lambda p: p["prefill"].pop("storages"), "storages"),
-    "functions in a list": (lambda p: p.update(score=[1]), "problem"),
-    "storage of no bytes": (lambda p: p["score"]["storages"].__setitem__(0, 0), "storage's size"),
-    "storage of too many": (lambda p: p["score"]["storages"].__setitem__(0, 1 << 60), "size"),
-    "storage of true bytes": (lambda p: p["score"]["storages"].__setitem__(0, True), "True"),
-    "result elsewhere": (lambda p: p["score"].update(result=999), "the result's storage"),
-    "result too large": (lambda p: p["score"].update(result_shape=[1 << 20, 1024]), "a result"),
-    "result in a small storage": (lambda p: p["decode"]["storages"].__setitem__(-1, 8), "a result"),
-    "fewer tokens": (lambda p: p["prefill"]["symbols"].update(tokens=511), "{'tokens': 512} at"),
-    "another symbol": (lambda p: p["prefill"]["symbols"].update(rows=1), "'rows': 1"),
-    "fewer inputs": (lambda p: p["prefill"]["inputs"].pop(), "expected the inputs"),
-    "short input": (lambda p: p["prefill"]["inputs"][0].update(shape=[1]), "expected the inputs"),
-    "input of another name": (lambda p: p["decode"]["inputs"][0].update(name="id"), "name='id'"),
+    "no function": (lambda p: p.pop("step_1"), "step_1"),
+    "no field": (lambda p: p["step"].pop("storages"), "storages"),
+    "functions in a list": (lambda p: p.update(step=[1]), "problem"),
+    "storage of no bytes": (lambda p: p["step"]["storages"].__setitem__(0, 0), "storage's size"),
+    "storage of too many": (lambda p: p["step"]["storages"].__setitem__(0, 1 << 60), "size"),
+    "storage of true bytes": (lambda p: p["step"]["storages"].__setitem__(0, True), "True"),
+    "result elsewhere": (lambda p: p["step"].update(result=999), "the result's storage"),
+    "result too large": (lambda p: p["step"].update(result_shape=[1 << 20, 1024]), "a result"),
+    "result in a small storage": (lambda p: p["step_1"]["storages"].__setitem__(-1, 8), "a result"),
+    "fewer tokens": (lambda p: p["step"]["symbols"].update(tokens=511), "'tokens': 512"),
+    "another symbol": (lambda p: p["step"]["symbols"].update(rows=1), "'rows': 1"),
+    "fewer inputs": (lambda p: p["step"]["inputs"].pop(), "expected the inputs"),
+    "short input": (lambda p: p["step"]["inputs"][0].update(shape=[1]), "expected the inputs"),
+    "input of another name": (lambda p: p["step_1"]["inputs"][0].update(name="id"), "name='id'"),
     "shared memory of a name": (lambda p: first_launch(p).update(shared_bytes="1"), "shared mem"),
     "much shared memory": (lambda p: first_launch(p).update(shared_bytes=1 << 40), "shared mem"),
     "dependent by a number": (lambda p: first_launch(p).update(dependent=1), "dependent"),
-    "result of other rows": (lambda p: p["score"].update(result_shape=[64, 1024]), "a result"),
+    "result of other rows": (lambda p: p["step"].update(result_shape=[64, 1024]), "a result"),
     "kernel with a blank": (lambda p: first_launch(p).update(kernel="a b"), "name of a kernel"),
     "kernel without a name": (lambda p: first_launch(p).update(kernel=7), "name of a kernel"),
     "unknown input": (set_argument("input", 3), "the input"),
@@ -358,7 +358,7 @@ def test_products_of_one_token_read_activations_as_images(nano: Path) -> None:
     parameters = dict(re.findall(r"^__kernel void (\w+)\((.*)\) \{$", source, re.MULTILINE))
     programs = read_programs(open_artifact(nano))
     of_one, of_many = (
-        {launch.kernel for launch in programs[name].launches} for name in ("decode", "prefill")
+        {launch.kernel for launch in programs[name].launches} for name in ("step_1", "step")
     )
     with_images = {name for name, text in parameters.items() if "image1d_buffer_t" in text}
     products = {

@@ -30,6 +30,7 @@ from osscompile.passes.expand_exp import expand_exp
 from osscompile.passes.pack_weights import PACKED_ROWS, pack_weights
 from osscompile.passes.schedule_kernels import schedule_kernels
 from osscompile.passes.verify import verify
+from osscompile.runtime.step import FUNCTIONS
 from osscompile.schedules import records
 from osscompile.schedules.cpu import CPU_RULES
 from osscompile.schedules.cpu import rows as fallback
@@ -52,7 +53,7 @@ def test_pipeline_dumps_every_phase_and_leaves_calls_of_the_machine_only(
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     left = [
         str(call.op)
-        for name in ("prefill", "decode", "score")
+        for name in FUNCTIONS
         for call in _calls(module[name])
         if isinstance(call.op, ir.Op) and call.op.name.startswith("relax.call_tir")
     ]
@@ -71,7 +72,7 @@ def test_pack_weights_gives_parameters_the_shapes_of_their_layout() -> None:
     graph = build_graph(SMALLEST, "fast", 32, 16)
     module = pack_weights(graph.module, AVX2)
     shapes = {p.name: p.shape for p in graph.weights}
-    for name in ("prefill", "decode", "score"):
+    for name in FUNCTIONS:
         for parameter in module[name].params:
             if parameter.name in module.attrs[PACKED_ROWS]:
                 axis, lanes = (int(i) for i in module.attrs[PACKED_ROWS][parameter.name])

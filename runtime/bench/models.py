@@ -32,7 +32,8 @@ from ..devices.tvm_device import TensorDevice
 from ..engine import Model, load
 from ..machine import physical_cores
 from ..manifest import Manifest
-from ..sampler import Sampler, SamplingOptions
+from ..sampler import Sampler
+from ..sampling_options import SamplingOptions
 from .artifact import artifact_facts, random_ids
 from .bandwidth_device import DeviceReader
 from .machine import OtherProcesses, cpu_name, gpu_name, memory_bytes, process_bytes, system_name

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from ..artifact import read_manifest
-from ..engine import memory_bytes
 from ..errors import InputError
 from ..manifest import ANY
+from ..memory import memory_bytes
 from .main import Commands
 from .options import add_kv_memory
 from .terminal import print_table

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
 
+from ..stop_strings import StopSearch
 from ..tokenizer import StreamDecoder, Tokenizer
+from ..usage import Usage
 from .events import Arguments, Finish, Piece, Reasoning, Text, ToolCall
 from .header import Header, Segment, plain_text, read_header, without_cut_word
 
@@ -33,6 +35,9 @@ class AnswerParser:
     - `<|start|>` or `<|channel|>` inside a message ends it and begins the next; other special
       tokens inside a message are left out.
     - Once another role begins to speak, the answer has ended.
+
+    `usage` counts the ids so far, and those of reasoning: an id belongs to what is told with it, or
+    next.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -42,12 +47,27 @@ class AnswerParser:
         self._num_calls = 0
         self._unheaded = ""  # ended messages without a header: what follows tells what they are
         self._num_held = 0
+        self._num_tokens = self._num_reasoning = self._num_untold = 0
         self._begin_header("assistant")
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(completion_tokens=self._num_tokens, reasoning_tokens=self._num_reasoning)
 
     def push(self, token_id: int) -> list[Piece]:
         """What this id tells: mostly one piece or none; none once the answer has ended."""
         if self.ended:
             return []
+        self._num_tokens += 1
+        self._num_untold += 1
+        pieces = self._read(token_id)
+        if pieces:
+            if all(isinstance(piece, Reasoning) for piece in pieces):
+                self._num_reasoning += self._num_untold
+            self._num_untold = 0
+        return pieces
+
+    def _read(self, token_id: int) -> list[Piece]:
         name = self._special_names.get(token_id)
         if name is None:
             self._num_held += 1
@@ -62,6 +82,11 @@ class AnswerParser:
             return []
         pieces = self._take_text(self._decoder.flush())
         return pieces if self.ended else pieces + self._end(reason)
+
+    def stop(self) -> Finish:
+        """End the answer here: what would be told next is not."""
+        self.ended = True
+        return Finish("tool_calls" if self._num_calls else "stop", self.usage)
 
     def _take_text(self, text: str) -> list[Piece]:
         if self._segments is None:
@@ -176,17 +201,36 @@ class AnswerParser:
         pieces += self._say_unheaded("") if self._unheaded else []
         if self.ended:
             return pieces
-        self.ended = True
-        is_call = reason == "stop" and self._num_calls > 0
-        return [*pieces, Finish("tool_calls" if is_call else reason)]
+        end = self.stop()
+        return [*pieces, end if reason == "stop" else replace(end, reason=reason)]
 
 
 def stream_answer(
-    token_ids: Iterable[int], tokenizer: Tokenizer, more_stops: Set[int] = frozenset()
+    token_ids: Iterable[int],
+    tokenizer: Tokenizer,
+    more_stops: Set[int] = frozenset(),
+    stop: tuple[str, ...] = (),
 ) -> Iterator[Piece]:
     """What the ids of an answer tell (see AnswerParser), until it ends; no more are taken then.
-    more_stops: ids that end it beside the format's own."""
+    more_stops: ids that end it beside the format's own; stop: strings that end it where text on
+    channel final has one, which is not told."""
     parser = AnswerParser(tokenizer)
+    search = StopSearch(stop)
+    for piece in _read_all(parser, token_ids, more_stops):
+        if isinstance(piece, Text) and piece.channel == "final":
+            text = search.push(piece.text)
+            yield from [Text("final", text)] if text else []
+            if search.found:
+                yield parser.stop()
+                return
+        else:
+            held = search.flush()
+            yield from [Text("final", held), piece] if held else [piece]
+
+
+def _read_all(
+    parser: AnswerParser, token_ids: Iterable[int], more_stops: Set[int]
+) -> Iterator[Piece]:
     reason = "length"
     for id in token_ids:
         yield from parser.push(id)
