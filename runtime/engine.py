@@ -12,24 +12,17 @@ import numpy as np
 
 from .arguments import prompt_ids, sampling_options, whole_number
 from .artifact import Artifact, open_artifact
-from .chooser import Chooser
-from .devices.driver import driver, forbid_fork
-from .devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
-from .devices.program import read_programs
-from .devices.tvm_cpu import Device
-from .devices.tvm_device import TensorDevice
+from .devices.driver import driver
 from .errors import ArtifactError, InputError
-from .generated import GeneratedToken, generated_pieces
+from .generated import GeneratedToken, TokenStream, generated_pieces
 from .harmony import IDENTITY, Piece, render_chat, stop_ids
-from .kv_cache import KVCache, page_counts
 from .machine import choose_threads
-from .memory import PROCESS_BYTES, check_memory, memory_bytes
-from .sampler import Sample, Sampler, check_logit, reserved_ids
+from .memory import check_memory, memory_bytes
+from .runner import Rows, Runner
+from .sampler import Sample, Sampler, reserved_ids
 from .sampling_options import SamplingOptions
-from .step import Part, step_inputs
-from .stop_strings import TextStream
+from .scheduler import Answer, Scheduler
 from .tokenizer import Tokenizer
-from .usage import Usage
 
 T = TypeVar("T")
 
@@ -79,8 +72,7 @@ class Model:
         self, artifact: Artifact, context: int, threads: int | None, kv_memory: int | None = None
     ) -> None:
         self.manifest = artifact.manifest
-        self._needed = memory_bytes(self.manifest, context, kv_memory)
-        check_memory(self.manifest, context, self._needed)
+        check_memory(self.manifest, context, memory_bytes(self.manifest, context, kv_memory))
         self.variant = artifact.variant.name
         self.context = context
         self.vocab_size = self.manifest.vocab_size
@@ -120,6 +112,36 @@ class Model:
             self._check_options(options, Model.generate.__kwdefaults__),
         )
         return self._generate(ids, self._limit(ids, max_tokens), sampling, self._stops)
+
+    def generate_batch(
+        self,
+        prompts: Iterable[Sequence[int]],
+        *,
+        max_tokens: int | None = None,
+        **options: object,
+    ) -> list[list[GeneratedToken]]:
+        """Continue several prompts together, as `generate` does each; their answers, in order.
+
+        A step reads the weights once for all of them. What they have in common at the beginning is
+        computed once if it came before. With a seed, every answer has it. Raises InputError.
+        """
+        sampling = self._check_options(options, Model.generate.__kwdefaults__)
+        checked = [self._check_tokens(ids) for ids in prompts]
+        limits = [self._limit(ids, max_tokens) for ids in checked]
+        answers: list[list[GeneratedToken]] = [[] for _ in checked]
+        asked = [
+            Answer(
+                ids,
+                Sampler(sampling, self._reserved),
+                TokenStream(
+                    self.tokenizer, sampling.stop, self._stops | sampling.stop_ids, len(ids), limit
+                ),
+                told.append,
+            )
+            for ids, limit, told in zip(checked, limits, answers, strict=True)
+        ]
+        self._serve(lambda: self._answer_all(asked))
+        return answers
 
     def chat(
         self,
@@ -186,7 +208,7 @@ class Model:
                 "decode: expected a call before this one that ended, found one that did not: it is "
                 "uncertain what the token would follow; call `prefill` again"
             )
-        if self._cache.length >= self.context:
+        if self._sequence.length >= self.context:
             raise InputError(
                 f"decode: expected room in the context of {self.context} positions, found none; "
                 "call `forget`, or load with a larger context"
@@ -219,18 +241,15 @@ class Model:
         self, ids: list[int], limit: int, options: SamplingOptions, stops: Set[int]
     ) -> Iterator[GeneratedToken]:
         sampler = Sampler(options, self._reserved)
-        texts = TextStream(self.tokenizer, options.stop)
-        stops = stops | options.stop_ids
+        stream = TokenStream(
+            self.tokenizer, options.stop, stops | options.stop_ids, len(ids), limit
+        )
         turn, cached, sample = self._serve(lambda: self._first_sample(sampler, ids))
-        for count in range(1, limit + 1):
-            ends = sample.token_id in stops
-            text = texts.push(sample.token_id, is_last=ends or count == limit)
-            reason = "stop" if ends or texts.stopped else "length" if count == limit else None
-            usage = Usage(len(ids), cached, count)
-            yield GeneratedToken(
-                sample.token_id, sample.logprob, sample.top_logprobs, text, reason, usage
-            )
-            if reason is not None:
+        stream.begin(cached)
+        while True:
+            token = stream.push(sample)
+            yield token
+            if token.finish_reason is not None:
                 return
             self._check_turn(turn)
             sample = self._serve(partial(self._next_sample, turn, sampler, sample.token_id))
@@ -251,36 +270,39 @@ class Model:
     # From here to `_run`: on the device's thread.
 
     def _open(self, artifact: Artifact, threads: int, kv_memory: int | None) -> None:
-        needed = sum(self._needed.values()) - PROCESS_BYTES
-        self._device = _open_device(artifact, threads, needed)
-        limit = self._device.array_limit
-        counts = page_counts(self.manifest, self.context, kv_memory, limit)
-        self._cache = KVCache(self.manifest, self._device, counts)
-        self._bound: list[Any] = []
-        for array in (*self._cache.tables, *self._cache.arrays, *artifact.weights):
-            self._driver.check()
-            self._bound.append(self._device.tensor(array))
-        self._chooser: Chooser | None = None  # where the logits are in the host's memory
-        if not isinstance(self._device, Device):
-            self._chooser = Chooser(self._device, self.vocab_size, self._reserved)
+        self._runner = Runner(
+            artifact,
+            self.context,
+            kv_memory,
+            threads,
+            1 + self.manifest.most_wanted,  # of its own, and those of a batch
+            self._reserved,
+        )
+        self._sequence = self._runner.cache.start()
 
     def _score(self, ids: list[int]) -> np.ndarray:
         self._turn += 1
-        self._cache.start_apart()
+        self._sequence.start_apart()
         rows = []
         for start in range(0, len(ids), self.manifest.most_wanted):
             part = ids[start : start + self.manifest.most_wanted]
-            rows.append(self._device.numpy(self._step(part, len(part))).copy())
+            rows.append(self._runner.device.numpy(self._step(part, len(part))).copy())
         return np.concatenate(rows)
+
+    def _answer_all(self, answers: list[Answer]) -> None:
+        self._turn += 1
+        self._sequence.keep()
+        self._sequence.restart()
+        Scheduler(self._runner, self.manifest.chunk, self.manifest.most_wanted).run(answers)
 
     def _host_logits(self, compute: Callable[[Any], Any], argument: object) -> np.ndarray:
         self._turn += 1
-        logits: np.ndarray = self._device.numpy(compute(argument))
+        logits: np.ndarray = self._runner.device.numpy(compute(argument))
         return logits.reshape(-1)
 
     def _forget(self) -> None:
         self._turn += 1
-        self._cache.clear()
+        self._runner.cache.clear()
 
     def _first_sample(self, sampler: Sampler, ids: list[int]) -> tuple[int, int, Sample]:
         """The turn that a generation has, how many tokens were cached, and the first one."""
@@ -293,27 +315,22 @@ class Model:
         return self._sample(sampler, self._decode(token_id))
 
     def _sample(self, sampler: Sampler, logits: Any) -> Sample:
-        """The next token: chosen by the device where it can, so that its logits stay there."""
-        options = sampler.device_options() if self._chooser is not None else None
         try:
-            if self._chooser is None or options is None:
-                return sampler.sample(self._device.numpy(logits).reshape(-1))
-            token, logit = self._chooser.choose(logits, options)
-            check_logit(logit, token)
+            (sample,) = self._runner.sample(logits, [sampler])
         except ArtifactError:  # not a number: what the cache holds would spoil the next answer
             self._forget()
             raise
-        return Sample(token)
+        return sample
 
     def _prefill(self, ids: list[int]) -> Any:
         """Extend the cache to `ids` -> the device's logits [1, vocab] after the last. At least one
         is computed."""
-        kept = self.cached_tokens = self._cache.reuse(ids[:-1])
+        kept = self.cached_tokens = self._sequence.reuse(ids[:-1])
         logits = None
         for start in range(kept, len(ids), self.manifest.chunk):
             part = ids[start : start + self.manifest.chunk]
             logits = self._step(part)
-        self._cache.keep()
+        self._sequence.keep()
         return logits
 
     def _decode(self, token_id: int) -> Any:
@@ -322,11 +339,7 @@ class Model:
 
     def _step(self, ids: Sequence[int], wanted: int = 1) -> Any:
         """Append tokens -> the device's logits [wanted, vocab] of the last ones."""
-        self._driver.check()
-        part = Part(ids, self._cache.begin(len(ids)), wanted=wanted)
-        logits = self._device.run(*step_inputs([part]), self._bound)
-        self._cache.append(ids)
-        return logits
+        return self._runner.step([Rows(self._sequence, ids, wanted)])
 
     def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
         return prompt_ids(token_ids, self.vocab_size, self.context, self.manifest.context)
@@ -347,17 +360,3 @@ class Model:
                 "a checkpoint that has tokenizer.json, or pass token ids to `generate`"
             )
         return self.tokenizer
-
-
-def _open_device(
-    artifact: Artifact, threads: int, needed_bytes: int
-) -> Device | TensorDevice | LaunchDevice:
-    manifest, library = artifact.manifest, artifact.library
-    sha256 = manifest.files[library.name].sha256
-    if manifest.on_cpu:
-        return Device(library, threads, sha256)
-    forbid_fork()
-    launching = LAUNCH_DEVICES.get(manifest.runtime)
-    if launching is not None:
-        return launching(library, read_programs(artifact), sha256=sha256)
-    return TensorDevice(library, manifest.device, threads, needed_bytes, sha256)

@@ -1,11 +1,12 @@
 """What a generation gives: tokens, and in a chat the pieces that they tell."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field, replace
 
 from .harmony import Finish, Piece, stream_answer
 from .sampler import Sample
 from .sampling_options import SamplingOptions
+from .stop_strings import TextStream
 from .tokenizer import Tokenizer
 from .usage import Usage
 
@@ -25,6 +26,38 @@ class GeneratedToken(Sample):
     usage: Usage = field(default=Usage(), compare=False)
 
 
+class TokenStream:
+    """Makes the tokens of an answer of what was sampled, and says when it ends: with an id of
+    `stops`, a stop string, or `limit` tokens."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stop: tuple[str, ...],
+        stops: Set[int],
+        prompt_tokens: int,
+        limit: int,
+    ) -> None:
+        self._texts, self._stops, self._limit = TextStream(tokenizer, stop), stops, limit
+        self._usage = Usage(prompt_tokens)
+        self.count = 0  # of tokens so far
+
+    def begin(self, cached_tokens: int) -> None:
+        """So many of the prompt's tokens were not computed; what is told later does not count."""
+        if self.count == 0:
+            self._usage = replace(self._usage, cached_tokens=cached_tokens)
+
+    def push(self, sample: Sample) -> GeneratedToken:
+        self.count += 1
+        ends, full = sample.token_id in self._stops, self.count == self._limit
+        text = self._texts.push(sample.token_id, is_last=ends or full)
+        reason = "stop" if ends or self._texts.stopped else "length" if full else None
+        usage = replace(self._usage, completion_tokens=self.count)
+        return GeneratedToken(
+            sample.token_id, sample.logprob, sample.top_logprobs, text, reason, usage
+        )
+
+
 def generated_pieces(
     tokens: Iterator[GeneratedToken], tokenizer: Tokenizer, options: SamplingOptions
 ) -> Iterator[Piece]:
@@ -38,7 +71,12 @@ def generated_pieces(
             yield token.token_id
 
     for piece in stream_answer(ids(), tokenizer, options.stop_ids, options.stop):
-        if isinstance(piece, Finish):
-            reasoning = piece.usage.reasoning_tokens
-            piece = replace(piece, usage=replace(usage, reasoning_tokens=reasoning))
-        yield piece
+        yield with_usage(piece, usage)
+
+
+def with_usage(piece: Piece, usage: Usage) -> Piece:
+    """The last piece says what the answer took; which tokens told reasoning it knows itself."""
+    if not isinstance(piece, Finish):
+        return piece
+    reasoning = piece.usage.reasoning_tokens
+    return replace(piece, usage=replace(usage, reasoning_tokens=reasoning))

@@ -1,12 +1,12 @@
-"""The KV cache: pages of keys and values, and the sequence that is computed.
+"""The KV cache: pages of keys and values, and the sequences that are computed.
 
 What was computed stays in a tree of prefixes until its pages are needed, so that a sequence with
 the same beginning computes only what is new. A sliding layer needs the window before the new
 tokens: a sequence can go on wherever the window pages are still there. They stay longest where a
 turn began or ended (`keep`).
 
-An interrupt may come anywhere. The tree and the path of the running sequence say what is there, and
-each change of them is a single assignment that makes true what was written before.
+An interrupt may come anywhere. The tree and the paths of the running sequences say what is there,
+and each change of them is a single assignment that makes true what was written before.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import numpy as np
 
 from .errors import InputError
 from .manifest import Manifest
-from .pages import Pages
+from .pages import Held, Pages
 from .prefix_tree import Node, match, new_root
 
 KEYS_PER_TILE = 16  # of a page: keys are [heads, tiles, dim, 16], values [heads, positions, dim]
@@ -111,11 +111,14 @@ def _counts_within(
 
 
 class KVCache:
-    """The arrays of every layer, in the order of the manifest, and what they hold."""
+    """The arrays of every layer, in the order of the manifest, and what they hold. At most
+    `sequences` run at once."""
 
-    def __init__(self, manifest: Manifest, memory: CacheMemory, counts: PageCounts) -> None:
+    def __init__(
+        self, manifest: Manifest, memory: CacheMemory, counts: PageCounts, sequences: int = 1
+    ) -> None:
         self._memory = memory
-        self._window, self._page = manifest.window, manifest.page_tokens
+        self.window, self.page_tokens = manifest.window, manifest.page_tokens
         self._arrays: tuple[list[Any], list[Any]] = ([], [])  # by kind: full, window
         self.arrays = []
         for i, cache in enumerate(manifest.caches):
@@ -124,60 +127,131 @@ class KVCache:
             self.arrays.append(memory.zeros(shape, cache.dtype))
             self._arrays[sliding].append(self.arrays[-1])
         # one more entry than pages: kernels may read keys of the next page, and ignore them
-        entries = -(-manifest.context // self._page) + 1
-        self.tables = [memory.zeros((entries,), "int32") for _ in (0, 1)]
+        entries = -(-manifest.context // self.page_tokens) + 1
+        self.tables = [memory.zeros((sequences * entries,), "int32") for _ in (0, 1)]
+        self._starts = range(0, sequences * entries, entries)  # of the tables of sequences
         self._pages = Pages(counts.full, counts.window)
-        self._root, self._time = new_root(), 0
-        self._base = self._root  # what the running sequence hangs from
+        self.root, self._time = new_root(), 0
+        self.running: tuple[CachedSequence, ...] = ()
+
+    def start(self) -> "CachedSequence":
+        """A sequence without tokens, which runs until it is left."""
+        used = {sequence.table for sequence in self.running}
+        sequence = CachedSequence(self, next(start for start in self._starts if start not in used))
+        self.running = (*self.running, sequence)
+        return sequence
+
+    def leave(self, sequence: "CachedSequence") -> None:
+        """End a sequence. What the tree has of it stays there until its pages are needed."""
+        self.running = tuple(other for other in self.running if other is not sequence)
+        self._count()
+
+    def take(self, count: int, sequence: "CachedSequence", held: Held) -> list[tuple[int, int]]:
+        """Pages of both kinds for a sequence, which holds `held`. Raises NoPages."""
+        others = [other for other in self.running if other is not sequence]
+        everything = [held, *(other.held() for other in others)]
+        return self._pages.take(count, self.root, everything)
+
+    def copy_page(self, source: tuple[int, int], target: tuple[int, int]) -> None:
+        """Of both kinds."""
+        for arrays, from_page, to_page in zip(self._arrays, source, target, strict=True):
+            for array in arrays:
+                self._memory.copy(array, from_page, to_page)
+
+    def write_table(self, start: int, pages: Sequence[tuple[int, int]]) -> None:
+        """Tell kernels the pages of both kinds, from entry `start` of the tables on."""
+        if pages:
+            for table, numbers in zip(self.tables, zip(*pages, strict=True), strict=True):
+                self._memory.write(table, np.array(numbers, np.int32), start)
+
+    def now(self) -> int:
+        """A time later than any before."""
+        self._time += 1
+        return self._time
+
+    def pages_used(self) -> tuple[int, int]:
+        """How many pages of each kind were ever written: the first ones."""
+        full, window = self._pages.most_used
+        return full, window
+
+    def clear(self) -> None:
+        """Forget everything, and set what was written to zero; running sequences are empty then."""
+        self.root = new_root()
+        for sequence in self.running:
+            sequence.restart()
+        self._count()
+        for arrays, most_used in zip(self._arrays, self.pages_used(), strict=True):
+            for array in arrays:
+                self._memory.clear(array, most_used)
+
+    def _count(self) -> None:
+        self._pages.count(self.root, [sequence.held() for sequence in self.running])
+
+
+class CachedSequence:
+    """What one sequence has in the cache: a path of nodes in the tree, or apart from it."""
+
+    def __init__(self, cache: KVCache, table: int) -> None:
+        self._cache, self._page = cache, cache.page_tokens
+        self.table = table  # where its table begins
+        self._base = cache.root  # what its path hangs from
         self._path: list[Node] = []
         self._ahead: list[tuple[int, int]] = []  # pages of what is being written
 
     @property
     def length(self) -> int:
-        """Positions of the running sequence that are written."""
+        """Positions that are written."""
         path = self._path
         return (len(path) - 1) * self._page + len(path[-1].tokens) if path else 0
 
+    def held(self) -> Held:
+        """The pages that nobody else may have."""
+        return Held(self._path, self._first_seen(self.length), self._ahead)
+
     def reuse(self, tokens: Sequence[int]) -> int:
-        """Begin a sequence with the longest prefix of `tokens` that can be gone on from; how many
-        that is. The end of the sequence before is kept."""
+        """Begin again with the longest prefix of `tokens` that can be gone on from; how many that
+        is. The end of what was there before is kept."""
         self.keep()
-        self._leave()
-        path, shared = match(self._root, tokens, self._page)
+        self.restart()
+        path, shared = match(self._cache.root, tokens, self._page)
         shared = self._reachable(path, shared)
         whole, rest = divmod(shared, self._page)
         if rest:
             path[whole] = self._own(path[: whole + 1], rest)
         path = path[: whole + bool(rest)]
-        self._time += 1
+        time = self._cache.now()
         for node in path:
-            node.used = self._time
-        self._write_tables(0, [(node.full, node.window or 0) for node in path])
+            node.used = time
+        self._cache.write_table(self.table, [(node.full, node.window or 0) for node in path])
         self._path = path
         return shared
 
     def start_apart(self) -> None:
-        """Begin an empty sequence, of which nothing is kept."""
+        """Begin again without tokens; nothing of what comes is kept."""
         self.keep()
-        self._leave()
+        self.restart()
         self._base = new_root()
 
+    def restart(self) -> None:
+        """Begin again without tokens."""
+        self._path, self._ahead, self._base = [], [], self._cache.root
+
     def begin(self, count: int) -> int:
-        """Make room for `count` more positions; the first of them."""
+        """Make room for `count` more positions; the first of them. Raises NoPages."""
         start, have = self.length, len(self._path)
         missing = -(-(start + count) // self._page) - have
+        if len(self._ahead) == missing:  # there is room already
+            return start
         self._ahead = []  # what an interrupt may have left
         if missing:
-            seen = self._first_seen(start)
-            taken = self._pages.take(missing, missing, self._root, self._path, seen)
-            ahead = list(zip(*taken, strict=True))
-            self._write_tables(have, ahead)
+            ahead = self._cache.take(missing, self, self.held())
+            self._cache.write_table(self.table + have, ahead)
             self._ahead = ahead
         return start
 
     def append(self, tokens: Sequence[int]) -> None:
         """The tokens were written at the positions that `begin` made room for."""
-        rest = tuple(tokens)
+        rest, time = tuple(tokens), self._cache.now()
         while rest:
             last = self._path[-1] if self._path else self._base
             room = self._page - len(last.tokens) if self._path else 0
@@ -187,41 +261,26 @@ class KVCache:
                 continue
             full, window = self._ahead.pop(0)
             node = Node(last, rest[: self._page], full, window)
-            node.used = self._time
+            node.used = time
             last.children.append(node)
             self._path.append(node)
             rest = rest[self._page :]
 
     def keep(self) -> None:
         """Keep this point, to go on from it later: the last token, too, can be another then."""
-        self._time += 1
-        first = self._first_seen(self.length - 1)
-        for node in self._path[first:]:
-            node.kept = self._time
+        time = self._cache.now()
+        for node in self._path[self._first_seen(self.length - 1) :]:
+            node.kept = time
 
-    def pages_used(self) -> tuple[int, int]:
-        """How many pages of each kind were ever written: the first ones."""
-        full, window = self._pages.most_used
-        return full, window
-
-    def clear(self) -> None:
-        """Forget everything, and set what was written to zero."""
-        self._root = self._base = new_root()
-        self._leave()
-        for arrays, most_used in zip(self._arrays, self.pages_used(), strict=True):
-            for array in arrays:
-                self._memory.clear(array, most_used)
+    def writes(self, node: Node) -> bool:
+        """Whether the next tokens go to this node."""
+        return bool(self._path) and self._path[-1] is node
 
     def _first_seen(self, position: int) -> int:
-        """The first page, of a sequence, in the window of a token at a position."""
-        return max(0, position - self._window + 1) // self._page
+        """The first page in the window of a token at a position."""
+        return max(0, position - self._cache.window + 1) // self._page
 
-    def _leave(self) -> None:
-        """End the running sequence."""
-        self._path, self._ahead, self._base = [], [], self._root
-        self._pages.count(self._root, ())
-
-    def _reachable(self, path: Sequence[Node], shared: int) -> int:
+    def _reachable(self, path: list[Node], shared: int) -> int:
         """How many of `shared` tokens can be gone on from: the window before must be there."""
         while shared:
             first = self._first_seen(shared)
@@ -232,26 +291,17 @@ class KVCache:
             shared = gaps[-1] * self._page
         return shared
 
-    def _own(self, path: Sequence[Node], count: int) -> Node:
+    def _own(self, path: list[Node], count: int) -> Node:
         """A node with the first `count` tokens of the last of `path`, to go on from: itself if it
-        has no more, else one with a copy of its pages."""
+        has no more and no other sequence writes there, else one with a copy of its pages."""
         node = path[-1]
-        if len(node.tokens) == count:
+        if len(node.tokens) == count and not any(s.writes(node) for s in self._cache.running):
             return node
         length = (len(path) - 1) * self._page + count
-        seen = self._first_seen(length)
-        (full,), (window,) = self._pages.take(1, 1, self._root, path, seen)
+        held = Held(path, self._first_seen(length), [])
+        ((full, window),) = self._cache.take(1, self, held)
         assert node.window is not None and node.parent is not None
-        for array in self._arrays[0]:
-            self._memory.copy(array, node.full, full)
-        for array in self._arrays[1]:
-            self._memory.copy(array, node.window, window)
+        self._cache.copy_page((node.full, node.window), (full, window))
         copied = Node(node.parent, node.tokens[:count], full, window)
         node.parent.children.append(copied)
         return copied
-
-    def _write_tables(self, start: int, pages: Sequence[tuple[int, int]]) -> None:
-        """Tell kernels the pages of both kinds, from number `start` of the sequence on."""
-        if pages:
-            for table, numbers in zip(self.tables, zip(*pages, strict=True), strict=True):
-                self._memory.write(table, np.array(numbers, np.int32), start)

@@ -1,53 +1,76 @@
 """Which pages of the KV cache are free, and which are taken from old prefixes when none is."""
 
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 from .prefix_tree import Node
 
 
+class NoPages(Exception):
+    """Running sequences hold so many pages that fewer are left than are needed."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a running sequence has: the nodes of its path, whose pages stay, but for the window
+    pages before node number `first_needed`; and the pages, full and window, of what is written."""
+
+    path: Sequence[Node]
+    first_needed: int
+    ahead: Sequence[tuple[int, int]]
+
+
 class Pages:
-    """The pages of both kinds of layers. What is taken is held by nodes, and by nothing else: free
-    is what no node holds, so that a page which an interrupt lost on its way to a node is found
-    again by the next count."""
+    """The pages of both kinds of layers. What is taken is held by nodes and running sequences, and
+    by nothing else: free is what they do not hold, so that a page which an interrupt lost on its
+    way to one is found again by the next count."""
 
     def __init__(self, num_full: int, num_window: int) -> None:
         self._counts = (num_full, num_window)
         self._free: tuple[list[int], list[int]] = ([], [])
         self.most_used = [0, 0]  # of each kind: pages from here on were never taken
 
-    def count(self, root: Node, path: Sequence[Node]) -> None:
-        """Find what is free: neither in the tree nor in the path of a running sequence."""
-        nodes = [*root.below(), *path]
-        held: tuple[set[int | None], ...]
-        held = {node.full for node in nodes}, {node.window for node in nodes}
-        full, window = (
+    def count(self, root: Node, running: Sequence[Held]) -> None:
+        """Find what is free: neither in the tree nor with a running sequence."""
+        full: set[int | None] = set()
+        window: set[int | None] = set()
+        for held in running:
+            full.update(page for page, _ in held.ahead)
+            window.update(page for _, page in held.ahead)
+        for node in _all_nodes(root, running):
+            full.add(node.full)
+            window.add(node.window)
+        free_full, free_window = (
             sorted(set(range(count)) - pages, reverse=True)  # the lowest is taken first
-            for count, pages in zip(self._counts, held, strict=True)
+            for count, pages in zip(self._counts, (full, window), strict=True)
         )
-        self._free = full, window
+        self._free = free_full, free_window
 
-    def take(
-        self, num_full: int, num_window: int, root: Node, path: Sequence[Node], first_needed: int
-    ) -> tuple[list[int], list[int]]:
-        """Free pages, of old prefixes if no others are left: whole pages that end a prefix, and
-        window pages of points that nobody kept first.
-
-        `path`: the nodes of the running sequence, whose pages stay, but for the window pages before
-        its node number `first_needed`.
-        """
-        if len(self._free[0]) < num_full or len(self._free[1]) < num_window:
-            self.count(root, path)
-            missing = [n - len(f) for n, f in zip((num_full, num_window), self._free, strict=True)]
-            _drop_leaves(root, missing[0], {id(node) for node in path})
-            needed = {id(node) for node in path[first_needed:]}
-            _drop_windows(root, path, missing[1], needed)
-            self.count(root, path)
+    def take(self, count: int, root: Node, running: Sequence[Held]) -> list[tuple[int, int]]:
+        """Free pages of both kinds, of old prefixes if no others are left: whole pages that end a
+        prefix, and window pages of points that nobody kept first. Raises NoPages, and takes
+        nothing, if there are fewer."""
+        if min(map(len, self._free)) < count:
+            self.count(root, running)
+            missing_full, missing_window = (count - len(free) for free in self._free)
+            _drop_leaves(root, missing_full, {id(node) for held in running for node in held.path})
+            _drop_windows(root, running, missing_window)
+            self.count(root, running)
         full, window = self._free
-        taken = [full.pop() for _ in range(num_full)], [window.pop() for _ in range(num_window)]
+        if min(len(full), len(window)) < count:
+            raise NoPages
+        taken = [(full.pop(), window.pop()) for _ in range(count)]
         for kind in (0, 1):
-            self.most_used[kind] = max(self.most_used[kind], *(p + 1 for p in taken[kind]), 0)
+            self.most_used[kind] = max(self.most_used[kind], *(page[kind] + 1 for page in taken))
         return taken
+
+
+def _all_nodes(root: Node, running: Sequence[Held]) -> Iterator[Node]:
+    """Those of the tree, and those of sequences apart from it; some come several times."""
+    yield from root.below()
+    for held in running:
+        yield from held.path
 
 
 def _drop_leaves(root: Node, count: int, running: Collection[int]) -> None:
@@ -67,9 +90,10 @@ def _drop_leaves(root: Node, count: int, running: Collection[int]) -> None:
             heapq.heappush(leaves, (parent.used, -order, parent))
 
 
-def _drop_windows(root: Node, path: Sequence[Node], count: int, needed: Collection[int]) -> None:
+def _drop_windows(root: Node, running: Sequence[Held], count: int) -> None:
     """Take `count` window pages from nodes, those that no kept point needs first."""
-    nodes = {id(node): node for node in (*root.below(), *path)}
+    needed = {id(node) for held in running for node in held.path[held.first_needed :]}
+    nodes = {id(node): node for node in _all_nodes(root, running)}
     having = [n for i, n in nodes.items() if n.window is not None and i not in needed]
     having.sort(key=lambda node: (node.kept, node.used))
     for node in having[: max(0, count)]:

@@ -29,7 +29,7 @@ class Part:
 def step_inputs(parts: Sequence[Part]) -> tuple[str, list[np.ndarray]]:
     """The function for these rows and its inputs, int32: rows [n, 3] of (token, position, table),
     and for any number tiles [t, 2] of (first row, rows), and wanted [w]. The logits are those of
-    the wanted rows, in order."""
+    the wanted rows, in order; of the last row if none is wanted."""
     rows = np.concatenate([_rows(part) for part in parts])
     if len(rows) in FEW and all(part.wanted == len(part.ids) for part in parts):
         return FEW[len(rows)], [rows]
@@ -39,6 +39,7 @@ def step_inputs(parts: Sequence[Part]) -> tuple[str, list[np.ndarray]]:
         tiles += [(row, min(TILE_ROWS, end - row)) for row in range(first, end, TILE_ROWS)]
         wanted += range(end - part.wanted, end)
         first = end
+    wanted = wanted or [len(rows) - 1]  # a step has one at least
     return ANY, [rows, np.array(tiles, np.int32), np.array(wanted, np.int32)]
 
 

@@ -30,13 +30,13 @@ def check_logits_stay(nano: Path, temperature: float) -> None:
     """Logits stay on the device if a token is greedy or drawn from the whole softmax."""
     model = load(nano)
     shapes: list[tuple[int, ...]] = []
-    numpy: Callable[[Any], np.ndarray] = model._device.numpy
+    numpy: Callable[[Any], np.ndarray] = model._runner.device.numpy
 
     def copied(result: Any) -> np.ndarray:
         shapes.append(tuple(result.shape))
         return numpy(result)
 
-    vars(model._device)["numpy"] = copied
+    vars(model._runner.device)["numpy"] = copied
     options: dict[str, Any] = {"max_tokens": 6, "temperature": temperature, "seed": 5}
     first = [token.token_id for token in model.generate(range(20), **options)]
     assert shapes == [(1, 2)] * len(first)
@@ -60,8 +60,12 @@ def check_sampler_does_the_rest(nano: Path, option: dict[str, Any]) -> None:
 def check_broken_weights_show(nano: Path) -> None:
     model = load(nano)
     names = [weight.name for weight in model.manifest.weights]
-    at = len(model._bound) - len(names) + names.index("norm.weight")
+    at = len(model._runner._bound) - len(names) + names.index("norm.weight")
     broken = np.full(model.manifest.weights[names.index("norm.weight")].shape, np.nan, np.float32)
-    model._bound = [*model._bound[:at], model._device.tensor(broken), *model._bound[at + 1 :]]
+    model._runner._bound = [
+        *model._runner._bound[:at],
+        model._runner.device.tensor(broken),
+        *model._runner._bound[at + 1 :],
+    ]
     with pytest.raises(ArtifactError, match="logits: expected finite numbers, found nan"):
         list(model.generate(range(3)))

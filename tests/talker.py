@@ -70,8 +70,8 @@ def say(model: Model, ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> li
     prompts: list[list[int]] = []
 
     def next_logits(_: object = None) -> NDArray[np.float32]:
-        logits = np.zeros(model.vocab_size, np.float32)
-        logits[rest.pop(0)] = 1
+        logits = np.zeros((1, model.vocab_size), np.float32)
+        logits[0, rest.pop(0)] = 1
         return logits
 
     def start(prompt: list[int]) -> NDArray[np.float32]:

@@ -82,11 +82,11 @@ def test_artifact_of_a_device_is_not_sent(nano: Path, capsys: pytest.CaptureFixt
 def test_cache_is_filled_up_to_the_depth(nano: Path) -> None:
     model = load(nano)
     _fill_cache(model, list(range(100)))
-    assert model._cache.length == 100
+    assert model._sequence.length == 100
     used = -(-100 // model.manifest.page_tokens)
-    for array, cache in zip(model._cache.arrays, model.manifest.caches, strict=True):
+    for array, cache in zip(model._runner.cache.arrays, model.manifest.caches, strict=True):
         content = np.empty(array.shape, cache.dtype)
-        model._device.read(array.memory, content)  # type: ignore[union-attr]
+        model._runner.device.read(array.memory, content)  # type: ignore[union-attr]
         assert (content[:used] != 0).mean() > 0.99 and not content[used:].any()
         assert abs(content[:used].astype(np.float32).std() - 1) < 0.1
     assert np.isfinite(model.decode(1)).all()

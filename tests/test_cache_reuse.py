@@ -47,13 +47,13 @@ def check_against_fresh(
 def computed_positions(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gets the first position of every run of the model."""
     positions: list[int] = []
-    run = model._device.run
+    run = model._runner.device.run
 
     def spy(function: str, inputs: Any, bound: Any) -> Any:
         positions.append(int(inputs[0][0, 1]))
         return run(function, inputs, bound)
 
-    monkeypatch.setattr(model._device, "run", spy)
+    monkeypatch.setattr(model._runner.device, "run", spy)
     return positions
 
 
@@ -119,9 +119,9 @@ def test_what_is_forgotten_is_zero(model: Model, back: int) -> None:
     prompt = random_ids(100)
     list(model.generate(prompt, max_tokens=3 * CHUNK))
     model.prefill([*prompt[:back], 3])
-    assert all(array.any() for array in model._cache.arrays)
+    assert all(array.any() for array in model._runner.cache.arrays)
     model.forget()
-    assert not any(array.any() for array in model._cache.arrays)
+    assert not any(array.any() for array in model._runner.cache.arrays)
 
 
 def test_scoring_in_between_invalidates_the_cache(model: Model, talker: Path) -> None:
@@ -137,7 +137,7 @@ def test_interrupted_prefill_leaves_a_usable_cache(
     prompt = random_ids(90)
     list(model.generate(prompt, max_tokens=2))
     with monkeypatch.context() as patch:
-        run, calls = model._device.run, itertools.count()
+        run, calls = model._runner.device.run, itertools.count()
 
         def interrupt(function: str, inputs: Any, bound: Any) -> Any:
             result = run(function, inputs, bound)
@@ -145,7 +145,7 @@ def test_interrupted_prefill_leaves_a_usable_cache(
                 raise KeyboardInterrupt
             return result
 
-        patch.setattr(model._device, "run", interrupt)
+        patch.setattr(model._runner.device, "run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(model.generate(prompt[:70] + random_ids(90, seed=1)))
     check_against_fresh(model, talker, prompt[:68] + random_ids(9, seed=2), 3)

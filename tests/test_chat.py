@@ -275,7 +275,7 @@ def test_special_tokens_in_a_users_text_stay_text(
 def test_bad_chat_raises_before_anything_is_computed(
     model: Model, monkeypatch: pytest.MonkeyPatch, messages: Any, options: Any
 ) -> None:
-    monkeypatch.setattr(model._device, "run", None)
+    monkeypatch.setattr(model._runner.device, "run", None)
     with pytest.raises(InputError):
         model.chat(messages, **options)  # raises before any iteration
 

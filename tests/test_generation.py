@@ -196,7 +196,7 @@ def test_stop_tokens_of_the_tokenizer(
 def test_bad_arguments_raise_before_anything_is_computed(
     model: Model, monkeypatch: pytest.MonkeyPatch, prompt: Any, options: Any, message: str
 ) -> None:
-    monkeypatch.setattr(model._device, "run", None)
+    monkeypatch.setattr(model._runner.device, "run", None)
     with pytest.raises(InputError, match=message):
         model.generate(prompt, **options)  # raises before any iteration
 
@@ -342,7 +342,7 @@ def test_logits_that_are_not_numbers_do_not_spoil_the_next_answer(tiny_artifact:
     model = load(tiny_artifact)
     fresh = [token.token_id for token in model.generate([1, 2, 3], max_tokens=4)]
     model.prefill([1, 2, 3])
-    for array in model._cache.arrays:
+    for array in model._runner.cache.arrays:
         array[:, 0] = np.nan
     with pytest.raises(ArtifactError, match="finite"):
         list(model.generate([1, 2, 3, 4], max_tokens=4))

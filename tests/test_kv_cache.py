@@ -55,14 +55,15 @@ class Sequences:
         facts = manifest(**options)
         self.counts = counts or page_counts(facts, CONTEXT)
         self.cache = KVCache(facts, Memory(), self.counts)
+        self.sequence = self.cache.start()
         self.sliding = [sliding for sliding in facts.sliding for _ in "kv"]
 
     def prompt(self, tokens: Sequence[int]) -> int:
         """How many of the tokens were not computed."""
-        kept = self.cache.reuse(tokens[:-1])
+        kept = self.sequence.reuse(tokens[:-1])
         for start in range(kept, len(tokens), CHUNK):
             self.step(tokens, start, min(CHUNK, len(tokens) - start))
-        self.cache.keep()
+        self.sequence.keep()
         return kept
 
     def decode(self, tokens: Sequence[int], start: int) -> None:
@@ -70,14 +71,14 @@ class Sequences:
             self.step(tokens, i, 1)
 
     def step(self, tokens: Sequence[int], start: int, count: int) -> None:
-        assert self.cache.begin(count) == start
+        assert self.sequence.begin(count) == start
         hashes = self.hashes(tokens[: start + count])
         at = np.arange(start + count)
         for array, table, first in self._arrays(start):
             pages, slots = table[at // PAGE_TOKENS], at % PAGE_TOKENS
             array[pages[start:], slots[start:]] = hashes[start:]
             np.testing.assert_array_equal(array[pages, slots][first:], hashes[first:])
-        self.cache.append(tokens[start : start + count])
+        self.sequence.append(tokens[start : start + count])
 
     def _arrays(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
         """And the first position that a token at `start` sees."""
@@ -90,8 +91,9 @@ class Sequences:
         return np.array(list(itertools.accumulate(tokens, lambda h, t: hash((h, t)))))
 
     def check_no_page_is_lost_or_held_twice(self) -> None:
-        self.cache.reuse(())
-        nodes = list(self.cache._root.below())
+        self.sequence.reuse(())
+        self.cache._count()
+        nodes = list(self.cache.root.below())
         full = [node.full for node in nodes] + self.cache._pages._free[0]
         window = [n.window for n in nodes if n.window is not None] + self.cache._pages._free[1]
         assert sorted(full) == list(range(self.counts.full))
@@ -171,14 +173,14 @@ def test_a_kept_point_outlasts_what_others_passed() -> None:
 def test_a_sequence_apart_has_pages_of_its_own_where_there_is_little_room() -> None:
     sequences, tokens = Sequences(PageCounts(17, 10)), ids(28, 900)
     sequences.prompt(ids(29, 900))
-    sequences.cache.start_apart()
+    sequences.sequence.start_apart()
     for start in range(0, 900, 50):
         sequences.step(tokens, start, 50)
 
 
 def test_a_sequence_apart_leaves_nothing() -> None:
     sequences, tokens = Sequences(), ids(15, 300)
-    sequences.cache.start_apart()
+    sequences.sequence.start_apart()
     for start in range(0, 300, 50):
         sequences.step(tokens, start, 50)
     assert sequences.prompt(tokens) == 0
@@ -250,7 +252,7 @@ LONG = ids(23, 800)
 
 
 def apart(sequences: Sequences) -> None:
-    sequences.cache.start_apart()
+    sequences.sequence.start_apart()
     sequences.step(SAID, 0, 90)
 
 
@@ -273,7 +275,7 @@ def test_an_interrupt_at_any_line(case: str) -> None:
         sequences.prompt(SAID)
         if not interrupted(line, functools.partial(CASES[case], sequences)):
             break
-        said = [token for node in sequences.cache._path for token in node.tokens]
+        said = [token for node in sequences.sequence._path for token in node.tokens]
         sequences.decode([*said, *ids(30, 3)], len(said))  # it goes on from what it says is there
         for tokens in (BRANCH, TURN, LONG, BRANCH):
             sequences.prompt(tokens)

@@ -279,7 +279,7 @@ def test_forgetting_sets_what_was_written_to_zero(
     model.prefill(random_ids(100))
 
     def largest() -> float:
-        copies = [tensor.copyto(tvm.cpu()).numpy() for tensor in model._cache.arrays]
+        copies = [tensor.copyto(tvm.cpu()).numpy() for tensor in model._runner.cache.arrays]
         return max(float(np.abs(copy).max()) for copy in copies)
 
     assert largest() > 0

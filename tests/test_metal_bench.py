@@ -109,10 +109,10 @@ def test_cache_is_filled_up_to_the_depth(tiny: Path, monkeypatch: pytest.MonkeyP
     load_stand_in()
     model = load(tiny)
     _fill_cache(model, list(range(100)))
-    assert model._cache.length == 100
+    assert model._sequence.length == 100
     used = -(-100 // model.manifest.page_tokens)
-    for array in model._cache.arrays:
-        content = model._device.numpy(array)
+    for array in model._runner.cache.arrays:
+        content = model._runner.device.numpy(array)
         assert (content[:used] != 0).mean() > 0.99 and not content[used:].any()
         assert abs(content[:used].astype(np.float32).std() - 1) < 0.1
     assert np.isfinite(model.decode(1)).all()

@@ -184,9 +184,9 @@ def test_prefill_at_once_in_chunks_and_token_by_token(
 ) -> None:
     ids = small.random_ids(count)
     expected = at_once.prefill(ids)
-    small.model._cache.reuse(())
+    small.model._sequence.reuse(())
     assert relative_rms(small.model.prefill(ids), expected) < SAME
-    small.model._cache.reuse(())
+    small.model._sequence.reuse(())
     for token in ids:
         stepped = small.model.decode(token)
     assert relative_rms(stepped, expected) < SAME

@@ -30,7 +30,7 @@ def check_fast(
     model: Model, judge: reference.Model, ids: list[int], record: Callable[[str, object], None]
 ) -> None:
     expected = judge.logits(ids)
-    model._cache.reuse(())
+    model._sequence.reuse(())
     decoded = np.stack([model.decode(token) for token in ids])
     for name, logits in (("score", model.logits(ids)), ("decode", decoded)):
         kl, top1 = kl_divergence(expected, logits), top1_agreement(expected, logits)

@@ -142,11 +142,11 @@ def test_any_history_gives_what_a_fresh_model_gives(talker: Path) -> None:
 def test_forgetting_sets_the_cache_to_zero(talker: Path) -> None:
     model = load(talker)
     model.prefill(random_ids(100))
-    device = model._device
+    device = model._runner.device
 
     def largest() -> float:
         found = 0.0
-        for array, cache in zip(model._cache.arrays, model.manifest.caches, strict=True):
+        for array, cache in zip(model._runner.cache.arrays, model.manifest.caches, strict=True):
             content = np.empty(array.shape, cache.dtype)
             device.read(array.memory, content)
             found = max(found, float(np.abs(content).max()))

@@ -106,7 +106,7 @@ def test_a_model_that_is_dropped_leaves_nothing(pair: tuple[Path, Path]) -> None
         model = load(path)
         model.logits(IDS)
         assert library_is_loaded(path)
-        device = weakref.ref(model._device)
+        device = weakref.ref(model._runner.device)
         del model
         assert device() is None
         assert not library_is_loaded(path)

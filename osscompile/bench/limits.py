@@ -9,7 +9,7 @@ from ..runtime.engine import Model
 
 
 def _open_reader(model: Model) -> Reader:
-    device = model._device
+    device = model._runner.device
     if isinstance(device, TensorDevice):
         from .bandwidth_tensor import TensorReader
 

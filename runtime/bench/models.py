@@ -205,7 +205,7 @@ def fitting(
 def _device_facts(model: Model) -> tuple[str | None, int | None]:
     """What `Report` calls device and device_bytes. TVM's runtime tells neither the device's name
     nor what it holds: the system tells the one, and the other is what the model was loaded for."""
-    device = model._device
+    device = model._runner.device
     if isinstance(device, Device):
         return None, None
     if isinstance(device, TensorDevice):
@@ -217,7 +217,7 @@ def _device_facts(model: Model) -> tuple[str | None, int | None]:
 def _open_reader(model: Model, limits: Limits | None) -> Reader | None:
     """Of the memory that the model's kernels read; None if that takes a compiler, and none is
     here."""
-    device = model._device
+    device = model._runner.device
     if not isinstance(device, Device | TensorDevice):  # its driver compiles what reads it
         return DeviceReader(model.manifest.runtime, device.opened)
     return limits.open_reader(model) if limits is not None else None
@@ -247,7 +247,7 @@ def _time_decode(model: Model, ids: list[int], reader: Reader | None) -> tuple[T
         if reader is not None:  # where the steps are computed, on the same threads
             bandwidths.append(reader.num_bytes / model._driver.call(reader.seconds))
         start = time.perf_counter()
-        if model._chooser is not None:
+        if model._runner.chooser is not None:
             model._driver.call(partial(_choose_next, model, sampler, token))
         else:
             model.decode(token)
@@ -267,17 +267,17 @@ def _fill_cache(model: Model, ids: list[int]) -> None:
 
 
 def _write_cache(model: Model, ids: list[int]) -> None:
-    cache, rng = model._cache, np.random.default_rng(0)
+    cache, rng = model._runner.cache, np.random.default_rng(0)
     for start in range(0, len(ids), model.manifest.chunk):
         part = ids[start : start + model.manifest.chunk]
-        cache.begin(len(part))
-        cache.append(part)
+        model._sequence.begin(len(part))
+        model._sequence.append(part)
     used = cache.pages_used()
     for i, (array, facts) in enumerate(zip(cache.arrays, model.manifest.caches, strict=True)):
         count = used[model.manifest.sliding[i // 2]]
         if count:
             pages = rng.standard_normal((count, *facts.shape), np.float32).astype(facts.dtype)
-            model._device.write(array, pages)
+            model._runner.device.write(array, pages)
 
 
 def _outside_share(model: Model, ids: list[int]) -> float | None:
@@ -285,7 +285,7 @@ def _outside_share(model: Model, ids: list[int]) -> float | None:
     and makes text. None if the context, or a stop id each time, leaves no second token."""
     model.forget()
     shares: list[float] = []
-    with _inside(model._device) as inside:
+    with _inside(model._runner.device) as inside:
         for token in ids[:STREAMS]:
             stream = model.generate([token], max_tokens=1 + DECODE_STEPS - len(shares))
             next(stream)

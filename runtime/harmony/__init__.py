@@ -1,7 +1,7 @@
 """The harmony chat format: messages -> ids of a prompt, and ids of an answer -> what it says."""
 
 from .events import Arguments, Finish, Piece, Reasoning, Text, ToolCall, as_messages
-from .parse import AnswerParser, stop_ids, stream_answer
+from .parse import AnswerParser, PieceStream, stop_ids, stream_answer
 from .render import IDENTITY, render_chat
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Arguments",
     "Finish",
     "Piece",
+    "PieceStream",
     "Reasoning",
     "Text",
     "ToolCall",

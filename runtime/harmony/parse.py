@@ -214,30 +214,44 @@ def stream_answer(
     """What the ids of an answer tell (see AnswerParser), until it ends; no more are taken then.
     more_stops: ids that end it beside the format's own; stop: strings that end it where text on
     channel final has one, which is not told."""
-    parser = AnswerParser(tokenizer)
-    search = StopSearch(stop)
-    for piece in _read_all(parser, token_ids, more_stops):
-        if isinstance(piece, Text) and piece.channel == "final":
-            text = search.push(piece.text)
-            yield from [Text("final", text)] if text else []
-            if search.found:
-                yield parser.stop()
-                return
-        else:
-            held = search.flush()
-            yield from [Text("final", held), piece] if held else [piece]
-
-
-def _read_all(
-    parser: AnswerParser, token_ids: Iterable[int], more_stops: Set[int]
-) -> Iterator[Piece]:
-    reason = "length"
+    stream, reason = PieceStream(tokenizer, stop), "length"
     for id in token_ids:
-        yield from parser.push(id)
-        if parser.ended:
+        yield from stream.push(id)
+        if stream.ended:
             return
         reason = "stop" if id in more_stops else "length"
-    yield from parser.finish(reason)
+    yield from stream.finish(reason)
+
+
+class PieceStream:
+    """What the ids of an answer tell, up to one of the strings `stop` on channel final."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+        self._parser, self._search = AnswerParser(tokenizer), StopSearch(stop)
+
+    @property
+    def ended(self) -> bool:
+        return self._parser.ended
+
+    def push(self, id: int) -> list[Piece]:
+        return self._shown(self._parser.push(id))
+
+    def finish(self, reason: str) -> list[Piece]:
+        """What is left when no id follows, and the end; `reason` unless the answer is whole."""
+        return self._shown(self._parser.finish(reason))
+
+    def _shown(self, pieces: list[Piece]) -> list[Piece]:
+        shown: list[Piece] = []
+        for piece in pieces:
+            if isinstance(piece, Text) and piece.channel == "final":
+                text = self._search.push(piece.text)
+                shown += [Text("final", text)] if text else []
+                if self._search.found:
+                    return [*shown, self._parser.stop()]
+            else:
+                held = self._search.flush()
+                shown += [Text("final", held), piece] if held else [piece]
+        return shown
 
 
 def _text(channel: str, text: str) -> Piece:

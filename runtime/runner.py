@@ -1,0 +1,99 @@
+"""The functions of an artifact on its device, and the KV cache that they extend.
+
+All of it is used on the driver's thread.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .artifact import Artifact
+from .chooser import Chooser
+from .devices.driver import driver, forbid_fork
+from .devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
+from .devices.program import read_programs
+from .devices.tvm_cpu import Device
+from .devices.tvm_device import TensorDevice
+from .kv_cache import CachedSequence, KVCache, page_counts
+from .memory import PROCESS_BYTES, memory_bytes
+from .sampler import Sample, Sampler, check_logit
+from .step import Part, step_inputs
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens that a step appends to a sequence, and of how many of the last ones the logits are
+    wanted."""
+
+    sequence: CachedSequence
+    ids: Sequence[int]
+    wanted: int = 1
+
+
+class Runner:
+    """`sequences`: how many run at once, at most; `reserved`: ids that are never chosen; others as
+    for `load`."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        context: int,
+        kv_memory: int | None,
+        threads: int,
+        sequences: int,
+        reserved: np.ndarray,
+    ) -> None:
+        manifest = artifact.manifest
+        needed = sum(memory_bytes(manifest, context, kv_memory).values()) - PROCESS_BYTES
+        self._driver = driver()
+        self.device = _open_device(artifact, threads, needed)
+        counts = page_counts(manifest, context, kv_memory, self.device.array_limit)
+        self.cache = KVCache(manifest, self.device, counts, sequences)
+        self._bound: list[Any] = []
+        for array in (*self.cache.tables, *self.cache.arrays, *artifact.weights):
+            self._driver.check()
+            self._bound.append(self.device.tensor(array))
+        self.chooser: Chooser | None = None  # where the logits are in the host's memory
+        if not isinstance(self.device, Device):
+            self.chooser = Chooser(self.device, manifest.vocab_size, reserved)
+
+    def step(self, rows: Sequence[Rows]) -> Any:
+        """Append tokens -> the device's logits [wanted, vocab], in order. Raises NoPages."""
+        self._driver.check()
+        parts = []
+        for some in rows:
+            start = some.sequence.begin(len(some.ids))
+            parts.append(Part(some.ids, start, some.sequence.table, some.wanted))
+        logits = self.device.run(*step_inputs(parts), self._bound)
+        for some in rows:
+            some.sequence.append(some.ids)
+        return logits
+
+    def sample(self, logits: Any, samplers: Sequence[Sampler]) -> list[Sample]:
+        """A token for each row of logits. A single one is chosen by the device where it can, so
+        that its logits stay there. Raises ArtifactError for what is not a number."""
+        options = None
+        if self.chooser is not None and len(samplers) == 1:
+            options = samplers[0].device_options()
+        if self.chooser is None or options is None:
+            rows = self.device.numpy(logits)
+            return [sampler.sample(row) for sampler, row in zip(samplers, rows, strict=True)]
+        token, logit = self.chooser.choose(logits, options)
+        check_logit(logit, token)
+        return [Sample(token)]
+
+
+def _open_device(
+    artifact: Artifact, threads: int, needed_bytes: int
+) -> Device | TensorDevice | LaunchDevice:
+    manifest, library = artifact.manifest, artifact.library
+    sha256 = manifest.files[library.name].sha256
+    if manifest.on_cpu:
+        return Device(library, threads, sha256)
+    forbid_fork()
+    launching = LAUNCH_DEVICES.get(manifest.runtime)
+    if launching is not None:
+        return launching(library, read_programs(artifact), sha256=sha256)
+    return TensorDevice(library, manifest.device, threads, needed_bytes, sha256)
