@@ -1,9 +1,11 @@
 """From an artifact to tokens, without the compiler. This folder can be copied out and used alone:
 it needs tvm_ffi, numpy, tokenizers and libtvm_runtime, and imports nothing else of osscompile."""
 
-from .engine import GeneratedToken, Model, load
+from .engine import Model, load
 from .errors import ArtifactError, InputError, OsscompileError
+from .generated import GeneratedToken
 from .harmony import Arguments, Finish, Piece, Reasoning, Text, ToolCall, as_messages
+from .usage import Usage
 
 __all__ = [
     "Arguments",
@@ -17,6 +19,7 @@ __all__ = [
     "Reasoning",
     "Text",
     "ToolCall",
+    "Usage",
     "as_messages",
     "load",
 ]

@@ -1,16 +1,16 @@
 """A loaded model: token ids to logits, to tokens, to the text of a chat."""
 
 import datetime
-import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from .arguments import prompt_ids, sampling_options, whole_number
 from .artifact import Artifact, open_artifact
 from .chooser import Chooser
 from .devices.driver import driver, forbid_fork
@@ -18,28 +18,26 @@ from .devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
 from .devices.program import read_programs
 from .devices.tvm_cpu import Device
 from .devices.tvm_device import TensorDevice
-from .errors import ArtifactError, InputError, OsscompileError
-from .harmony import IDENTITY, Piece, render_chat, stop_ids, stream_answer
+from .errors import ArtifactError, InputError
+from .generated import GeneratedToken, generated_pieces
+from .harmony import (
+    IDENTITY,
+    Piece,
+    begun_answer,
+    render_chat,
+    render_template,
+    stop_ids,
+)
 from .kv_cache import KVCache, page_counts
-from .machine import available_memory_bytes, choose_threads
-from .manifest import Manifest
-from .sampler import Sample, Sampler, SamplingOptions, check_logit, reserved_ids
-from .tokenizer import StreamDecoder, Tokenizer
+from .machine import choose_threads
+from .memory import PROCESS_BYTES, check_memory, memory_bytes
+from .sampler import Sample, Sampler, check_logit, reserved_ids
+from .sampling_options import SamplingOptions
+from .stop_strings import TextStream
+from .tokenizer import Tokenizer
+from .usage import Usage
 
 T = TypeVar("T")
-
-# Python, numpy, tokenizers and TVM's runtime, without a vocabulary.
-PROCESS_BYTES = 60 << 20
-# Reading a row of a mapped file brings so much of its surroundings into memory.
-FAULT_BYTES = 64 << 10
-
-
-@dataclass(frozen=True)
-class GeneratedToken(Sample):
-    """A token and the text that became complete with it ("" within a character of several bytes,
-    and for artifacts without a tokenizer)."""
-
-    text: str = ""
 
 
 def load(
@@ -67,36 +65,13 @@ def load(
     """
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"artifact: expected the path of a folder, found {path!r}")
-    threads = None if threads is None else _whole_number("threads", threads)
+    threads = None if threads is None else whole_number("threads", threads)
     artifact = open_artifact(path, verify, progress, variant)
     limit = artifact.manifest.context
-    context = limit if context is None else _whole_number("context", context, limit)
+    context = limit if context is None else whole_number("context", context, limit)
     if kv_memory is not None:
-        kv_memory = _whole_number("kv_memory", kv_memory)
+        kv_memory = whole_number("kv_memory", kv_memory)
     return Model(artifact, context, threads, kv_memory)
-
-
-def memory_bytes(manifest: Manifest, context: int, kv_memory: int | None = None) -> dict[str, int]:
-    """Memory that a run uses when `context` positions are full, by what it is for; `kv_memory` as
-    for `load`.
-
-    A GPU holds all weights and caches from the beginning, and mostly in the memory of the machine;
-    on a CPU, what a run does not use of them takes none.
-    """
-    whole = not manifest.on_cpu
-    weights = 0
-    for weight in manifest.weights:
-        gathered = weight.name in manifest.gathered and not whole
-        rows = context if gathered else weight.shape[0]
-        weights += min(
-            weight.num_bytes, rows * max(weight.num_bytes // weight.shape[0], FAULT_BYTES)
-        )
-    return {
-        "weights": weights,
-        "KV cache": page_counts(manifest, context, kv_memory).num_bytes(manifest),
-        "workspace": sum(manifest.workspace_bytes[f] for f in ("prefill", "decode")),
-        "process": PROCESS_BYTES,
-    }
 
 
 class Model:
@@ -111,12 +86,13 @@ class Model:
     ) -> None:
         self.manifest = artifact.manifest
         self._needed = memory_bytes(self.manifest, context, kv_memory)
+        check_memory(self.manifest, context, self._needed)
         self.variant = artifact.variant.name
         self.context = context
         self.vocab_size = self.manifest.vocab_size
-        self._check_memory()
         path = artifact.tokenizer
         self.tokenizer = Tokenizer(path) if path is not None else None
+        self._template = artifact.read_chat_template()
         self._reserved, self._stops = np.empty(0, np.int64), set(self.manifest.eos_token_ids)
         if self.tokenizer is not None:
             size = self.tokenizer.vocab_size
@@ -137,15 +113,18 @@ class Model:
     def generate(
         self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
     ) -> Iterator[GeneratedToken]:
-        """Continue a prompt, one token at a time, until a stop id or `max_tokens`.
+        """Continue a prompt, one token at a time, until a stop id, a stop string or `max_tokens`.
 
         `options`: the fields of SamplingOptions (temperature, top_p, top_k, min_p, seed, logprobs,
-        stop_ids); the default is greedy. The stop id is the last token yielded. Without
-        `max_tokens` the context is the limit. The KV cache is kept: a prompt that begins like the
-        one before continues there. Another call ends this one: to go on with it then raises
-        InputError. Raises InputError for bad arguments, before anything is computed.
+        stop, stop_ids, logit_bias, frequency_penalty, presence_penalty); None: as if it were not
+        given. The first four are otherwise the checkpoint's own, `manifest.sampling`. The stop id,
+        or the token that completes a stop string, is the last one yielded. Without `max_tokens` the
+        context is the limit. The KV cache is kept: a prompt that begins like the one before
+        continues there. Another call ends this one: to go on with it then raises InputError. Raises
+        InputError for bad arguments, before anything is computed.
         """
-        ids, sampling = self._check_tokens(token_ids), _sampling_options(options)
+        ids = self._check_tokens(token_ids)
+        sampling = self._check_options(options, Model.generate.__kwdefaults__ or ())
         return self._generate(ids, self._limit(ids, max_tokens), sampling, self._stops)
 
     def chat(
@@ -158,6 +137,7 @@ class Model:
         tools: Sequence[Mapping[str, object]] = (),
         builtin_tools: Sequence[str] = (),
         response_format: Mapping[str, object] | None = None,
+        template: str = "harmony",
         max_tokens: int | None = None,
         **options: object,
     ) -> Iterator[Piece]:
@@ -168,16 +148,22 @@ class Model:
         the pieces of an answer. `reasoning`: low, medium or high; `current_date`: YYYY-MM-DD, today
         or None; `identity`: who the model is told to be. `tools` (functions) and `response_format`
         have OpenAI's shapes; `builtin_tools`: of browser and python. No tool is run here.
+        `template`: harmony, the format that the models were trained on, or checkpoint, to render
+        the prompt with the chat template that the checkpoint came with (it needs jinja2).
 
         Every piece has a channel and a text, which is "" where there is none: Reasoning and Text,
-        ToolCall and Arguments, and last Finish, with the reason. `max_tokens` and `options` as in
-        `generate`, but `<|return|>`, `<|call|>` and `<|endoftext|>` end an answer, whatever ends
-        other texts of the checkpoint. Raises InputError, before anything is computed.
+        ToolCall and Arguments, and last Finish, with the reason and what it took. `max_tokens` and
+        `options` as in `generate`, but `<|return|>`, `<|call|>` and `<|endoftext|>` end an answer,
+        whatever ends other texts of the checkpoint, and `stop` is looked for in the text of channel
+        final alone. Raises InputError, before anything is computed.
         """
         tokenizer = self._need_tokenizer("chat")
         if current_date == "today":
             current_date = datetime.date.today().isoformat()
-        prompt = render_chat(
+        render: Callable[..., list[int]] = render_chat
+        if template != "harmony":
+            render = partial(render_template, self._need_template(template))
+        prompt = render(
             messages,
             tokenizer,
             reasoning=reasoning,
@@ -187,11 +173,11 @@ class Model:
             builtin_tools=builtin_tools,
             response_format=response_format,
         )
-        ids, sampling = self._check_tokens(prompt), _sampling_options(options)
+        ids = self._check_tokens(prompt)
+        sampling = self._check_options(options, Model.chat.__kwdefaults__ or ())
         limit = self._limit(ids, max_tokens)
-        tokens = self._generate(ids, limit, sampling, stop_ids(tokenizer))
-        said = (token.token_id for token in tokens)
-        return stream_answer(said, tokenizer, sampling.stop_ids)
+        tokens = self._generate(ids, limit, replace(sampling, stop=()), stop_ids(tokenizer))
+        return generated_pieces(tokens, tokenizer, sampling, begun_answer(prompt, tokenizer))
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.
@@ -243,16 +229,18 @@ class Model:
         self, ids: list[int], limit: int, options: SamplingOptions, stops: Set[int]
     ) -> Iterator[GeneratedToken]:
         sampler = Sampler(options, self._reserved)
-        decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
+        texts = TextStream(self.tokenizer, options.stop)
         stops = stops | options.stop_ids
-        turn, sample = self._serve(lambda: self._first_sample(sampler, ids))
+        turn, cached, sample = self._serve(lambda: self._first_sample(sampler, ids))
         for count in range(1, limit + 1):
-            last = sample.token_id in stops or count == limit
-            text = decoder.push(sample.token_id) if decoder is not None else ""
-            if decoder is not None and last:
-                text += decoder.flush()
-            yield GeneratedToken(sample.token_id, sample.logprob, sample.top_logprobs, text)
-            if last:
+            ends = sample.token_id in stops
+            text = texts.push(sample.token_id, is_last=ends or count == limit)
+            reason = "stop" if ends or texts.stopped else "length" if count == limit else None
+            usage = Usage(len(ids), cached, count)
+            yield GeneratedToken(
+                sample.token_id, sample.logprob, sample.top_logprobs, text, reason, usage
+            )
+            if reason is not None:
                 return
             self._check_turn(turn)
             sample = self._serve(partial(self._next_sample, turn, sampler, sample.token_id))
@@ -260,7 +248,7 @@ class Model:
     def _limit(self, ids: list[int], max_tokens: int | None) -> int:
         """How many tokens may follow a prompt."""
         limit = self.context - len(ids) + 1  # what is sampled last needs no position of its own
-        return limit if max_tokens is None else min(limit, _whole_number("max_tokens", max_tokens))
+        return limit if max_tokens is None else min(limit, whole_number("max_tokens", max_tokens))
 
     def _check_turn(self, turn: int) -> None:
         if self._turn != turn:
@@ -305,10 +293,11 @@ class Model:
         self._turn += 1
         self._cache.clear()
 
-    def _first_sample(self, sampler: Sampler, ids: list[int]) -> tuple[int, Sample]:
-        """The turn that a generation has, and its first token."""
+    def _first_sample(self, sampler: Sampler, ids: list[int]) -> tuple[int, int, Sample]:
+        """The turn that a generation has, how many tokens were cached, and the first one."""
         self._turn += 1
-        return self._turn, self._sample(sampler, self._prefill(ids))
+        sample = self._sample(sampler, self._prefill(ids))
+        return self._turn, self.cached_tokens, sample
 
     def _next_sample(self, turn: int, sampler: Sampler, token_id: int) -> Sample:
         self._check_turn(turn)  # again: another thread's call may have come first
@@ -355,43 +344,16 @@ class Model:
         return self._device.run(function, [np.array(ids, np.int32), position, *more], self._bound)
 
     def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
-        try:
-            if isinstance(token_ids, bytes | bytearray | memoryview):
-                raise TypeError("bytes")
-            ids = [_index(i) for i in token_ids]
-        except TypeError as error:
-            raise InputError(
-                f"prompt: expected token ids, which `encode` makes of text, found other: {error}"
-            ) from None
-        if not ids:
-            raise InputError("prompt: expected at least one token, found none")
-        if len(ids) > self.context:
-            raise InputError(
-                f"prompt: expected at most {self.context} tokens, found {len(ids)}; shorten it, or "
-                f"load with a larger context (this artifact was compiled for "
-                f"{self.manifest.context})"
-            )
-        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-        if wrong is not None:
-            raise InputError(
-                f"token ids: expected 0 to {self.vocab_size - 1}, found {wrong}; "
-                "was the prompt encoded with another tokenizer?"
-            )
-        return ids
+        return prompt_ids(token_ids, self.vocab_size, self.context, self.manifest.context)
 
-    def _check_memory(self) -> None:
-        if self.manifest.runtime == "cuda":  # in the GPU's memory, which tells when it is full
-            return
-        needed = self._needed
-        private = needed["KV cache"] + needed["workspace"]
-        if not self.manifest.on_cpu:  # copied, not mapped
-            private += needed["weights"]
-        available = available_memory_bytes()
-        if available is not None and private > available:
-            raise OsscompileError(
-                f"memory: {self.context} positions need {private / 1e9:.1f} GB that is not mapped, "
-                f"found {available / 1e9:.1f} GB available; load with a smaller context"
-            )
+    def _check_options(
+        self, options: Mapping[str, object], others: Iterable[str]
+    ) -> SamplingOptions:
+        """`others`: names of further options that the caller has."""
+        checked = sampling_options(options, others, self.vocab_size, self.manifest.sampling)
+        if checked.stop:
+            self._need_tokenizer("stop")
+        return checked
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -400,6 +362,16 @@ class Model:
                 "a checkpoint that has tokenizer.json, or pass token ids to `generate`"
             )
         return self.tokenizer
+
+    def _need_template(self, template: object) -> str:
+        if template != "checkpoint":
+            raise InputError(f"template: expected harmony or checkpoint, found {template!r:.100}")
+        if self._template is None:
+            raise InputError(
+                "template: expected an artifact with the checkpoint's chat template, found none in "
+                "this one; compile a checkpoint that has chat_template.jinja, or chat without it"
+            )
+        return self._template
 
 
 def _open_device(
@@ -414,31 +386,3 @@ def _open_device(
     if launching is not None:
         return launching(library, read_programs(artifact), sha256=sha256)
     return TensorDevice(library, manifest.device, threads, needed_bytes, sha256)
-
-
-def _whole_number(name: str, value: object, most: int | None = None) -> int:
-    """From 1 to `most`; numpy's numbers are numbers. Raises InputError."""
-    try:
-        number = _index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or (most is not None and number > most):
-        limits = "from 1" if most is None else f"from 1 to {most}"
-        more = "; for more, compile the model again with a larger --context" if most else ""
-        raise InputError(f"{name}: expected a whole number {limits}, found {value!r}{more}")
-    return number
-
-
-def _index(value: Any) -> int:
-    """A whole number of any type. Raises TypeError, also for a truth value, which Python counts."""
-    if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{value!r}, a truth value")
-    return operator.index(value)
-
-
-def _sampling_options(options: Mapping[str, object]) -> SamplingOptions:
-    unknown = sorted(options.keys() - {field.name for field in fields(SamplingOptions)})
-    if unknown:
-        names = ", ".join(field.name for field in fields(SamplingOptions))
-        raise InputError(f"options: expected max_tokens, {names}, found {unknown[0]!r}")
-    return SamplingOptions(**options)  # type: ignore[arg-type]

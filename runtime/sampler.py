@@ -1,60 +1,18 @@
 """logits -> next token: greedy or drawn from the truncated distribution, without sorting it."""
 
 import math
-import numbers
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError
+from .sampling_options import SamplingOptions
 
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy: dividing logits by it could overflow
 BLOCK = 128  # logits per block of the two-level searches: about sqrt(vocabulary)
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How the next token is chosen; the defaults are greedy.
-
-    In this order, each step on what the one before kept, renormalised:
-    temperature (0: greedy, the rest is not used) divides the logits; top_k keeps the k most
-    probable tokens (0: all); top_p keeps the fewest most probable tokens whose sum reaches it
-    (1: all); min_p keeps tokens with at least min_p times the probability of the best (0: all).
-    Between equal logits the lowest id comes first.
-
-    logprobs is the number of alternatives reported with each token (0: none). stop_ids, any
-    iterable of token ids, end the generation in addition to the model's own.
-
-    Numbers of numpy are numbers too; all are kept as Python's, and stop_ids as a frozenset. Raises
-    InputError for a value out of its range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    logprobs: int = 0
-    stop_ids: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        self._set("temperature", _number(self.temperature, 0, 100), "between 0 (greedy) and 100")
-        self._set("top_p", _number(self.top_p, 0, 1) or None, "above 0 and at most 1")
-        self._set("min_p", _number(self.min_p, 0, 1), "between 0 and 1")
-        self._set("top_k", _count(self.top_k), "a whole number, 0 for no limit")
-        self._set("logprobs", _count(self.logprobs), "a whole number, 0 for none")
-        if self.seed is not None:
-            self._set("seed", _count(self.seed), "None or a whole number >= 0")
-        self._set("stop_ids", _ids(self.stop_ids), "token ids, whole numbers >= 0")
-
-    def _set(self, name: str, value: object, expected: str) -> None:
-        """Keep the checked value; None: what was given is not what was expected."""
-        if value is None:
-            raise InputError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
-        object.__setattr__(self, name, value)  # the fields are frozen
 
 
 @dataclass(frozen=True)
@@ -62,9 +20,9 @@ class Sample:
     """A chosen token.
 
     logprob is its natural log-probability in the model's own distribution: softmax of the logits
-    without the reserved ids, before temperature, top_k, top_p and min_p. top_logprobs are the
-    most probable (id, logprob) of the same distribution, best first. None and () when
-    SamplingOptions.logprobs is 0.
+    without the reserved ids, before bias, penalties, temperature, top_k, top_p and min_p.
+    top_logprobs are the most probable (id, logprob) of the same distribution, best first, as many
+    as SamplingOptions.logprobs says; where it is None, so is logprob.
     """
 
     token_id: int
@@ -84,6 +42,7 @@ class Sampler:
         self.options = options
         self._reserved = np.asarray(reserved, dtype=np.int64)
         self._random = np.random.Generator(np.random.PCG64(options.seed))
+        self._said: Counter[int] = Counter()  # for penalties
         self._scores = np.empty(0, np.float32)  # both are scratch, [vocab up to a whole block]
         self._weights = np.empty(0, np.float32)
 
@@ -95,24 +54,24 @@ class Sampler:
         scores = self._masked(logits)
         best = int(scores.argmax())  # the first NaN if there is one
         check_logit(float(scores[best]), best)
-        options = self.options
-        token = best if self._is_greedy() else self._draw(scores, scores[best])
-        if options.logprobs == 0:
-            return Sample(token)
-        weights = _exp_into(self._weights, scores, scores[best], 1.0)
-        log_total = float(scores[best]) + math.log(weights.sum(dtype=np.float64))
-        top = _top_ids(scores, options.logprobs)
-        return Sample(
-            token,
-            float(scores[token]) - log_total,
-            tuple((int(id), float(scores[id]) - log_total) for id in top),
+        reported = self.options.logprobs
+        log_total, top = (
+            self._normalise(scores, best, reported) if reported is not None else (0, ())
         )
+        if self.options.changes_logits:
+            self._change(scores)
+            best = int(scores.argmax())
+        token = best if self._is_greedy() else self._draw(scores, scores[best])
+        self._said[token] += 1
+        if reported is None:
+            return Sample(token)
+        return Sample(token, float(logits[token]) - log_total, top)
 
     def device_options(self) -> NDArray[np.int32] | None:
         """How a device is to choose the next token: int32 [3], see `kernels/choose.py`; None for
         what it cannot: `sample` does."""
         options = self.options
-        if options.logprobs:
+        if options.logprobs is not None or options.changes_logits:
             return None
         if self._is_greedy():
             return np.zeros(3, np.int32)
@@ -135,6 +94,24 @@ class Sampler:
         self._scores[logits.size :] = -np.inf
         self._scores[self._reserved] = -np.inf
         return self._scores
+
+    def _normalise(
+        self, scores: NDArray[np.float32], best: int, num_top: int
+    ) -> tuple[float, tuple[tuple[int, float], ...]]:
+        """What to subtract from a logit for its log-probability, and the most probable tokens."""
+        weights = _exp_into(self._weights, scores, scores[best], 1.0)
+        log_total = float(scores[best]) + math.log(weights.sum(dtype=np.float64))
+        ids = _top_ids(scores, num_top).tolist() if num_top else []
+        return log_total, tuple((id, float(scores[id]) - log_total) for id in ids)
+
+    def _change(self, scores: NDArray[np.float32]) -> None:
+        """Add the bias, subtract the penalties; -inf stays what it is."""
+        options = self.options
+        for id, bias in options.logit_bias.items():
+            scores[id] += bias
+        said = np.fromiter(self._said.keys(), np.int64)
+        counts = np.fromiter(self._said.values(), np.float32)
+        scores[said] -= options.frequency_penalty * counts + options.presence_penalty
 
     def _draw(self, scores: NDArray[np.float32], best: np.float32) -> int:
         """Narrow the ids down as cheaply as the options allow, then draw from what is left."""
@@ -252,30 +229,3 @@ def _pick(weights: NDArray[np.float32], target: float) -> int:
     """The first index at which the running sum of the weights passes target (0 <= target)."""
     sums = weights.cumsum(dtype=np.float64)
     return int(np.searchsorted(sums, min(target, np.nextafter(sums[-1], 0)), side="right"))
-
-
-def _number(value: object, low: float, high: float) -> float | None:
-    """A real number from `low` to `high` as Python's; None for anything else."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # a whole number that no float can hold
-        return None
-    return number if low <= number <= high else None
-
-
-def _count(value: object) -> int | None:
-    """A whole number from 0 on as Python's; None for anything else."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
-        return None
-    return int(value)
-
-
-def _ids(values: object) -> frozenset[int] | None:
-    """Counts; None if there is anything else among them, or if they are none."""
-    if not isinstance(values, Iterable) or isinstance(values, bytes):
-        return None
-    ids = [_count(value) for value in values]
-    counts = frozenset(id for id in ids if id is not None)
-    return None if None in ids else counts

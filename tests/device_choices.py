@@ -14,7 +14,15 @@ from osscompile.runtime.errors import ArtifactError
 
 every_temperature = pytest.mark.parametrize("temperature", [0.0, 1.0])
 every_option_of_the_sampler = pytest.mark.parametrize(
-    "option", [{"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}, {"logprobs": 2}]
+    "option",
+    [
+        {"top_p": 0.5},
+        {"top_k": 3},
+        {"min_p": 0.1},
+        {"logprobs": 2},
+        {"logit_bias": {0: -1}, "frequency_penalty": 1e-6},
+    ],
+    ids=str,
 )
 
 

@@ -147,9 +147,38 @@ def test_what_is_no_path(wrong: Any) -> None:
         osscompile.load(wrong)
 
 
-def test_option_that_is_none(model: osscompile.Model) -> None:
-    with pytest.raises(InputError, match=r"expected max_tokens, temperature, .*, found 'top'"):
+def test_option_that_there_is_not(model: osscompile.Model) -> None:
+    """The message names those that there are."""
+    known = "max_tokens, temperature, .*stop, logit_bias, frequency_penalty, presence_penalty"
+    with pytest.raises(InputError, match=f"^options: expected {known}, found 'top'"):
         model.generate([1], top=5)
+    with pytest.raises(InputError, match=f"^options: expected reasoning, .*{known}, found 'top'"):
+        model.chat([{"role": "user", "content": "Hello"}], top=5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stop": 5},
+        {"stop": ""},
+        {"stop": ["a", None]},
+        {"logit_bias": {"5": 1}},
+        {"logit_bias": {5: 101}},
+        {"logit_bias": {-1: 1}},
+        {"logit_bias": {1 << 40: 1}},
+        {"frequency_penalty": 2.5},
+        {"presence_penalty": "1"},
+        {"logprobs": -1},
+        {"temperature": 101},
+    ],
+    ids=str,
+)
+def test_option_out_of_its_range(model: osscompile.Model, wrong: dict[str, Any]) -> None:
+    name = next(iter(wrong))
+    message = [{"role": "user", "content": "Hello"}]
+    for request in (lambda: model.generate([1], **wrong), lambda: model.chat(message, **wrong)):
+        with pytest.raises(InputError, match=f"^{name}: expected .*, found "):
+            request()
 
 
 @pytest.mark.parametrize("number", [np.int8, np.uint16, np.int64], ids=lambda t: t.__name__)

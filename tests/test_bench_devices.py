@@ -27,8 +27,8 @@ from osscompile.runtime.bench.models import _fill_cache
 from osscompile.runtime.bench.report import read_reports
 from osscompile.runtime.devices.cuda import CudaDevice
 from osscompile.runtime.devices.opencl import OpenCLDevice
-from osscompile.runtime.engine import memory_bytes
 from osscompile.runtime.errors import OsscompileError
+from osscompile.runtime.memory import memory_bytes
 
 
 @pytest.fixture(scope="module")

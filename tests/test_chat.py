@@ -20,6 +20,7 @@ from osscompile.runtime import (
     Reasoning,
     Text,
     ToolCall,
+    Usage,
     as_messages,
     load,
 )
@@ -127,6 +128,74 @@ def test_stop_ids_of_the_caller_end_an_answer(
     assert pieces == [Reasoning("analysis", "A"), Finish("stop")]
 
 
+def test_usage_counts_the_prompt_the_answer_and_its_reasoning(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thinks = answer_ids(tokenizer, ("analysis", "Let me think.", "<|end|>"))
+    answer = answer_ids(
+        tokenizer, ("analysis", "Let me think.", "<|end|>"), ("final", "4", "<|return|>")
+    )
+    prompts = say(model, answer, monkeypatch)
+    *_, end = model.chat([user("Hello")])
+    assert isinstance(end, Finish)
+    # The `<|end|>` of the reasoning tells nothing of its own: it counts with what follows.
+    assert end.usage == Usage(len(prompts[0]), 0, len(answer), len(thinks) - 1)
+
+
+def test_usage_of_an_answer_that_is_cut_in_its_reasoning(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(model, answer_ids(tokenizer, ("analysis", "Let me think.", "<|end|>")), monkeypatch)
+    *_, end = model.chat([user("Hello")], max_tokens=5)
+    assert end == Finish("length") and isinstance(end, Finish)
+    assert (end.usage.completion_tokens, end.usage.reasoning_tokens) == (5, 5)
+
+
+@pytest.mark.parametrize("stop", ["is 4", ["is 4", "?"], "think"])
+def test_stop_strings_end_the_answer_on_channel_final(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, stop: Any
+) -> None:
+    """What the model reasons may have them."""
+    answer = answer_ids(
+        tokenizer,
+        ("analysis", "I think it is 4.", "<|end|>"),
+        ("final", "It is 42, I think.", "<|return|>"),
+    )
+    say(model, answer, monkeypatch)
+    pieces = list(model.chat([user("Hello")], stop=stop))
+    reasoning = "".join(p.text for p in pieces if p.channel == "analysis")
+    final = "".join(p.text for p in pieces if p.channel == "final")
+    assert reasoning == "I think it is 4."
+    assert final == ("It is 42, I " if stop == "think" else "It ")
+    end = pieces[-1]
+    assert end == Finish("stop") and isinstance(end, Finish)
+    assert end.usage.completion_tokens < len(answer) - 1
+
+
+def test_beginning_of_a_stop_string_is_told_where_the_message_ends(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(model, answer_ids(tokenizer, ("final", "It is 4", "<|return|>")), monkeypatch)
+    pieces = list(model.chat([user("Hello")], stop="4."))
+    assert "".join(piece.text for piece in pieces) == "It is 4"
+    assert pieces[-1] == Finish("stop")
+
+
+def test_stop_string_after_a_call_waits_for_its_result(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = answer_ids(
+        tokenizer,
+        ("commentary to=functions.f", '{"a": "#"}', "<|end|>"),
+        ("final", "Wait # now", "<|return|>"),
+    )
+    say(model, answer, monkeypatch)
+    pieces = list(model.chat([user("Hello")], stop="#"))
+    assert "".join(p.delta for p in pieces if isinstance(p, Arguments)) == '{"a": "#"}'
+    assert "".join(p.text for p in pieces) == "Wait "
+    assert pieces[-1] == Finish("tool_calls")
+
+
 def test_nothing_is_generated_once_another_role_speaks(
     model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +267,8 @@ def test_special_tokens_in_a_users_text_stay_text(
         ([{"role": "user", "content": "Hello"}], {"current_date": 5}),
         ([{"role": "user", "content": "Hello"}], {"temperature": -1}),
         ([{"role": "user", "content": "Hello"}], {"max_tokens": 0}),
+        ([{"role": "user", "content": "Hello"}], {"stop": [""]}),
+        ([{"role": "user", "content": "Hello"}], {"logit_bias": {10**6: 1}}),
         ([{"role": "user", "content": "Hello " * CONTEXT}], {}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from talker import (
     say,
 )
 
-from osscompile.runtime import ArtifactError, InputError, Model, load
+from osscompile.runtime import ArtifactError, InputError, Model, Usage, load
 from osscompile.runtime.sampler import reserved_ids
+from osscompile.runtime.sampling_options import SamplingOptions
 from osscompile.runtime.tokenizer import Tokenizer
 
 UNICODE = "naïve café, 日本語, 🙂👍🏽, Ω"
@@ -187,6 +189,8 @@ def test_stop_tokens_of_the_tokenizer(
         ([1], {"temperature": -1.0}, "temperature: expected"),
         ([1], {"top_p": 0.0}, "top_p: expected"),
         ([1], {"stop_ids": 5}, "stop_ids: expected token ids"),
+        ([1], {"stop": ""}, "stop: expected a string"),
+        ([1], {"logit_bias": {10**6: 1}}, "logit_bias: expected token ids below .*, found 1000000"),
     ],
 )
 def test_bad_arguments_raise_before_anything_is_computed(
@@ -232,6 +236,96 @@ def test_text_of_random_tokens_is_the_text_of_all(model: Model, tokenizer: Token
     assert "".join(token.text for token in tokens) == text
 
 
+def test_every_answer_tells_why_it_ended_and_what_it_took(model: Model) -> None:
+    prompt = random_ids(100)
+    tokens = list(model.generate(prompt, max_tokens=5))
+    assert [token.finish_reason for token in tokens] == [None] * 4 + ["length"]
+    assert [token.usage for token in tokens] == [Usage(100, 0, n) for n in range(1, 6)]
+    stop = tokens[2].token_id
+    first = next(i for i, token in enumerate(tokens, 1) if token.token_id == stop)
+    *_, last = model.generate(prompt, max_tokens=first, stop_ids=[stop])
+    assert last.finish_reason == "stop"  # though max_tokens would have ended it too
+    cached = model.cached_tokens
+    assert 0 < cached < 100 and last.usage == Usage(100, cached, first)
+
+
+def test_answer_that_the_contexts_end_cuts(model: Model) -> None:
+    tokens = list(model.generate(random_ids(CONTEXT - 2)))
+    assert [token.finish_reason for token in tokens] == [None, None, "length"]
+
+
+def test_stop_string_across_tokens_is_not_shown(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode("What is 17 + 25? It is more.")
+    say(model, ids, monkeypatch)
+    for stop in ("7 + 2", ["!", "7 + 2"], ("?", "7 + 2")):
+        tokens = list(model.generate([1], max_tokens=len(ids), stop=stop))
+        assert "".join(token.text for token in tokens) == "What is 1"
+        assert tokens[-1].finish_reason == "stop" and tokens[-1].usage.completion_tokens < len(ids)
+        assert "7 + 2" in tokenizer.decode(ids_of(iter(tokens)))
+        assert "7 + 2" not in tokenizer.decode(ids_of(iter(tokens[:-1])))
+
+
+def test_stop_string_that_only_begins_is_shown_at_the_end(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode("It is 17 + 25")
+    say(model, ids, monkeypatch)
+    tokens = list(model.generate([1], max_tokens=len(ids), stop="25?"))
+    assert "".join(token.text for token in tokens) == "It is 17 + 25"
+    assert tokens[-1].text.endswith("25") and tokens[-1].finish_reason == "length"
+
+
+def test_stop_string_in_a_character_of_several_tokens(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode("a🙂b")
+    say(model, ids, monkeypatch)
+    tokens = list(model.generate([1], max_tokens=len(ids), stop="🙂"))
+    assert "".join(token.text for token in tokens) == "a"
+    assert ids_of(iter(tokens)) == ids[:-1]
+
+
+def test_sampling_is_as_the_artifact_says_unless_a_caller_does(
+    model: Model, talker: Path, tmp_path: Path
+) -> None:
+    copy = copy_artifact(talker, tmp_path)
+    reseal(copy, lambda fields: fields["sampling"].update(temperature=5.0, top_k=50))
+    warm, prompt = load(copy), random_ids(20)
+
+    def said(which: Model, **options: Any) -> list[int]:
+        return ids_of(which.generate(prompt, max_tokens=20, seed=1, **options))
+
+    drawn = said(model, temperature=5.0, top_k=50)
+    assert said(warm) == drawn == said(warm, temperature=None)
+    assert said(warm, temperature=0) == said(model) != drawn
+    assert said(warm, top_k=0) == said(model, temperature=5.0) != drawn
+    assert said(warm, top_k=1) == said(model)
+
+
+def test_bias_and_penalties_are_the_hosts(model: Model) -> None:
+    prompt = random_ids(20)
+    best = ids_of(model.generate(prompt, max_tokens=1))[0]
+    banned = ids_of(model.generate(prompt, max_tokens=20, logit_bias={best: -100}))
+    assert best not in banned
+    forced = ids_of(model.generate(prompt, max_tokens=20, logit_bias={np.int32(5): 100}))
+    assert forced == [5] * 20
+    varied = ids_of(
+        model.generate(
+            prompt, max_tokens=20, logit_bias={5: 100, 6: 99.5, 7: 99}, frequency_penalty=1
+        )
+    )
+    assert {5, 6, 7} <= set(varied)
+
+
+def test_option_that_is_none_is_as_if_it_were_not_given(model: Model) -> None:
+    prompt = random_ids(20)
+    nothing = {field.name: None for field in fields(SamplingOptions)}
+    expected = list(model.generate(prompt))
+    assert list(model.generate(prompt, max_tokens=None, **nothing)) == expected
+
+
 def test_artifact_without_tokenizer(tiny_artifact: Path) -> None:
     model = load(tiny_artifact)
     assert [token.text for token in model.generate([1, 2, 3], max_tokens=3)] == ["", "", ""]
@@ -239,6 +333,8 @@ def test_artifact_without_tokenizer(tiny_artifact: Path) -> None:
         model.chat([{"role": "user", "content": "Hello"}])
     with pytest.raises(InputError, match="encode: expected an artifact with a tokenizer"):
         model.encode("Hello")
+    with pytest.raises(InputError, match="stop: expected an artifact with a tokenizer"):
+        model.generate([1], stop="a")
 
 
 def test_decode_goes_on_after_prefill(tiny_artifact: Path) -> None:
@@ -261,10 +357,12 @@ def test_decode_at_the_end_of_the_context(tiny_artifact: Path) -> None:
 
 def test_logits_that_are_not_numbers_do_not_spoil_the_next_answer(tiny_artifact: Path) -> None:
     model = load(tiny_artifact)
-    fresh = [token.token_id for token in model.generate([1, 2, 3], max_tokens=4)]
+    fresh = [token.token_id for token in model.generate([1, 2, 3], max_tokens=4, temperature=0)]
     model.prefill([1, 2, 3])
     for array in model._cache.arrays:
         array[:, 0] = np.nan
     with pytest.raises(ArtifactError, match="finite"):
-        list(model.generate([1, 2, 3, 4], max_tokens=4))
-    assert [token.token_id for token in model.generate([1, 2, 3], max_tokens=4)] == fresh
+        list(model.generate([1, 2, 3, 4], max_tokens=4, temperature=0))
+    assert [
+        token.token_id for token in model.generate([1, 2, 3], max_tokens=4, temperature=0)
+    ] == fresh

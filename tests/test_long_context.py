@@ -18,7 +18,7 @@ from reference import apply_rope, relative_rms
 
 import osscompile
 from osscompile.runtime import load
-from osscompile.runtime.engine import memory_bytes
+from osscompile.runtime.memory import memory_bytes
 from osscompile.targets import Target
 
 F64 = NDArray[np.float64]

@@ -15,7 +15,7 @@ from osscompile.importer.graph import weight_parameters
 from osscompile.importer.synthetic import synthetic_source
 from osscompile.importer.weights import weight_pieces
 from osscompile.runtime.artifact import read_manifest
-from osscompile.runtime.engine import memory_bytes
+from osscompile.runtime.memory import memory_bytes
 
 CONTEXT = 4096
 

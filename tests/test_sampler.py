@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from osscompile.runtime.errors import ArtifactError, InputError
-from osscompile.runtime.sampler import Sampler, SamplingOptions, reserved_ids
+from osscompile.runtime.sampler import Sampler, reserved_ids
+from osscompile.runtime.sampling_options import SamplingOptions
 
 NO_IDS = np.empty(0, np.int64)
 VOCAB = 1000  # not a whole number of blocks
@@ -46,9 +47,9 @@ def draw(
 
 def test_greedy_is_the_best_and_the_lowest_id_of_equals() -> None:
     logits = random_logits(0)
-    assert draw(logits, SamplingOptions(), 1) == logits.argmax()
+    assert draw(logits, SamplingOptions(temperature=0), 1) == logits.argmax()
     logits[[7, 500, 999]] = logits.max() + 1
-    assert draw(logits, SamplingOptions(), 1) == 7
+    assert draw(logits, SamplingOptions(temperature=0), 1) == 7
     assert draw(logits, SamplingOptions(temperature=1.0, top_k=1), 1) == 7
     assert draw(logits, SamplingOptions(temperature=1e-9), 1) == 7
 
@@ -173,7 +174,7 @@ def test_reserved_ids_are_never_sampled(filters: dict[str, Any]) -> None:
         assert sample.token_id not in reserved
     assert not set(reserved) & {id for id, _ in sample.top_logprobs}
     assert len(sample.top_logprobs) == VOCAB - len(set(reserved))
-    assert Sampler(SamplingOptions(), reserved).sample(logits).token_id not in reserved
+    assert Sampler(SamplingOptions(temperature=0), reserved).sample(logits).token_id not in reserved
 
 
 def test_masked_logits_are_never_sampled() -> None:
@@ -203,6 +204,78 @@ def test_no_logprobs_unless_asked() -> None:
     sample = Sampler(SamplingOptions(), NO_IDS).sample(random_logits(6))
     assert sample.logprob is None
     assert sample.top_logprobs == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(None, None), (False, None), (True, 0), (0, 0), (3, 3)]
+)
+@pytest.mark.parametrize("kind", [None, np.bool_])
+def test_logprobs_may_be_a_truth_value(given: Any, kept: int | None, kind: Any) -> None:
+    given = kind(given) if kind is not None and isinstance(given, bool) else given
+    options = SamplingOptions(logprobs=given)
+    assert options.logprobs == kept and type(options.logprobs) is type(kept)
+    sample = Sampler(options, NO_IDS).sample(random_logits(6))
+    assert (sample.logprob is None) == (kept is None)
+    assert len(sample.top_logprobs) == (kept or 0)
+
+
+def test_bias_moves_the_choice_and_not_the_logprobs() -> None:
+    logits = random_logits(5)
+    plain = Sampler(SamplingOptions(temperature=0, logprobs=3), NO_IDS).sample(logits)
+    worst = int(logits.argmin())
+    options = SamplingOptions(
+        temperature=0, logprobs=3, logit_bias={worst: 100, plain.token_id: -100}
+    )
+    sample = Sampler(options, NO_IDS).sample(logits)
+    assert sample.token_id == worst
+    assert sample.top_logprobs == plain.top_logprobs
+    exact = logits.astype(np.float64)
+    assert sample.logprob == pytest.approx(exact[worst] - np.log(np.exp(exact).sum()), abs=1e-5)
+
+
+def test_bias_does_not_bring_back_what_is_reserved() -> None:
+    options = SamplingOptions(logit_bias={7: 100})
+    assert 7 not in draw(random_logits(5), options, 3, np.array([7]))
+
+
+def test_drawn_tokens_follow_the_biased_distribution() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.25], np.float32))
+    bias = {0: float(np.log(0.5)), 2: float(np.log(2))}  # weights 1, 1 and 2
+    drawn = draw(logits, SamplingOptions(temperature=1.0, seed=0, logit_bias=bias), 4000)
+    np.testing.assert_allclose(np.bincount(drawn) / drawn.size, [0.25, 0.25, 0.5], atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("penalties", "expected"),
+    [
+        ({}, [0, 0, 0, 0, 0, 0]),
+        # 3, 2.5 and 1: once said, a token is 1 lower, however often.
+        ({"presence_penalty": 1.0}, [0, 1, 0, 0, 0, 0]),
+        # Each time that it is said it is 1 lower.
+        ({"frequency_penalty": 1.0}, [0, 1, 0, 1, 0, 2]),
+        ({"frequency_penalty": -1.0, "presence_penalty": -2.0}, [0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_penalties_are_by_what_was_said(penalties: Any, expected: list[int]) -> None:
+    logits = np.array([3, 2.5, 1], np.float32)
+    said = draw(logits, SamplingOptions(temperature=0.0, **penalties), 6)
+    scores, counts = logits.astype(np.float64), np.zeros(3)
+    frequency = penalties.get("frequency_penalty", 0)
+    presence = penalties.get("presence_penalty", 0)
+    for token in said:  # as OpenAI's documentation defines them
+        assert token == np.argmax(scores - frequency * counts - presence * (counts > 0))
+        counts[token] += 1
+    assert said.tolist()[: len(expected)] == expected
+
+
+def test_logprobs_are_the_models_own_under_penalties() -> None:
+    logits = np.array([3, 2.5, 1], np.float32)
+    sampler = Sampler(SamplingOptions(temperature=0, presence_penalty=2.0, logprobs=1), NO_IDS)
+    first, second = sampler.sample(logits), sampler.sample(logits)
+    assert [first.token_id, second.token_id] == [0, 1]
+    exact = logits - np.log(np.exp(logits.astype(np.float64)).sum())
+    assert [first.logprob, second.logprob] == pytest.approx(exact[:2].tolist(), abs=1e-6)
+    assert second.top_logprobs == first.top_logprobs
 
 
 def test_extreme_logits_do_not_overflow() -> None:
@@ -241,7 +314,8 @@ def test_nothing_left_to_sample_is_an_error() -> None:
         {"seed": -1},
         {"seed": "x"},
         {"logprobs": -1},
-        {"logprobs": None},
+        {"logprobs": 1.5},
+        {"logprobs": "2"},
         {"temperature": True},
         {"temperature": np.float32("nan")},
         {"temperature": 10**400},
@@ -258,6 +332,25 @@ def test_nothing_left_to_sample_is_an_error() -> None:
         {"stop_ids": [True]},
         {"stop_ids": (-1,)},
         {"stop_ids": frozenset(["x"])},
+        {"stop": ""},
+        {"stop": 5},
+        {"stop": ["a", ""]},
+        {"stop": ["a", 5]},
+        {"stop": b"ab"},
+        {"stop": {"a": "b"}},
+        {"logit_bias": 5},
+        {"logit_bias": [5]},
+        {"logit_bias": [(5, 1.0)]},
+        {"logit_bias": {"5": 1.0}},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": {True: 1.0}},
+        {"logit_bias": {5: 100.5}},
+        {"logit_bias": {5: float("nan")}},
+        {"logit_bias": {5: "1"}},
+        {"frequency_penalty": 2.1},
+        {"frequency_penalty": "1"},
+        {"presence_penalty": -2.1},
+        {"presence_penalty": float("nan")},
     ],
     ids=str,
 )
@@ -303,7 +396,12 @@ def test_reserved_ids_are_unused_specials_and_padding() -> None:
 
 @pytest.mark.parametrize(
     ("options", "scale"),
-    [({}, 0.0), ({"temperature": 0.5}, 2.0), ({"temperature": 9, "top_k": 1}, 0)],
+    [
+        ({"temperature": 0}, 0.0),
+        ({}, 1.0),
+        ({"temperature": 0.5}, 2.0),
+        ({"temperature": 9, "top_k": 1}, 0),
+    ],
 )
 def test_options_that_a_device_takes(options: dict[str, Any], scale: float) -> None:
     sampler, again = (Sampler(SamplingOptions(seed=0, **options), NO_IDS) for _ in range(2))
@@ -317,6 +415,19 @@ def test_options_that_a_device_takes(options: dict[str, Any], scale: float) -> N
     assert repeated is not None and repeated.tolist() == first
 
 
-@pytest.mark.parametrize("option", [{"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.1}, {"logprobs": 1}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"top_p": 0.9},
+        {"top_k": 2},
+        {"min_p": 0.1},
+        {"logprobs": 1},
+        {"logprobs": 0},
+        {"logit_bias": {1: 1}},
+        {"frequency_penalty": 0.1},
+        {"presence_penalty": -0.1},
+    ],
+    ids=str,
+)
 def test_options_that_a_device_does_not_take(option: dict[str, Any]) -> None:
     assert Sampler(SamplingOptions(temperature=1.0, **option), NO_IDS).device_options() is None

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..usage import Usage
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -49,11 +51,14 @@ class Arguments(Piece):
 @dataclass(frozen=True)
 class Finish(Piece):
     """The answer has ended, the last event. reason: tool_calls (it waits for their results), stop
-    (it is whole), or length (it was cut off, perhaps within a call)."""
+    (it is whole, or has come to a stop string or id), or length (it was cut off by max_tokens or
+    the context's end, perhaps within a call). usage: what it took; answers that say the same are
+    equal, whatever they took."""
 
     channel: str = field(default="", init=False)
     text: str = field(default="", init=False)
     reason: str
+    usage: Usage = field(default=Usage(), compare=False)
 
 
 def as_messages(pieces: Iterable[Piece]) -> list[dict[str, object]]:

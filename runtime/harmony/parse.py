@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
 
+from ..stop_strings import StopSearch
 from ..tokenizer import StreamDecoder, Tokenizer
+from ..usage import Usage
 from .events import Arguments, Finish, Piece, Reasoning, Text, ToolCall
 from .header import Header, Segment, plain_text, read_header, without_cut_word
 
@@ -21,7 +23,8 @@ def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 class AnswerParser:
-    """Reads the ids of an answer as they come; the prompt ended with `<|start|>assistant`.
+    """Reads the ids of an answer as they come; the prompt ended with `<|start|>assistant`, and
+    perhaps had the beginning of the answer after it: `begun`, of which nothing is told.
 
     Whatever the model says is read without an error, and none of its text is left out. What is a
     header, and what is text, may be uncertain: such tokens are held back until `<|message|>`, the
@@ -33,21 +36,41 @@ class AnswerParser:
     - `<|start|>` or `<|channel|>` inside a message ends it and begins the next; other special
       tokens inside a message are left out.
     - Once another role begins to speak, the answer has ended.
+
+    `usage` counts the ids so far, and those of reasoning: an id belongs to what is told with it, or
+    next.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, begun: Iterable[int] = ()) -> None:
         self.ended = False
         self._decoder = StreamDecoder(tokenizer)
         self._special_names = {id: name for name, id in tokenizer.special.items()}
         self._num_calls = 0
         self._unheaded = ""  # ended messages without a header: what follows tells what they are
         self._num_held = 0
+        self._num_tokens = self._num_reasoning = self._num_untold = 0
         self._begin_header("assistant")
+        for token_id in begun:
+            self._read(token_id)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(completion_tokens=self._num_tokens, reasoning_tokens=self._num_reasoning)
 
     def push(self, token_id: int) -> list[Piece]:
         """What this id tells: mostly one piece or none; none once the answer has ended."""
         if self.ended:
             return []
+        self._num_tokens += 1
+        self._num_untold += 1
+        pieces = self._read(token_id)
+        if pieces:
+            if all(isinstance(piece, Reasoning) for piece in pieces):
+                self._num_reasoning += self._num_untold
+            self._num_untold = 0
+        return pieces
+
+    def _read(self, token_id: int) -> list[Piece]:
         name = self._special_names.get(token_id)
         if name is None:
             self._num_held += 1
@@ -62,6 +85,11 @@ class AnswerParser:
             return []
         pieces = self._take_text(self._decoder.flush())
         return pieces if self.ended else pieces + self._end(reason)
+
+    def stop(self) -> Finish:
+        """End the answer here: what would be told next is not."""
+        self.ended = True
+        return Finish("tool_calls" if self._num_calls else "stop", self.usage)
 
     def _take_text(self, text: str) -> list[Piece]:
         if self._segments is None:
@@ -176,17 +204,37 @@ class AnswerParser:
         pieces += self._say_unheaded("") if self._unheaded else []
         if self.ended:
             return pieces
-        self.ended = True
-        is_call = reason == "stop" and self._num_calls > 0
-        return [*pieces, Finish("tool_calls" if is_call else reason)]
+        end = self.stop()
+        return [*pieces, end if reason == "stop" else replace(end, reason=reason)]
 
 
 def stream_answer(
-    token_ids: Iterable[int], tokenizer: Tokenizer, more_stops: Set[int] = frozenset()
+    token_ids: Iterable[int],
+    tokenizer: Tokenizer,
+    more_stops: Set[int] = frozenset(),
+    stop: tuple[str, ...] = (),
+    begun: Iterable[int] = (),
 ) -> Iterator[Piece]:
     """What the ids of an answer tell (see AnswerParser), until it ends; no more are taken then.
-    more_stops: ids that end it beside the format's own."""
-    parser = AnswerParser(tokenizer)
+    more_stops: ids that end it beside the format's own; stop: strings that end it where text on
+    channel final has one, which is not told."""
+    parser = AnswerParser(tokenizer, begun)
+    search = StopSearch(stop)
+    for piece in _read_all(parser, token_ids, more_stops):
+        if isinstance(piece, Text) and piece.channel == "final":
+            text = search.push(piece.text)
+            yield from [Text("final", text)] if text else []
+            if search.found:
+                yield parser.stop()
+                return
+        else:
+            held = search.flush()
+            yield from [Text("final", held), piece] if held else [piece]
+
+
+def _read_all(
+    parser: AnswerParser, token_ids: Iterable[int], more_stops: Set[int]
+) -> Iterator[Piece]:
     reason = "length"
     for id in token_ids:
         yield from parser.push(id)
