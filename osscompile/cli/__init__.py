@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..runtime.cli.inspect import add_inspect
-from ..runtime.cli.main import run_command
+from ..runtime.cli.main import CommandParser, run_command
 from ..runtime.cli.run import add_run
 from ..runtime.version import __version__
 from .bench import add_bench
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="osscompile", description="Compile gpt-oss models for one machine, and run them."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in COMMANDS:
         add(commands)
     return parser
