@@ -1,7 +1,9 @@
 """Whole compiles of other forms than the published one, their kernels left out."""
 
 import dataclasses
+import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from artifacts import TINY_OPTIONS, leave_libraries_empty
+from artifacts import TINY_OPTIONS, leave_libraries_empty, reseal
 from checkpoints import write_checkpoint
 from forms import Tensors, Type, gguf_tensors, gguf_tokenizer, write_dense, write_gguf
 
@@ -21,7 +23,7 @@ from osscompile.importer.resolve import NANO_CHECKPOINT
 from osscompile.importer.stored import Stored
 from osscompile.importer.synthetic import TINY, SyntheticSource
 from osscompile.importer.weights import KeptScales, weight_pieces
-from osscompile.runtime.artifact import MANIFEST, TOKENIZER, WEIGHTS
+from osscompile.runtime.manifest import MANIFEST, REQUANTISED, TOKENIZER, WEIGHTS
 from osscompile.runtime.safetensors import read_header
 from osscompile.targets import Target
 
@@ -56,7 +58,9 @@ def test_gguf_becomes_the_artifact_of_the_published_form(
     assert json.loads((found / MANIFEST).read_text())["eos_token_ids"] == [7, 9]
 
 
-def test_what_quantising_experts_cost_is_told(tmp_path: Path, this_machine: Target) -> None:
+def test_what_quantising_experts_cost_is_told_and_kept(
+    tmp_path: Path, this_machine: Target, capsys: pytest.CaptureFixture[str]
+) -> None:
     def tune(tensors: Tensors) -> Tensors:
         """The second layer's gates and ups as training leaves them."""
         name = "model.layers.1.mlp.experts.gate_up_proj"
@@ -67,13 +71,72 @@ def test_what_quantising_experts_cost_is_told(tmp_path: Path, this_machine: Targ
 
     model = write_dense(tmp_path / "m", SOURCE, change=tune)
     with pytest.warns(UserWarning) as told:
-        compiled(model, this_machine)
+        artifact = compiled(model, this_machine)
     (table,) = (str(w.message) for w in told if "quantised" in str(w.message))
     *_, line = table.splitlines()
     layer, gate_up, _, down, _ = line.split()
     assert (layer, down) == ("1", "0.000")
     assert 1 < float(gate_up) < 20
     assert len(table.splitlines()) == 3
+    assert main(["inspect", str(artifact)]) == 0
+    assert f"{gate_up} % in the mean of 1 layers, {gate_up} % at most, in layer 1\n" in (
+        capsys.readouterr().out
+    )
+    assert main(["inspect", str(artifact), "--layers"]) == 0
+    assert table in capsys.readouterr().out
+    kept = (artifact / REQUANTISED).read_bytes()
+    with pytest.warns(UserWarning):
+        assert (compiled(model, this_machine) / REQUANTISED).read_bytes() == kept
+
+
+def test_experts_that_stay_as_they_are_cost_nothing(tmp_path: Path, this_machine: Target) -> None:
+    with pytest.warns(UserWarning, match=r"no tokenizer\.json"):
+        artifact = compiled(write_dense(tmp_path / "m", SOURCE), this_machine)
+    assert not (artifact / REQUANTISED).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("{", "another sha256 than the manifest's"),
+        ("", "No such file"),
+        ('{"layers.0.down": 0.5}', None),
+        ('{"layers.0.down": NaN}', "found nan"),
+        ('{"layers.9.down": 0.5}', r"layers\.9\.down"),
+        ('{"layers.0.\\u001b": 0.5}', "found"),
+        ("{}", "found none"),
+        ("[" * 100000, "recursion"),
+    ],
+)
+def test_damaged_file_of_what_it_cost(
+    content: str,
+    found: str | None,
+    tmp_path: Path,
+    this_machine: Target,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`inspect` says so, and goes on."""
+    with pytest.warns(UserWarning, match=r"no tokenizer\.json"):
+        artifact = compiled(write_checkpoint(tmp_path / "m", SOURCE), this_machine)
+    file = artifact / REQUANTISED
+    file.write_text(content)
+    reseal(artifact, lambda fields: fields["files"].update({REQUANTISED: entry(content)}))
+    if content == "{":
+        file.write_text("}")
+    if content == "":
+        file.unlink()
+    assert main(["inspect", str(artifact)]) == 0
+    out = capsys.readouterr().out
+    assert "\nfiles\n" in out
+    if found is None:
+        assert "down      50.000 % in the mean of 1 layers" in out
+    else:
+        assert re.search(rf"{REQUANTISED}: expected .*{found}.*compile the model again", out), out
+
+
+def entry(content: str) -> dict[str, object]:
+    raw = content.encode()
+    return {"num_bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
 FORMS: dict[str, Callable[[Path], Path]] = {
