@@ -26,7 +26,13 @@ from osscompile.importer.resolve import NANO_CHECKPOINT
 from osscompile.importer.synthetic import TINY
 from osscompile.runtime.artifact import read_manifest
 from osscompile.runtime.errors import ArtifactError, InputError
-from osscompile.runtime.fidelity import FIDELITY, PARTIAL, FidelityError, read_fidelity
+from osscompile.runtime.fidelity import (
+    FIDELITY,
+    PARTIAL,
+    FidelityError,
+    read_fidelity,
+    write_fidelity,
+)
 from osscompile.runtime.manifest import MANIFEST, WEIGHTS
 from osscompile.runtime.safetensors import read_header
 from osscompile.runtime.tokenizer import Tokenizer
@@ -52,6 +58,18 @@ def no_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("compiled")
 
     monkeypatch.setattr(measure, "compile", compile)
+
+
+@pytest.fixture
+def quick(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact artifact is there already."""
+    monkeypatch.setattr(measure, "compile", lambda *_, **__: tiny_artifact)
+
+
+@pytest.fixture
+def measured(quick: None, tiny: Path) -> Path:
+    measure_fidelity(tiny, "synthetic:tiny", num_tokens=8)
+    return tiny
 
 
 def listing(folder: Path) -> list[str]:
@@ -147,7 +165,9 @@ def test_fast_nano_beside_its_checkpoint(
     assert all(line.strip() in shown for line in printed)
 
 
-def test_exact_artifact_is_as_its_checkpoint_until_a_weight_is_wrong(tiny: Path) -> None:
+def test_exact_artifact_is_as_its_checkpoint_until_a_weight_is_wrong(
+    tiny: Path, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model without a tokenizer, whose context ends before the ids do."""
     whole = measure_fidelity(tiny, "synthetic:tiny")
     assert whole.tokens == whole.agreeing == TINY_OPTIONS["context"]
@@ -156,6 +176,7 @@ def test_exact_artifact_is_as_its_checkpoint_until_a_weight_is_wrong(tiny: Path)
     entry = read_header(tiny / WEIGHTS)["layers.0.router.bias"]
     flip_byte(tiny / WEIGHTS, entry.offset + 3)  # a sign and an exponent
     reseal(tiny)
+    monkeypatch.setattr(measure, "compile", lambda *_, **__: tiny_artifact)
     wrong = measure_fidelity(tiny, "synthetic:tiny", num_tokens=64)
     assert wrong.max_kl_divergence > 1e-4
     kept = read_fidelity(tiny)
@@ -240,27 +261,39 @@ def test_too_little_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("where", ["compile", "compare_logits", "write_fidelity"])
-@pytest.mark.parametrize("cause", [KeyboardInterrupt, OSError])
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("where", ["compile", "compare_logits"])
 def test_interrupted_or_failed_measurement_leaves_nothing(
-    where: str,
-    cause: type[BaseException],
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    where: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = listing(tmp_path)
+    for cause, raised in ((KeyboardInterrupt, KeyboardInterrupt), (OSError, FidelityError)):
 
-    def fail(*arguments: object, **options: object) -> None:
+        def fail(*_: object, cause: type[BaseException] = cause, **__: object) -> None:
+            assert len(listing(tmp_path)) > len(before)
+            raise cause
+
+        monkeypatch.setattr(measure, where, fail)
+        with pytest.raises(raised):
+            measure_fidelity(tiny, "synthetic:tiny", num_tokens=16)
+        assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("cause", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_file_is_whole_or_as_it_was(
+    cause: Any, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fidelity, before = read_fidelity(measured), listing(measured)
+    assert fidelity is not None
+
+    def fail(*arguments: object) -> None:
         raise cause
 
-    if where == "write_fidelity":
-        monkeypatch.setattr(os, "replace", fail)
-    else:
-        monkeypatch.setattr(measure, where, fail)
-    with pytest.raises(KeyboardInterrupt if cause is KeyboardInterrupt else FidelityError):
-        measure_fidelity(tiny, "synthetic:tiny", num_tokens=16)
-    assert listing(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(KeyboardInterrupt if cause is KeyboardInterrupt else FidelityError):
+            write_fidelity(measured, dataclasses.replace(fidelity, model="other"))
+    assert listing(measured) == before and read_fidelity(measured) == fidelity
 
 
 # The file
@@ -303,26 +336,15 @@ DAMAGED: dict[str, tuple[Callable[[str], str], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def measured(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    artifact = copy_artifact(tiny_artifact, tmp_path_factory.mktemp("measured"))
-    measure_fidelity(artifact, "synthetic:tiny", num_tokens=8)
-    return artifact
-
-
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_inspect_of_a_damaged_file(
     damage: str, measured: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = measured / FIDELITY
-    whole = file.read_text()
     spoil, message = DAMAGED[damage]
-    try:
-        file.write_text(spoil(whole))
-        assert cli.main(["inspect", str(measured)]) == 0
-        osscompile.load(measured)  # which does not look at it
-    finally:
-        file.write_text(whole)
+    file.write_text(spoil(file.read_text()))
+    assert cli.main(["inspect", str(measured)]) == 0
+    osscompile.load(measured)  # which does not look at it
     out = capsys.readouterr().out
     assert message in out and "\nfiles\n" in out and "\x1b" not in out
 
