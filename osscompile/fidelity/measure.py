@@ -73,19 +73,16 @@ def measure_fidelity(
     with _workplace(path, exact_bytes + logits_bytes + OTHER_FILES_BYTES) as folder:
         if progress:
             print(
-                f"scoring {len(ids)} tokens of {text}; then {model} is compiled for this CPU in "
-                f"the profile exact, which takes {exact_bytes / 1e9:.1f} GB beside {path.name} "
-                "until the end",
+                f"{len(ids)} tokens of {text} are scored with {path.name}, then with {model} in "
+                f"exact kernels of this CPU, which take {exact_bytes / 1e9:.2f} GB here until "
+                "the end",
                 file=sys.stderr,
             )
-        logits = folder / "logits"
-        with logits.open("wb") as stream:
-            for row in _logits(measured, ids, path.name, progress):
-                stream.write(row.data)
+        _write_rows(folder / "logits", _logits(measured, ids, path.name, progress))
         variant = measured.variant
         del measured  # its memory is the other's
         with warnings.catch_warnings(action="ignore"):  # told when the artifact was compiled
-            compiled = compile(
+            exact = compile(
                 model,
                 machine.name,
                 folder / "exact.osc",
@@ -97,8 +94,8 @@ def measure_fidelity(
             )
         comparison = compare_logits(
             ids,
-            _logits(load(compiled), ids, "exact", progress),
-            _read_rows(logits, manifest.vocab_size),
+            _logits(load(exact), ids, "exact", progress),
+            _read_rows(folder / "logits", manifest.vocab_size),
             lambda id: repr(tokenizer.decode([id])) if tokenizer is not None else str(id),
         )
     fidelity = Fidelity(
@@ -166,6 +163,12 @@ def _logits(model: Model, ids: list[int], name: str, progress: bool) -> Iterator
         for piece in model._logits_in_pieces(ids):
             yield from piece
             bar.update(len(piece))
+
+
+def _write_rows(file: Path, rows: Iterable[Logits]) -> None:
+    with file.open("wb") as stream:
+        for row in rows:
+            stream.write(row.data)
 
 
 def _read_rows(file: Path, vocab_size: int) -> Iterator[Logits]:
