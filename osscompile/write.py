@@ -23,16 +23,20 @@ import numpy as np
 
 from .errors import CompileError
 from .runtime.artifact import ALIGNMENT, PADDING
+from .runtime.fidelity import FIDELITY, PARTIAL
 from .runtime.manifest import (
     CHAT_TEMPLATE,
     MANIFEST,
     PROGRAMS_SUFFIX,
+    REQUANTISED,
     TOKENIZER,
     WEIGHTS,
     Tensor,
 )
 from .threads import worker_threads
 
+# What an artifact may have in it, beside libraries.
+FILES = (MANIFEST, TOKENIZER, CHAT_TEMPLATE, WEIGHTS, REQUANTISED, FIDELITY, PARTIAL)
 LIBRARY_SUFFIXES = (".so", ".dylib", ".cl", ".fatbin", PROGRAMS_SUFFIX)
 # Threads that make weights; one more hashes and writes them and keeps up with no more than these.
 # Each has up to 40 MB in hand: an expert as it is read, in another order, and packed.
@@ -124,8 +128,8 @@ def weights_file_bytes(tensors: tuple[Tensor, ...]) -> int:
 def check_replaceable(output: Path) -> None:
     """Raise CompileError unless the name is free, or held by an empty folder or an artifact.
 
-    What is replaced is deleted, so the folder must hold nothing but what a compile may have
-    written; an artifact that is damaged can be replaced.
+    What is replaced is deleted, so the folder must hold nothing but what we may have written; an
+    artifact that is damaged can be replaced.
     """
     try:
         if not output.exists():
@@ -145,9 +149,8 @@ def check_replaceable(output: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a compile may have written a file of this name."""
-    names = (MANIFEST, TOKENIZER, CHAT_TEMPLATE, WEIGHTS)
-    ours = path.name in names or path.suffix in LIBRARY_SUFFIXES
+    """Whether a compile, or a measurement of what it made, may have written a file of this name."""
+    ours = path.name in FILES or path.suffix in LIBRARY_SUFFIXES
     return ours and not path.is_dir()
 
 

@@ -108,7 +108,7 @@ class Model:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
         ids = self._check_tokens(token_ids)
-        return self._serve(lambda: self._score(ids))
+        return self._serve(lambda: np.concatenate([*self._score(ids)]))
 
     def generate(
         self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
@@ -214,6 +214,13 @@ class Model:
             raise InputError(f"encode: expected text, found {text!r}")
         return tokenizer.encode(text)
 
+    def _logits_in_pieces(self, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """As `logits`, a few rows at a time: those of a long text are gigabytes. Another call ends
+        it."""
+        pieces = self._score(self._check_tokens(token_ids))
+        while (piece := self._serve(lambda: next(pieces, None))) is not None:
+            yield piece
+
     def _serve(self, work: Callable[[], T]) -> T:
         """Do what uses the cache, on the device's thread. A caller that is interrupted does not
         know how far it went."""
@@ -274,15 +281,16 @@ class Model:
         if not isinstance(self._device, Device):
             self._chooser = Chooser(self._device, self.vocab_size, self._reserved)
 
-    def _score(self, ids: list[int]) -> np.ndarray:
+    def _score(self, ids: list[int]) -> Iterator[np.ndarray]:
         self._turn += 1
+        turn = self._turn
         self._cache.start_apart()
-        rows = []
         for start in range(0, len(ids), self.manifest.score_chunk):
+            self._check_turn(turn)
             part = ids[start : start + self.manifest.score_chunk]
-            rows.append(self._device.numpy(self._run("score", part)).copy())
+            logits = self._device.numpy(self._run("score", part)).copy()
             self._cache.append(part)
-        return np.concatenate(rows)
+            yield logits
 
     def _host_logits(self, compute: Callable[[Any], Any], argument: object) -> np.ndarray:
         self._turn += 1

@@ -11,6 +11,7 @@ from .bench import add_bench
 from .bundle import add_bundle
 from .compile import add_compile
 from .demo import add_demo
+from .measure_fidelity import add_measure_fidelity
 from .targets import add_targets
 from .tune import add_tune
 
@@ -20,6 +21,7 @@ COMMANDS = (
     add_inspect,
     add_targets,
     add_bench,
+    add_measure_fidelity,
     add_tune,
     add_bundle,
     add_demo,

@@ -7,13 +7,7 @@ from ..runtime.cli.main import Commands
 
 def add_compile(commands: Commands) -> None:
     command = commands.add_parser("compile", help="compile a model into an artifact")
-    command.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a directory with a checkpoint (Hugging Face, OpenAI), a GGUF file, a model that "
-        "Ollama has (gpt-oss:20b), a Hugging Face id, nano, or synthetic:gpt-oss-20b, "
-        "synthetic:gpt-oss-120b, synthetic:tiny",
-    )
+    add_model(command)
     command.add_argument("--target", help="see `osscompile targets` (default: this machine's)")
     command.add_argument(
         "--variants", metavar="A,B", help="of the target's CPUs, to compile for (default: all)"
@@ -26,19 +20,30 @@ def add_compile(commands: Commands) -> None:
     )
     command.add_argument("--context", type=int, metavar="N", help="most positions")
     command.add_argument(
-        "--adapter",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="a LoRA adapter of PEFT to merge; several are merged in order",
-    )
-    command.add_argument(
         "--records",
         metavar="FILE",
         help="of `osscompile tune`, for one variant (default: yours)",
     )
     command.add_argument("--dump", metavar="DIR", help="write the IR after each phase there")
     command.set_defaults(command=_compile)
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """What to compile."""
+    command.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a directory with a checkpoint (Hugging Face, OpenAI), a GGUF file, a model that "
+        "Ollama has (gpt-oss:20b), a Hugging Face id, nano, or synthetic:gpt-oss-20b, "
+        "synthetic:gpt-oss-120b, synthetic:tiny",
+    )
+    command.add_argument(
+        "--adapter",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a LoRA adapter of PEFT to merge; several are merged in order",
+    )
 
 
 def _compile(arguments: argparse.Namespace) -> None:
