@@ -11,7 +11,7 @@ from .options import add_kv_memory
 from .terminal import say_stage
 
 
-def add_run(commands: Commands) -> None:
+def add_run(commands: Commands) -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="chat with a compiled model")
     command.add_argument("artifact", metavar="OUT")
     command.add_argument("prompt", nargs="?", help="without it, a chat begins")
@@ -28,6 +28,7 @@ def add_run(commands: Commands) -> None:
     command.add_argument("--seed", type=int)
     command.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     command.set_defaults(command=_run)
+    return command
 
 
 def _run(arguments: argparse.Namespace) -> None:
