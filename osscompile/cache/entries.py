@@ -42,7 +42,9 @@ class Entry:
         return self.folder.with_name(f"{self.name}.lock")
 
     def is_whole(self) -> bool:
-        return (self.artifact / MANIFEST).is_file() and read_facts(self.folder) == self.facts
+        # os.path, because pathlib raises on names too long and folders that may not be read
+        found = os.path.isfile(self.artifact / MANIFEST)
+        return found and read_facts(self.folder) == self.facts
 
     def compiled(self) -> float:
         """When, in seconds since 1970; so is `used`."""
