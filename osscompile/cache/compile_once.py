@@ -59,7 +59,6 @@ def _compiled_entry(model: str, machine: Target, profile: str, adapters: Sequenc
 def _compile(entry: Entry, model: str, machine: Target, adapters: Sequence[str]) -> None:
     from ..compiler import compile  # TVM takes seconds to import: only where it is needed
 
-    options = {"variants": machine.variant, "profile": entry.facts.profile, "adapters": adapters}
     try:
         entry.folder.parent.mkdir(parents=True, exist_ok=True)
         with entry.locked(lambda: _say(f"another process compiles {entry.name}: waiting for it")):
@@ -68,7 +67,15 @@ def _compile(entry: Entry, model: str, machine: Target, adapters: Sequence[str])
             try:
                 entry.folder.mkdir(exist_ok=True)
                 write_json(entry.folder / FACTS, asdict(entry.facts))
-                compile(model, machine.name, entry.artifact, progress=True, **options)
+                compile(
+                    model,
+                    machine.name,
+                    entry.artifact,
+                    variants=machine.variant,
+                    profile=entry.facts.profile,
+                    adapters=adapters,
+                    progress=True,
+                )
             finally:
                 if not entry.is_whole():
                     shutil.rmtree(entry.folder, ignore_errors=True)

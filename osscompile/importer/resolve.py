@@ -128,8 +128,8 @@ def find_revision(repo_id: str, online: bool) -> str | None:
     if online:
         return _fetch(repo_id, CONFIG_FILES).name
     try:
-        options = {"ignore_patterns": SUBFOLDERS, "local_files_only": True}
-        return Path(snapshot_download(repo_id, allow_patterns=CONFIG_FILES, **options)).name
+        folder = snapshot_download(repo_id, allow_patterns=CONFIG_FILES, local_files_only=True)
+        return Path(folder).name
     except (OSError, ValueError):  # not there, or no name of a repository
         return None
 
