@@ -98,7 +98,7 @@ def compile(
     dump = path_option("dump", dump) if dump is not None else None
     records = path_option("records", records) if records is not None else None
     prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
-    resolved = find_model(model, adapters)
+    resolved = open_model(model, adapters)
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
     if output is None:
@@ -167,7 +167,7 @@ def compile(
     return output
 
 
-def find_model(model: str | Path, adapters: str | Path | Iterable[str | Path] = ()) -> Resolved:
+def open_model(model: str | Path, adapters: str | Path | Iterable[str | Path] = ()) -> Resolved:
     """What `compile` compiles. Raises CheckpointError."""
     if not isinstance(model, str | os.PathLike):
         raise CheckpointError(f"model: expected a name or a directory, found {model!r}")

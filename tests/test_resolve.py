@@ -209,6 +209,19 @@ def test_download_takes_the_top_level_only(
     assert not any(name.endswith(".safetensors") for name in taken[0])
 
 
+def test_commit_of_what_the_hubs_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's own library reads its cache; no network is asked."""
+    monkeypatch.setattr(resolve.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.socket.connect", None)
+    assert resolve.find_revision("org/name", online=False) is None
+    folder = tmp_path / "models--org--name"
+    for name, content in (("refs/main", "1" * 40), (f"snapshots/{'1' * 40}/config.json", "{}")):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(content)
+    assert resolve.find_revision("org/name", online=False) == "1" * 40
+    assert resolve.find_revision("no--name/./", online=False) is None
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -5,19 +5,23 @@ from collections.abc import Sequence
 
 from ..runtime.cli.inspect import add_inspect
 from ..runtime.cli.main import CommandParser, run_command
-from ..runtime.cli.run import add_run
 from ..runtime.version import __version__
 from .bench import add_bench
 from .bundle import add_bundle
 from .compile import add_compile
 from .demo import add_demo
+from .list import add_list
 from .measure_fidelity import add_measure_fidelity
+from .rm import add_rm
+from .run import add_run
 from .targets import add_targets
 from .tune import add_tune
 
 COMMANDS = (
     add_compile,
     add_run,
+    add_list,
+    add_rm,
     add_inspect,
     add_targets,
     add_bench,

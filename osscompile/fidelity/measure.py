@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import targets
-from ..compiler import OTHER_FILES_BYTES, compile, find_model
+from ..compiler import OTHER_FILES_BYTES, compile, open_model
 from ..importer.config import ModelConfig
 from ..importer.graph import weight_parameters
 from ..options import path_option, whole_number
@@ -60,7 +60,7 @@ def measure_fidelity(
     check_writable(path)
     measured = load(path, context=num_tokens)
     adapters = (adapters,) if isinstance(adapters, str | os.PathLike) else tuple(adapters)
-    resolved = find_model(model, adapters)
+    resolved = open_model(model, adapters)
     config = resolved.source.config
     _check_same_shape(str(model), config, path, manifest)
     tokenizer = measured.tokenizer

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import TextIO
 
 
-def print_table(rows: Sequence[tuple[str, str]]) -> None:
-    """Names, and what they stand for, in a column each."""
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of as many cells, each column as wide as it must be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        *cells, last = row
+        padded = [f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=False)]
+        print("".join(padded) + last)
 
 
 def say_stage(stage: str) -> None:

@@ -75,7 +75,7 @@ def recognises(path: Path) -> bool:
 
 def open_form(path: Path) -> Opened:
     """Read metadata and tensor tables, of all files of a split. Raises CheckpointError."""
-    files = [read_gguf(file) for file in _files_of(_only_model(path) if path.is_dir() else path)]
+    files = [read_gguf(file) for file in split_files(_only_model(path) if path.is_dir() else path)]
     stored = _all_tensors(files)
     config = _config(files[0], stored)
     plan = _plan(config, stored)
@@ -105,7 +105,7 @@ def _only_model(directory: Path) -> Path:
     return firsts[0]
 
 
-def _files_of(path: Path) -> list[Path]:
+def split_files(path: Path) -> list[Path]:
     """The file, or all files of the split to which its name belongs."""
     match = SPLIT.fullmatch(path.name)
     if match is None:
