@@ -1,5 +1,6 @@
 """The whole story on one page: from a model to an artifact for one machine."""
 
+import json
 import os
 import shutil
 import sys
@@ -25,7 +26,6 @@ from .importer.graph import (
     most_wanted,
     with_choose,
 )
-from .importer.requantised import describe_requantised
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import KeptScales, weight_pieces
 from .options import names_option, path_option, whole_number
@@ -33,7 +33,19 @@ from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
 from .runtime.artifact import hash_file, mark_verified
-from .runtime.manifest import CPU, MANIFEST, TOKENIZER, WEIGHTS, File, Manifest, Tensor, Variant
+from .runtime.manifest import (
+    CHAT_TEMPLATE,
+    CPU,
+    MANIFEST,
+    REQUANTISED,
+    TOKENIZER,
+    WEIGHTS,
+    File,
+    Manifest,
+    Tensor,
+    Variant,
+)
+from .runtime.requantised import requantised_by_layer
 from .runtime.version import __version__
 from .schedules.records import Records
 from .targets import Target, TargetError
@@ -85,12 +97,8 @@ def compile(
     output = path_option("output", output) if output is not None else None
     dump = path_option("dump", dump) if dump is not None else None
     records = path_option("records", records) if records is not None else None
-    if not isinstance(model, str | os.PathLike):
-        raise CheckpointError(f"model: expected a name or a directory, found {model!r}")
-    adapters = (adapters,) if isinstance(adapters, str | os.PathLike) else tuple(adapters)
     prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
-    with worker_threads(1) as pool:  # a download that is interrupted waits for its own threads
-        resolved = pool.submit(resolve_model, model, adapters).result()
+    resolved = open_model(model, adapters)
     config = resolved.source.config
     context = _check_options(config, profile, context, prefill_chunk)
     if output is None:
@@ -125,8 +133,10 @@ def compile(
                 ),
                 bar.update,
             )
-        _tell_requantised(resolved)
+        _tell_requantised(resolved, folder)
         _copy_tokenizer(resolved, folder)
+        if resolved.chat_template is not None:
+            (folder / CHAT_TEMPLATE).write_bytes(resolved.chat_template.encode())
         manifest = Manifest(
             model=resolved.name,
             compiler=__version__,
@@ -149,11 +159,21 @@ def compile(
             decode_bytes=_decode_bytes(config, weights),
             gathered=tuple(w.name for w in weights if w.name.startswith(GATHERED)),
             eos_token_ids=_eos_token_ids(resolved),
+            sampling=resolved.sampling,
             files=_files(folder, weights_sha256),
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     mark_verified(output / WEIGHTS, weights_sha256)
     return output
+
+
+def open_model(model: str | Path, adapters: str | Path | Iterable[str | Path] = ()) -> Resolved:
+    """What `compile` compiles. Raises CheckpointError."""
+    if not isinstance(model, str | os.PathLike):
+        raise CheckpointError(f"model: expected a name or a directory, found {model!r}")
+    adapters = (adapters,) if isinstance(adapters, str | os.PathLike) else tuple(adapters)
+    with worker_threads(1) as pool:  # a download that is interrupted waits for its own threads
+        return pool.submit(resolve_model, model, adapters).result()
 
 
 def _say(progress: bool, text: str) -> None:
@@ -251,10 +271,12 @@ def _decode_bytes(config: ModelConfig, weights: tuple[Tensor, ...]) -> int:
     return total
 
 
-def _tell_requantised(resolved: Resolved) -> None:
+def _tell_requantised(resolved: Resolved, folder: Path) -> None:
+    """Now, and to who inspects the artifact."""
     changed = resolved.source.requantised()
     if changed:
-        warnings.warn(describe_requantised(changed), stacklevel=3)
+        warnings.warn(requantised_by_layer(changed), stacklevel=3)
+        (folder / REQUANTISED).write_text(json.dumps(changed, indent=1) + "\n", encoding="utf-8")
 
 
 def _copy_tokenizer(resolved: Resolved, folder: Path) -> None:

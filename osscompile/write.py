@@ -6,7 +6,6 @@ final name, in NAME.partial; the next compile to the same name removes what an i
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -17,15 +16,27 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import IO
+from typing import NoReturn
 
 import numpy as np
 
-from .errors import CompileError
+from .errors import CompileError, PlaceError
+from .locks import only_holder
 from .runtime.artifact import ALIGNMENT, PADDING
-from .runtime.manifest import MANIFEST, PROGRAMS_SUFFIX, TOKENIZER, WEIGHTS, Tensor
+from .runtime.fidelity import FIDELITY, PARTIAL
+from .runtime.manifest import (
+    CHAT_TEMPLATE,
+    MANIFEST,
+    PROGRAMS_SUFFIX,
+    REQUANTISED,
+    TOKENIZER,
+    WEIGHTS,
+    Tensor,
+)
 from .threads import worker_threads
 
+# What an artifact may have in it, beside libraries.
+FILES = (MANIFEST, TOKENIZER, CHAT_TEMPLATE, WEIGHTS, REQUANTISED, FIDELITY, PARTIAL)
 LIBRARY_SUFFIXES = (".so", ".dylib", ".cl", ".fatbin", PROGRAMS_SUFFIX)
 # Threads that make weights; one more hashes and writes them and keeps up with no more than these.
 # Each has up to 40 MB in hand: an expert as it is read, in another order, and packed.
@@ -54,7 +65,7 @@ def staged_directory(output: Path, needed_bytes: int) -> Iterator[Path]:
     new_folders = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _only_writer(partial):
+        with only_holder(partial.with_name(partial.name + ".lock"), lambda: _refuse(partial)):
             _clear(partial, output)
             try:
                 # Named anew each time: a thread of an interrupted compile may still write to its
@@ -117,8 +128,8 @@ def weights_file_bytes(tensors: tuple[Tensor, ...]) -> int:
 def check_replaceable(output: Path) -> None:
     """Raise CompileError unless the name is free, or held by an empty folder or an artifact.
 
-    What is replaced is deleted, so the folder must hold nothing but what a compile may have
-    written; an artifact that is damaged can be replaced.
+    What is replaced is deleted, so the folder must hold nothing but what we may have written; an
+    artifact that is damaged can be replaced.
     """
     try:
         if not output.exists():
@@ -138,8 +149,8 @@ def check_replaceable(output: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a compile may have written a file of this name."""
-    ours = path.name in (MANIFEST, TOKENIZER, WEIGHTS) or path.suffix in LIBRARY_SUFFIXES
+    """Whether a compile, or a measurement of what it made, may have written a file of this name."""
+    ours = path.name in FILES or path.suffix in LIBRARY_SUFFIXES
     return ours and not path.is_dir()
 
 
@@ -181,33 +192,11 @@ def _header(tensors: tuple[Tensor, ...]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, padding
 
 
-@contextlib.contextmanager
-def _only_writer(partial: Path) -> Iterator[None]:
-    """Own `partial`; the lock goes with the process, whatever ends it."""
-    lock_path = partial.with_name(partial.name + ".lock")
-    while True:
-        with lock_path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CompileError(
-                    f"{partial}: expected no other writer, found another compile that is writing "
-                    "there; wait for it, or choose another -o"
-                ) from error
-            if not _is_open_at(lock, lock_path):
-                continue  # its owner removed it after we opened it: another may own a new one
-            try:
-                yield
-                return
-            finally:
-                lock_path.unlink(missing_ok=True)
-
-
-def _is_open_at(stream: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+def _refuse(partial: Path) -> NoReturn:
+    raise CompileError(
+        f"{partial}: expected no other writer, found another compile that is writing there; wait "
+        "for it, or choose another -o"
+    )
 
 
 def _check_free_space(folder: Path, needed_bytes: int) -> None:
@@ -215,15 +204,16 @@ def _check_free_space(folder: Path, needed_bytes: int) -> None:
         raise _disk_full(folder, needed_bytes)
 
 
-def _not_writable(output: Path, error: OSError) -> CompileError:
-    return CompileError(f"{output}: cannot be written: {error}; choose another -o")
+def _not_writable(output: Path, error: OSError) -> PlaceError:
+    return PlaceError(f"{output}: cannot be written: {error}", "choose another -o")
 
 
-def _disk_full(folder: Path, needed_bytes: int) -> CompileError:
+def _disk_full(folder: Path, needed_bytes: int) -> PlaceError:
     free = shutil.disk_usage(folder).free
-    return CompileError(
+    return PlaceError(
         f"{folder}: the artifact needs {needed_bytes / 1e9:.2f} GB of disk, found "
-        f"{free / 1e9:.2f} GB free; make room, or choose another -o"
+        f"{free / 1e9:.2f} GB free",
+        "make room, or choose another -o",
     )
 
 

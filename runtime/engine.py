@@ -15,7 +15,14 @@ from .artifact import Artifact, open_artifact
 from .devices.driver import driver
 from .errors import ArtifactError, InputError
 from .generated import GeneratedToken, TokenStream, generated_pieces
-from .harmony import IDENTITY, Piece, render_chat, stop_ids
+from .harmony import (
+    IDENTITY,
+    Piece,
+    begun_answer,
+    render_chat,
+    render_template,
+    stop_ids,
+)
 from .machine import choose_threads
 from .memory import check_memory, memory_bytes
 from .runner import Rows, Runner
@@ -78,6 +85,7 @@ class Model:
         self.vocab_size = self.manifest.vocab_size
         path = artifact.tokenizer
         self.tokenizer = Tokenizer(path) if path is not None else None
+        self._template = artifact.read_chat_template()
         self._reserved, self._stops = np.empty(0, np.int64), set(self.manifest.eos_token_ids)
         if self.tokenizer is not None:
             size = self.tokenizer.vocab_size
@@ -93,7 +101,7 @@ class Model:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
         ids = self._check_tokens(token_ids)
-        return self._serve(lambda: self._score(ids))
+        return self._serve(lambda: np.concatenate([*self._score(ids)]))
 
     def generate(
         self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
@@ -102,15 +110,14 @@ class Model:
 
         `options`: the fields of SamplingOptions (temperature, top_p, top_k, min_p, seed, logprobs,
         stop, stop_ids, logit_bias, frequency_penalty, presence_penalty); None: as if it were not
-        given. The stop id, or the token that completes a stop string, is the last one yielded.
-        Without `max_tokens` the context is the limit. The KV cache is kept: a prompt that begins
-        like the one before continues there. Another call ends this one: to go on with it then
-        raises InputError. Raises InputError for bad arguments, before anything is computed.
+        given. The first four are otherwise the checkpoint's own, `manifest.sampling`. The stop id,
+        or the token that completes a stop string, is the last one yielded. Without `max_tokens` the
+        context is the limit. The KV cache is kept: a prompt that begins like the one before
+        continues there. Another call ends this one: to go on with it then raises InputError. Raises
+        InputError for bad arguments, before anything is computed.
         """
-        ids, sampling = (
-            self._check_tokens(token_ids),
-            self._check_options(options, Model.generate.__kwdefaults__),
-        )
+        ids = self._check_tokens(token_ids)
+        sampling = self._check_options(options, Model.generate.__kwdefaults__ or ())
         return self._generate(ids, self._limit(ids, max_tokens), sampling, self._stops)
 
     def generate_batch(
@@ -153,6 +160,7 @@ class Model:
         tools: Sequence[Mapping[str, object]] = (),
         builtin_tools: Sequence[str] = (),
         response_format: Mapping[str, object] | None = None,
+        template: str = "harmony",
         max_tokens: int | None = None,
         **options: object,
     ) -> Iterator[Piece]:
@@ -163,6 +171,8 @@ class Model:
         the pieces of an answer. `reasoning`: low, medium or high; `current_date`: YYYY-MM-DD, today
         or None; `identity`: who the model is told to be. `tools` (functions) and `response_format`
         have OpenAI's shapes; `builtin_tools`: of browser and python. No tool is run here.
+        `template`: harmony, the format that the models were trained on, or checkpoint, to render
+        the prompt with the chat template that the checkpoint came with (it needs jinja2).
 
         Every piece has a channel and a text, which is "" where there is none: Reasoning and Text,
         ToolCall and Arguments, and last Finish, with the reason and what it took. `max_tokens` and
@@ -173,7 +183,10 @@ class Model:
         tokenizer = self._need_tokenizer("chat")
         if current_date == "today":
             current_date = datetime.date.today().isoformat()
-        prompt = render_chat(
+        render: Callable[..., list[int]] = render_chat
+        if template != "harmony":
+            render = partial(render_template, self._need_template(template))
+        prompt = render(
             messages,
             tokenizer,
             reasoning=reasoning,
@@ -183,13 +196,11 @@ class Model:
             builtin_tools=builtin_tools,
             response_format=response_format,
         )
-        ids, sampling = (
-            self._check_tokens(prompt),
-            self._check_options(options, Model.chat.__kwdefaults__),
-        )
+        ids = self._check_tokens(prompt)
+        sampling = self._check_options(options, Model.chat.__kwdefaults__ or ())
         limit = self._limit(ids, max_tokens)
         tokens = self._generate(ids, limit, replace(sampling, stop=()), stop_ids(tokenizer))
-        return generated_pieces(tokens, tokenizer, sampling)
+        return generated_pieces(tokens, tokenizer, sampling, begun_answer(prompt, tokenizer))
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.
@@ -225,6 +236,13 @@ class Model:
         if not isinstance(text, str):
             raise InputError(f"encode: expected text, found {text!r}")
         return tokenizer.encode(text)
+
+    def _logits_in_pieces(self, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """As `logits`, a few rows at a time: those of a long text are gigabytes. Another call ends
+        it."""
+        pieces = self._score(self._check_tokens(token_ids))
+        while (piece := self._serve(lambda: next(pieces, None))) is not None:
+            yield piece
 
     def _serve(self, work: Callable[[], T]) -> T:
         """Do what uses the cache, on the device's thread. A caller that is interrupted does not
@@ -280,14 +298,14 @@ class Model:
         )
         self._sequence = self._runner.cache.start()
 
-    def _score(self, ids: list[int]) -> np.ndarray:
+    def _score(self, ids: list[int]) -> Iterator[np.ndarray]:
         self._turn += 1
+        turn = self._turn
         self._sequence.start_apart()
-        rows = []
         for start in range(0, len(ids), self.manifest.most_wanted):
+            self._check_turn(turn)
             part = ids[start : start + self.manifest.most_wanted]
-            rows.append(self._runner.device.numpy(self._step(part, len(part))).copy())
-        return np.concatenate(rows)
+            yield self._runner.device.numpy(self._step(part, len(part))).copy()
 
     def _answer_all(self, answers: list[Answer]) -> None:
         self._turn += 1
@@ -348,7 +366,7 @@ class Model:
         self, options: Mapping[str, object], others: Iterable[str]
     ) -> SamplingOptions:
         """`others`: names of further options that the caller has."""
-        checked = sampling_options(options, others, self.vocab_size)
+        checked = sampling_options(options, others, self.vocab_size, self.manifest.sampling)
         if checked.stop:
             self._need_tokenizer("stop")
         return checked
@@ -360,3 +378,13 @@ class Model:
                 "a checkpoint that has tokenizer.json, or pass token ids to `generate`"
             )
         return self.tokenizer
+
+    def _need_template(self, template: object) -> str:
+        if template != "checkpoint":
+            raise InputError(f"template: expected harmony or checkpoint, found {template!r:.100}")
+        if self._template is None:
+            raise InputError(
+                "template: expected an artifact with the checkpoint's chat template, found none in "
+                "this one; compile a checkpoint that has chat_template.jinja, or chat without it"
+            )
+        return self._template

@@ -5,7 +5,6 @@ must hold between fields, so that nothing that comes after has to doubt them: wh
 manifest names is the size of something that the weights' file holds, or small.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -14,18 +13,22 @@ import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import numpy as np
 
-from .errors import ArtifactError
+from .errors import ArtifactError, InputError
+from .fields import MAX_NUMBER, FieldError, parse_fields
 from .machine import Machine
+from .sampling_options import Sampling
 from .step import FUNCTIONS
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # the checkpoint's own
+REQUANTISED = "requantised.json"  # see `requantised.py`
 PROGRAMS_SUFFIX = ".launches"  # in place of a library's: what launches its kernels
 ANY = "any"  # system and architecture of an artifact whose code the device's driver compiles
 # A library that TVM's runtime loads; or kernels and the programs that launch them: as OpenCL C, or
@@ -34,10 +37,8 @@ RUNTIMES = ("tvm", "opencl", "cuda")
 CPU = "cpu"
 DEVICES = (CPU, "metal")  # of TVM's runtime
 DTYPES = ("float32", "float16", "uint8", "uint16", "uint32")  # of weights and caches
-MAX_NUMBER = (
-    1 << 48
-)  # far above any size in bytes, low enough that sums and products are no trouble
 MAX_DIMENSIONS = 16
+MAX_TEMPLATE_BYTES = 256 << 10  # fifteen times what that of gpt-oss has
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Manifest:
     decode_bytes: int  # of weights that one decode step reads
     gathered: tuple[str, ...]  # weights of which a run reads the rows of its tokens only
     eos_token_ids: tuple[int, ...]
+    sampling: Sampling  # unless a caller says otherwise
     files: dict[str, File]
 
     @property
@@ -126,17 +128,28 @@ class Manifest:
             return None
         return next((v for v in self.variants if not v.missing_features()), None)
 
+    @property
+    def sha256(self) -> str:
+        """Hash of all fields, which tells this artifact from any other."""
+        return hash_fields(self._fields())
+
     def to_json(self) -> str:
         """Text of manifest.json; its last field is a hash of all others."""
-        fields = {"format_version": FORMAT_VERSION, **asdict(self)}
-        fields["manifest_sha256"] = hash_fields(fields)
-        return json.dumps(fields, indent=1) + "\n"
+        return json.dumps(self._fields() | {"manifest_sha256": self.sha256}, indent=1) + "\n"
+
+    def _fields(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
 
 
 def parse_manifest(fields: dict[str, Any], file: Path) -> Manifest:
     """The manifest that `file` holds, out of its JSON without version and hash; ArtifactError if
     there cannot be such a one."""
-    manifest: Manifest = _parse(Manifest, fields, "the manifest", file)
+    try:
+        manifest: Manifest = parse_fields(Manifest, fields, "the manifest")
+    except FieldError as error:
+        raise damaged(file, error.expected, error.found) from None
+    except InputError as error:  # the same ranges as for a caller
+        raise damaged(file, "options of sampling in their ranges", str(error)) from None
     _check(manifest, file)
     return manifest
 
@@ -151,42 +164,6 @@ def damaged(file: Path, expected: str, found: str) -> ArtifactError:
         f"{file}: expected {expected}, found {found}; the artifact is damaged or incomplete: "
         "copy it again, or compile the model again"
     )
-
-
-def _parse(kind: Any, value: Any, where: str, file: Path) -> Any:
-    """A value out of JSON as what a dataclass declares: whole numbers are not negative, texts can
-    be printed, and JSON's lists become tuples."""
-
-    def expect(holds: bool, expected: str) -> None:
-        if not holds:
-            raise damaged(file, f"{where} to be {expected}", reprlib.repr(value))
-
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        types = {field.name: field.type for field in dataclasses.fields(kind)}
-        expect(isinstance(value, dict), f"an object with {', '.join(types)}")
-        if differing := sorted(types.keys() ^ value.keys()):
-            known = "no" if differing[0] in types else "also"
-            expected = f"an object with {', '.join(types)}"
-            raise damaged(
-                file, f"{where} to be {expected}", f"{known} {reprlib.repr(differing[0])}"
-            )
-        return kind(**{n: _parse(t, value[n], f"{n} of {where}", file) for n, t in types.items()})
-    if get_origin(kind) is tuple:
-        expect(isinstance(value, list), "a list")
-        return tuple(_parse(get_args(kind)[0], v, f"an item of {where}", file) for v in value)
-    if get_origin(kind) is dict:
-        expect(isinstance(value, dict), "an object")
-        names = [_parse(str, name, f"a name in {where}", file) for name in value]
-        return {n: _parse(get_args(kind)[1], value[n], f"{n} in {where}", file) for n in names}
-    if kind is int:
-        number = type(value) is int and 0 <= value < MAX_NUMBER
-        expect(number, f"a whole number from 0 to {MAX_NUMBER - 1}")
-    elif kind is bool:
-        expect(isinstance(value, bool), "true or false")
-    else:
-        assert kind is str, kind
-        expect(isinstance(value, str) and value.isprintable(), "a text that can be printed")
-    return value
 
 
 def _check(manifest: Manifest, file: Path) -> None:
@@ -209,6 +186,9 @@ def _check(manifest: Manifest, file: Path) -> None:
     for name, entry in m.files.items():
         expect(Path(name).name == name != "..", "file names without a folder", repr(name))
         expect(re.fullmatch("[0-9a-f]{64}", entry.sha256) is not None, f"a sha256 of {name}", entry)
+    template = m.files.get(CHAT_TEMPLATE, File(0, ""))
+    is_small = template.num_bytes <= MAX_TEMPLATE_BYTES
+    expect(is_small, f"{CHAT_TEMPLATE} of at most {MAX_TEMPLATE_BYTES} bytes", template)
 
     for name in ("vocab_size", "context", "window", "chunk", "most_wanted"):
         expect(getattr(m, name) > 0, f"a positive {name}", "0")

@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
-
-from tvm import tirx
-from tvm.tirx import PrimFunc
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..targets import Target
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
 
 # A schedule asks for a constant: its name, the candidates, and the default, which is safe untuned.
 # Tuning answers with a candidate to measure, a compile with what tuning found.
@@ -25,7 +25,7 @@ Choose: TypeAlias = Callable[[str, Sequence[int], int], int]
 Records: TypeAlias = Mapping[str, Mapping[str, int]]  # constants by name, by the kernel's key
 
 
-def recorded(function: PrimFunc, target: Target, records: Records | None = None) -> Choose:
+def recorded(function: "PrimFunc", target: Target, records: Records | None = None) -> Choose:
     """Answer from the record of this kernel in `records` (default: the committed ones of this
     target), else with the default."""
     records = load_records(target) if records is None else records
@@ -43,8 +43,10 @@ def answering(record: Mapping[str, int]) -> Choose:
     return choose
 
 
-def kernel_key(function: PrimFunc) -> str:
+def kernel_key(function: "PrimFunc") -> str:
     """Return operation, dtypes and shapes; symbolic extents print as n."""
+    from tvm import tirx  # takes seconds to import, which whoever asks for a file only has not
+
     parameters = []
     for parameter in function.params:
         extents = (str(e.value) if isinstance(e, tirx.IntImm) else "n" for e in parameter.shape)

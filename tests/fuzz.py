@@ -3,7 +3,7 @@ of ours, and what it accepts can be used.
 
 test_fuzz.py tries some of each. The long form, here a million of each but `load`:
 
-    for what in manifest programs tokenizer config header; do
+    for what in manifest programs tokenizer config header fidelity requantised; do
         python tests/fuzz.py $what 1000000; done; python tests/fuzz.py load 2000
 
 It runs with the memory limited, prints how many were accepted, and ends with the traceback and the
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -49,8 +50,18 @@ from osscompile.runtime.devices.program import (
     write_programs,
 )
 from osscompile.runtime.errors import OsscompileError
+from osscompile.runtime.fidelity import (
+    FIDELITY,
+    Fidelity,
+    Parting,
+    fidelity_rows,
+    read_fidelity,
+    write_fidelity,
+)
 from osscompile.runtime.manifest import (
+    CHAT_TEMPLATE,
     MANIFEST,
+    REQUANTISED,
     TOKENIZER,
     WEIGHTS,
     File,
@@ -60,7 +71,14 @@ from osscompile.runtime.manifest import (
     parse_manifest,
 )
 from osscompile.runtime.memory import memory_bytes
+from osscompile.runtime.requantised import (
+    read_requantised,
+    requantised_by_layer,
+    requantised_summary,
+)
 from osscompile.runtime.safetensors import map_tensors
+from osscompile.runtime.sampler import Sampler
+from osscompile.runtime.sampling_options import Sampling, SamplingOptions
 from osscompile.runtime.step import FUNCTIONS
 from osscompile.runtime.tokenizer import Tokenizer
 
@@ -182,7 +200,9 @@ def small_manifest(runtime: str) -> Manifest:
         decode_bytes=1000,
         gathered=("rope", "embed.weight"),
         eos_token_ids=(1, 2),
-        files={name: File(sum(w.num_bytes for w in weights) + 4096, "0" * 64) for name in names},
+        sampling=Sampling(0.5, 0.25, 7, 0.125),
+        files={name: File(sum(w.num_bytes for w in weights) + 4096, "0" * 64) for name in names}
+        | {CHAT_TEMPLATE: File(1000, "0" * 64)},
     )
 
 
@@ -219,6 +239,9 @@ def try_manifest(random: Random, folder: Path) -> None:
     manifest = parse_manifest(mutated(MANIFEST_TEXT, random), folder)
     assert sum(memory_bytes(manifest, manifest.context).values()) < 1 << 60
     assert manifest.vocab_size * MODEL.hidden_size * 2 <= manifest.files[WEIGHTS].num_bytes
+    assert manifest.files.get(CHAT_TEMPLATE, File(0, "")).num_bytes <= 1 << 20
+    options = SamplingOptions(**dataclasses.asdict(manifest.sampling), seed=0)
+    Sampler(options, np.empty(0, np.int64)).sample(np.zeros(8, np.float32))
     manifest.to_json().encode()
 
 
@@ -281,6 +304,36 @@ def try_header(random: Random, folder: Path) -> None:
         assert len(array.tobytes()) <= len(content)
 
 
+def damage_json(file: Path, text: str, random: Random) -> None:
+    if random.random() < 0.5:
+        file.write_text(json.dumps(mutated(text, random)))
+    else:
+        file.write_bytes(mutated_bytes(text.encode(), random))
+
+
+def try_fidelity(random: Random, folder: Path) -> None:
+    parting = Parting(3, "'a'", "'b'", 0.5)
+    numbers = (300, 1e-3, 0.5, 3, 299, 5.5, 5.25, (parting, parting))
+    write_fidelity(folder, Fidelity("0" * 64, "v", "0", "2026-01-01", "m", "text", *numbers))
+    damage_json(folder / FIDELITY, (folder / FIDELITY).read_text(), random)
+    fidelity = read_fidelity(folder)
+    assert fidelity is not None
+    for name, value in fidelity_rows(fidelity):
+        assert (name + value).isprintable()
+        (name + value).encode()
+
+
+def try_requantised(random: Random, folder: Path) -> None:
+    changed = {"layers.0.gate_up": 0.125, "layers.0.down": 0.25, "layers.1.down": 0.0625}
+    file = folder / REQUANTISED
+    damage_json(file, json.dumps(changed), random)
+    hashed = File(file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+    manifest = dataclasses.replace(LAUNCHED, files=LAUNCHED.files | {REQUANTISED: hashed})
+    found = read_requantised(folder, manifest)
+    for text in (requantised_summary(found), requantised_by_layer(found)):
+        assert all(line.isprintable() for line in text.splitlines())
+
+
 def try_load(random: Random, folder: Path) -> None:
     """From the manifest to tokens; `folder` has the tiny artifact."""
     artifact = folder / "tiny.osc"
@@ -307,6 +360,8 @@ TRIES: dict[str, Callable[[Random, Path], None]] = {
     "tokenizer": try_tokenizer,
     "config": try_config,
     "header": try_header,
+    "fidelity": try_fidelity,
+    "requantised": try_requantised,
     "load": try_load,
 }
 

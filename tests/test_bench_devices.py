@@ -18,7 +18,7 @@ from test_cuda import needs_nvcc
 import osscompile
 from osscompile import cli
 from osscompile.bench import plot
-from osscompile.codegen.cuda import find_nvcc
+from osscompile.codegen.tools import find_nvcc
 from osscompile.runtime import load
 from osscompile.runtime.artifact import read_manifest
 from osscompile.runtime.bench import bandwidth_device

@@ -1,7 +1,9 @@
 """Whole compiles of other forms than the published one, their kernels left out."""
 
 import dataclasses
+import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from artifacts import TINY_OPTIONS, leave_libraries_empty
+from artifacts import TINY_OPTIONS, leave_libraries_empty, reseal
 from checkpoints import write_checkpoint
 from forms import Tensors, Type, gguf_tensors, gguf_tokenizer, write_dense, write_gguf
 
@@ -21,8 +23,10 @@ from osscompile.importer.resolve import NANO_CHECKPOINT
 from osscompile.importer.stored import Stored
 from osscompile.importer.synthetic import TINY, SyntheticSource
 from osscompile.importer.weights import KeptScales, weight_pieces
-from osscompile.runtime.artifact import MANIFEST, TOKENIZER, WEIGHTS
+from osscompile.runtime.artifact import read_manifest
+from osscompile.runtime.manifest import CHAT_TEMPLATE, MANIFEST, REQUANTISED, TOKENIZER, WEIGHTS
 from osscompile.runtime.safetensors import read_header
+from osscompile.runtime.sampling_options import Sampling
 from osscompile.targets import Target
 
 CONFIG = dataclasses.replace(TINY, vocab_size=1024)
@@ -47,6 +51,8 @@ def test_gguf_becomes_the_artifact_of_the_published_form(
     (tmp_path / "b").mkdir()
     path = tmp_path / "b" / "m.gguf"
     write_gguf(path, CONFIG, gguf_tensors(SOURCE, Type.BF16), tokenizer=tokenizer)
+    (published / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
+    (published / "chat_template.jinja").write_bytes("{{ é }}\r\n".encode())
     with pytest.warns(UserWarning, match=r"no tokenizer\.json"):
         expected = compiled(published, this_machine)
     with warnings.catch_warnings(action="error"):
@@ -54,9 +60,18 @@ def test_gguf_becomes_the_artifact_of_the_published_form(
     assert (found / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
     assert "<|return|>" in (found / TOKENIZER).read_text()
     assert json.loads((found / MANIFEST).read_text())["eos_token_ids"] == [7, 9]
+    assert (expected / CHAT_TEMPLATE).read_bytes() == "{{ é }}\r\n".encode()
+    assert read_manifest(expected).files[CHAT_TEMPLATE].num_bytes == 10
+    assert read_manifest(expected).sampling == Sampling(0.5, 1.0, 7, 0.0)
+    assert read_manifest(found).sampling == Sampling()
+    assert CHAT_TEMPLATE not in read_manifest(found).files
+    with warnings.catch_warnings(action="ignore"):
+        compiled(published, this_machine)  # an artifact with a template can be replaced
 
 
-def test_what_quantising_experts_cost_is_told(tmp_path: Path, this_machine: Target) -> None:
+def test_what_quantising_experts_cost_is_told_and_kept(
+    tmp_path: Path, this_machine: Target, capsys: pytest.CaptureFixture[str]
+) -> None:
     def tune(tensors: Tensors) -> Tensors:
         """The second layer's gates and ups as training leaves them."""
         name = "model.layers.1.mlp.experts.gate_up_proj"
@@ -67,13 +82,77 @@ def test_what_quantising_experts_cost_is_told(tmp_path: Path, this_machine: Targ
 
     model = write_dense(tmp_path / "m", SOURCE, change=tune)
     with pytest.warns(UserWarning) as told:
-        compiled(model, this_machine)
+        artifact = compiled(model, this_machine)
     (table,) = (str(w.message) for w in told if "quantised" in str(w.message))
     *_, line = table.splitlines()
     layer, gate_up, _, down, _ = line.split()
     assert (layer, down) == ("1", "0.000")
     assert 1 < float(gate_up) < 20
     assert len(table.splitlines()) == 3
+    assert main(["inspect", str(artifact)]) == 0
+    assert f"{gate_up} % in the mean of 1 layers, {gate_up} % at most, in layer 1\n" in (
+        capsys.readouterr().out
+    )
+    assert main(["inspect", str(artifact), "--layers"]) == 0
+    assert table in capsys.readouterr().out
+    kept = (artifact / REQUANTISED).read_bytes()
+    with pytest.warns(UserWarning):
+        assert (compiled(model, this_machine) / REQUANTISED).read_bytes() == kept
+
+
+@pytest.fixture(scope="module")
+def unchanged(this_machine: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of dense experts that are MXFP4's numbers."""
+    model = write_dense(tmp_path_factory.mktemp("unchanged") / "m", SOURCE)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        leave_libraries_empty(patch)
+        return compiled(model, this_machine)
+
+
+def test_experts_that_stay_as_they_are_cost_nothing(
+    unchanged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not (unchanged / REQUANTISED).exists()
+    assert main(["inspect", str(unchanged)]) == 0
+    assert "experts were quantised" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("{", "another sha256 than the manifest's"),
+        ("", "No such file"),
+        ('{"layers.0.down": 0.5}', None),
+        ('{"layers.0.down": NaN}', "found nan"),
+        ('{"layers.9.down": 0.5}', r"layers\.9\.down"),
+        ('{"layers.0.\\u001b": 0.5}', "found"),
+        ("{}", "found none"),
+        ("[" * 100000, "recursion"),
+    ],
+)
+def test_damaged_file_of_what_it_cost(
+    content: str, found: str | None, unchanged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`inspect` says so, and goes on."""
+    file = unchanged / REQUANTISED
+    file.write_text(content)
+    reseal(unchanged, lambda fields: fields["files"].update({REQUANTISED: entry(content)}))
+    if content == "{":
+        file.write_text("}")
+    if content == "":
+        file.unlink()
+    assert main(["inspect", str(unchanged)]) == 0
+    out = capsys.readouterr().out
+    assert "\nfiles\n" in out
+    if found is None:
+        assert "down      50.000 % in the mean of 1 layers" in out
+    else:
+        assert re.search(rf"{REQUANTISED}: expected .*{found}.*compile the model again", out), out
+
+
+def entry(content: str) -> dict[str, object]:
+    raw = content.encode()
+    return {"num_bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
 FORMS: dict[str, Callable[[Path], Path]] = {

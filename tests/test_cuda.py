@@ -20,8 +20,9 @@ from cuda_device import H100, compile_here
 from metal_device import needs_gxx
 
 import osscompile
-from osscompile.codegen.cuda import compile_cuda, cuda_source, find_nvcc
+from osscompile.codegen.cuda import compile_cuda, cuda_source
 from osscompile.codegen.programs import build_programs
+from osscompile.codegen.tools import find_nvcc
 from osscompile.errors import CompileError
 from osscompile.importer.graph import build_graph, with_choose
 from osscompile.importer.synthetic import gpt_oss_config

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_device import H100, compile_here, open_here
+from cuda_device import H100, compile_here, driver, open_here
 from metal_device import needs_gxx
 
+from osscompile import here
 from osscompile.codegen.cuda import PRELUDE
 from osscompile.errors import CompileError
+from osscompile.runtime.devices import cuda
 from osscompile.runtime.devices.cuda import CudaDevice
 from osscompile.runtime.devices.program import Launch, Launches
 from osscompile.runtime.errors import ArtifactError
@@ -174,3 +176,9 @@ def test_bytes_are_selected_and_signs_repeated(image: Path) -> None:
     body = f"  out[threadIdx.x * 4] = select_bytes({low}u, {high}u, a[threadIdx.x] | 0x77770000);"
     out = run_kernel(image, body, 4, np.array(list(selectors), np.int32))
     np.testing.assert_array_equal(out[::4].view(np.uint32), list(selectors.values()))
+
+
+def test_its_driver_tells_what_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "DRIVER", str(driver()))
+    monkeypatch.setattr(here, "find_nvcc", lambda: "nvcc")
+    assert here.target_here() == H100

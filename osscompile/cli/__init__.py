@@ -4,22 +4,28 @@ import argparse
 from collections.abc import Sequence
 
 from ..runtime.cli.inspect import add_inspect
-from ..runtime.cli.main import run_command
-from ..runtime.cli.run import add_run
+from ..runtime.cli.main import CommandParser, run_command
 from ..runtime.version import __version__
 from .bench import add_bench
 from .bundle import add_bundle
 from .compile import add_compile
 from .demo import add_demo
+from .list import add_list
+from .measure_fidelity import add_measure_fidelity
+from .rm import add_rm
+from .run import add_run
 from .targets import add_targets
 from .tune import add_tune
 
 COMMANDS = (
     add_compile,
     add_run,
+    add_list,
+    add_rm,
     add_inspect,
     add_targets,
     add_bench,
+    add_measure_fidelity,
     add_tune,
     add_bundle,
     add_demo,
@@ -36,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="osscompile", description="Compile gpt-oss models for one machine, and run them."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in COMMANDS:
         add(commands)
     return parser

@@ -3,8 +3,8 @@
 import argparse
 
 from .. import targets
-from ..runtime.cli.chat import answer
 from ..runtime.cli.main import Commands
+from ..runtime.cli.view import View
 from ..runtime.engine import load
 
 QUESTION = "What is 17 + 25?"
@@ -26,7 +26,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
     model = load(output)
     print(f"\n> {QUESTION}")
-    answer(model, [{"role": "user", "content": QUESTION}], False, {})
+    View(model.context).show(model.chat([{"role": "user", "content": QUESTION}]), [])
     print(
         f"\nChat with it: osscompile run {output}    Compile the real one: osscompile compile "
         "openai/gpt-oss-20b"

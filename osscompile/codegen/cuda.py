@@ -4,9 +4,7 @@ This needs CUDA's compiler; where the artifact runs, only the driver is needed.
 """
 
 import importlib
-import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from ..schedules.gpu import mma, tf32
 from ..schedules.gpu.packed_bytes import DOT, SELECT
 from ..targets import Target
 from .programs import build_programs
-from .tools import run_tool
+from .tools import find_nvcc, run_tool
 
 PRELUDE = f"""\
 static __device__ int {DOT}(unsigned a, unsigned b) {{ return __dp4a(int(a), int(b), 0); }}
@@ -101,9 +99,3 @@ def compile_cuda(source: str, target: Target, output: Path) -> None:
             f"compiling {output.name}: expected nvcc to succeed, it ended with status "
             f"{result.returncode} and said: {result.stderr.strip()[-2000:] or 'nothing'}"
         )
-
-
-def find_nvcc() -> str | None:
-    """Look for nvcc on the path and under CUDA_HOME."""
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)

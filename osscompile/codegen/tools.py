@@ -1,6 +1,7 @@
 """Run the programs that make machine code: a linker, or the compiler of a GPU's maker."""
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,12 @@ def run_tool(
     finally:
         del _running[process.pid]
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def find_nvcc() -> str | None:
+    """Look for CUDA's compiler on the path and under CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
 
 
 def end_tools(folder: Path) -> None:

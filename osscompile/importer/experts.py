@@ -83,8 +83,9 @@ class Experts:
 
     def changed(self) -> float:
         """Relative rms by which quantising changed the experts made so far."""
-        changed = sum(part for part, _ in self._changes.values())
-        total = sum(part for _, part in self._changes.values())
+        # Without rounding, because threads make experts in any order.
+        changed = math.fsum(part for part, _ in self._changes.values())
+        total = math.fsum(part for _, part in self._changes.values())
         return math.sqrt(changed / total) if changed > 0 and math.isfinite(total) else 0.0
 
     def _is_packed(self) -> bool:

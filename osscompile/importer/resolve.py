@@ -6,21 +6,22 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from ..errors import CheckpointError
+from ..errors import AbsentError, CheckpointError
 from ..runtime.errors import ArtifactError
+from ..runtime.manifest import CHAT_TEMPLATE
 from ..runtime.tokenizer import Tokenizer
-from .checkpoint import Source
+from .checkpoint import Opened
 from .forms import open_checkpoint
 from .forms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapter
 from .forms.assemble import FormSource
 from .forms.huggingface import check_metadata
 from .forms.ollama import find_in_store
 from .forms.shards import INDEX
+from .generation import GENERATION, TOKENIZER_CONFIG
 from .synthetic import synthetic_source
 
 NANO_CHECKPOINT = Path(__file__).parent.parent / "nano" / "checkpoint"
@@ -32,13 +33,14 @@ ACCEPTED = (
 )
 HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+CONFIG_FILES = ["config.json", ADAPTER_CONFIG]  # of a model, or an adapter
 METADATA_FILES = [
-    "config.json",
-    "generation_config.json",
+    *CONFIG_FILES,
+    GENERATION,
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
+    CHAT_TEMPLATE,
     INDEX,
-    ADAPTER_CONFIG,
 ]
 WEIGHT_FILES = ["model*.safetensors"]
 # `*` also matches a slash: without this, model/x.safetensors would count as top level.
@@ -46,16 +48,20 @@ SUBFOLDERS = ["*/*"]
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """A model ready to compile.
+class Found:
+    """Where a model is: `path` if it is here, `repo_id` if it is on Hugging Face, neither if it is
+    made from a seed. `digest` names the content of what Ollama has; `name` is for people."""
 
-    `tokenizer` is the path of a tokenizer.json, its bytes, or None; `generation` holds
-    generation_config.json; `name` is fit for a file name.
-    """
+    name: str
+    path: Path | None = None
+    repo_id: str | None = None
+    digest: str | None = None
 
-    source: Source
-    tokenizer: Path | bytes | None
-    generation: dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Opened):
+    """A model ready to compile; `name` is fit for a file name."""
+
     name: str
 
 
@@ -64,47 +70,70 @@ def resolve_model(model: str | Path, adapters: Sequence[str | Path] = ()) -> Res
     in Ollama's store, or a Hugging Face id to download.
 
     What lies here wins over an id of the same spelling. `adapters` are merged in order: folders of
-    PEFT, or ids of them. Raises CheckpointError if nothing is found, the download fails, or the
-    checkpoint is not a complete gpt-oss.
+    PEFT, or ids of them. Raises CheckpointError if nothing is found, the download fails (both
+    AbsentError), or the checkpoint is not a complete gpt-oss.
     """
-    resolved = _resolve(model)
+    found = find_model(model)
+    if found.path is not None:
+        resolved = _from_path(found.path, found.name)
+    elif found.repo_id is not None:
+        resolved = _from_hub(found.repo_id)
+    else:
+        source = synthetic_source(str(model).removeprefix(SYNTHETIC))
+        resolved = Resolved(source, name=found.name)
     for adapter in adapters:
         if not isinstance(resolved.source, FormSource):
             raise CheckpointError(f"{model}: expected a checkpoint to merge {adapter} into")
-        merge_adapter(resolved.source, _adapter_folder(adapter))
+        place = find_adapter(adapter)
+        folder = place.path or _fetch(str(place.repo_id), [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+        merge_adapter(resolved.source, folder)
     return resolved
 
 
-def _resolve(model: str | Path) -> Resolved:
+def find_model(model: str | Path) -> Found:
+    """Where a model is that the user names; nothing of it is read or fetched. Raises AbsentError
+    for a name that is none."""
     if model == "nano":
-        return _from_path(NANO_CHECKPOINT, "nano")
+        return Found("nano", NANO_CHECKPOINT)
     if isinstance(model, str) and model.startswith(SYNTHETIC):
-        name = model.removeprefix(SYNTHETIC)
-        return Resolved(synthetic_source(name), None, {}, f"synthetic-{name}")
+        return Found(model.replace(":", "-"))
     path = os.path.expanduser(model)  # os.path, because pathlib raises on names too long or odd
     if os.path.exists(path):
-        name = Path(path).resolve().name.removesuffix(".gguf")
-        return _from_path(Path(path), name)
+        return Found(Path(path).resolve().name.removesuffix(".gguf"), Path(path))
     blob = find_in_store(model) if isinstance(model, str) else None
     if blob is not None:
-        return _from_path(blob, str(model).replace("/", "-").replace(":", "-"))
+        return Found(str(model).replace("/", "-").replace(":", "-"), blob, digest=blob.name)
     if isinstance(model, str) and HUGGING_FACE_ID.fullmatch(model):
-        return _from_hub(model)
-    raise CheckpointError(f"{model}: no such model; expected {ACCEPTED}")
+        return Found(model.rsplit("/", 1)[1], repo_id=model)
+    raise AbsentError(f"{model}: no such model; expected {ACCEPTED}")
 
 
-def _adapter_folder(adapter: str | Path) -> Path:
+def find_adapter(adapter: str | Path) -> Found:
+    """Where an adapter is: a folder here, or an id."""
     path = Path(os.path.expanduser(adapter))
     if not os.path.isdir(path) and isinstance(adapter, str) and HUGGING_FACE_ID.fullmatch(adapter):
-        return _fetch(adapter, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
-    return path
+        return Found(adapter.rsplit("/", 1)[1], repo_id=adapter)
+    return Found(path.name, path)
+
+
+def find_revision(repo_id: str, online: bool) -> str | None:
+    """The commit of a model or adapter on Hugging Face: that of what its cache holds, or None if
+    that is nothing; `online`: the newest, whose config is fetched. Raises AbsentError if it
+    cannot be, unless the cache holds some."""
+    if online:
+        return _fetch(repo_id, CONFIG_FILES).name
+    try:
+        folder = snapshot_download(repo_id, allow_patterns=CONFIG_FILES, local_files_only=True)
+        return Path(folder).name
+    except (OSError, ValueError):  # not there, or no name of a repository
+        return None
 
 
 def _from_path(path: Path, name: str) -> Resolved:
     opened = open_checkpoint(path)
     _check_tokenizer(opened.tokenizer)
     printable = "".join(c if c.isprintable() else "_" for c in name)  # as in a manifest
-    return Resolved(opened.source, opened.tokenizer, opened.generation, printable)
+    return Resolved(**vars(opened), name=printable)
 
 
 def _check_tokenizer(tokenizer: Path | bytes | None) -> None:
@@ -139,7 +168,7 @@ def _from_hub(repo_id: str) -> Resolved:
     except CheckpointError as error:
         if not constants.HF_HUB_OFFLINE:
             raise
-        raise CheckpointError(
+        raise type(error)(
             f"{error} (HF_HUB_OFFLINE is set, and what the cache has of {repo_id} may be "
             "incomplete: unset it once to download the rest)"
         ) from error
@@ -149,18 +178,18 @@ def _fetch(repo_id: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=files, ignore_patterns=SUBFOLDERS))
     except GatedRepoError as error:
-        raise CheckpointError(
+        raise AbsentError(
             f"{repo_id}: its owner gives access on request only; ask for it at "
             f"https://huggingface.co/{repo_id}, then log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(
+        raise AbsentError(
             f"{repo_id}: neither a directory here nor a repository on Hugging Face that you may "
             "read; check the spelling, or log in with `hf auth login`"
         ) from error
     except Exception as error:  # each version's HTTP library raises other types
         reason = str(error).strip().splitlines()
-        raise CheckpointError(
+        raise AbsentError(
             f"{repo_id}: not a directory here, and its download failed: "
             f"{reason[0] if reason else type(error).__name__}; run it again to continue, or give a "
             "directory that holds the checkpoint"

@@ -1,6 +1,5 @@
 """What a bench says of an artifact without running it, and what it runs it with."""
 
-import json
 from fractions import Fraction
 from typing import Any
 
@@ -21,7 +20,7 @@ def artifact_facts(manifest: Manifest, variant: str) -> dict[str, Any]:
         "profile": manifest.profile,
         "target": manifest.target,
         "variant": variant,
-        "manifest_sha256": json.loads(manifest.to_json())["manifest_sha256"],
+        "manifest_sha256": manifest.sha256,
         "versions": versions(),
         "commit": source_commit(),
         "weight_bytes": manifest.decode_bytes,

@@ -1,57 +1,141 @@
 """A conversation in the terminal."""
 
+import os
+import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from ..engine import Model
-from ..harmony import Arguments, Finish, Piece, Reasoning, ToolCall, as_messages
+from ..errors import InputError, OsscompileError
+from ..harmony import Piece, as_messages
+from ..harmony.render import REASONING_EFFORTS
+from .lines import prepare_editing, read_message
+from .transcript import Messages, load_messages, save_messages
+from .view import View
 
-Messages = list[dict[str, object]]
+GREETING = "Ask something; /help lists the commands, /bye or Ctrl-D ends the chat."
+HELP = """\
+/effort EFFORT   how much the model reasons: low, medium or high
+/reset           begin a new conversation
+/save FILE       write the conversation, as JSON
+/load FILE       go on with one that was saved
+/bye             end the chat (also Ctrl-D, or Ctrl-C twice)
+Ctrl-C ends an answer. Lines pasted at once are one message, and so are lines between \"\"\"."""
 
 
-def converse(
-    model: Model, messages: Messages, hide_analysis: bool, options: Mapping[str, object]
-) -> None:
-    """Ask for questions, and answer each in the light of those before, until an empty line."""
-    print("Ask something; an empty line or Ctrl-D ends the chat.")
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            print()
+def converse(model: Model, messages: Messages, options: Mapping[str, object], view: View) -> None:
+    """Answer questions, each in the light of those before, until the chat is ended. `messages` are
+    those that a conversation begins with, `options` those of `Model.chat`."""
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        prepare_editing()
+        _Chat(model, messages, options, view).run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    """Unwinding gives back the terminal, whose modes change while a line is edited."""
+    sys.exit(128 + number)
+
+
+class _Chat:
+    def __init__(
+        self, model: Model, messages: Messages, options: Mapping[str, object], view: View
+    ) -> None:
+        self._model, self._options, self._view = model, dict(options), view
+        self._first, self._messages = messages, messages
+        # Of an answer under way: the conversation up to its question, and what was said so far.
+        self._pending: tuple[Messages, list[Piece]] | None = None
+        self._num_interrupts = 0  # since the last input
+        self._is_over = False
+
+    def run(self) -> None:
+        """Take turns. An interrupt is only counted here, and the next turn says what it did: so
+        one that follows at once finds nothing half done."""
+        self._say(GREETING)
+        while not self._is_over:
+            try:
+                self._take_turn()
+            except EOFError:
+                self._say("")
+                return
+            except KeyboardInterrupt:
+                self._num_interrupts += 1
+            except OsscompileError as error:
+                self._say(f"{error}")
+
+    def _take_turn(self) -> None:
+        if self._pending is not None:
+            self._end_answer("interrupted")
+        elif self._num_interrupts == 1:
+            self._say("\nCtrl-C again, Ctrl-D or /bye ends the chat.")
+        elif self._num_interrupts > 1:
+            self._say("")
+            self._is_over = True
             return
-        if not question:
-            return
-        messages.append({"role": "user", "content": question})
+        text = read_message(self._view.notes)
+        self._num_interrupts = 0
+        if text.startswith("/") and "\n" not in text:
+            self._obey(*text.split(maxsplit=1))
+        elif text:
+            self._answer(text)
+
+    def _answer(self, question: str) -> None:
+        conversation = [*self._messages, {"role": "user", "content": question}]
+        self._pending = conversation, []
         try:
-            messages += answer(model, messages, hide_analysis, options)
-        except KeyboardInterrupt:  # ends the answer, not the chat
-            print()
-            messages.pop()
+            pieces = self._model.chat(conversation, **self._options)  # type: ignore[arg-type]
+            self._view.show(pieces, self._pending[1])
+        except OsscompileError as error:
+            self._pending = None
+            self._say(f"{error}")
+            self._say("The question is taken back; /reset begins a new conversation.")
+        else:
+            self._end_answer()
+
+    def _end_answer(self, how: str = "") -> None:
+        """Keep what was said; say what becomes of an answer that is not whole."""
+        assert self._pending is not None
+        conversation, said = self._pending
+        if said:
+            self._messages = [*conversation, *as_messages(said)]
+        if how:
+            kept = "what was said is kept" if said else "the question is taken back"
+            self._say(f"({how}; {kept})")
+        self._pending, self._num_interrupts = None, 0
+
+    def _obey(self, command: str, argument: str = "") -> None:
+        match command:
+            case "/help":
+                self._say(HELP)
+            case "/effort":
+                if argument not in REASONING_EFFORTS:
+                    known = ", ".join(REASONING_EFFORTS)
+                    raise InputError(f"/effort: expected one of {known}, found {argument!r}")
+                self._options["reasoning"] = argument
+            case "/reset":
+                self._messages = self._first
+            case "/save":
+                save_messages(_path(command, argument), self._messages)
+                self._say(f"wrote {argument}")
+            case "/load":
+                self._messages = load_messages(_path(command, argument))
+                self._say(f"read {len(self._messages)} messages")
+            case "/bye":
+                self._is_over = True
+            case _:
+                known = ", ".join(line.split()[0] for line in HELP.splitlines() if line[0] == "/")
+                raise InputError(f"expected one of {known}, /help, found {command}")
+
+    def _say(self, message: str) -> None:
+        print(message, file=self._view.notes, flush=True)
 
 
-def answer(
-    model: Model, messages: Messages, hide_analysis: bool, options: Mapping[str, object]
-) -> Messages:
-    """Print an answer as it comes; return it as messages of the history. `options`: of
-    `Model.chat`."""
-    dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    said: list[Piece] = []
-    shown: Piece | None = None
-    for piece in model.chat(messages, **options):  # type: ignore[arg-type]
-        said.append(piece)
-        if isinstance(piece, Finish) or (hide_analysis and isinstance(piece, Reasoning)):
-            continue
-        if shown is None or shown.channel != piece.channel or isinstance(piece, ToolCall):
-            print("" if shown is None else f"{plain}\n", end="")
-            print(dim if isinstance(piece, Reasoning) else "", end="")
-        shown = piece
-        print(_shown_text(piece), end="", flush=True)
-    print(plain)
-    return as_messages(said)
-
-
-def _shown_text(piece: Piece) -> str:
-    if isinstance(piece, ToolCall):
-        return f"{piece.name}: "
-    return piece.delta if isinstance(piece, Arguments) else piece.text
+def _path(command: str, argument: str) -> Path:
+    if not argument:
+        raise InputError(f"{command}: expected the name of a file, found none")
+    return Path(os.path.expanduser(argument))

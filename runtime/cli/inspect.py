@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 
 from ..artifact import read_manifest
-from ..errors import InputError
-from ..manifest import ANY
+from ..errors import InputError, OsscompileError
+from ..fidelity import fidelity_rows, read_fidelity
+from ..manifest import ANY, Manifest
 from ..memory import memory_bytes
+from ..requantised import read_requantised, requantised_by_layer, requantised_summary
 from .main import Commands
 from .options import add_kv_memory
 from .terminal import print_table
@@ -16,6 +18,9 @@ def add_inspect(commands: Commands) -> None:
     command = commands.add_parser("inspect", help="say what an artifact is and what it needs")
     command.add_argument("artifact", metavar="OUT")
     command.add_argument("--context", type=int, metavar="N", help="positions to plan for")
+    command.add_argument(
+        "--layers", action="store_true", help="of experts that were quantised, every layer"
+    )
     add_kv_memory(command)
     command.set_defaults(command=_inspect)
 
@@ -40,6 +45,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
             ("layers", f"{len(manifest.sliding)}, {sum(manifest.sliding)} of them sliding"),
             ("context", f"{manifest.context} positions, prefill in {manifest.chunk}"),
             ("vocabulary", f"{manifest.vocab_size} ids"),
+            ("sampling", ", ".join(f"{n} {v:g}" for n, v in vars(manifest.sampling).items())),
         ]
     )
     print("\nvariants, best first" + (": none runs here" if by_system and here is None else ""))
@@ -53,5 +59,32 @@ def _inspect(arguments: argparse.Namespace) -> None:
     needed = memory_bytes(manifest, context, arguments.kv_memory)
     rows = [*needed.items(), ("total", sum(needed.values()))]
     print_table([(f"  {name}", f"{size / 1e6:,.1f} MB") for name, size in rows])
+    _print_requantised(Path(arguments.artifact), manifest, arguments.layers)
+    _print_fidelity(Path(arguments.artifact), manifest)
     print("\nfiles")
     print_table([(f"  {n}", f"{f.num_bytes:,} bytes") for n, f in sorted(manifest.files.items())])
+
+
+def _print_requantised(artifact: Path, manifest: Manifest, by_layer: bool) -> None:
+    try:
+        changed = read_requantised(artifact, manifest)
+    except OsscompileError as error:  # what else the artifact is can still be told
+        print(f"\n{error}")
+        return
+    if changed:
+        print(f"\n{requantised_by_layer(changed) if by_layer else requantised_summary(changed)}")
+
+
+def _print_fidelity(artifact: Path, manifest: Manifest) -> None:
+    try:
+        fidelity = read_fidelity(artifact)
+    except OsscompileError as error:
+        print(f"\n{error}")
+        return
+    if fidelity is None:
+        print("\nfidelity: not measured; `osscompile measure-fidelity OUT MODEL` does it")
+    elif fidelity.manifest_sha256 != manifest.sha256:
+        print("\nfidelity: what was measured is of another compile; measure again")
+    else:
+        print("\nfidelity")
+        print_table([(f"  {name}", value) for name, value in fidelity_rows(fidelity)])

@@ -7,13 +7,30 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from ..errors import OsscompileError
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
 INTERRUPTED = 130  # the status that shells give to what Ctrl-C ended
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Of one command: options may stand before, between and after its other arguments."""
+
+    _is_intermixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """What the parser of all commands calls. argparse mixes in another method, which calls this
+        one again in some versions of Python."""
+        if self._is_intermixing:
+            return super().parse_known_args(args, namespace)
+        self._is_intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_intermixing = False
 
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
@@ -52,13 +69,13 @@ def end_process(status: int) -> NoReturn:
 
 def _mend_streams() -> None:
     """What is closed is as if it led to nowhere; a character that the terminal does not have is
-    replaced."""
+    replaced, and bytes that are no text are kept for who reads them to find."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-    for stream in (sys.stdin, sys.stdout):
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
 
 
 def _say(message: str) -> None:

@@ -1,52 +1,85 @@
-"""`run`: chat with a compiled model."""
+"""`run`: ask a compiled model, or chat with it."""
 
 import argparse
 from pathlib import Path
 
 from ..artifact import ALWAYS_HASHED_BYTES, read_manifest
 from ..engine import Model, load
-from .chat import Messages, answer, converse
+from .chat import converse
 from .main import Commands
 from .options import add_kv_memory
+from .prompt import STDIN, read_prompt
 from .terminal import say_stage
+from .transcript import Messages
+from .view import View
+
+# Those of `Model.chat` by the same names; what is not given is left to its defaults.
+OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "identity")
 
 
-def add_run(commands: Commands) -> None:
-    command = commands.add_parser("run", help="chat with a compiled model")
+def add_run(commands: Commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("run", help="ask a compiled model, or chat with it")
     command.add_argument("artifact", metavar="OUT")
-    command.add_argument("prompt", nargs="?", help="without it, a chat begins")
+    command.add_argument(
+        "prompt",
+        nargs="?",
+        help=f"{STDIN}: what is piped, which else follows it; without any of them, a chat begins",
+    )
+    command.add_argument("-f", "--file", type=Path, metavar="FILE", help="text after the prompt")
+    command.add_argument("--system", metavar="TEXT", help="instructions of the developer")
+    command.add_argument("--identity", metavar="TEXT", help="who the model is told to be")
+    command.add_argument("--no-date", action="store_true", help="do not tell it today's date")
     command.add_argument("--reasoning", default="medium", metavar="low|medium|high")
     command.add_argument("--hide-analysis", action="store_true", help="show answers only")
-    command.add_argument("--system", metavar="TEXT", help="instructions for the model")
+    command.add_argument("--json", action="store_true", help="print events, a line of JSON each")
+    command.add_argument("--verbose", action="store_true", help="tell tokens and speeds on stderr")
     command.add_argument("--context", type=int, metavar="N", help="most positions")
     add_kv_memory(command)
-    command.add_argument("--max-tokens", type=int, metavar="N")
-    command.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--top-k", type=int, default=0)
-    command.add_argument("--min-p", type=float, default=0.0)
-    command.add_argument("--seed", type=int)
+    command.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of an answer")
+    command.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends an answer (repeat for several)"
+    )
+    command.add_argument("--temperature", type=float, help="0: greedy (default: the checkpoint's)")
+    command.add_argument("--top-p", type=float, metavar="P")
+    command.add_argument("--top-k", type=int, metavar="K")
+    command.add_argument("--min-p", type=float, metavar="P")
+    command.add_argument("--seed", type=int, metavar="N")
     command.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     command.set_defaults(command=_run)
+    return command
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    model = _load(arguments)
-    names = ("reasoning", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
-    options = {name: getattr(arguments, name) for name in names}
+    run_artifact(Path(arguments.artifact), arguments)
+
+
+def run_artifact(artifact: Path, arguments: argparse.Namespace) -> None:
+    """Answer the prompt that the arguments give, or chat."""
+    prompt = read_prompt(arguments.prompt, arguments.file)
+    model = _load(artifact, arguments)
+    options = {name: getattr(arguments, name) for name in OPTIONS}
+    options = {name: value for name, value in options.items() if value is not None}
+    options["reasoning"] = arguments.reasoning
+    if arguments.no_date:
+        options["current_date"] = None
     messages: Messages = []
     if arguments.system:
-        messages.append({"role": "system", "content": arguments.system})
-    if arguments.prompt is None:
-        converse(model, messages, arguments.hide_analysis, options)
-        return
-    messages.append({"role": "user", "content": arguments.prompt})
-    answer(model, messages, arguments.hide_analysis, options)
+        messages.append({"role": "developer", "content": arguments.system})
+    view = View(
+        model.context,
+        hide_analysis=arguments.hide_analysis,
+        events=arguments.json,
+        verbose=arguments.verbose,
+    )
+    if prompt is None:
+        converse(model, messages, options, view)
+    else:
+        view.show(model.chat([*messages, {"role": "user", "content": prompt}], **options), [])
 
 
-def _load(arguments: argparse.Namespace) -> Model:
+def _load(artifact: Path, arguments: argparse.Namespace) -> Model:
     """Load, and tell how far the hashing of a large new copy is, which takes seconds a gigabyte."""
-    files = read_manifest(Path(arguments.artifact)).files
+    files = read_manifest(artifact).files
     total = sum(file.num_bytes for file in files.values())
     hashed = 0
 
@@ -56,7 +89,7 @@ def _load(arguments: argparse.Namespace) -> Model:
         say_stage(f"verifying {hashed / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     model = load(
-        arguments.artifact,
+        artifact,
         context=arguments.context,
         kv_memory=arguments.kv_memory,
         threads=arguments.threads,

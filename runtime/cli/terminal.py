@@ -1,17 +1,30 @@
-"""What commands print alike: tables, and what is under way."""
+"""What commands print alike: tables, and what is under way; and what a terminal can show."""
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 
-def print_table(rows: Sequence[tuple[str, str]]) -> None:
-    """Names, and what they stand for, in a column each."""
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of as many cells, each column as wide as it must be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        *cells, last = row
+        padded = [f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=False)]
+        print("".join(padded) + last)
 
 
 def say_stage(stage: str) -> None:
     """On one line of a terminal, each in the place of the one before."""
-    if sys.stderr.isatty():
+    if _takes_codes(sys.stderr):
         print(f"\r\033[K{stage}", end="", file=sys.stderr, flush=True)
+
+
+def dims_text(stream: TextIO) -> bool:
+    """Whether text there may be dimmed: on a terminal, unless NO_COLOR forbids it."""
+    return _takes_codes(stream) and not os.environ.get("NO_COLOR")
+
+
+def _takes_codes(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"

@@ -135,6 +135,11 @@ int cuDeviceGet(int* device, int number) {
 }
 int cuDeviceGetName(char* name, int size, int) { return snprintf(name, size, "Stand-in") < 0; }
 int cuDriverGetVersion(int* version) { return *version = 12040, kSuccess; }
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  const int major = 75, minor = 76;  // of the compute capability
+  *value = attribute == major ? 9 : 0;
+  return attribute == major || attribute == minor ? kSuccess : kInvalidValue;
+}
 int cuDevicePrimaryCtxRetain(void** context, int) {
   return ++fake_contexts, *context = &memories, kSuccess;
 }

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from ...errors import CheckpointError
+from ...errors import AbsentError, CheckpointError
 from ..config import read_json_object
 
 STORE = "OLLAMA_MODELS"  # names the folder, if it is not the usual one
@@ -16,7 +16,8 @@ ADAPTER = "application/vnd.ollama.image.adapter"
 
 def find_in_store(model: str) -> Path | None:
     """The GGUF of a model, or None if it is not spelt NAME or NAME:TAG, or, without a tag, not
-    there. Raises CheckpointError if the store does not have it, or its manifest is damaged."""
+    there. Raises AbsentError if the store does not have it, CheckpointError if its manifest is
+    damaged."""
     match = NAME.fullmatch(model)
     if match is None or (match[1] and not match[3]):  # ORG/NAME is an id of Hugging Face
         return None
@@ -27,7 +28,7 @@ def find_in_store(model: str) -> Path | None:
     if not os.path.isfile(manifest):  # of pathlib, a name too long is an error
         if not match[3]:
             return None
-        raise CheckpointError(
+        raise AbsentError(
             f"{model}: expected it in Ollama's store, found no {manifest}; get it with "
             f"`ollama pull {model}`, or name the store in {STORE}"
         )

@@ -1,0 +1,181 @@
+"""Compare an artifact with its checkpoint, and keep in it what came of that.
+
+One scores the text after the other, because the weights of both need not fit the memory; meanwhile
+the logits of the first lie on the disk, beside the artifact, where its like has room.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import targets
+from ..compiler import OTHER_FILES_BYTES, compile, open_model
+from ..importer.config import ModelConfig
+from ..importer.graph import weight_parameters
+from ..options import path_option, whole_number
+from ..runtime.artifact import read_manifest
+from ..runtime.engine import Model, load
+from ..runtime.fidelity import Fidelity, FidelityError, check_writable, write_fidelity
+from ..runtime.manifest import Manifest, Tensor
+from ..runtime.version import __version__
+from .compare import Logits, compare_logits
+from .text import scored_text
+
+NUM_TOKENS = 2048  # more than the dialogue has in the published vocabulary
+
+
+def measure_fidelity(
+    artifact: str | Path,
+    model: str | Path,
+    *,
+    adapters: str | Path | Iterable[str | Path] = (),
+    num_tokens: int = NUM_TOKENS,
+    progress: bool = False,
+) -> Fidelity:
+    """Score a text with an artifact, and with the checkpoint that it is of in exact kernels.
+
+    `artifact`: one that runs here. `model` and `adapters`: as for `compile`. `num_tokens`: of the
+    text, at most. What comes of it is written into the artifact too. The model is compiled for this
+    CPU in the profile "exact", beside the artifact, and removed again. Raises ArtifactError,
+    CheckpointError, TargetError, CompileError, or FidelityError for a model of another shape, and
+    where an artifact or the folder that it is in cannot be written; nothing is left behind.
+    """
+    machine = targets.of_this_machine()
+    path = Path(os.path.realpath(path_option("artifact", artifact)))
+    num_tokens = whole_number("tokens", num_tokens)
+    manifest = read_manifest(path)
+    num_tokens = min(num_tokens, manifest.context)
+    if num_tokens < 2:
+        raise FidelityError(f"tokens: expected at least 2, found {num_tokens}")
+    check_writable(path)
+    measured = load(path, context=num_tokens)
+    adapters = (adapters,) if isinstance(adapters, str | os.PathLike) else tuple(adapters)
+    resolved = open_model(model, adapters)
+    config = resolved.source.config
+    _check_same_shape(str(model), config, path, manifest)
+    tokenizer = measured.tokenizer
+    text, ids = scored_text(manifest, tokenizer)
+    ids = ids[: min(num_tokens, config.max_context)]
+
+    weights = weight_parameters(config, "exact", len(ids))
+    exact_bytes = sum(Tensor(w.name, w.shape, w.dtype).num_bytes for w in weights)
+    logits_bytes = len(ids) * manifest.vocab_size * np.dtype(np.float32).itemsize
+    with _workplace(path, exact_bytes + logits_bytes + OTHER_FILES_BYTES) as folder:
+        if progress:
+            print(
+                f"{len(ids)} tokens of {text} are scored with {path.name}, then with {model} in "
+                f"exact kernels of this CPU, which take {exact_bytes / 1e9:.2f} GB here until "
+                "the end",
+                file=sys.stderr,
+            )
+        _write_rows(folder / "logits", _logits(measured, ids, path.name, progress))
+        variant = measured.variant
+        del measured  # its memory is the other's
+        with warnings.catch_warnings(action="ignore"):  # told when the artifact was compiled
+            exact = compile(
+                model,
+                machine.name,
+                folder / "exact.osc",
+                variants=[machine.variant],
+                profile="exact",
+                context=len(ids),
+                adapters=adapters,
+                progress=progress,
+            )
+        comparison = compare_logits(
+            ids,
+            _logits(load(exact), ids, "exact", progress),
+            _read_rows(folder / "logits", manifest.vocab_size),
+            lambda id: repr(tokenizer.decode([id])) if tokenizer is not None else str(id),
+        )
+    fidelity = Fidelity(
+        manifest_sha256=manifest.sha256,
+        variant=variant,
+        compiler=__version__,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=_printable(" + ".join(map(str, (model, *adapters)))),
+        text=text,
+        **comparison,
+    )
+    write_fidelity(path, fidelity)
+    return fidelity
+
+
+def _check_same_shape(model: str, config: ModelConfig, path: Path, manifest: Manifest) -> None:
+    """Raise FidelityError, naming the first thing that differs."""
+    sizes = {weight.name: math.prod(weight.shape) for weight in manifest.weights}
+    facts: list[tuple[str, object, object]] = [
+        ("ids in the vocabulary", manifest.vocab_size, config.vocab_size),
+        ("layers", len(manifest.sliding), config.num_layers),
+        ("as window", manifest.window, config.window),
+        ("as sliding layers", _sliding(manifest.sliding), _sliding(config.sliding)),
+    ]
+    for weight in weight_parameters(config, manifest.profile, manifest.context):
+        size = math.prod(weight.shape)
+        facts.append((f"numbers in {weight.name}", sizes.get(weight.name, 0), size))
+    for name, expected, found in facts:
+        if expected != found:
+            raise FidelityError(
+                f"{model}: expected the checkpoint that {path} was compiled from, with {expected} "
+                f"{name}, found one with {found}"
+            )
+
+
+def _sliding(layers: tuple[bool, ...]) -> str:
+    return ", ".join(str(i) for i, sliding in enumerate(layers) if sliding) or "none"
+
+
+@contextlib.contextmanager
+def _workplace(artifact: Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder beside the artifact, which vanishes."""
+    parent = artifact.parent
+    try:
+        with TemporaryDirectory(
+            prefix=".osscompile-fidelity-", dir=parent, ignore_cleanup_errors=True
+        ) as name:
+            free = shutil.disk_usage(name).free
+            if free < needed_bytes:
+                raise FidelityError(
+                    f"{parent}: expected {needed_bytes / 1e9:.1f} GB of free disk, found "
+                    f"{free / 1e9:.1f} GB; make room, or measure a copy of the artifact elsewhere"
+                )
+            yield Path(name)
+    except OSError as error:
+        raise FidelityError(
+            f"{parent}: expected a folder that can be written, found: {error}; measure a copy of "
+            "the artifact elsewhere"
+        ) from error
+
+
+def _logits(model: Model, ids: list[int], name: str, progress: bool) -> Iterator[Logits]:
+    """Of each token [vocab], with a bar."""
+    with tqdm(total=len(ids), unit="tok", desc=name, disable=not progress) as bar:
+        for piece in model._logits_in_pieces(ids):
+            yield from piece
+            bar.update(len(piece))
+
+
+def _write_rows(file: Path, rows: Iterable[Logits]) -> None:
+    with file.open("wb") as stream:
+        for row in rows:
+            stream.write(row.data)
+
+
+def _read_rows(file: Path, vocab_size: int) -> Iterator[Logits]:
+    with file.open("rb") as stream:
+        while row := stream.read(vocab_size * np.dtype(np.float32).itemsize):
+            yield np.frombuffer(row, np.float32)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "_" for c in text)

@@ -1,0 +1,55 @@
+"""Read messages from a person at a terminal: edited lines, pasted lines, and blocks in quotes."""
+
+import select
+import sys
+from typing import TextIO
+
+from ..errors import InputError
+
+QUOTES = '"""'
+PASTE_SECONDS = 0.05  # terminals pass on long pastes in portions
+
+
+def prepare_editing() -> None:
+    """Let `input` edit lines and know earlier ones, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        return
+    if "libedit" not in (readline.__doc__ or ""):
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one input
+
+
+def read_message(notes: TextIO) -> str:
+    """The next message: a line that begins with a slash, else a line and those pasted with it, or
+    the lines from QUOTES to QUOTES. The prompt goes to `notes`.
+
+    Raises EOFError at the end, KeyboardInterrupt, and InputError for what is no text.
+    """
+    line = _read_line("> ", notes)
+    if line.lstrip().startswith(QUOTES):
+        text = line.lstrip().removeprefix(QUOTES)
+        while not text.rstrip().endswith(QUOTES):
+            text += "\n" + _read_line("... ", notes)
+        text = text.rstrip().removesuffix(QUOTES)
+    else:
+        text = line
+        while not line.startswith("/") and select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
+            try:
+                text += "\n" + _read_line("", notes)
+            except EOFError:
+                break
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that were kept
+        raise InputError(
+            f"input: expected {sys.stdin.encoding} text, found other bytes; type it again"
+        ) from None
+    return text.strip()
+
+
+def _read_line(prompt: str, notes: TextIO) -> str:
+    if notes is sys.stdout:
+        return input(prompt)
+    print(prompt, end="", file=notes, flush=True)  # `input` would print it to stdout
+    return input()

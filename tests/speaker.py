@@ -1,0 +1,68 @@
+"""`python tests/speaker.py ARGUMENTS..`: the command `run` with a model that is made up, so that
+tests choose what it says and how slowly. It answers with the conversation that it was asked."""
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from osscompile import cli
+from osscompile.runtime import (
+    Arguments,
+    Finish,
+    InputError,
+    Piece,
+    Reasoning,
+    Text,
+    ToolCall,
+    Usage,
+)
+from osscompile.runtime.cli import run
+
+USAGE = Usage(prompt_tokens=100, cached_tokens=64, completion_tokens=20, reasoning_tokens=8)
+
+
+class Speaker:
+    context = 4096
+
+    def chat(self, messages: Sequence[Mapping[str, object]], **options: object) -> Iterator[Piece]:
+        question = str(messages[-1]["content"])
+        if question == "too long":
+            raise InputError("prompt: expected at most 4096 tokens, found 5000")
+        return self._answer(question, messages, options)
+
+    def _answer(
+        self, question: str, messages: Sequence[Mapping[str, object]], options: object
+    ) -> Iterator[Piece]:
+        yield Reasoning("analysis", "Let me ")
+        yield Reasoning("analysis", "see.")
+        match question:
+            case "endless":
+                for number in itertools.count():
+                    yield Text("final", f"{number} ")
+                    time.sleep(0.01)
+            case "slow":
+                time.sleep(1.5)
+            case "silent":
+                time.sleep(1000)
+            case "broken":
+                raise RuntimeError("a traceback")
+            case "codes":
+                yield Text("final", "\033[2mdim\x07\x9b31m\n")
+            case "odd":
+                yield Text("Final?", "odd")
+            case "cut" | "full":
+                yield Finish("length", Usage(4000, 0, 97 if question == "full" else 96, 1))
+                return
+            case "call":
+                yield ToolCall("commentary", "call_0", "f")
+                yield Arguments("commentary", "call_0", '{"x": 1}')
+            case _:
+                yield Text("final", json.dumps({"messages": messages, "options": options}))
+        yield Finish("tool_calls" if question == "call" else "stop", USAGE)
+
+
+if __name__ == "__main__":
+    run._load = lambda artifact, arguments: Speaker()  # type: ignore[assignment, return-value]
+    sys.exit(cli.main(["run", "speaker.osc", *sys.argv[1:]]))

@@ -1,0 +1,186 @@
+"""`run` with a prompt: where it comes from, and where the answer goes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from osscompile import cli
+
+SPEAKER = [sys.executable, str(Path(__file__).with_name("speaker.py"))]
+
+
+def speak(*arguments: object, piped: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    """`run` with the made-up model; piped: None for no pipe."""
+    where = {"stdin": subprocess.DEVNULL} if piped is None else {"input": piped}
+    return subprocess.run([*SPEAKER, *map(str, arguments)], capture_output=True, **where)
+
+
+def asked(*arguments: object, piped: bytes | None = None) -> str:
+    """The last message that the model got."""
+    result = speak(*arguments, piped=piped)
+    assert result.returncode == 0, result.stderr
+    content: str = json.loads(result.stdout)["messages"][-1]["content"]
+    return content
+
+
+def refused(*arguments: object, piped: bytes | None = None) -> str:
+    """The message, one line, with which it ends."""
+    result = speak(*arguments, piped=piped)
+    assert (result.returncode, result.stdout) == (1, b"")
+    (line,) = result.stderr.decode().splitlines()
+    return line.removeprefix("osscompile: ")
+
+
+# Arguments
+
+
+def test_options_stand_anywhere() -> None:
+    parse = cli._parser().parse_args
+    parts = [["OUT"], ["hi there"], ["--reasoning", "low"], ["--hide-analysis"]]
+    expected = parse(["run", "OUT", "hi there", "--reasoning", "low", "--hide-analysis"])
+    assert (expected.artifact, expected.prompt) == ("OUT", "hi there")
+    for order in itertools.permutations(parts):
+        words = [word for part in order for word in part]
+        if words.index("OUT") < words.index("hi there"):
+            assert parse(["run", *words]) == expected, words
+    assert parse(["run", "OUT", "--seed", "3", "--", "--hi"]).prompt == "--hi"
+    assert parse(["run", "OUT", "--seed", "3"]).prompt is None
+    assert parse(["bench", "a", "--decode", "0", "b"]).artifacts == ["a", "b"]
+
+
+@pytest.mark.parametrize("words", [["--none", "hi"], ["hi", "--none"], ["hi", "there"], []])
+def test_arguments_that_are_none(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", *(["OUT", *words] if words else [])])
+    error = capsys.readouterr().err
+    assert (words[-1] if "--none" not in words else "--none") in error if words else "OUT" in error
+
+
+def test_options_reach_the_model() -> None:
+    words = "--no-date --identity Me --system Rules --stop a --stop b --temperature 0 --seed 3"
+    said = json.loads(speak("hi", *words.split()).stdout)
+    assert said["options"] == {
+        "reasoning": "medium",
+        "current_date": None,
+        "identity": "Me",
+        "stop": ["a", "b"],
+        "temperature": 0.0,
+        "seed": 3,
+    }
+    assert said["messages"][0] == {"role": "developer", "content": "Rules"}
+
+
+def test_what_is_not_said_is_left_to_the_model() -> None:
+    assert json.loads(speak("hi").stdout)["options"] == {"reasoning": "medium"}
+
+
+# The prompt
+
+
+def test_prompt_file_and_pipe_in_this_order(tmp_path: Path) -> None:
+    file = tmp_path / "f.txt"
+    file.write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\r\n")
+    assert asked("-f", file) == "caf\u00e9"
+    assert (
+        asked(piped=b"piped\n\nlines\n")
+        == asked("-", piped=b"piped\n\nlines")
+        == ("piped\n\nlines")
+    )
+    assert asked("Sum up:", piped=b"piped\n") == "Sum up:\n\npiped"
+    assert asked("Sum up:", "-f", file, piped=b"piped\n") == "Sum up:\n\ncaf\u00e9\n\npiped"
+    assert asked("-", "-f", file, piped=b"piped\n") == "caf\u00e9\n\npiped"
+    assert asked("hi", piped=b"") == asked("hi") == "hi"
+
+
+def test_prompt_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"\n")
+    for arguments in ([], [""], ["-"], ["-f", tmp_path / "empty"]):
+        assert refused(*arguments).startswith("prompt: expected text"), arguments
+    assert refused(piped=b" \n").startswith("prompt: expected text")
+
+
+def test_prompt_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"\x89PNG")
+    assert "image: expected UTF-8 text, found the byte 0x89 at 0" in refused(
+        "-f", tmp_path / "image"
+    )
+    assert refused(piped=b"caf\xe9").startswith("stdin: expected UTF-8 text, found the byte 0xe9")
+    assert "expected a text file that can be read" in refused("-f", tmp_path / "none")
+    assert "expected a text file that can be read" in refused("hi", "-f", tmp_path)
+
+
+# Where the answer goes
+
+
+def test_only_the_answer_goes_to_a_pipe(nano_artifact: Path) -> None:
+    command = [sys.executable, "-m", "osscompile", "run", str(nano_artifact)]
+    command += ["--reasoning", "high", "What is 17 + 25?"]
+    result = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    assert (result.returncode, result.stdout) == (0, b"17 + 25 = 42.\n")
+    assert len(result.stderr) > 20 and b"\033" not in result.stderr
+    result = subprocess.run(
+        [*command, "--hide-analysis"], capture_output=True, stdin=subprocess.DEVNULL
+    )
+    assert (result.stdout, result.stderr) == (b"17 + 25 = 42.\n", b"")
+
+
+def test_other_channels_and_calls_are_no_answer() -> None:
+    for question, shown in (("odd", b"odd\n"), ("call", b'f: {"x": 1}\n')):
+        result = speak(question, "--hide-analysis")
+        assert (result.stdout, result.stderr) == (b"", shown)
+
+
+def test_events_are_lines_of_json() -> None:
+    result = speak("call", "--json")
+    assert result.stderr == b""
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        {"type": "reasoning", "channel": "analysis", "text": "Let me "},
+        {"type": "reasoning", "channel": "analysis", "text": "see."},
+        {"type": "tool_call", "channel": "commentary", "id": "call_0", "name": "f"},
+        {
+            "type": "arguments",
+            "channel": "commentary",
+            "id": "call_0",
+            "arguments": '{"x": 1}',
+        },
+        {
+            "type": "finish",
+            "reason": "tool_calls",
+            "usage": {
+                "prompt_tokens": 100,
+                "cached_tokens": 64,
+                "completion_tokens": 20,
+                "reasoning_tokens": 8,
+            },
+        },
+    ]
+
+
+def test_answer_that_is_cut_off_says_by_what() -> None:
+    for question, cause in (("cut", b"by --max-tokens"), ("full", b"context of 4096 positions")):
+        assert cause in speak(question).stderr
+    assert b"cut off" not in speak("hi").stderr
+
+
+def test_verbose_tells_tokens_speeds_and_the_end() -> None:
+    result = speak("hi", "--verbose", "--hide-analysis")
+    assert b'"messages"' in result.stdout
+    prompt, answer = result.stderr.decode().splitlines()
+    assert prompt.startswith("prompt: 100 tokens, 64 of them cached")
+    assert answer.startswith("answer: 20 tokens, 8 of them reasoning, ")
+    assert answer.endswith(" tok/s; ended: stop")
+
+
+def test_reader_that_goes_away() -> None:
+    result = subprocess.run(
+        ["sh", "-c", f"'{SPEAKER[0]}' '{SPEAKER[1]}' endless | head -c 4"],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.stdout == b"0 1 " and b"Traceback" not in result.stderr
