@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compiler import compile
     from .errors import CheckpointError, CompileError
-    from .runtime import ArtifactError, InputError, Model, OsscompileError, load
+    from .runtime import ArtifactError, Engine, InputError, Model, OsscompileError, load
     from .runtime.version import __version__ as __version__
     from .targets import TargetError
 
@@ -18,6 +18,7 @@ __all__ = [
     "ArtifactError",
     "CheckpointError",
     "CompileError",
+    "Engine",
     "InputError",
     "Model",
     "OsscompileError",

@@ -1,390 +1,151 @@
-"""A loaded model: token ids to logits, to tokens, to the text of a chat."""
+"""An engine: any number of callers, whose answers are computed together."""
 
-import datetime
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-
-from .arguments import prompt_ids, sampling_options, whole_number
-from .artifact import Artifact, open_artifact
+from .arguments import whole_number
 from .devices.driver import driver
-from .errors import ArtifactError, InputError
-from .generated import GeneratedToken, TokenStream, generated_pieces
-from .harmony import (
-    IDENTITY,
-    Piece,
-    begun_answer,
-    render_chat,
-    render_template,
-    stop_ids,
-)
-from .machine import choose_threads
-from .memory import check_memory, memory_bytes
-from .runner import Rows, Runner
-from .sampler import Sample, Sampler, reserved_ids
-from .sampling_options import SamplingOptions
+from .errors import InputError, OsscompileError
+from .generated import GeneratedToken
+from .harmony import Finish
+from .model import load
+from .questions import Question
+from .request import Mailbox, Request
 from .scheduler import Answer, Scheduler
-from .tokenizer import Tokenizer
 
-T = TypeVar("T")
-
-
-def load(
-    path: str | Path,
-    *,
-    context: int | None = None,
-    kv_memory: int | None = None,
-    threads: int | None = None,
-    variant: str | None = None,
-    verify: bool = False,
-    progress: Callable[[int], object] | None = None,
-) -> "Model":
-    """Load a compiled artifact; only load those that you trust, their library is code.
-
-    `context`: at most so many positions, to use less memory than the artifact was compiled for.
-    `kv_memory`: bytes of keys and values (default: what the context needs, and a few kept points);
-    with more, more of earlier prompts is kept, up to what a device allocates at once for a layer.
-    On a CPU they are taken as they are used.
-    `threads`: CPU threads (default: all cores; more than can run at once are not used, with a
-    warning); OpenCL devices have their own. `variant`: which of
-    its libraries to run (default: the best for this CPU). `verify`: hash the weights even if this
-    copy was verified before; `progress` is told the bytes hashed. Raises ArtifactError for an
-    artifact that cannot be used here, InputError for options out of range, OsscompileError without
-    the memory or the device that it needs.
-    """
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"artifact: expected the path of a folder, found {path!r}")
-    threads = None if threads is None else whole_number("threads", threads)
-    artifact = open_artifact(path, verify, progress, variant)
-    limit = artifact.manifest.context
-    context = limit if context is None else whole_number("context", context, limit)
-    if kv_memory is not None:
-        kv_memory = whole_number("kv_memory", kv_memory)
-    return Model(artifact, context, threads, kv_memory)
+SEQUENCES = 16  # that are computed together, by default
 
 
-class Model:
-    """A model that is ready to run.
+class Engine:
+    """Answers that any thread asks for, computed together on one device by a thread of its own.
 
-    Any thread may use it: calls are served one after the other. A call that is interrupted leaves
-    nothing wrong behind, and a process that was forked since the load must load its own.
+    `sequences`: how many run at once; more wait for their turn. The other arguments are those of
+    `load`: `kv_memory` is shared by all, and when it runs out the youngest answer waits and is
+    computed again. Use it in a `with` statement, or call `close`.
+
+    While answers are told, a step computes at most ROWS_BESIDE tokens of prompts beside them, so
+    that a long prompt does not stop them for longer than that takes.
     """
 
     def __init__(
-        self, artifact: Artifact, context: int, threads: int | None, kv_memory: int | None = None
+        self,
+        artifact: str | Path,
+        *,
+        sequences: int = SEQUENCES,
+        context: int | None = None,
+        kv_memory: int | None = None,
+        threads: int | None = None,
+        variant: str | None = None,
     ) -> None:
-        self.manifest = artifact.manifest
-        check_memory(self.manifest, context, memory_bytes(self.manifest, context, kv_memory))
-        self.variant = artifact.variant.name
-        self.context = context
-        self.vocab_size = self.manifest.vocab_size
-        path = artifact.tokenizer
-        self.tokenizer = Tokenizer(path) if path is not None else None
-        self._template = artifact.read_chat_template()
-        self._reserved, self._stops = np.empty(0, np.int64), set(self.manifest.eos_token_ids)
-        if self.tokenizer is not None:
-            size = self.tokenizer.vocab_size
-            self._reserved = reserved_ids(self.tokenizer.special, self.vocab_size, size)
-            self._stops |= stop_ids(self.tokenizer)
-        self.cached_tokens = 0  # of the last prompt: those that were not computed
-        self._turn = 0  # counts the calls that used the cache
-        self._certain = True  # whether the last of them ended as its caller was told
-        threads = choose_threads(threads)
-        self._driver = driver()
-        self._driver.call(lambda: self._open(artifact, threads, kv_memory))
-
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
-        ids = self._check_tokens(token_ids)
-        return self._serve(lambda: np.concatenate([*self._score(ids)]))
-
-    def generate(
-        self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
-    ) -> Iterator[GeneratedToken]:
-        """Continue a prompt, one token at a time, until a stop id, a stop string or `max_tokens`.
-
-        `options`: the fields of SamplingOptions (temperature, top_p, top_k, min_p, seed, logprobs,
-        stop, stop_ids, logit_bias, frequency_penalty, presence_penalty); None: as if it were not
-        given. The first four are otherwise the checkpoint's own, `manifest.sampling`. The stop id,
-        or the token that completes a stop string, is the last one yielded. Without `max_tokens` the
-        context is the limit. The KV cache is kept: a prompt that begins like the one before
-        continues there. Another call ends this one: to go on with it then raises InputError. Raises
-        InputError for bad arguments, before anything is computed.
-        """
-        ids = self._check_tokens(token_ids)
-        sampling = self._check_options(options, Model.generate.__kwdefaults__ or ())
-        return self._generate(ids, self._limit(ids, max_tokens), sampling, self._stops)
-
-    def generate_batch(
-        self,
-        prompts: Iterable[Sequence[int]],
-        *,
-        max_tokens: int | None = None,
-        **options: object,
-    ) -> list[list[GeneratedToken]]:
-        """Continue several prompts together, as `generate` does each; their answers, in order.
-
-        A step reads the weights once for all of them. What they have in common at the beginning is
-        computed once if it came before. With a seed, every answer has it. Raises InputError.
-        """
-        sampling = self._check_options(options, Model.generate.__kwdefaults__)
-        checked = [self._check_tokens(ids) for ids in prompts]
-        limits = [self._limit(ids, max_tokens) for ids in checked]
-        answers: list[list[GeneratedToken]] = [[] for _ in checked]
-        asked = [
-            Answer(
-                ids,
-                Sampler(sampling, self._reserved),
-                TokenStream(
-                    self.tokenizer, sampling.stop, self._stops | sampling.stop_ids, len(ids), limit
-                ),
-                told.append,
-            )
-            for ids, limit, told in zip(checked, limits, answers, strict=True)
-        ]
-        self._serve(lambda: self._answer_all(asked))
-        return answers
-
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        *,
-        reasoning: str = "medium",
-        current_date: str | None = "today",
-        identity: str = IDENTITY,
-        tools: Sequence[Mapping[str, object]] = (),
-        builtin_tools: Sequence[str] = (),
-        response_format: Mapping[str, object] | None = None,
-        template: str = "harmony",
-        max_tokens: int | None = None,
-        **options: object,
-    ) -> Iterator[Piece]:
-        """Answer a conversation, in pieces as they are generated.
-
-        `messages`: as in OpenAI's chat API, {"role": system, developer, user, assistant or tool,
-        "content": text}, with tool_calls, tool_call_id, reasoning; also what `as_messages` makes of
-        the pieces of an answer. `reasoning`: low, medium or high; `current_date`: YYYY-MM-DD, today
-        or None; `identity`: who the model is told to be. `tools` (functions) and `response_format`
-        have OpenAI's shapes; `builtin_tools`: of browser and python. No tool is run here.
-        `template`: harmony, the format that the models were trained on, or checkpoint, to render
-        the prompt with the chat template that the checkpoint came with (it needs jinja2).
-
-        Every piece has a channel and a text, which is "" where there is none: Reasoning and Text,
-        ToolCall and Arguments, and last Finish, with the reason and what it took. `max_tokens` and
-        `options` as in `generate`, but `<|return|>`, `<|call|>` and `<|endoftext|>` end an answer,
-        whatever ends other texts of the checkpoint, and `stop` is looked for in the text of channel
-        final alone. Raises InputError, before anything is computed.
-        """
-        tokenizer = self._need_tokenizer("chat")
-        if current_date == "today":
-            current_date = datetime.date.today().isoformat()
-        render: Callable[..., list[int]] = render_chat
-        if template != "harmony":
-            render = partial(render_template, self._need_template(template))
-        prompt = render(
-            messages,
-            tokenizer,
-            reasoning=reasoning,
-            current_date=current_date,
-            identity=identity,
-            tools=tools,
-            builtin_tools=builtin_tools,
-            response_format=response_format,
+        sequences = whole_number("sequences", sequences)
+        model = load(
+            artifact, context=context, kv_memory=kv_memory, threads=threads, variant=variant
         )
-        ids = self._check_tokens(prompt)
-        sampling = self._check_options(options, Model.chat.__kwdefaults__ or ())
-        limit = self._limit(ids, max_tokens)
-        tokens = self._generate(ids, limit, replace(sampling, stop=()), stop_ids(tokenizer))
-        return generated_pieces(tokens, tokenizer, sampling, begun_answer(prompt, tokenizer))
-
-    def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.
-
-        Raises InputError for ids that the context cannot hold.
-        """
-        ids = self._check_tokens(token_ids)
-        return self._serve(lambda: self._host_logits(self._prefill, ids))
-
-    def decode(self, token_id: int) -> np.ndarray:
-        """Logits [vocab] float32 after one more token. Raises InputError at the context's end, and
-        after a call that was interrupted."""
-        (checked,) = self._check_tokens([token_id])
-        if not self._certain:
-            raise InputError(
-                "decode: expected a call before this one that ended, found one that did not: it is "
-                "uncertain what the token would follow; call `prefill` again"
-            )
-        if self._sequence.length >= self.context:
-            raise InputError(
-                f"decode: expected room in the context of {self.context} positions, found none; "
-                "call `forget`, or load with a larger context"
-            )
-        return self._serve(lambda: self._host_logits(self._decode, checked))
-
-    def forget(self) -> None:
-        """Empty the KV cache; generations that are under way end."""
-        self._serve(self._forget)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text; what looks like a special token stays text."""
-        tokenizer = self._need_tokenizer("encode")
-        if not isinstance(text, str):
-            raise InputError(f"encode: expected text, found {text!r}")
-        return tokenizer.encode(text)
-
-    def _logits_in_pieces(self, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """As `logits`, a few rows at a time: those of a long text are gigabytes. Another call ends
-        it."""
-        pieces = self._score(self._check_tokens(token_ids))
-        while (piece := self._serve(lambda: next(pieces, None))) is not None:
-            yield piece
-
-    def _serve(self, work: Callable[[], T]) -> T:
-        """Do what uses the cache, on the device's thread. A caller that is interrupted does not
-        know how far it went."""
-        try:
-            result = self._driver.call(work)
-            self._certain = True
-            return result
-        except BaseException:  # also once it has ended: the caller sees no result
-            self._certain = False
-            raise
-
-    def _generate(
-        self, ids: list[int], limit: int, options: SamplingOptions, stops: Set[int]
-    ) -> Iterator[GeneratedToken]:
-        sampler = Sampler(options, self._reserved)
-        stream = TokenStream(
-            self.tokenizer, options.stop, stops | options.stop_ids, len(ids), limit
+        most = model.manifest.most_wanted
+        if sequences > most:
+            raise InputError(f"sequences: expected at most {most}, found {sequences}")
+        self.manifest, self.context, self.tokenizer = model.manifest, model.context, model.tokenizer
+        self._questions = model._questions
+        self._work = _Work(Scheduler(model._runner, self.manifest.chunk, sequences))
+        self._thread = threading.Thread(
+            target=self._work.run, name="osscompile engine", daemon=True
         )
-        turn, cached, sample = self._serve(lambda: self._first_sample(sampler, ids))
-        stream.begin(cached)
+        self._thread.start()
+        self._closing = weakref.finalize(self, self._work.close)
+
+    def submit(
+        self, prompt: Sequence[int] | Sequence[Mapping[str, object]], **options: Any
+    ) -> Request[Any]:
+        """Ask for an answer; it is computed from now on, whether it is read or not.
+
+        A prompt of token ids is continued, with options as for `Model.generate`, and the request
+        tells GeneratedTokens; messages are answered, with options as for `Model.chat`, and it tells
+        pieces. Raises InputError for bad arguments, OsscompileError once the engine is closed.
+        """
+        questions = self._questions
+        is_chat = not isinstance(prompt, str) and any(isinstance(m, Mapping) for m in prompt)
+        question = (
+            questions.of_messages(prompt, **options)  # type: ignore[arg-type]
+            if is_chat
+            else questions.of_ids(prompt, **options)  # type: ignore[arg-type]
+        )
+        mailbox: Mailbox[Any] = Mailbox()
+        teller = _Teller(question, mailbox)
+        answer = Answer(question, questions.sampler(question), teller.tell, teller.end)
+        self._work.add(answer)
+        return Request(mailbox, answer)
+
+    def close(self) -> None:
+        """End all answers, and the engine."""
+        self._closing()
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Teller:
+    """Puts what is said into a mailbox: tokens, or in a chat the pieces that they tell."""
+
+    def __init__(self, question: Question, mailbox: Mailbox[Any]) -> None:
+        self._mailbox = mailbox
+        self._maker = question.piece_maker() if question.begun is not None else None
+        self._reason: str | None = None
+
+    def tell(self, token: GeneratedToken) -> bool:
+        """Whether the answer has ended."""
+        told: Sequence[Any] = [token]
+        usage, self._reason = token.usage, token.finish_reason
+        if self._maker is not None:
+            told = self._maker.push(token)
+            if told and isinstance(told[-1], Finish):
+                usage, self._reason = told[-1].usage, told[-1].reason
+        self._mailbox.put(told, usage)
+        return self._reason is not None
+
+    def end(self, error: BaseException | None) -> None:
+        self._mailbox.close(self._reason or ("error" if error else "cancelled"), error)
+
+
+class _Work:
+    """What the engine's thread does: steps, while there are answers to compute. It does not hold
+    the engine, which is closed when nobody does."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def add(self, answer: Answer) -> None:
+        with self._changed:
+            if self._closed:
+                raise OsscompileError("engine: expected one that is open, found it closed")
+            self._scheduler.add(answer)
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def run(self) -> None:
         while True:
-            token = stream.push(sample)
-            yield token
-            if token.finish_reason is not None:
-                return
-            self._check_turn(turn)
-            sample = self._serve(partial(self._next_sample, turn, sampler, sample.token_id))
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._scheduler.has_work)
+                if self._closed:
+                    break
+            try:
+                driver().call(self._scheduler.step)
+            except BaseException as error:  # a fault of ours: whoever waits must hear of it
+                self._end_all(error)
+        self._end_all(OsscompileError("engine: it was closed before the answer ended"))
 
-    def _limit(self, ids: list[int], max_tokens: int | None) -> int:
-        """How many tokens may follow a prompt."""
-        limit = self.context - len(ids) + 1  # what is sampled last needs no position of its own
-        return limit if max_tokens is None else min(limit, whole_number("max_tokens", max_tokens))
-
-    def _check_turn(self, turn: int) -> None:
-        if self._turn != turn:
-            raise InputError(
-                "generation: expected to be the last call that uses this model, found a later "
-                "one, which took over the KV cache; finish one answer before the next, or "
-                "load the model twice"
-            )
-
-    # From here to `_run`: on the device's thread.
-
-    def _open(self, artifact: Artifact, threads: int, kv_memory: int | None) -> None:
-        self._runner = Runner(
-            artifact,
-            self.context,
-            kv_memory,
-            threads,
-            1 + self.manifest.most_wanted,  # of its own, and those of a batch
-            self._reserved,
-        )
-        self._sequence = self._runner.cache.start()
-
-    def _score(self, ids: list[int]) -> Iterator[np.ndarray]:
-        self._turn += 1
-        turn = self._turn
-        self._sequence.start_apart()
-        for start in range(0, len(ids), self.manifest.most_wanted):
-            self._check_turn(turn)
-            part = ids[start : start + self.manifest.most_wanted]
-            yield self._runner.device.numpy(self._step(part, len(part))).copy()
-
-    def _answer_all(self, answers: list[Answer]) -> None:
-        self._turn += 1
-        self._sequence.keep()
-        self._sequence.restart()
-        Scheduler(self._runner, self.manifest.chunk, self.manifest.most_wanted).run(answers)
-
-    def _host_logits(self, compute: Callable[[Any], Any], argument: object) -> np.ndarray:
-        self._turn += 1
-        logits: np.ndarray = self._runner.device.numpy(compute(argument))
-        return logits.reshape(-1)
-
-    def _forget(self) -> None:
-        self._turn += 1
-        self._runner.cache.clear()
-
-    def _first_sample(self, sampler: Sampler, ids: list[int]) -> tuple[int, int, Sample]:
-        """The turn that a generation has, how many tokens were cached, and the first one."""
-        self._turn += 1
-        sample = self._sample(sampler, self._prefill(ids))
-        return self._turn, self.cached_tokens, sample
-
-    def _next_sample(self, turn: int, sampler: Sampler, token_id: int) -> Sample:
-        self._check_turn(turn)  # again: another thread's call may have come first
-        return self._sample(sampler, self._decode(token_id))
-
-    def _sample(self, sampler: Sampler, logits: Any) -> Sample:
-        try:
-            (sample,) = self._runner.sample(logits, [sampler])
-        except ArtifactError:  # not a number: what the cache holds would spoil the next answer
-            self._forget()
-            raise
-        return sample
-
-    def _prefill(self, ids: list[int]) -> Any:
-        """Extend the cache to `ids` -> the device's logits [1, vocab] after the last. At least one
-        is computed."""
-        kept = self.cached_tokens = self._sequence.reuse(ids[:-1])
-        logits = None
-        for start in range(kept, len(ids), self.manifest.chunk):
-            part = ids[start : start + self.manifest.chunk]
-            logits = self._step(part)
-        self._sequence.keep()
-        return logits
-
-    def _decode(self, token_id: int) -> Any:
-        """Append one token -> the device's logits [1, vocab]."""
-        return self._step([token_id])
-
-    def _step(self, ids: Sequence[int], wanted: int = 1) -> Any:
-        """Append tokens -> the device's logits [wanted, vocab] of the last ones."""
-        return self._runner.step([Rows(self._sequence, ids, wanted)])
-
-    def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
-        return prompt_ids(token_ids, self.vocab_size, self.context, self.manifest.context)
-
-    def _check_options(
-        self, options: Mapping[str, object], others: Iterable[str]
-    ) -> SamplingOptions:
-        """`others`: names of further options that the caller has."""
-        checked = sampling_options(options, others, self.vocab_size, self.manifest.sampling)
-        if checked.stop:
-            self._need_tokenizer("stop")
-        return checked
-
-    def _need_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InputError(
-                f"{what}: expected an artifact with a tokenizer, found none in this one; compile "
-                "a checkpoint that has tokenizer.json, or pass token ids to `generate`"
-            )
-        return self.tokenizer
-
-    def _need_template(self, template: object) -> str:
-        if template != "checkpoint":
-            raise InputError(f"template: expected harmony or checkpoint, found {template!r:.100}")
-        if self._template is None:
-            raise InputError(
-                "template: expected an artifact with the checkpoint's chat template, found none in "
-                "this one; compile a checkpoint that has chat_template.jinja, or chat without it"
-            )
-        return self._template
+    def _end_all(self, error: BaseException) -> None:
+        driver().call(partial(self._scheduler.end_all, error))

@@ -1,9 +1,9 @@
 """What a generation gives: tokens, and in a chat the pieces that they tell."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from .harmony import Finish, Piece, stream_answer
+from .harmony import Finish, Piece, PieceStream
 from .sampler import Sample
 from .sampling_options import SamplingOptions
 from .stop_strings import TextStream
@@ -58,29 +58,29 @@ class TokenStream:
         )
 
 
-def generated_pieces(
-    tokens: Iterator[GeneratedToken],
-    tokenizer: Tokenizer,
-    options: SamplingOptions,
-    begun: Sequence[int],
-) -> Iterator[Piece]:
-    """The pieces of an answer in a chat; the last says what all of it took. begun: ids of it that
-    the prompt had."""
-    usage = Usage()
+class PieceMaker:
+    """Makes the pieces of an answer in a chat; the last says what all of it took. `begun`: ids of
+    the answer that the prompt had."""
 
-    def ids() -> Iterator[int]:
-        nonlocal usage
-        for token in tokens:
-            usage = token.usage
-            yield token.token_id
+    def __init__(
+        self, tokenizer: Tokenizer, options: SamplingOptions, begun: Sequence[int]
+    ) -> None:
+        self._stream = PieceStream(tokenizer, options.stop, begun)
+        self._stops = options.stop_ids
+        self.ended = False
 
-    for piece in stream_answer(ids(), tokenizer, options.stop_ids, options.stop, begun):
-        yield with_usage(piece, usage)
+    def push(self, token: GeneratedToken) -> list[Piece]:
+        """What is told with this token, and the end if it is the last or comes to a stop string."""
+        pieces = self._stream.push(token.token_id)
+        if token.finish_reason is not None:
+            reason = "stop" if token.token_id in self._stops else "length"
+            pieces = pieces + self._stream.finish(reason)
+        self.ended = self._stream.ended
+        return [self._with_usage(piece, token.usage) for piece in pieces]
 
-
-def with_usage(piece: Piece, usage: Usage) -> Piece:
-    """The last piece says what the answer took; which tokens told reasoning it knows itself."""
-    if not isinstance(piece, Finish):
-        return piece
-    reasoning = piece.usage.reasoning_tokens
-    return replace(piece, usage=replace(usage, reasoning_tokens=reasoning))
+    def _with_usage(self, piece: Piece, usage: Usage) -> Piece:
+        """Which tokens told reasoning, the last piece knows itself."""
+        if not isinstance(piece, Finish):
+            return piece
+        reasoning = piece.usage.reasoning_tokens
+        return replace(piece, usage=replace(usage, reasoning_tokens=reasoning))

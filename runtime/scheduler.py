@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from .errors import OsscompileError
-from .generated import GeneratedToken, TokenStream
+from .generated import GeneratedToken
 from .kv_cache import CachedSequence
 from .pages import NoPages
+from .questions import Question
 from .runner import Rows, Runner
 from .sampler import Sampler
 
@@ -20,22 +21,22 @@ ROWS_BESIDE = 64  # of prompts in a step that also tells the next tokens of othe
 
 
 class Answer:
-    """A prompt and what is said after it.
+    """What is said to a question, while it is computed.
 
-    `tokens`: those of the prompt, and then also those said. `tell` is called with each token that
-    is said, and `end` once it has ended: with the error that ended it, or None. `cancelled` may be
-    set at any time by anybody.
+    `tell` is called with each token that is said, and returns true to end the answer there; `end`
+    is called once it has ended, with the error that ended it, or None. `cancelled` may be set at
+    any time by anybody.
     """
 
     def __init__(
         self,
-        prompt: list[int],
+        question: Question,
         sampler: Sampler,
-        stream: TokenStream,
         tell: Callable[[GeneratedToken], object],
         end: Callable[[BaseException | None], object] = lambda error: None,
     ) -> None:
-        self.tokens, self.sampler, self.stream = list(prompt), sampler, stream
+        self.tokens = list(question.ids)  # and then also those said
+        self.sampler, self.stream = sampler, question.token_stream()
         self.tell, self.end = tell, end
         self.cancelled = False
         self.error: BaseException | None = None
@@ -100,8 +101,8 @@ class Scheduler:
                 answer.sequence.keep()
             token = answer.stream.push(sample)
             answer.tokens.append(token.token_id)
-            answer.tell(token)
-            if token.finish_reason is not None:
+            has_ended = answer.tell(token)
+            if has_ended or token.finish_reason is not None:
                 self._leave(answer, None)
 
     def end_all(self, error: BaseException | None) -> None:

@@ -41,7 +41,7 @@ def check_logits_stay(nano: Path, temperature: float) -> None:
     first = [token.token_id for token in model.generate(range(20), **options)]
     assert shapes == [(1, 2)] * len(first)
     assert [token.token_id for token in model.generate(range(20), **options)] == first
-    assert not set(first) & set(model._reserved.tolist())
+    assert not set(first) & set(model._questions.reserved.tolist())
     if temperature:
         others = model.generate(range(20), **options | {"seed": 6})
         assert [token.token_id for token in others] != first

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -18,16 +18,15 @@ from harmony_texts import marked
 
 import osscompile.nano
 from osscompile.runtime.harmony import (
-    AnswerParser,
     Arguments,
     Finish,
     Piece,
+    PieceStream,
     ToolCall,
     as_messages,
     render_chat,
-    stream_answer,
 )
-from osscompile.runtime.harmony.parse import MOST_HELD
+from osscompile.runtime.harmony.parse import MOST_HELD, AnswerParser
 from osscompile.runtime.tokenizer import Tokenizer
 
 SPECIALS = (
@@ -40,6 +39,18 @@ HEADER_WORDS = (
 )
 # None of these can be a word of a header, so each must be shown.
 TEXTS = ("¿uno", " ¿dos", "\n¿tres", "¿🙂", "{¿}", "¿to=x")
+
+
+def stream_answer(
+    ids: Iterable[int], tokenizer: Tokenizer, stop: tuple[str, ...] = ()
+) -> Iterator[Piece]:
+    """What ids tell, as they come, until the answer ends; then no more are taken."""
+    stream = PieceStream(tokenizer, stop)
+    for id in ids:
+        yield from stream.push(id)
+        if stream.ended:
+            return
+    yield from stream.finish("length")
 
 
 def said(pieces: Iterable[Piece]) -> list[Piece]:

@@ -24,8 +24,8 @@ from osscompile.runtime.bench import machine, models
 from osscompile.runtime.bench.artifact import kv_bytes, token_macs
 from osscompile.runtime.bench.models import bench
 from osscompile.runtime.bench.report import read_reports, table
-from osscompile.runtime.engine import Model
 from osscompile.runtime.manifest import Manifest, Tensor
+from osscompile.runtime.model import Model
 from osscompile.targets import Target
 
 # Facts of an artifact

@@ -347,7 +347,7 @@ def test_template_that_asks_for_no_answer(
     talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     model = load(add_template(copy_artifact(talker, tmp_path), text))
-    monkeypatch.setattr(model._device, "run", None)
+    monkeypatch.setattr(model._runner.device, "run", None)
     with pytest.raises(InputError, match="expected"):
         model.chat([user("Hi")], template="checkpoint")
 

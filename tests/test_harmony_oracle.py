@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from harmony_oracle import conversations, render_with_harmony
-from harmony_streams import said
+from harmony_streams import said, stream_answer
 from harmony_texts import ANSWER, assistant, golden, marked, user
 from hypothesis import HealthCheck, given, settings
 from o200k import RANKS, write_o200k
@@ -20,7 +20,6 @@ from osscompile.runtime.harmony import (
     ToolCall,
     as_messages,
     render_chat,
-    stream_answer,
 )
 from osscompile.runtime.tokenizer import Tokenizer
 

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from harmony_streams import check_stream, said
+from harmony_streams import check_stream, said, stream_answer
 from harmony_texts import ANSWER, golden, marked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import osscompile.nano
 from osscompile.runtime.harmony import (
-    AnswerParser,
     Arguments,
     Finish,
     Piece,
@@ -22,8 +21,8 @@ from osscompile.runtime.harmony import (
     ToolCall,
     as_messages,
     stop_ids,
-    stream_answer,
 )
+from osscompile.runtime.harmony.parse import AnswerParser
 from osscompile.runtime.tokenizer import Tokenizer
 
 NANO = Path(osscompile.nano.__file__).parent / "checkpoint" / "tokenizer.json"

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 from talker import CHUNK, random_ids
 
-from osscompile.runtime import InputError, Model, engine, kv_cache, load
+from osscompile.runtime import InputError, Model, kv_cache, load, runner
+from osscompile.runtime import model as model_file
 from osscompile.runtime.devices import driver
 
 MOST_TIMES = 3  # that each line is struck: the first times that it runs
-CACHE_FILES = {engine.__file__, kv_cache.__file__}
+CACHE_FILES = {model_file.__file__, runner.__file__, kv_cache.__file__}
 PROMPT = random_ids(90)
 EDITED = [*PROMPT[:85], *random_ids(5, seed=1)]
 LONGER = [*PROMPT, *random_ids(6, seed=2)]

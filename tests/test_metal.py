@@ -292,7 +292,7 @@ def test_without_room_on_the_device(talker: Path, monkeypatch: pytest.MonkeyPatc
     def full(*arguments: object) -> None:
         raise RuntimeError("no buffer")
 
-    device = load(talker)._device
+    device = load(talker)._runner.device
     monkeypatch.setattr(device, "_allocate", full)
     with pytest.raises(OsscompileError, match=r"metal: expected room for 0.5 MB more, .*no buffer"):
         device.zeros((2, 1024, 64), "float32")

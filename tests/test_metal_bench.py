@@ -94,7 +94,7 @@ def test_reader_reads_everything(for_here: None) -> None:
 @pytest.mark.usefixtures("small")
 def test_reader_that_the_driver_does_not_take(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_stand_in()
-    device = load(tiny)._device
+    device = load(tiny)._runner.device
     monkeypatch.setenv("METAL_COMPILER", "false")
     monkeypatch.setattr(bandwidth_tensor, "TOGETHER", 2)  # a kernel that is not compiled yet
     assert isinstance(device, TensorDevice)

@@ -17,7 +17,8 @@ from artifacts import VARIANTS_HERE, copy_artifact, library_is_loaded
 from random_model import random_model, write_checkpoint
 
 import osscompile
-from osscompile.runtime import ArtifactError, engine, load
+from osscompile.runtime import ArtifactError, load
+from osscompile.runtime import model as model_file
 from osscompile.runtime.artifact import Artifact, open_artifact
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -89,7 +90,7 @@ def test_library_that_changes_once_it_was_checked(
         write_over(pair[1], path)
         return artifact
 
-    monkeypatch.setattr(engine, "open_artifact", open_and_change)
+    monkeypatch.setattr(model_file, "open_artifact", open_and_change)
     with pytest.raises(ArtifactError, match=r"expected sha256 .*changed while it was loaded"):
         load(path)
     assert not library_is_loaded(path)

@@ -10,11 +10,8 @@ import pytest
 from talker import CHUNK, CONTEXT, ids_of, random_ids
 
 from osscompile.runtime import ArtifactError, GeneratedToken, InputError, Model, load
-from osscompile.runtime.generated import TokenStream
 from osscompile.runtime.kv_cache import CachedSequence
 from osscompile.runtime.runner import Rows
-from osscompile.runtime.sampler import Sampler
-from osscompile.runtime.sampling_options import SamplingOptions
 from osscompile.runtime.scheduler import Answer, Scheduler
 
 CLOSE = 1e-5  # relative rms of logits, of the profile `exact`
@@ -185,8 +182,8 @@ def test_seeds_in_a_batch(model: Model, talker: Path) -> None:
 
 
 def answer_of(model: Model, prompt: list[int], limit: int, told: list[GeneratedToken]) -> Answer:
-    stream = TokenStream(model.tokenizer, (), model._stops, len(prompt), limit)
-    return Answer(prompt, Sampler(SamplingOptions(), model._reserved), stream, told.append)
+    question = model._questions.of_ids(prompt, max_tokens=limit, temperature=0)
+    return Answer(question, model._questions.sampler(question), told.append)
 
 
 def with_few_pages(model: Model, full: int, window: int) -> None:

@@ -5,7 +5,7 @@ The compiler is imported when a limit is measured: a bench reads before what a r
 
 from ..runtime.bench.models import Limits, Reader
 from ..runtime.devices.tvm_device import TensorDevice
-from ..runtime.engine import Model
+from ..runtime.model import Model
 
 
 def _open_reader(model: Model) -> Reader:

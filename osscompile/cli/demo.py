@@ -5,7 +5,7 @@ import argparse
 from .. import targets
 from ..runtime.cli.main import Commands
 from ..runtime.cli.view import View
-from ..runtime.engine import load
+from ..runtime.model import load
 
 QUESTION = "What is 17 + 25?"
 

@@ -24,9 +24,9 @@ from ..importer.config import ModelConfig
 from ..importer.graph import weight_parameters
 from ..options import path_option, whole_number
 from ..runtime.artifact import read_manifest
-from ..runtime.engine import Model, load
 from ..runtime.fidelity import Fidelity, FidelityError, check_writable, write_fidelity
 from ..runtime.manifest import Manifest, Tensor
+from ..runtime.model import Model, load
 from ..runtime.version import __version__
 from .compare import Logits, compare_logits
 from .text import scored_text

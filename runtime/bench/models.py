@@ -29,9 +29,9 @@ from ..artifact import open_artifact
 from ..devices.launch_devices import LaunchDevice
 from ..devices.tvm_cpu import Device
 from ..devices.tvm_device import TensorDevice
-from ..engine import Model, load
 from ..machine import physical_cores
 from ..manifest import Manifest
+from ..model import Model, load
 from ..sampler import Sampler
 from ..sampling_options import SamplingOptions
 from .artifact import artifact_facts, random_ids
@@ -240,7 +240,7 @@ def _time_prefill(model: Model, ids: list[int]) -> Timing:
 def _time_decode(model: Model, ids: list[int], reader: Reader | None) -> tuple[Timing, list[float]]:
     """Single steps, without sampling but where the device chooses the token; and bytes a second
     that `reader` read between them."""
-    sampler = Sampler(SamplingOptions(temperature=0), model._reserved)
+    sampler = Sampler(SamplingOptions(temperature=0), model._questions.reserved)
     seconds, bandwidths = [], []
     others = OtherProcesses()
     for token in ids:

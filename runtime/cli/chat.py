@@ -8,10 +8,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from ..engine import Model
 from ..errors import InputError, OsscompileError
 from ..harmony import Piece, as_messages
 from ..harmony.render import REASONING_EFFORTS
+from ..model import Model
 from .lines import prepare_editing, read_message
 from .transcript import Messages, load_messages, save_messages
 from .view import View

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..artifact import ALWAYS_HASHED_BYTES, read_manifest
-from ..engine import Model, load
+from ..model import Model, load
 from .chat import converse
 from .main import Commands
 from .options import add_kv_memory

@@ -1,13 +1,12 @@
 """The harmony chat format: messages -> ids of a prompt, and ids of an answer -> what it says."""
 
 from .events import Arguments, Finish, Piece, Reasoning, Text, ToolCall, as_messages
-from .parse import AnswerParser, PieceStream, stop_ids, stream_answer
+from .parse import PieceStream, stop_ids
 from .render import IDENTITY, render_chat
 from .template import begun_answer, render_template
 
 __all__ = [
     "IDENTITY",
-    "AnswerParser",
     "Arguments",
     "Finish",
     "Piece",
@@ -20,5 +19,4 @@ __all__ = [
     "render_chat",
     "render_template",
     "stop_ids",
-    "stream_answer",
 ]

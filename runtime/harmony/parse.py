@@ -1,6 +1,6 @@
 """The ids of an answer -> what the model says: pieces of text, calls of tools, and the end."""
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..stop_strings import StopSearch
@@ -206,25 +206,6 @@ class AnswerParser:
             return pieces
         end = self.stop()
         return [*pieces, end if reason == "stop" else replace(end, reason=reason)]
-
-
-def stream_answer(
-    token_ids: Iterable[int],
-    tokenizer: Tokenizer,
-    more_stops: Set[int] = frozenset(),
-    stop: tuple[str, ...] = (),
-    begun: Iterable[int] = (),
-) -> Iterator[Piece]:
-    """What the ids of an answer tell (see AnswerParser), until it ends; no more are taken then.
-    more_stops: ids that end it beside the format's own; stop: strings that end it where text on
-    channel final has one, which is not told."""
-    stream, reason = PieceStream(tokenizer, stop, begun), "length"
-    for id in token_ids:
-        yield from stream.push(id)
-        if stream.ended:
-            return
-        reason = "stop" if id in more_stops else "length"
-    yield from stream.finish(reason)
 
 
 class PieceStream:

@@ -1,0 +1,324 @@
+"""A loaded model: token ids to logits, to tokens, to the text of a chat."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .arguments import whole_number
+from .artifact import Artifact, open_artifact
+from .devices.driver import driver
+from .errors import ArtifactError, InputError
+from .generated import GeneratedToken
+from .harmony import IDENTITY, Piece
+from .machine import choose_threads
+from .memory import check_memory, memory_bytes
+from .questions import Question, Questions
+from .runner import Rows, Runner
+from .sampler import Sample, Sampler
+from .scheduler import Answer, Scheduler
+
+T = TypeVar("T")
+
+
+def load(
+    path: str | Path,
+    *,
+    context: int | None = None,
+    kv_memory: int | None = None,
+    threads: int | None = None,
+    variant: str | None = None,
+    verify: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> "Model":
+    """Load a compiled artifact; only load those that you trust, their library is code.
+
+    `context`: at most so many positions, to use less memory than the artifact was compiled for.
+    `kv_memory`: bytes of keys and values (default: what the context needs, and a few kept points);
+    with more, more of earlier prompts is kept, up to what a device allocates at once for a layer.
+    On a CPU they are taken as they are used.
+    `threads`: CPU threads (default: all cores; more than can run at once are not used, with a
+    warning); OpenCL devices have their own. `variant`: which of
+    its libraries to run (default: the best for this CPU). `verify`: hash the weights even if this
+    copy was verified before; `progress` is told the bytes hashed. Raises ArtifactError for an
+    artifact that cannot be used here, InputError for options out of range, OsscompileError without
+    the memory or the device that it needs.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"artifact: expected the path of a folder, found {path!r}")
+    threads = None if threads is None else whole_number("threads", threads)
+    artifact = open_artifact(path, verify, progress, variant)
+    limit = artifact.manifest.context
+    context = limit if context is None else whole_number("context", context, limit)
+    if kv_memory is not None:
+        kv_memory = whole_number("kv_memory", kv_memory)
+    return Model(artifact, context, threads, kv_memory)
+
+
+class Model:
+    """A model that is ready to run.
+
+    Any thread may use it: calls are served one after the other. A call that is interrupted leaves
+    nothing wrong behind, and a process that was forked since the load must load its own.
+    """
+
+    def __init__(
+        self, artifact: Artifact, context: int, threads: int | None, kv_memory: int | None = None
+    ) -> None:
+        self.manifest = artifact.manifest
+        check_memory(self.manifest, context, memory_bytes(self.manifest, context, kv_memory))
+        self.variant = artifact.variant.name
+        self.context = context
+        self.vocab_size = self.manifest.vocab_size
+        self._questions = Questions(artifact, context)
+        self.tokenizer = self._questions.tokenizer
+        self.cached_tokens = 0  # of the last prompt: those that were not computed
+        self._turn = 0  # counts the calls that used the cache
+        self._certain = True  # whether the last of them ended as its caller was told
+        threads = choose_threads(threads)
+        self._driver = driver()
+        self._driver.call(lambda: self._open(artifact, threads, kv_memory))
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
+        ids = self._questions.check_ids(token_ids)
+        return self._serve(lambda: np.concatenate([*self._score(ids)]))
+
+    def generate(
+        self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
+    ) -> Iterator[GeneratedToken]:
+        """Continue a prompt, one token at a time, until a stop id, a stop string or `max_tokens`.
+
+        `options`: the fields of SamplingOptions (temperature, top_p, top_k, min_p, seed, logprobs,
+        stop, stop_ids, logit_bias, frequency_penalty, presence_penalty); None: as if it were not
+        given. The first four are otherwise the checkpoint's own, `manifest.sampling`. The stop id,
+        or the token that completes a stop string, is the last one yielded. Without `max_tokens` the
+        context is the limit. The KV cache is kept: a prompt that begins like the one before
+        continues there. Another call ends this one: to go on with it then raises InputError. Raises
+        InputError for bad arguments, before anything is computed.
+        """
+        return self._generate(self._questions.of_ids(token_ids, max_tokens=max_tokens, **options))
+
+    def generate_batch(
+        self,
+        prompts: Iterable[Sequence[int]],
+        *,
+        max_tokens: int | None = None,
+        **options: object,
+    ) -> list[list[GeneratedToken]]:
+        """Continue several prompts together, as `generate` does each; their answers, in order.
+
+        A step reads the weights once for all of them. What they have in common at the beginning is
+        computed once if it came before. With a seed, every answer has it. Raises InputError.
+        """
+        questions = [
+            self._questions.of_ids(ids, max_tokens=max_tokens, **options) for ids in prompts
+        ]
+        told: list[list[GeneratedToken]] = [[] for _ in questions]
+        answers = [
+            Answer(question, self._questions.sampler(question), tokens.append)
+            for question, tokens in zip(questions, told, strict=True)
+        ]
+        self._serve(lambda: self._answer_all(answers))
+        return told
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        reasoning: str = "medium",
+        current_date: str | None = "today",
+        identity: str = IDENTITY,
+        tools: Sequence[Mapping[str, object]] = (),
+        builtin_tools: Sequence[str] = (),
+        response_format: Mapping[str, object] | None = None,
+        template: str = "harmony",
+        max_tokens: int | None = None,
+        **options: object,
+    ) -> Iterator[Piece]:
+        """Answer a conversation, in pieces as they are generated.
+
+        `messages`: as in OpenAI's chat API, {"role": system, developer, user, assistant or tool,
+        "content": text}, with tool_calls, tool_call_id, reasoning; also what `as_messages` makes of
+        the pieces of an answer. `reasoning`: low, medium or high; `current_date`: YYYY-MM-DD, today
+        or None; `identity`: who the model is told to be. `tools` (functions) and `response_format`
+        have OpenAI's shapes; `builtin_tools`: of browser and python. No tool is run here.
+        `template`: harmony, the format that the models were trained on, or checkpoint, to render
+        the prompt with the chat template that the checkpoint came with (it needs jinja2).
+
+        Every piece has a channel and a text, which is "" where there is none: Reasoning and Text,
+        ToolCall and Arguments, and last Finish, with the reason and what it took. `max_tokens` and
+        `options` as in `generate`, but `<|return|>`, `<|call|>` and `<|endoftext|>` end an answer,
+        whatever ends other texts of the checkpoint, and `stop` is looked for in the text of channel
+        final alone. Raises InputError, before anything is computed.
+        """
+        question = self._questions.of_messages(
+            messages,
+            reasoning=reasoning,
+            current_date=current_date,
+            identity=identity,
+            tools=tools,
+            builtin_tools=builtin_tools,
+            response_format=response_format,
+            template=template,
+            max_tokens=max_tokens,
+            **options,
+        )
+        return self._chat(question)
+
+    def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.
+
+        Raises InputError for ids that the context cannot hold.
+        """
+        ids = self._questions.check_ids(token_ids)
+        return self._serve(lambda: self._host_logits(self._prefill, ids))
+
+    def decode(self, token_id: int) -> np.ndarray:
+        """Logits [vocab] float32 after one more token. Raises InputError at the context's end, and
+        after a call that was interrupted."""
+        (checked,) = self._questions.check_ids([token_id])
+        if not self._certain:
+            raise InputError(
+                "decode: expected a call before this one that ended, found one that did not: it is "
+                "uncertain what the token would follow; call `prefill` again"
+            )
+        if self._sequence.length >= self.context:
+            raise InputError(
+                f"decode: expected room in the context of {self.context} positions, found none; "
+                "call `forget`, or load with a larger context"
+            )
+        return self._serve(lambda: self._host_logits(self._decode, checked))
+
+    def forget(self) -> None:
+        """Empty the KV cache; generations that are under way end."""
+        self._serve(self._forget)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; what looks like a special token stays text."""
+        tokenizer = self._questions.need_tokenizer("encode")
+        if not isinstance(text, str):
+            raise InputError(f"encode: expected text, found {text!r}")
+        return tokenizer.encode(text)
+
+    def _logits_in_pieces(self, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """As `logits`, a few rows at a time: those of a long text are gigabytes. Another call ends
+        it."""
+        pieces = self._score(self._questions.check_ids(token_ids))
+        while (piece := self._serve(lambda: next(pieces, None))) is not None:
+            yield piece
+
+    def _serve(self, work: Callable[[], T]) -> T:
+        """Do what uses the cache, on the device's thread. A caller that is interrupted does not
+        know how far it went."""
+        try:
+            result = self._driver.call(work)
+            self._certain = True
+            return result
+        except BaseException:  # also once it has ended: the caller sees no result
+            self._certain = False
+            raise
+
+    def _generate(self, question: Question) -> Iterator[GeneratedToken]:
+        sampler, stream = self._questions.sampler(question), question.token_stream()
+        turn, cached, sample = self._serve(lambda: self._first_sample(sampler, question.ids))
+        stream.begin(cached)
+        while True:
+            token = stream.push(sample)
+            yield token
+            if token.finish_reason is not None:
+                return
+            self._check_turn(turn)
+            sample = self._serve(partial(self._next_sample, turn, sampler, sample.token_id))
+
+    def _chat(self, question: Question) -> Iterator[Piece]:
+        maker = question.piece_maker()
+        for token in self._generate(question):
+            yield from maker.push(token)
+            if maker.ended:
+                return
+
+    def _check_turn(self, turn: int) -> None:
+        if self._turn != turn:
+            raise InputError(
+                "generation: expected to be the last call that uses this model, found a later "
+                "one, which took over the KV cache; finish one answer before the next, or "
+                "load the model twice"
+            )
+
+    # From here to `_run`: on the device's thread.
+
+    def _open(self, artifact: Artifact, threads: int, kv_memory: int | None) -> None:
+        self._runner = Runner(
+            artifact,
+            self.context,
+            kv_memory,
+            threads,
+            1 + self.manifest.most_wanted,  # of its own, and those of a batch
+            self._questions.reserved,
+        )
+        self._sequence = self._runner.cache.start()
+
+    def _score(self, ids: list[int]) -> Iterator[np.ndarray]:
+        self._turn += 1
+        turn = self._turn
+        self._sequence.start_apart()
+        for start in range(0, len(ids), self.manifest.most_wanted):
+            self._check_turn(turn)
+            part = ids[start : start + self.manifest.most_wanted]
+            yield self._runner.device.numpy(self._step(part, len(part))).copy()
+
+    def _answer_all(self, answers: list[Answer]) -> None:
+        self._turn += 1
+        self._sequence.keep()
+        self._sequence.restart()
+        Scheduler(self._runner, self.manifest.chunk, self.manifest.most_wanted).run(answers)
+
+    def _host_logits(self, compute: Callable[[Any], Any], argument: object) -> np.ndarray:
+        self._turn += 1
+        logits: np.ndarray = self._runner.device.numpy(compute(argument))
+        return logits.reshape(-1)
+
+    def _forget(self) -> None:
+        self._turn += 1
+        self._runner.cache.clear()
+
+    def _first_sample(self, sampler: Sampler, ids: list[int]) -> tuple[int, int, Sample]:
+        """The turn that a generation has, how many tokens were cached, and the first one."""
+        self._turn += 1
+        sample = self._sample(sampler, self._prefill(ids))
+        return self._turn, self.cached_tokens, sample
+
+    def _next_sample(self, turn: int, sampler: Sampler, token_id: int) -> Sample:
+        self._check_turn(turn)  # again: another thread's call may have come first
+        return self._sample(sampler, self._decode(token_id))
+
+    def _sample(self, sampler: Sampler, logits: Any) -> Sample:
+        try:
+            (sample,) = self._runner.sample(logits, [sampler])
+        except ArtifactError:  # not a number: what the cache holds would spoil the next answer
+            self._forget()
+            raise
+        return sample
+
+    def _prefill(self, ids: list[int]) -> Any:
+        """Extend the cache to `ids` -> the device's logits [1, vocab] after the last. At least one
+        is computed."""
+        kept = self.cached_tokens = self._sequence.reuse(ids[:-1])
+        logits = None
+        for start in range(kept, len(ids), self.manifest.chunk):
+            part = ids[start : start + self.manifest.chunk]
+            logits = self._step(part)
+        self._sequence.keep()
+        return logits
+
+    def _decode(self, token_id: int) -> Any:
+        """Append one token -> the device's logits [1, vocab]."""
+        return self._step([token_id])
+
+    def _step(self, ids: Sequence[int], wanted: int = 1) -> Any:
+        """Append tokens -> the device's logits [wanted, vocab] of the last ones."""
+        return self._runner.step([Rows(self._sequence, ids, wanted)])

@@ -1,0 +1,142 @@
+"""What callers ask of a model, checked before anything is computed: prompts, and how to answer."""
+
+import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from .arguments import prompt_ids, sampling_options, whole_number
+from .artifact import Artifact
+from .errors import InputError
+from .generated import PieceMaker, TokenStream
+from .harmony import IDENTITY, begun_answer, render_chat, render_template, stop_ids
+from .sampler import Sampler, reserved_ids
+from .sampling_options import SamplingOptions
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt of `ids` and how to answer it: with at most `limit` tokens, until one of `stops`.
+
+    `begun`: for a chat, ids of the answer that the prompt has already.
+    """
+
+    ids: list[int]
+    options: SamplingOptions
+    stops: frozenset[int]
+    limit: int
+    tokenizer: Tokenizer | None
+    begun: Sequence[int] | None = None
+
+    def token_stream(self) -> TokenStream:
+        stop = self.options.stop if self.begun is None else ()  # a chat looks in its final text
+        stops = self.stops | self.options.stop_ids
+        return TokenStream(self.tokenizer, stop, stops, len(self.ids), self.limit)
+
+    def piece_maker(self) -> PieceMaker:
+        """For a chat."""
+        assert self.tokenizer is not None and self.begun is not None
+        return PieceMaker(self.tokenizer, self.options, self.begun)
+
+
+class Questions:
+    """What can be asked of an artifact that is loaded for `context` positions."""
+
+    def __init__(self, artifact: Artifact, context: int) -> None:
+        self._manifest, self._context = artifact.manifest, context
+        path = artifact.tokenizer
+        self.tokenizer = Tokenizer(path) if path is not None else None
+        self._template = artifact.read_chat_template()
+        self.reserved = np.empty(0, np.int64)  # ids that are never chosen
+        self._stops = frozenset(self._manifest.eos_token_ids)
+        if self.tokenizer is not None:
+            size = self.tokenizer.vocab_size
+            self.reserved = reserved_ids(self.tokenizer.special, self._manifest.vocab_size, size)
+            self._stops |= stop_ids(self.tokenizer)
+
+    def sampler(self, question: Question) -> Sampler:
+        return Sampler(question.options, self.reserved)
+
+    def of_ids(
+        self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
+    ) -> Question:
+        """Continue a prompt: see `Model.generate`. Raises InputError."""
+        ids = self.check_ids(token_ids)
+        sampling = self._sampling(options, ("max_tokens",))
+        return Question(ids, sampling, self._stops, self._limit(ids, max_tokens), self.tokenizer)
+
+    def of_messages(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        reasoning: str = "medium",
+        current_date: str | None = "today",
+        identity: str = IDENTITY,
+        tools: Sequence[Mapping[str, object]] = (),
+        builtin_tools: Sequence[str] = (),
+        response_format: Mapping[str, object] | None = None,
+        template: str = "harmony",
+        max_tokens: int | None = None,
+        **options: object,
+    ) -> Question:
+        """Answer a conversation: see `Model.chat`. Raises InputError."""
+        tokenizer = self.need_tokenizer("chat")
+        if current_date == "today":
+            current_date = datetime.date.today().isoformat()
+        render: Callable[..., list[int]] = render_chat
+        if template != "harmony":
+            render = partial(render_template, self._need_template(template))
+        prompt = render(
+            messages,
+            tokenizer,
+            reasoning=reasoning,
+            current_date=current_date,
+            identity=identity,
+            tools=tools,
+            builtin_tools=builtin_tools,
+            response_format=response_format,
+        )
+        ids = self.check_ids(prompt)
+        sampling = self._sampling(options, Questions.of_messages.__kwdefaults__)
+        limit = self._limit(ids, max_tokens)
+        begun = begun_answer(prompt, tokenizer)
+        return Question(ids, sampling, stop_ids(tokenizer), limit, tokenizer, begun)
+
+    def check_ids(self, token_ids: Sequence[int]) -> list[int]:
+        """Raises InputError for ids that are none, and for more than the context holds."""
+        facts = self._manifest
+        return prompt_ids(token_ids, facts.vocab_size, self._context, facts.context)
+
+    def need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError(
+                f"{what}: expected an artifact with a tokenizer, found none in this one; compile "
+                "a checkpoint that has tokenizer.json, or pass token ids to `generate`"
+            )
+        return self.tokenizer
+
+    def _limit(self, ids: list[int], max_tokens: int | None) -> int:
+        """How many tokens may follow a prompt."""
+        limit = self._context - len(ids) + 1  # what is sampled last needs no position of its own
+        return limit if max_tokens is None else min(limit, whole_number("max_tokens", max_tokens))
+
+    def _sampling(self, options: Mapping[str, object], others: Iterable[str]) -> SamplingOptions:
+        """`others`: names of further options that the caller has."""
+        facts = self._manifest
+        checked = sampling_options(options, others, facts.vocab_size, facts.sampling)
+        if checked.stop:
+            self.need_tokenizer("stop")
+        return checked
+
+    def _need_template(self, template: object) -> str:
+        if template != "checkpoint":
+            raise InputError(f"template: expected harmony or checkpoint, found {template!r:.100}")
+        if self._template is None:
+            raise InputError(
+                "template: expected an artifact with the checkpoint's chat template, found none in "
+                "this one; compile a checkpoint that has chat_template.jinja, or chat without it"
+            )
+        return self._template
