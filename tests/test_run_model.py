@@ -80,6 +80,16 @@ def test_neither_an_artifact_nor_a_model(name: str, hub: Hub, compiles: Compiler
     assert "osscompile compile MODEL -o OUT" in errors
 
 
+def test_what_is_not_there_is_named(hub: Hub, compiles: Compiler, run: Run) -> None:
+    hub.newest = None
+    for what in (["org/name"], ["nano", QUESTION, "--adapter", "lora"]):
+        status, _, errors = run("run", *what)
+        assert status == 1 and "artifact" not in errors
+        expected = "lora: expected the folder of an adapter" if len(what) > 1 else "org/name: not a"
+        assert errors.startswith(f"osscompile: {expected}")
+    assert "`ollama pull gpt-oss:9b`" in run("run", "gpt-oss:9b", QUESTION)[2]
+
+
 def test_a_folder_that_is_neither(run: Run, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "20b.osc").mkdir()
     status, _, errors = run("run", "20b.osc", QUESTION)
