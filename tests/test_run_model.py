@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 from artifacts import copy_artifact, flip_byte
-from cached import Compiler
+from cached import Compiler, Hub
 from cached import cache as cache  # fixtures
 from cached import compiles as compiles
+from cached import hub as hub
 from test_cache import Run
 from test_cache import run as run
-from test_compile_once import Hub as Hub
-from test_compile_once import hub as hub
 
 from osscompile.cache.compile_once import compile_once
 from osscompile.cache.entries import list_entries
