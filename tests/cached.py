@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import write_checkpoint
 
 from osscompile.cache import entries
+from osscompile.importer import resolve
+from osscompile.importer.synthetic import TINY
 from osscompile.runtime.manifest import MANIFEST
 
 compiler = importlib.import_module("osscompile.compiler")
@@ -50,3 +53,42 @@ def compiles(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     stand_in = Compiler()
     monkeypatch.setattr(compiler, "compile", stand_in)
     return stand_in
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "my model", TINY)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(bytes(8))
+    return folder
+
+
+class Hub:
+    """Stands for `snapshot_download`: a cache with one revision, and a newer one to fetch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cached: str | None = None
+        self.newest: str | None = "1" * 40  # None: not reachable
+        self.online = 0
+
+    def __call__(self, repo_id: str, local_files_only: bool = False, **patterns: Any) -> str:
+        if not local_files_only:
+            self.online += 1
+            self.cached = self.newest or self.cached
+        if self.cached is None:
+            raise FileNotFoundError("not in the cache, not reachable")
+        return str(self.folder / self.cached)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub(tmp_path)
+    monkeypatch.setattr(resolve, "snapshot_download", hub)
+    return hub

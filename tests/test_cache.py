@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cached import Compiler
+from cached import Compiler, Hub
 from cached import cache as cache  # fixtures
 from cached import compiles as compiles
+from cached import hub as hub
 from checkpoints import write_checkpoint
-from test_compile_once import Hub as Hub
-from test_compile_once import hub as hub
 
 from osscompile import CompileError, cli
 from osscompile.cache import entries
@@ -42,7 +41,7 @@ def entry_of(artifact: Path) -> Entry:
 
 
 def make_older(artifact: Path) -> None:
-    os.utime(artifact / "manifest.json", (0, 0))
+    os.utime(artifact.parent / "entry.json", (0, 0))
 
 
 # Where it is

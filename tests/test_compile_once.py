@@ -3,43 +3,24 @@
 import dataclasses
 import json
 import os
-import signal
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cached import Compiler
-from cached import cache as cache  # fixtures
+from cached import adapter as adapter  # fixtures
+from cached import cache as cache
 from cached import compiles as compiles
-from checkpoints import write_checkpoint
+from cached import model as model
 
 from osscompile import CheckpointError, CompileError
 from osscompile.cache import entries, facts
 from osscompile.cache.compile_once import compile_once
 from osscompile.cache.entries import list_entries, stale_entries
-from osscompile.errors import AbsentError, PlaceError
-from osscompile.importer import resolve
-from osscompile.importer.synthetic import TINY
+from osscompile.errors import PlaceError
 from osscompile.schedules.records import user_records_file
 from osscompile.targets import Target
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "my model", TINY)
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.safetensors").write_bytes(bytes(8))
-    return folder
 
 
 def listing(folder: Path) -> list[str]:
@@ -107,8 +88,11 @@ def test_use_is_remembered(compiles: Compiler, monkeypatch: pytest.MonkeyPatch) 
 
 
 def grow(model: Path) -> None:
-    with next(model.glob("*.safetensors")).open("ab") as stream:
+    file = next(model.glob("*.safetensors"))
+    times = file.stat()
+    with file.open("ab") as stream:
         stream.write(b"\0")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def touch(model: Path) -> None:
@@ -243,7 +227,7 @@ def test_what_is_stale_is_told_with_its_size(
     model: Path, compiles: Compiler, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = compile_once(str(model)).parent
-    os.utime(first / "artifact" / "manifest.json", (0, 0))
+    os.utime(first / entries.FACTS, (0, 0))
     touch(model)
     compile_once(str(model))
     told = f"{first.name} (0.00 GB) is of an older checkpoint or version: `osscompile rm --stale`"
@@ -251,25 +235,15 @@ def test_what_is_stale_is_told_with_its_size(
     assert [entry.folder for entry in stale_entries(list_entries())] == [first]
 
 
-# Not at all
-
-
-def test_a_model_that_is_gone_is_run_as_it_was(
-    model: Path, compiles: Compiler, this_machine: Target
-) -> None:
-    first = compile_once("./my model", adapters=[])
-    model.rename(model.with_name("other"))
-    with pytest.warns(UserWarning, match=r"my model: no such model.*; taken is what was compiled"):
-        assert compile_once("my model") == first
-    with pytest.raises(AbsentError, match="no such model"):
-        compile_once("my model", profile="exact")
-
-
-def test_an_adapter_that_is_gone(model: Path, adapter: Path, compiles: Compiler) -> None:
-    first = compile_once(str(model), adapters=["adapter"])
-    adapter.rename(adapter.with_name("other"))
-    with pytest.warns(UserWarning, match="expected the folder of an adapter, found none; taken"):
-        assert compile_once(str(model), adapters=["adapter"]) == first
+def test_what_came_back_is_not_stale(model: Path, compiles: Compiler) -> None:
+    first = compile_once(str(model))
+    before = (model / "config.json").stat()
+    os.utime(model / "config.json", (0, 0))
+    second = compile_once(str(model))
+    os.utime(second.parent / entries.FACTS, (1, 1))
+    os.utime(model / "config.json", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert compile_once(str(model)) == first
+    assert [entry.artifact for entry in stale_entries(list_entries())] == [second]
 
 
 def test_a_damaged_checkpoint_is_not_replaced_by_what_was(model: Path, compiles: Compiler) -> None:
@@ -288,103 +262,6 @@ def test_a_compile_that_fails_leaves_nothing(
     with pytest.raises(type(error)):
         compile_once("nano")
     assert listing(cache) == []
-
-
-# Hugging Face
-
-
-class Hub:
-    """Stands for `snapshot_download`: a cache with one revision, and a newer one to fetch."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.cached: str | None = None
-        self.newest: str | None = "1" * 40  # None: not reachable
-        self.online = 0
-
-    def __call__(self, repo_id: str, local_files_only: bool = False, **patterns: Any) -> str:
-        if not local_files_only:
-            self.online += 1
-            self.cached = self.newest or self.cached
-        if self.cached is None:
-            raise FileNotFoundError("not in the cache, not reachable")
-        return str(self.folder / self.cached)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    hub = Hub(tmp_path)
-    monkeypatch.setattr(resolve, "snapshot_download", hub)
-    return hub
-
-
-def test_an_id_without_the_network(hub: Hub, compiles: Compiler) -> None:
-    first = compile_once("org/model")
-    asked, hub.newest = hub.online, None
-    assert compile_once("org/model") == first and hub.online == asked
-    (entry,) = list_entries()
-    assert entry.name.startswith("model-") and entry.facts.model == "org/model"
-
-
-def test_a_newer_commit_counts_once_it_is_here(hub: Hub, compiles: Compiler) -> None:
-    first = compile_once("org/model")
-    hub.newest = "2" * 40
-    assert compile_once("org/model") == first
-    hub.cached = hub.newest
-    assert compile_once("org/model") != first
-
-
-def test_a_compile_asks_for_the_newest_commit(hub: Hub, compiles: Compiler) -> None:
-    hub.cached = "0" * 40
-    first = compile_once("org/model")
-    assert hub.cached == hub.newest
-    assert compile_once("org/model") == first and len(compiles.calls) == 1
-
-
-def test_an_id_that_is_gone_from_the_hubs_cache(hub: Hub, compiles: Compiler) -> None:
-    first = compile_once("org/model")
-    hub.cached, asked = None, hub.online
-    with pytest.warns(UserWarning, match=r"org/model: .* found nothing of it; taken is what was"):
-        assert compile_once("org/model") == first
-    assert hub.online == asked
-
-
-def test_an_id_whose_newer_commit_cannot_be_fetched(hub: Hub, compiles: Compiler) -> None:
-    first = compile_once("org/model")
-    hub.newest = hub.cached = "2" * 40
-    compiles.error = AbsentError("org/model: its download failed")
-    with pytest.warns(UserWarning, match=r"its download failed; taken is what was compiled of it"):
-        assert compile_once("org/model") == first
-
-
-def test_an_id_that_was_never_compiled_and_cannot_be_reached(hub: Hub, compiles: Compiler) -> None:
-    hub.newest = None
-    with pytest.raises(AbsentError, match=r"org/model: .*its download failed"):
-        compile_once("org/model")
-
-
-def test_an_adapter_by_its_id(hub: Hub, model: Path, compiles: Compiler) -> None:
-    first = compile_once(str(model), adapters=["org/adapter"])
-    hub.newest = hub.cached = "2" * 40
-    assert compile_once(str(model), adapters=["org/adapter"]) != first
-
-
-# Ollama
-
-
-def test_a_model_of_ollama_by_its_digest(
-    tmp_path: Path, compiles: Compiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blobs = [tmp_path / f"sha256-{digit * 64}" for digit in "01"]
-    for blob in blobs:
-        blob.write_bytes(b"GGUF")
-    monkeypatch.setattr(resolve, "find_in_store", lambda name: blobs[0])
-    first = compile_once("gpt-oss:20b")
-    os.utime(blobs[0], (0, 0))  # pulled again
-    assert compile_once("gpt-oss:20b") == first
-    assert first.parent.name.startswith("gpt-oss-20b-")
-    monkeypatch.setattr(resolve, "find_in_store", lambda name: blobs[1])
-    assert compile_once("gpt-oss:20b") != first
 
 
 # Where it cannot be written
@@ -408,75 +285,3 @@ def test_too_little_room(compiles: Compiler, cache: Path) -> None:
     message = str(caught.value)
     assert message.startswith(f"{cache}: needs 12 GB") and "another -o" not in message
     assert "`osscompile rm`" in message and "set OSSCOMPILE_CACHE" in message
-
-
-# Two processes
-
-COMPILE_SLOWLY = """
-import sys, time, types
-from pathlib import Path
-module = types.ModuleType("osscompile.compiler")  # the real one imports TVM
-
-def compile(model, target, output, **options):
-    print("compiling", flush=True)
-    while not Path("go").exists():
-        time.sleep(0.01)
-    output.mkdir()
-    (output / "manifest.json").write_text("{}")
-
-module.compile = compile
-sys.modules[module.__name__] = module
-from osscompile.cache.compile_once import compile_once
-print(compile_once("nano"), flush=True)
-"""
-
-
-@pytest.fixture
-def start(cache: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Start processes that compile until there is a file `go`."""
-    processes = []
-
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", COMPILE_SLOWLY]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def line(stream: Any) -> str:
-    return str(stream.readline())
-
-
-def test_the_second_process_waits_for_the_first(start: Callable[[], Any], cache: Path) -> None:
-    first = start()
-    assert line(first.stdout) == "compiling\n"
-    (entry,) = list_entries()
-    assert stale_entries([entry]) == []
-    second = start()
-    assert line(second.stderr) == f"another process compiles {entry.name}: waiting for it\n"
-    Path("go").touch()
-    artifact = f"{entry.artifact}\n"
-    assert line(first.stdout) == artifact and line(second.stdout) == artifact
-    assert (first.wait(), second.wait()) == (0, 0)
-    assert listing(cache) == [entry.name]
-
-
-def test_a_killed_process_keeps_nobody_waiting(start: Callable[[], Any], cache: Path) -> None:
-    first = start()
-    assert line(first.stdout) == "compiling\n"
-    second = start()
-    assert "waiting" in line(second.stderr)
-    first.send_signal(signal.SIGKILL)
-    assert line(second.stdout) == "compiling\n"
-    second.send_signal(signal.SIGKILL)
-    second.wait()
-    (entry,) = list_entries()
-    assert stale_entries([entry]) == [entry] and not entry.is_whole()
-    Path("go").touch()
-    assert line(start().stdout) == "compiling\n"

@@ -27,6 +27,13 @@ LINES = {
         'echo "What is 17 + 25?" | osscompile run 20b.osc "Sum up:" --max-tokens 20 > summary.txt'
     ),
     "osscompile inspect 20b.osc --context 8192": "osscompile inspect 20b.osc --context 8192",
+    'osscompile run openai/gpt-oss-20b "Why is the sky blue?"': (
+        'osscompile run nano "Why is the sky blue?" --target {target} --max-tokens 20'
+    ),
+    "osscompile list": "osscompile list",
+    "osscompile measure-fidelity 20b.osc openai/gpt-oss-20b": (
+        "osscompile measure-fidelity 20b.osc nano --tokens 100"
+    ),
     "osscompile targets": "osscompile targets",
     "osscompile bundle out/": "osscompile bundle out/",
     "osscompile bench 20b.osc --json here.json --plot here.png": (

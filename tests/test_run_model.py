@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 from artifacts import copy_artifact, flip_byte
-from cached import Compiler
+from cached import Compiler, Hub
 from cached import cache as cache  # fixtures
 from cached import compiles as compiles
+from cached import hub as hub
 from test_cache import Run
 from test_cache import run as run
-from test_compile_once import Hub as Hub
-from test_compile_once import hub as hub
 
 from osscompile.cache.compile_once import compile_once
 from osscompile.cache.entries import list_entries
@@ -78,6 +77,16 @@ def test_neither_an_artifact_nor_a_model(name: str, hub: Hub, compiles: Compiler
     assert status == 1 and hub.online == 0
     assert f"{name}: expected an artifact or a model, found neither: " in errors
     assert "osscompile compile MODEL -o OUT" in errors
+
+
+def test_what_is_not_there_is_named(hub: Hub, compiles: Compiler, run: Run) -> None:
+    hub.newest = None
+    for what in (["org/name"], ["nano", QUESTION, "--adapter", "lora"]):
+        status, _, errors = run("run", *what)
+        assert status == 1 and "artifact" not in errors
+        expected = "lora: expected the folder of an adapter" if len(what) > 1 else "org/name: not a"
+        assert errors.startswith(f"osscompile: {expected}")
+    assert "`ollama pull gpt-oss:9b`" in run("run", "gpt-oss:9b", QUESTION)[2]
 
 
 def test_a_folder_that_is_neither(run: Run, cache: Path, tmp_path: Path) -> None:

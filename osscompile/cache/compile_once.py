@@ -12,7 +12,7 @@ from ..errors import AbsentError, CompileError, PlaceError
 from ..here import target_here
 from ..runtime.trials.files import write_json
 from ..targets import Target
-from .entries import CACHE, FACTS, Entry, cache_folder, list_entries, newest_entry, stale_entries
+from .entries import CACHE, FACTS, Entry, cache_folder, last_entry, list_entries, stale_entries
 from .facts import facts_of
 from .origin import find_origin
 
@@ -24,7 +24,7 @@ def compile_once(
 
     `target`: see `target_here`; the others as for `compile`. What is compiled already is found
     without the network; before a compile, Hugging Face is asked for the newest commit. Of a model
-    that is gone or cannot be asked for, the newest artifact is taken, with a warning. What another
+    that is gone or cannot be asked for, the last artifact is taken, with a warning. What another
     process compiles is waited for. Raises TargetError, CompileError, CheckpointError, AbsentError.
     """
     machine = target_here(target)
@@ -32,11 +32,11 @@ def compile_once(
     try:
         entry = _compiled_entry(model, machine, profile, adapters)
     except AbsentError as error:
-        known = newest_entry(model, adapters, *request)
+        known = last_entry(model, adapters, *request)
         if known is None:
             raise
         day = time.strftime("%Y-%m-%d", time.localtime(known.compiled()))
-        warnings.warn(f"{error}; taken is what was compiled of it on {day}", stacklevel=2)
+        warnings.warn(f"{error}; {known.name} is run, compiled on {day}", stacklevel=2)
         entry = known
     entry.mark_used()
     return entry.artifact
@@ -50,7 +50,7 @@ def _compiled_entry(model: str, machine: Target, profile: str, adapters: Sequenc
             entry = Entry(cache_folder() / facts.entry_name(origin.name), facts)
             if entry.is_whole():
                 return entry
-        elif newest_entry(model, adapters, machine.name, machine.variant, profile) is not None:
+        elif last_entry(model, adapters, machine.name, machine.variant, profile) is not None:
             raise AbsentError(f"{model}: expected it in Hugging Face's cache, found nothing of it")
     _compile(entry, model, machine, adapters)
     return entry
@@ -89,6 +89,7 @@ def _compile(entry: Entry, model: str, machine: Target, adapters: Sequence[str])
             f"{entry.folder.parent}: expected a cache that can be written, found: {error}; set "
             f"{CACHE} to another folder"
         ) from error
+    entry.mark_used()
     for old in stale_entries(list_entries()):
         if old.facts.request == entry.facts.request:
             _say(

@@ -109,10 +109,10 @@ def read_facts(folder: Path) -> Facts | None:
     return Facts(adapters=adapters, **{name: str(found.get(name, "")) for name in names})
 
 
-def newest_entry(
+def last_entry(
     model: str, adapters: Sequence[str], target: str, variant: str, profile: str
 ) -> Entry | None:
-    """The whole entry that was compiled last for these names, in whatever state they were."""
+    """The whole entry that was used last for these names, in whatever state they were."""
     found = [
         entry
         for entry in list_entries()
@@ -121,21 +121,21 @@ def newest_entry(
         and entry.facts.request[2:] == (target, variant, profile)
         and entry.is_whole()
     ]
-    return max(found, key=Entry.compiled, default=None)
+    return max(found, key=Entry.used, default=None)
 
 
 def stale_entries(entries: Sequence[Entry]) -> list[Entry]:
-    """Those instead of which a newer one is run, and those whose compile was cut off."""
-    newest: dict[tuple[object, ...], float] = {}
+    """Those instead of which another is run by now, and those whose compile was cut off."""
+    last: dict[tuple[object, ...], float] = {}
     for entry in entries:
         if entry.is_whole():
             request = entry.facts.request
-            newest[request] = max(newest.get(request, 0), entry.compiled())
+            last[request] = max(last.get(request, 0), entry.used())
     return [
         entry
         for entry in entries
         if (
-            entry.compiled() < newest[entry.facts.request]
+            entry.used() < last[entry.facts.request]
             if entry.is_whole()
             else not is_held(entry.lock_file)
         )

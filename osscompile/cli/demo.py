@@ -28,6 +28,6 @@ def _demo(arguments: argparse.Namespace) -> None:
     print(f"\n> {QUESTION}")
     View(model.context).show(model.chat([{"role": "user", "content": QUESTION}]), [])
     print(
-        f"\nChat with it: osscompile run {output}    Compile the real one: osscompile compile "
+        f"\nChat with it: osscompile run {output}    With the real one: osscompile run "
         "openai/gpt-oss-20b"
     )

@@ -42,9 +42,7 @@ def _list(arguments: argparse.Namespace) -> None:
     total = sum(entry.num_bytes() for entry in entries)
     print(f"{total / 1e9:.2f} GB in {cache_folder()}")
     if stale:
-        print(
-            "stale: a newer one is run instead, or none; remove them with `osscompile rm --stale`"
-        )
+        print("stale: another is run instead, or none; `osscompile rm --stale` removes them")
 
 
 def _day(seconds: float) -> str:

@@ -60,17 +60,26 @@ def _compile(arguments: argparse.Namespace) -> Path:
     from ..cache.compile_once import compile_once
 
     given = arguments.artifact
+    profile = "fast" if arguments.profile is None else arguments.profile
+    missing = given.endswith(ARTIFACT_SUFFIX) and not os.path.exists(given)
     try:
-        if given.endswith(ARTIFACT_SUFFIX) and not os.path.exists(given):
+        if missing:
             raise AbsentError(f"there is no {given}")
-        return compile_once(
-            given,
-            arguments.target,
-            "fast" if arguments.profile is None else arguments.profile,
-            arguments.adapter,
-        )
+        return compile_once(given, arguments.target, profile, arguments.adapter)
     except AbsentError as error:
+        if not missing and _names_model(given):
+            raise
         raise AbsentError(
             f"{given}: expected an artifact or a model, found neither: {error}; to make an "
             "artifact: osscompile compile MODEL -o OUT"
         ) from error
+
+
+def _names_model(given: str) -> bool:
+    from ..importer.resolve import find_model
+
+    try:
+        find_model(given)
+    except AbsentError:
+        return False
+    return True

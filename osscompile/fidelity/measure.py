@@ -50,7 +50,7 @@ def measure_fidelity(
     CheckpointError, TargetError, CompileError, or FidelityError for a model of another shape, and
     where an artifact or the folder that it is in cannot be written; nothing is left behind.
     """
-    machine = targets.of_this_machine()
+    targets.of_this_machine()  # raises now rather than after half of the work
     path = Path(os.path.realpath(path_option("artifact", artifact)))
     num_tokens = whole_number("tokens", num_tokens)
     manifest = read_manifest(path)
@@ -65,7 +65,7 @@ def measure_fidelity(
     _check_same_shape(str(model), config, path, manifest)
     tokenizer = measured.tokenizer
     text, ids = scored_text(manifest, tokenizer)
-    ids = ids[: min(num_tokens, config.max_context)]
+    ids = ids[:num_tokens]
 
     weights = weight_parameters(config, "exact", len(ids))
     exact_bytes = sum(Tensor(w.name, w.shape, w.dtype).num_bytes for w in weights)
@@ -81,17 +81,7 @@ def measure_fidelity(
         _write_rows(folder / "logits", _logits(measured, ids, path.name, progress))
         variant = measured.variant
         del measured  # its memory is the other's
-        with warnings.catch_warnings(action="ignore"):  # told when the artifact was compiled
-            exact = compile(
-                model,
-                machine.name,
-                folder / "exact.osc",
-                variants=[machine.variant],
-                profile="exact",
-                context=len(ids),
-                adapters=adapters,
-                progress=progress,
-            )
+        exact = _compile_exact(model, adapters, folder / "exact.osc", len(ids), progress)
         comparison = compare_logits(
             ids,
             _logits(load(exact), ids, "exact", progress),
@@ -109,6 +99,23 @@ def measure_fidelity(
     )
     write_fidelity(path, fidelity)
     return fidelity
+
+
+def _compile_exact(
+    model: str | Path, adapters: Iterable[str | Path], output: Path, context: int, progress: bool
+) -> Path:
+    machine = targets.of_this_machine()
+    with warnings.catch_warnings(action="ignore"):  # told when the artifact was compiled
+        return compile(
+            model,
+            machine.name,
+            output,
+            variants=[machine.variant],
+            profile="exact",
+            context=context,
+            adapters=adapters,
+            progress=progress,
+        )
 
 
 def _check_same_shape(model: str, config: ModelConfig, path: Path, manifest: Manifest) -> None:
