@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .arguments import whole_number
 from .devices.driver import driver
-from .errors import InputError, OsscompileError
+from .errors import OsscompileError
 from .generated import GeneratedToken
 from .harmony import Finish
-from .model import load
+from .model import open_model
 from .questions import Question
 from .request import Mailbox, Request
 from .scheduler import Answer, Scheduler
@@ -41,13 +40,7 @@ class Engine:
         threads: int | None = None,
         variant: str | None = None,
     ) -> None:
-        sequences = whole_number("sequences", sequences)
-        model = load(
-            artifact, context=context, kv_memory=kv_memory, threads=threads, variant=variant
-        )
-        most = model.manifest.most_wanted
-        if sequences > most:
-            raise InputError(f"sequences: expected at most {most}, found {sequences}")
+        model = open_model(artifact, context, kv_memory, threads, variant, sequences=sequences)
         self.manifest, self.context, self.tokenizer = model.manifest, model.context, model.tokenizer
         self._questions = model._questions
         self._work = _Work(Scheduler(model._runner, self.manifest.chunk, sequences))

@@ -59,11 +59,12 @@ def page_counts(
     context: int,
     kv_memory: int | None = None,
     array_limit: int | None = None,
+    sequences: int = 1,
 ) -> PageCounts:
-    """What `context` positions need, and room for kept points; or as many pages of both kinds, in
-    that proportion, as fit into `kv_memory` bytes. No array of a layer takes more than
-    `array_limit` bytes. Raises InputError if the context does not fit."""
-    wanted, least = _counts_of_context(manifest, context)
+    """What `context` positions of all `sequences` together need, and room for kept points; or as
+    many pages of both kinds, in that proportion, as fit into `kv_memory` bytes. No array of a layer
+    takes more than `array_limit` bytes. Raises InputError if the context does not fit."""
+    wanted, least = _counts_of_context(manifest, context, sequences)
     if kv_memory is not None:
         wanted = _counts_within(manifest, context, kv_memory, wanted, least)
     if array_limit is None:
@@ -79,15 +80,17 @@ def page_counts(
     return PageCounts(min(wanted.full, most), min(wanted.window, most))
 
 
-def _counts_of_context(manifest: Manifest, context: int) -> tuple[PageCounts, PageCounts]:
-    """What there is by default, and the least."""
+def _counts_of_context(
+    manifest: Manifest, context: int, sequences: int
+) -> tuple[PageCounts, PageCounts]:
+    """What there is by default, and the least, with which one sequence can go on."""
     page = manifest.page_tokens
     full = -(-context // page) + 1  # one to copy to when a sequence leaves another
     if any(manifest.sliding):
         # so many positions may begin anywhere in a page
         running, point = ((manifest.window + n - 2) // page + 2 for n in (manifest.chunk, 0))
         least = PageCounts(full, min(full, running + 1))
-        wanted = PageCounts(full, min(full, running + 1 + KEPT_POINTS * point))
+        wanted = PageCounts(full, min(full, running + (sequences - 1 + KEPT_POINTS) * point + 1))
     else:
         least = wanted = PageCounts(full, full)  # window pages cost nothing
     return wanted, least

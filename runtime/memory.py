@@ -12,9 +12,11 @@ PROCESS_BYTES = 60 << 20
 FAULT_BYTES = 64 << 10
 
 
-def memory_bytes(manifest: Manifest, context: int, kv_memory: int | None = None) -> dict[str, int]:
-    """Memory that a run uses when `context` positions are full, by what it is for; `kv_memory` as
-    for `load`.
+def memory_bytes(
+    manifest: Manifest, context: int, kv_memory: int | None = None, sequences: int = 1
+) -> dict[str, int]:
+    """Memory that a run uses when `context` positions are full, by what it is for; `kv_memory` and
+    `sequences` as for `Engine`.
 
     A GPU holds all weights and caches from the beginning, and mostly in the memory of the machine;
     on a CPU, what a run does not use of them takes none.
@@ -29,7 +31,7 @@ def memory_bytes(manifest: Manifest, context: int, kv_memory: int | None = None)
         )
     return {
         "weights": weights,
-        "KV cache": page_counts(manifest, context, kv_memory).num_bytes(manifest),
+        "KV cache": page_counts(manifest, context, kv_memory, None, sequences).num_bytes(manifest),
         "workspace": sum(manifest.workspace_bytes[f] for f in FUNCTIONS),
         "process": PROCESS_BYTES,
     }

@@ -47,6 +47,20 @@ def load(
     artifact that cannot be used here, InputError for options out of range, OsscompileError without
     the memory or the device that it needs.
     """
+    return open_model(path, context, kv_memory, threads, variant, verify, progress)
+
+
+def open_model(
+    path: str | Path,
+    context: int | None = None,
+    kv_memory: int | None = None,
+    threads: int | None = None,
+    variant: str | None = None,
+    verify: bool = False,
+    progress: Callable[[int], object] | None = None,
+    sequences: int = 1,
+) -> "Model":
+    """As `load`; with room for several `sequences` at once."""
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"artifact: expected the path of a folder, found {path!r}")
     threads = None if threads is None else whole_number("threads", threads)
@@ -55,7 +69,10 @@ def load(
     context = limit if context is None else whole_number("context", context, limit)
     if kv_memory is not None:
         kv_memory = whole_number("kv_memory", kv_memory)
-    return Model(artifact, context, threads, kv_memory)
+    sequences, most = whole_number("sequences", sequences), artifact.manifest.most_wanted
+    if sequences > most:
+        raise InputError(f"sequences: expected at most {most}, found {sequences}")
+    return Model(artifact, context, threads, kv_memory, sequences)
 
 
 class Model:
@@ -66,10 +83,16 @@ class Model:
     """
 
     def __init__(
-        self, artifact: Artifact, context: int, threads: int | None, kv_memory: int | None = None
+        self,
+        artifact: Artifact,
+        context: int,
+        threads: int | None,
+        kv_memory: int | None = None,
+        sequences: int = 1,
     ) -> None:
         self.manifest = artifact.manifest
-        check_memory(self.manifest, context, memory_bytes(self.manifest, context, kv_memory))
+        needed = memory_bytes(self.manifest, context, kv_memory, sequences)
+        check_memory(self.manifest, context, needed)
         self.variant = artifact.variant.name
         self.context = context
         self.vocab_size = self.manifest.vocab_size
@@ -80,7 +103,7 @@ class Model:
         self._certain = True  # whether the last of them ended as its caller was told
         threads = choose_threads(threads)
         self._driver = driver()
-        self._driver.call(lambda: self._open(artifact, threads, kv_memory))
+        self._driver.call(lambda: self._open(artifact, threads, kv_memory, sequences))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: ids [n] -> float32 [n, vocab]. Raises InputError."""
@@ -251,15 +274,11 @@ class Model:
 
     # From here to `_run`: on the device's thread.
 
-    def _open(self, artifact: Artifact, threads: int, kv_memory: int | None) -> None:
-        self._runner = Runner(
-            artifact,
-            self.context,
-            kv_memory,
-            threads,
-            1 + self.manifest.most_wanted,  # of its own, and those of a batch
-            self._questions.reserved,
-        )
+    def _open(
+        self, artifact: Artifact, threads: int, kv_memory: int | None, sequences: int
+    ) -> None:
+        reserved = self._questions.reserved
+        self._runner = Runner(artifact, self.context, kv_memory, threads, sequences, reserved)
         self._sequence = self._runner.cache.start()
 
     def _score(self, ids: list[int]) -> Iterator[np.ndarray]:

@@ -33,7 +33,7 @@ class Rows:
 
 
 class Runner:
-    """`sequences`: how many run at once, at most; `reserved`: ids that are never chosen; others as
+    """`sequences`: how many run at once; `reserved`: ids that are never chosen; others as
     for `load`."""
 
     def __init__(
@@ -46,11 +46,13 @@ class Runner:
         reserved: np.ndarray,
     ) -> None:
         manifest = artifact.manifest
-        needed = sum(memory_bytes(manifest, context, kv_memory).values()) - PROCESS_BYTES
+        needed = sum(memory_bytes(manifest, context, kv_memory, sequences).values())
         self._driver = driver()
-        self.device = _open_device(artifact, threads, needed)
-        counts = page_counts(manifest, context, kv_memory, self.device.array_limit)
-        self.cache = KVCache(manifest, self.device, counts, sequences)
+        self.device = _open_device(artifact, threads, needed - PROCESS_BYTES)
+        limit = self.device.array_limit
+        counts = page_counts(manifest, context, kv_memory, limit, sequences)
+        # a batch of a model, and its own sequence, may be more: as many as one step tells of
+        self.cache = KVCache(manifest, self.device, counts, 1 + manifest.most_wanted)
         self._bound: list[Any] = []
         for array in (*self.cache.tables, *self.cache.arrays, *artifact.weights):
             self._driver.check()

@@ -56,7 +56,7 @@ def bench_far(
         session = remote.session(SESSION_SECONDS)
         try:
             model = _FarModel(session, opened)
-            model.step("decode", [0], 0)
+            model.step([0], 0)
         except Exception as error:  # a CPU without the instructions ends the session
             if is_alive(session):
                 raise

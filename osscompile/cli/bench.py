@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..runtime.bench.models import bench_each
-from ..runtime.bench.report import Report, check_writable
+from ..runtime.bench.report import BenchError, Report, check_writable
 from ..runtime.cli import bench
 from ..runtime.cli.main import Commands
 from ..runtime.cli.terminal import say_stage
@@ -24,15 +24,20 @@ def _bench(arguments: argparse.Namespace) -> None:
     from ..bench.plot import check_plotting, plot
 
     remote = chosen_remote(arguments)
+    if remote is not None and arguments.sequences:
+        raise BenchError("--sequences: expected to measure here, found --rpc, which cannot")
     if arguments.plot:
         check_plotting()
         check_writable(arguments.plot)
 
     def measure(
-        artifacts: Sequence[str], lengths: Sequence[int], depths: Sequence[int]
+        artifacts: Sequence[str],
+        lengths: Sequence[int],
+        depths: Sequence[int],
+        sequences: Sequence[int],
     ) -> Iterable[Report]:
         if remote is None:
-            return bench_each(artifacts, lengths, depths, say_stage, LIMITS)
+            return bench_each(artifacts, lengths, depths, say_stage, LIMITS, sequences)
         from ..bench.far import bench_far
 
         return (bench_far(artifact, remote, lengths, depths, say_stage) for artifact in artifacts)

@@ -58,6 +58,18 @@ def token_macs(manifest: Manifest) -> int:
     return int(total)
 
 
+def step_bytes(manifest: Manifest, sequences: int, depth: int) -> int:
+    """Bytes that a step must read which tells a token of each of so many sequences, after `depth`
+    tokens each. Of the experts as many as differ, if all are as likely: of n, k a token, those that
+    some of the tokens choose are n (1 - (1 - k/n)^tokens)."""
+    share = float(_share_of_experts(manifest))
+    experts = sum(w.num_bytes for w in manifest.weights if _of_experts(w))
+    others = manifest.decode_bytes - experts * share
+    full, sliding = kv_bytes(manifest)
+    kept = (depth + 1) * full + min(depth + 1, manifest.window) * sliding
+    return round(others + experts * (1 - (1 - share) ** sequences) + sequences * kept)
+
+
 def random_ids(manifest: Manifest) -> list[int]:
     """As many tokens as the context has positions."""
     ids: list[int] = (

@@ -29,12 +29,14 @@ from ..artifact import open_artifact
 from ..devices.launch_devices import LaunchDevice
 from ..devices.tvm_cpu import Device
 from ..devices.tvm_device import TensorDevice
+from ..kv_cache import CachedSequence
 from ..machine import physical_cores
 from ..manifest import Manifest
-from ..model import Model, load
+from ..model import Model, open_model
+from ..runner import Rows
 from ..sampler import Sampler
 from ..sampling_options import SamplingOptions
-from .artifact import artifact_facts, random_ids
+from .artifact import artifact_facts, random_ids, step_bytes
 from .bandwidth_device import DeviceReader
 from .machine import OtherProcesses, cpu_name, gpu_name, memory_bytes, process_bytes, system_name
 from .report import FIRST_PROMPT, BenchError, Report, Timing
@@ -46,6 +48,7 @@ BUDGET_SECONDS = 60  # of one prefill length: none begins later, but for the lea
 SHORT = 512  # tokens: so long a prefill is run at least 3 times, a longer one once
 DECODE_STEPS = 32
 WARMUP_STEPS = 2
+SEQUENCE_DEPTH = 128  # tokens before, of each of several sequences
 STREAMS = 64  # at most, to see DECODE_STEPS streamed steps: a stop id may end each early
 
 Progress = Callable[[str], object]
@@ -74,6 +77,7 @@ def bench_each(
     decode_depths: Sequence[int] = DECODE_DEPTHS,
     progress: Progress | None = None,
     limits: Limits | None = None,
+    sequences: Sequence[int] = (),
 ) -> Iterator[Report]:
     """`bench` of one artifact after the other, each in a process of its own: the load is the first
     and the memory that of this artifact alone. `progress` must be picklable. Raises ArtifactError
@@ -87,7 +91,7 @@ def bench_each(
         1, mp_context=spawn, max_tasks_per_child=1, initializer=_ignore_interrupts
     ) as pool:
         for path, (lengths, depths) in zip(artifacts, sizes, strict=True):
-            measured = pool.submit(bench, path, lengths, depths, progress, limits)
+            measured = pool.submit(bench, path, lengths, depths, progress, limits, sequences)
             try:
                 yield measured.result()
             except BrokenProcessPool as error:
@@ -112,8 +116,10 @@ def bench(
     decode_depths: Sequence[int] = DECODE_DEPTHS,
     progress: Progress | None = None,
     limits: Limits | None = None,
+    sequences: Sequence[int] = (),
 ) -> Report:
-    """Measure load, prefill of some lengths, decode after some depths, and the machine itself.
+    """Measure load, prefill of some lengths, decode after some depths, and the machine itself;
+    and steps of several `sequences` together.
 
     Lengths and depths that do not fit the artifact's context are left out, with a warning.
     `progress` hears what is measured next. Raises ArtifactError, OsscompileError without the device
@@ -126,7 +132,7 @@ def bench(
     lengths, depths = fitting(artifact, manifest, prefill_lengths, decode_depths)
     ids = random_ids(manifest)
     start = time.perf_counter()
-    model = load(artifact)
+    model = open_model(artifact, sequences=max(sequences, default=1))
     load_seconds = time.perf_counter() - start
     next(model.generate(ids[:FIRST_PROMPT], max_tokens=1, temperature=0))
     first_token_seconds = time.perf_counter() - start
@@ -155,6 +161,13 @@ def bench(
         if bandwidth is not None:
             bandwidth_at[depth] = statistics.median(bandwidths)
             bandwidth = max(bandwidth, *bandwidths)
+    together, together_bandwidth = {}, {}
+    for count in sequences:
+        say(f"{count} sequences")
+        together[count], bandwidths = _time_sequences(model, ids, count, reader)
+        if bandwidth is not None:
+            together_bandwidth[count] = statistics.median(bandwidths)
+            bandwidth = max(bandwidth, *bandwidths)
     variant = model.variant
     del model, reader
     peak_macs = None
@@ -180,6 +193,9 @@ def bench(
         other_processes=others.share(),
         device=device,
         device_bytes=device_bytes,
+        sequences=together,
+        sequences_bytes={n: step_bytes(manifest, n, SEQUENCE_DEPTH) for n in together},
+        sequences_bandwidth=together_bandwidth,
     )
 
 
@@ -255,6 +271,41 @@ def _time_decode(model: Model, ids: list[int], reader: Reader | None) -> tuple[T
     return timing(seconds[WARMUP_STEPS:], others), bandwidths[WARMUP_STEPS:]
 
 
+def _time_sequences(
+    model: Model, ids: list[int], count: int, reader: Reader | None
+) -> tuple[Timing, list[float]]:
+    """Steps that compute the next token of each of several sequences, without sampling."""
+    model.forget()
+    device, cache = model._runner.device, model._runner.cache
+    seconds, bandwidths = [], []
+    others = OtherProcesses()
+
+    def start() -> list[CachedSequence]:
+        running = [cache.start() for _ in range(count)]
+        for i, sequence in enumerate(running):
+            part = [i, *ids[: SEQUENCE_DEPTH - 1]]  # so that none is another's prefix
+            sequence.begin(len(part))
+            sequence.append(part)
+        _fill_pages(model)
+        return running
+
+    def step(tokens: list[int]) -> None:
+        rows = [Rows(s, [token]) for s, token in zip(running, tokens, strict=True)]
+        device.numpy(model._runner.step(rows))
+
+    running = model._driver.call(start)
+    for i in range(WARMUP_STEPS + DECODE_STEPS):
+        tokens = [ids[(i * count + j) % len(ids)] for j in range(count)]
+        if reader is not None:
+            bandwidths.append(reader.num_bytes / model._driver.call(reader.seconds))
+        begin = time.perf_counter()
+        model._driver.call(partial(step, tokens))
+        seconds.append(time.perf_counter() - begin)
+    for sequence in running:
+        model._driver.call(partial(cache.leave, sequence))
+    return timing(seconds[WARMUP_STEPS:], others), bandwidths[WARMUP_STEPS:]
+
+
 def _choose_next(model: Model, sampler: Sampler, token: int) -> None:
     model._sample(sampler, model._decode(token))
 
@@ -267,11 +318,16 @@ def _fill_cache(model: Model, ids: list[int]) -> None:
 
 
 def _write_cache(model: Model, ids: list[int]) -> None:
-    cache, rng = model._runner.cache, np.random.default_rng(0)
     for start in range(0, len(ids), model.manifest.chunk):
         part = ids[start : start + model.manifest.chunk]
         model._sequence.begin(len(part))
         model._sequence.append(part)
+    _fill_pages(model)
+
+
+def _fill_pages(model: Model) -> None:
+    """Write random keys and values to the pages that are in use."""
+    cache, rng = model._runner.cache, np.random.default_rng(0)
     used = cache.pages_used()
     for i, (array, facts) in enumerate(zip(cache.arrays, model.manifest.caches, strict=True)):
         count = used[model.manifest.sliding[i // 2]]

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -63,6 +63,11 @@ class Report:
     decode: dict[int, Timing]
     device: str | None = None  # that ran the kernels, if the CPU did not
     device_bytes: int | None = None  # of its memory, held after all runs, or as planned
+    # By numbers of sequences: steps that tell a token of each, the bytes that such a step must
+    # read, and the median of reads by turns with them.
+    sequences: dict[int, Timing] = field(default_factory=dict)
+    sequences_bytes: dict[int, int] = field(default_factory=dict)
+    sequences_bandwidth: dict[int, float] = field(default_factory=dict)
 
     def step_bytes(self, depth: int) -> int:
         """Bytes that a decode step must read after `depth` tokens: weights, keys and values; its
@@ -118,6 +123,8 @@ def rows(report: Report) -> Iterator[Row]:
         note = f"{note}; {_spread(timing)}"
         share = 1 / timing.median / limit if limit is not None else None
         yield Row(f"decode at {depth}", 1 / timing.median, "tok/s", note, share, "roofline")
+    for count, timing in report.sequences.items():
+        yield _sequences_row(report, count, timing)
     if report.outside_share is not None:
         note = "of a streamed decode step: Python, sampling, text"
         yield Row("outside the kernels", report.outside_share * 100, "%", note)
@@ -128,6 +135,20 @@ def rows(report: Report) -> Iterator[Row]:
     if report.device_bytes is not None:
         note = "weights, keys and values, workspace"
         yield Row("device memory", report.device_bytes / 1e9, "GB", note)
+
+
+def _sequences_row(report: Report, count: int, timing: Timing) -> Row:
+    """Output tokens a second of so many sequences together; the limit is the memory's or, where
+    that is less, that of arithmetic."""
+    note = f"{number(report.sequences_bytes[count] / 1e9)} GB a step; {_spread(timing)}"
+    share = None
+    if report.sequences_bandwidth:
+        limit = count * report.sequences_bandwidth[count] / report.sequences_bytes[count]
+        if report.int8_peak is not None:
+            limit = min(limit, report.int8_peak / report.token_macs)
+        share, note = count / timing.median / limit, f"{number(limit)} tok/s: {note}"
+    name = f"{count} sequence{'s' * (count > 1)}"
+    return Row(name, count / timing.median, "tok/s", note, share, "roofline")
 
 
 def table(report: Report) -> str:
@@ -280,10 +301,10 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         return {key(k): _read(item, v, f"{name} {k}") for k, v in value.items()}
     if hasattr(kind, "__dataclass_fields__") and isinstance(value, dict):
         hints = get_type_hints(kind)
-        may_lack = {field.name for field in fields(kind) if field.default is not MISSING}
+        may_lack = {f.name for f in fields(kind) if {f.default, f.default_factory} != {MISSING}}
         if not hints.keys() - may_lack <= value.keys() <= hints.keys():
             raise TypeError(f"{name} with other fields: {sorted(value.keys() ^ hints.keys())}")
-        return kind(**{field: _read(hints[field], value[field], field) for field in value})
+        return kind(**{name: _read(hints[name], value[name], name) for name in value})
     if kind is float and type(value) in (int, float) and math.isfinite(value) and value >= 0:
         return float(value)
     if kind in (int, str) and type(value) is kind:

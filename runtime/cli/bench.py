@@ -17,8 +17,8 @@ from ..bench.report import (
 from .main import Commands
 from .terminal import say_stage
 
-# Artifacts, prefill lengths and decode depths -> a report of each artifact.
-Measure = Callable[[Sequence[str], Sequence[int], Sequence[int]], Iterable[Report]]
+# Artifacts, prefill lengths, decode depths, numbers of sequences -> a report of each artifact.
+Measure = Callable[[Sequence[str], Sequence[int], Sequence[int], Sequence[int]], Iterable[Report]]
 
 
 def add_bench(commands: Commands) -> argparse.ArgumentParser:
@@ -44,6 +44,13 @@ def add_bench(commands: Commands) -> argparse.ArgumentParser:
         metavar="N,N",
         help="after tokens (default: 0 to 16384)",
     )
+    command.add_argument(
+        "--sequences",
+        type=_counts,
+        default=(),
+        metavar="N,N",
+        help="that are computed together, 1 to 64 (default: none)",
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     command.set_defaults(command=_bench)
     return command
@@ -51,9 +58,12 @@ def add_bench(commands: Commands) -> argparse.ArgumentParser:
 
 def _bench(arguments: argparse.Namespace) -> None:
     def measure(
-        artifacts: Sequence[str], lengths: Sequence[int], depths: Sequence[int]
+        artifacts: Sequence[str],
+        lengths: Sequence[int],
+        depths: Sequence[int],
+        sequences: Sequence[int],
     ) -> Iterable[Report]:
-        return bench_each(artifacts, lengths, depths, say_stage)
+        return bench_each(artifacts, lengths, depths, say_stage, None, sequences)
 
     report_all(arguments, measure)
 
@@ -66,6 +76,8 @@ def report_all(arguments: argparse.Namespace, measure: Measure) -> list[Report]:
         raise BenchError(f"bench: expected artifacts or --compare with files, found {given}")
     if 0 in arguments.prefill:
         raise BenchError("--prefill: expected at least 1 token, found 0")
+    if 0 in arguments.sequences:
+        raise BenchError("--sequences: expected at least 1, found 0")
     if arguments.json:
         check_writable(arguments.json)  # now, not after minutes of measuring
     if arguments.compare:
@@ -73,7 +85,9 @@ def report_all(arguments: argparse.Namespace, measure: Measure) -> list[Report]:
         print(comparison(reports))
     else:
         reports = []
-        for report in measure(arguments.artifacts, arguments.prefill, arguments.decode):
+        for report in measure(
+            arguments.artifacts, arguments.prefill, arguments.decode, arguments.sequences
+        ):
             say_stage("")
             print(table(report), end="\n\n", flush=True)
             reports.append(report)
