@@ -73,8 +73,8 @@ def page_counts(
     most = array_limit // page
     if most < least.full:
         raise InputError(
-            f"context: expected keys and values of a layer in at most {array_limit / 1e6:.0f} MB, "
-            f"which the device allocates at once, found {least.full * page / 1e6:.0f} MB for "
+            f"context: expected keys and values of a layer in at most {array_limit:,} bytes, "
+            f"which the device allocates at once, found {least.full * page:,} for "
             f"{context} positions; load with a smaller context"
         )
     return PageCounts(min(wanted.full, most), min(wanted.window, most))
@@ -101,11 +101,11 @@ def _counts_within(
 ) -> PageCounts:
     if kv_memory < least.num_bytes(manifest):
         raise InputError(
-            f"kv_memory: expected at least {least.num_bytes(manifest)} bytes, which {context} "
-            f"positions take, found {kv_memory}; load with a smaller context"
+            f"kv_memory: expected at least {least.num_bytes(manifest)} bytes "
+            f"({least.num_bytes(manifest) / 1e9:.3g} GB), which {context} positions take, found "
+            f"{kv_memory}; load with a smaller context"
         )
-    share = kv_memory / wanted.num_bytes(manifest)
-    full = max(least.full, int(wanted.full * share))
+    full = max(least.full, wanted.full * kv_memory // wanted.num_bytes(manifest))
     room = kv_memory - PageCounts(full, 0).num_bytes(manifest)
     if room < PageCounts(0, least.window).num_bytes(manifest):
         full, room = least.full, kv_memory - PageCounts(least.full, 0).num_bytes(manifest)
@@ -200,6 +200,7 @@ class CachedSequence:
         self._base = cache.root  # what its path hangs from
         self._path: list[Node] = []
         self._ahead: list[tuple[int, int]] = []  # pages of what is being written
+        self._ready: tuple[int, int] | None = None  # after so many pages, that those are there
 
     @property
     def length(self) -> int:
@@ -237,23 +238,25 @@ class CachedSequence:
 
     def restart(self) -> None:
         """Begin again without tokens."""
-        self._path, self._ahead, self._base = [], [], self._cache.root
+        self._path, self._ahead, self._ready, self._base = [], [], None, self._cache.root
 
     def begin(self, count: int) -> int:
         """Make room for `count` more positions; the first of them. Raises NoPages."""
         start, have = self.length, len(self._path)
         missing = -(-(start + count) // self._page) - have
-        if len(self._ahead) == missing:  # there is room already
+        if self._ready == (have, missing):  # there is room already
             return start
-        self._ahead = []  # what an interrupt may have left
+        self._ahead, self._ready = [], None  # what an interrupt may have left
         if missing:
             ahead = self._cache.take(missing, self, self.held())
             self._cache.write_table(self.table + have, ahead)
             self._ahead = ahead
+        self._ready = have, missing
         return start
 
     def append(self, tokens: Sequence[int]) -> None:
         """The tokens were written at the positions that `begin` made room for."""
+        self._ready = None
         rest, time = tuple(tokens), self._cache.now()
         while rest:
             last = self._path[-1] if self._path else self._base
@@ -261,19 +264,38 @@ class CachedSequence:
             if room:
                 last.tokens += rest[:room]
                 rest = rest[room:]
-                continue
-            full, window = self._ahead.pop(0)
-            node = Node(last, rest[: self._page], full, window)
-            node.used = time
-            last.children.append(node)
-            self._path.append(node)
-            rest = rest[self._page :]
+            else:
+                full, window = self._ahead.pop(0)
+                node = Node(last, rest[: self._page], full, window)
+                node.used = time
+                last.children.append(node)
+                self._path.append(node)
+                rest = rest[self._page :]
+            if len(self._path[-1].tokens) == self._page:
+                self._unite(self._path[-1])
 
     def keep(self) -> None:
         """Keep this point, to go on from it later: the last token, too, can be another then."""
         time = self._cache.now()
         for node in self._path[self._first_seen(self.length - 1) :]:
             node.kept = time
+
+    def _unite(self, node: Node) -> None:
+        """Go on from the node that has the same tokens as this one, whose page is full now, if
+        there is one: the tree would find only one of the two. It takes the window page if its own
+        is gone, which is why these tokens were computed again."""
+        assert node.parent is not None
+        same = next((n for n in node.parent.children if n.tokens == node.tokens), node)
+        if same is node:
+            return
+        node.parent.children.remove(node)
+        if same.window is None:
+            same.window = node.window
+        same.used = node.used
+        number = len(self._path) - 1
+        assert same.window is not None
+        self._cache.write_table(self.table + number, [(same.full, same.window)])
+        self._path[number] = same
 
     def writes(self, node: Node) -> bool:
         """Whether the next tokens go to this node."""

@@ -10,6 +10,7 @@ from .step import FUNCTIONS
 PROCESS_BYTES = 60 << 20
 # Reading a row of a mapped file brings so much of its surroundings into memory.
 FAULT_BYTES = 64 << 10
+BY_POSITION = "rope"  # the weight of which a run reads a row for each position
 
 
 def memory_bytes(
@@ -21,14 +22,15 @@ def memory_bytes(
     A GPU holds all weights and caches from the beginning, and mostly in the memory of the machine;
     on a CPU, what a run does not use of them takes none.
     """
-    whole = not manifest.on_cpu
     weights = 0
     for weight in manifest.weights:
-        gathered = weight.name in manifest.gathered and not whole
-        rows = context if gathered else weight.shape[0]
-        weights += min(
-            weight.num_bytes, rows * max(weight.num_bytes // weight.shape[0], FAULT_BYTES)
-        )
+        row = weight.num_bytes // weight.shape[0]
+        needed = weight.num_bytes
+        if manifest.on_cpu and weight.name == BY_POSITION:  # one row after the other
+            needed = context * row + FAULT_BYTES
+        elif manifest.on_cpu and weight.name in manifest.gathered:  # here and there
+            needed = context * max(row, FAULT_BYTES)
+        weights += min(weight.num_bytes, needed)
     return {
         "weights": weights,
         "KV cache": page_counts(manifest, context, kv_memory, None, sequences).num_bytes(manifest),
@@ -48,5 +50,5 @@ def check_memory(manifest: Manifest, context: int, needed: dict[str, int]) -> No
     if available is not None and private > available:
         raise OsscompileError(
             f"memory: {context} positions need {private / 1e9:.1f} GB that is not mapped, "
-            f"found {available / 1e9:.1f} GB available; load with a smaller context"
+            f"found {available / 1e9:.1f} GB available; load with a smaller context or kv_memory"
         )

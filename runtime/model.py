@@ -12,13 +12,14 @@ from .arguments import whole_number
 from .artifact import Artifact, open_artifact
 from .devices.driver import driver
 from .errors import ArtifactError, InputError
+from .fields import MAX_NUMBER
 from .generated import GeneratedToken
 from .harmony import IDENTITY, Piece
 from .machine import choose_threads
 from .memory import check_memory, memory_bytes
 from .questions import Question, Questions
 from .runner import Rows, Runner
-from .sampler import Sample, Sampler
+from .sampler import Sample, Sampler, check_logit
 from .scheduler import Answer, Scheduler
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ def open_model(
     limit = artifact.manifest.context
     context = limit if context is None else whole_number("context", context, limit)
     if kv_memory is not None:
-        kv_memory = whole_number("kv_memory", kv_memory)
+        kv_memory = min(whole_number("kv_memory", kv_memory), MAX_NUMBER)  # no machine has more
     sequences, most = whole_number("sequences", sequences), artifact.manifest.most_wanted
     if sequences > most:
         raise InputError(f"sequences: expected at most {most}, found {sequences}")
@@ -209,11 +210,6 @@ class Model:
                 "decode: expected a call before this one that ended, found one that did not: it is "
                 "uncertain what the token would follow; call `prefill` again"
             )
-        if self._sequence.length >= self.context:
-            raise InputError(
-                f"decode: expected room in the context of {self.context} positions, found none; "
-                "call `forget`, or load with a larger context"
-            )
         return self._serve(lambda: self._host_logits(self._decode, checked))
 
     def forget(self) -> None:
@@ -288,7 +284,7 @@ class Model:
         for start in range(0, len(ids), self.manifest.most_wanted):
             self._check_turn(turn)
             part = ids[start : start + self.manifest.most_wanted]
-            yield self._runner.device.numpy(self._step(part, len(part))).copy()
+            yield self._finite(self._runner.device.numpy(self._step(part, len(part)))).copy()
 
     def _answer_all(self, answers: list[Answer]) -> None:
         self._turn += 1
@@ -298,8 +294,17 @@ class Model:
 
     def _host_logits(self, compute: Callable[[Any], Any], argument: object) -> np.ndarray:
         self._turn += 1
-        logits: np.ndarray = self._runner.device.numpy(compute(argument))
-        return logits.reshape(-1)
+        return self._finite(self._runner.device.numpy(compute(argument))).reshape(-1)
+
+    def _finite(self, logits: np.ndarray) -> np.ndarray:
+        """The logits. Raises ArtifactError for what is not a number: what the cache holds then
+        would spoil later answers, and is forgotten."""
+        try:
+            check_logit(float(logits.max()), int(logits.argmax()) % self.vocab_size)
+        except ArtifactError:
+            self._forget()
+            raise
+        return logits
 
     def _forget(self) -> None:
         self._turn += 1
@@ -335,7 +340,12 @@ class Model:
         return logits
 
     def _decode(self, token_id: int) -> Any:
-        """Append one token -> the device's logits [1, vocab]."""
+        """Append one token -> the device's logits [1, vocab]. Raises InputError without room."""
+        if self._sequence.length >= self.context:
+            raise InputError(
+                f"decode: expected room in the context of {self.context} positions, found none; "
+                "call `forget`, or load with a larger context"
+            )
         return self._step([token_id])
 
     def _step(self, ids: Sequence[int], wanted: int = 1) -> Any:

@@ -52,10 +52,11 @@ class Pages:
         prefix, and window pages of points that nobody kept first. Raises NoPages, and takes
         nothing, if there are fewer."""
         if min(map(len, self._free)) < count:
+            in_paths = {id(node) for held in running for node in held.path}
             self.count(root, running)
-            missing_full, missing_window = (count - len(free) for free in self._free)
-            _drop_leaves(root, missing_full, {id(node) for held in running for node in held.path})
-            _drop_windows(root, running, missing_window)
+            _drop_leaves(root, count - len(self._free[0]), in_paths)
+            self.count(root, running)  # what they had of the other kind is free now, too
+            _drop_windows(root, running, count - len(self._free[1]))
             self.count(root, running)
         full, window = self._free
         if min(len(full), len(window)) < count:

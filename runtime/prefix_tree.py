@@ -38,7 +38,7 @@ def new_root() -> Node:
 
 def match(root: Node, tokens: Sequence[int], page_tokens: int) -> tuple[list[Node], int]:
     """The nodes that hold the longest prefix of `tokens`, and how many tokens that is: the last
-    node may hold more than is shared."""
+    node may hold more than is shared. Of two that hold as much, one whose window page is there."""
     path: list[Node] = []
     node, shared = root, 0
     while True:
@@ -46,7 +46,8 @@ def match(root: Node, tokens: Sequence[int], page_tokens: int) -> tuple[list[Nod
         best, most = None, 0
         for child in node.children:
             count = _shared_prefix(child.tokens, wanted)
-            if count > most:
+            better = count == most and best is not None and best.window is None
+            if count > most or (better and child.window is not None):
                 best, most = child, count
         if best is None:
             return path, shared

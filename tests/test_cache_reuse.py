@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from talker import (
     random_ids,
 )
 
-from osscompile.runtime import GeneratedToken, InputError, Model, load
+from osscompile.runtime import ArtifactError, GeneratedToken, InputError, Model, load
 
 
 @pytest.fixture
@@ -224,3 +225,53 @@ def test_two_models_interleave(model: Model, other: Model) -> None:
     pair = model.generate(prompts[0], max_tokens=20), other.generate(prompts[1], max_tokens=20)
     both = [(a.token_id, b.token_id) for a, b in zip(*pair, strict=True)]
     assert [list(ids) for ids in zip(*both, strict=True)] == expected
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.prefill(random_ids(60)),
+        lambda model: model.logits(random_ids(60)),
+        lambda model: list(model.generate(random_ids(60), max_tokens=3)),
+    ],
+    ids=["prefill", "logits", "generate"],
+)
+def test_what_is_not_a_number_is_told_and_forgotten(
+    model: Model, talker: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[Model], object]
+) -> None:
+    """Masked or not, it would spread to what is computed in the same pages later."""
+    run, device = model._runner.device.run, model._runner.device
+
+    def broken(function: str, inputs: Any, bound: Any) -> Any:
+        result = run(function, inputs, bound)
+        device.numpy(result)[:] = np.nan
+        for array, count in zip(
+            model._runner.cache.arrays, 2 * model._runner.cache.pages_used(), strict=False
+        ):
+            array[:count] = np.nan
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "run", broken)
+        with pytest.raises(ArtifactError, match="expected finite numbers, found nan"):
+            use(model)
+    check_against_fresh(model, talker, random_ids(60), 3)
+
+
+def test_threads_that_decode_at_the_end_of_the_context(model: Model) -> None:
+    """As many go on as there is room for."""
+    model.prefill(random_ids(model.context - 3))
+    refused: list[InputError] = []
+
+    def decode() -> None:
+        try:
+            model.decode(3)
+        except InputError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=decode) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 9 and model._sequence.length == model.context

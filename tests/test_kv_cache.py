@@ -283,6 +283,48 @@ def test_an_interrupt_at_any_line(case: str) -> None:
     assert line > 10
 
 
+def test_a_prefix_whose_window_pages_went_is_found_again_once_it_was_computed() -> None:
+    sequences, tokens = Sequences(PageCounts(40, 12)), ids(40, 300)
+    sequences.prompt(tokens)
+    for seed in range(41, 47):
+        sequences.prompt(ids(seed, 250))
+    assert sequences.prompt(tokens) < 299
+    assert [sequences.prompt(tokens) for _ in range(3)] == [299] * 3
+    sequences.check_no_page_is_lost_or_held_twice()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "second"), [(60, 80, 500), (127, 100, 700), (64, 64, 64)]
+)
+def test_an_answer_that_was_broken_off_and_asked_again(
+    prompt: int, first: int, second: int
+) -> None:
+    """The next turn finds its end, although the tree had the beginning of the answer before."""
+    sequences, tokens = Sequences(), ids(48, prompt + second)
+    for count in (first, second):
+        sequences.prompt(tokens[:prompt])
+        sequences.decode(tokens[: prompt + count], prompt)
+    assert sequences.prompt([*tokens, 1, 2]) == len(tokens)
+    sequences.check_no_page_is_lost_or_held_twice()
+
+
+def test_no_two_pages_have_the_same_tokens() -> None:
+    sequences, tokens = Sequences(), ids(49, 400)
+    for length in (400, 30, 130, 200, 64, 65, 399):
+        sequences.prompt(tokens[:length])
+        sequences.decode(tokens, length)
+    full = [n for n in sequences.cache.root.below() if len(n.tokens) == PAGE_TOKENS]
+    assert len(full) == 400 // PAGE_TOKENS
+
+
+def test_window_pages_that_dropped_leaves_give_back_are_used_first() -> None:
+    """With as many of both kinds no node loses its window page before it goes itself."""
+    sequences = Sequences(PageCounts(17, 17))
+    for seed in range(50, 54):
+        sequences.prompt(ids(seed, 319))
+    assert all(node.window is not None for node in sequences.cache.root.below())
+
+
 @pytest.mark.parametrize("share", [0.7, 1.0, 1.7, 9.0])
 def test_a_budget_is_kept_and_used(share: float) -> None:
     facts = sized_manifest()
@@ -296,7 +338,7 @@ def test_a_budget_is_kept_and_used(share: float) -> None:
 
 def test_a_budget_that_is_too_small_for_the_context() -> None:
     facts = sized_manifest()
-    with pytest.raises(InputError, match=r"kv_memory: expected at least \d+ bytes, which 1024"):
+    with pytest.raises(InputError, match=r"kv_memory: expected at least \d+ bytes .* which 1024"):
         page_counts(facts, CONTEXT, 1000)
 
 
