@@ -29,6 +29,7 @@ class PseudoTerminal:
     ) -> None:
         self._fd, end = pty.openpty()
         self.seen, self._position = "", 0
+        self.brackets_pastes = False  # if it was told to
         self.process = subprocess.Popen(
             [str(word) for word in command],
             stdin=end,
@@ -80,5 +81,6 @@ class PseudoTerminal:
         except OSError:  # how Linux tells it
             return False
         text = shown.decode(errors="replace").replace("\r\n", "\n")
-        self.seen += re.sub(r"\033\[\?2004[hl]\r?", "", text)  # pastes come in brackets, or not
+        self.brackets_pastes = self.brackets_pastes or "\033[?2004h" in text
+        self.seen += re.sub(r"\033\[\?2004[hl]\r?", "", text)
         return bool(shown)

@@ -23,7 +23,7 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
     command.add_argument(
         "prompt",
         nargs="?",
-        help=f"{STDIN}: what is piped, which else follows it; without any of them, a chat begins",
+        help=f"{STDIN}: only what is piped, which else follows it; without a prompt, a chat begins",
     )
     command.add_argument("-f", "--file", type=Path, metavar="FILE", help="text after the prompt")
     command.add_argument("--system", metavar="TEXT", help="instructions of the developer")
