@@ -13,7 +13,7 @@ NAME = "osscompile_runtime"
 README = """\
 The runtime of osscompile. In the environment that imports it:
     pip install apache-tvm-ffi==0.1.14.post1 numpy tokenizers
-(for an OpenCL artifact also pyopencl.)
+(for an OpenCL artifact also pyopencl, for a checkpoint's own chat template jinja2.)
 Then, with the folder above this one on the Python path:
     import osscompile_runtime
     model = osscompile_runtime.load("OUT")

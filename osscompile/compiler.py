@@ -33,7 +33,17 @@ from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
 from .runtime.artifact import hash_file, mark_verified
-from .runtime.manifest import CPU, MANIFEST, TOKENIZER, WEIGHTS, File, Manifest, Tensor, Variant
+from .runtime.manifest import (
+    CHAT_TEMPLATE,
+    CPU,
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    File,
+    Manifest,
+    Tensor,
+    Variant,
+)
 from .runtime.version import __version__
 from .schedules.records import Records
 from .targets import Target, TargetError
@@ -127,6 +137,8 @@ def compile(
             )
         _tell_requantised(resolved)
         _copy_tokenizer(resolved, folder)
+        if resolved.chat_template is not None:
+            (folder / CHAT_TEMPLATE).write_bytes(resolved.chat_template.encode())
         manifest = Manifest(
             model=resolved.name,
             compiler=__version__,
@@ -149,6 +161,7 @@ def compile(
             decode_bytes=_decode_bytes(config, weights),
             gathered=tuple(w.name for w in weights if w.name.startswith(GATHERED)),
             eos_token_ids=_eos_token_ids(resolved),
+            sampling=resolved.sampling,
             files=_files(folder, weights_sha256),
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

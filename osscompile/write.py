@@ -23,7 +23,14 @@ import numpy as np
 
 from .errors import CompileError
 from .runtime.artifact import ALIGNMENT, PADDING
-from .runtime.manifest import MANIFEST, PROGRAMS_SUFFIX, TOKENIZER, WEIGHTS, Tensor
+from .runtime.manifest import (
+    CHAT_TEMPLATE,
+    MANIFEST,
+    PROGRAMS_SUFFIX,
+    TOKENIZER,
+    WEIGHTS,
+    Tensor,
+)
 from .threads import worker_threads
 
 LIBRARY_SUFFIXES = (".so", ".dylib", ".cl", ".fatbin", PROGRAMS_SUFFIX)
@@ -139,7 +146,8 @@ def check_replaceable(output: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether a compile may have written a file of this name."""
-    ours = path.name in (MANIFEST, TOKENIZER, WEIGHTS) or path.suffix in LIBRARY_SUFFIXES
+    names = (MANIFEST, TOKENIZER, CHAT_TEMPLATE, WEIGHTS)
+    ours = path.name in names or path.suffix in LIBRARY_SUFFIXES
     return ours and not path.is_dir()
 
 

@@ -2,13 +2,13 @@
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 
 from .errors import InputError
-from .sampling_options import SamplingOptions
+from .sampling_options import Sampling, SamplingOptions
 
 
 def whole_number(name: str, value: object, most: int | None = None) -> int:
@@ -52,7 +52,7 @@ def prompt_ids(token_ids: Sequence[int], vocab_size: int, context: int, compiled
 
 
 def sampling_options(
-    options: Mapping[str, object], others: Iterable[str], vocab_size: int
+    options: Mapping[str, object], others: Iterable[str], vocab_size: int, defaults: Sampling
 ) -> SamplingOptions:
     """Options by name; None: as if it were not given. Raises InputError for one that there is not,
     naming those that there are, `others` among them, or out of its range."""
@@ -62,7 +62,7 @@ def sampling_options(
         names = ", ".join([*others, *known])
         raise InputError(f"options: expected {names}, found {unknown[0]!r}")
     given = {name: value for name, value in options.items() if value is not None}
-    checked = SamplingOptions(**given)  # type: ignore[arg-type]
+    checked = SamplingOptions(**(asdict(defaults) | given))
     wrong = next((id for id in checked.logit_bias if id >= vocab_size), None)
     if wrong is not None:
         raise InputError(f"logit_bias: expected token ids below {vocab_size}, found {wrong}")

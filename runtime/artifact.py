@@ -1,4 +1,5 @@
-"""The artifact: a directory with a manifest, compiled libraries, weights and a tokenizer.
+"""The artifact: a directory with a manifest, compiled libraries, weights and a tokenizer, and the
+checkpoint's chat template if it had one.
 
 `manifest.py` and this file define the format (`osscompile/write.py` writes it). Everything that can
 be checked is checked here, before a library, which is code, is loaded.
@@ -17,6 +18,7 @@ import numpy as np
 from .errors import ArtifactError, InputError
 from .machine import Machine
 from .manifest import (
+    CHAT_TEMPLATE,
     FORMAT_VERSION,
     MANIFEST,
     TOKENIZER,
@@ -58,6 +60,16 @@ class Artifact:
     @property
     def tokenizer(self) -> Path | None:
         return self.path / TOKENIZER if TOKENIZER in self.manifest.files else None
+
+    def read_chat_template(self) -> str | None:
+        """The text of the checkpoint's own template, None without one. Raises ArtifactError."""
+        if CHAT_TEMPLATE not in self.manifest.files:
+            return None
+        file = self.path / CHAT_TEMPLATE
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise damaged(file, "a text in UTF-8", str(error)) from None
 
 
 def open_artifact(

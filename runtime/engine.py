@@ -20,7 +20,14 @@ from .devices.tvm_cpu import Device
 from .devices.tvm_device import TensorDevice
 from .errors import ArtifactError, InputError
 from .generated import GeneratedToken, generated_pieces
-from .harmony import IDENTITY, Piece, render_chat, stop_ids
+from .harmony import (
+    IDENTITY,
+    Piece,
+    begun_answer,
+    render_chat,
+    render_template,
+    stop_ids,
+)
 from .kv_cache import KVCache, PageCounts, page_counts
 from .machine import choose_threads
 from .memory import PROCESS_BYTES, check_memory, memory_bytes
@@ -84,6 +91,7 @@ class Model:
         self.vocab_size = self.manifest.vocab_size
         path = artifact.tokenizer
         self.tokenizer = Tokenizer(path) if path is not None else None
+        self._template = artifact.read_chat_template()
         self._reserved, self._stops = np.empty(0, np.int64), set(self.manifest.eos_token_ids)
         if self.tokenizer is not None:
             size = self.tokenizer.vocab_size
@@ -109,15 +117,14 @@ class Model:
 
         `options`: the fields of SamplingOptions (temperature, top_p, top_k, min_p, seed, logprobs,
         stop, stop_ids, logit_bias, frequency_penalty, presence_penalty); None: as if it were not
-        given. The stop id, or the token that completes a stop string, is the last one yielded.
-        Without `max_tokens` the context is the limit. The KV cache is kept: a prompt that begins
-        like the one before continues there. Another call ends this one: to go on with it then
-        raises InputError. Raises InputError for bad arguments, before anything is computed.
+        given. The first four are otherwise the checkpoint's own, `manifest.sampling`. The stop id,
+        or the token that completes a stop string, is the last one yielded. Without `max_tokens` the
+        context is the limit. The KV cache is kept: a prompt that begins like the one before
+        continues there. Another call ends this one: to go on with it then raises InputError. Raises
+        InputError for bad arguments, before anything is computed.
         """
-        ids, sampling = (
-            self._check_tokens(token_ids),
-            self._check_options(options, Model.generate.__kwdefaults__),
-        )
+        ids = self._check_tokens(token_ids)
+        sampling = self._check_options(options, Model.generate.__kwdefaults__ or ())
         return self._generate(ids, self._limit(ids, max_tokens), sampling, self._stops)
 
     def chat(
@@ -130,6 +137,7 @@ class Model:
         tools: Sequence[Mapping[str, object]] = (),
         builtin_tools: Sequence[str] = (),
         response_format: Mapping[str, object] | None = None,
+        template: str = "harmony",
         max_tokens: int | None = None,
         **options: object,
     ) -> Iterator[Piece]:
@@ -140,6 +148,8 @@ class Model:
         the pieces of an answer. `reasoning`: low, medium or high; `current_date`: YYYY-MM-DD, today
         or None; `identity`: who the model is told to be. `tools` (functions) and `response_format`
         have OpenAI's shapes; `builtin_tools`: of browser and python. No tool is run here.
+        `template`: harmony, the format that the models were trained on, or checkpoint, to render
+        the prompt with the chat template that the checkpoint came with (it needs jinja2).
 
         Every piece has a channel and a text, which is "" where there is none: Reasoning and Text,
         ToolCall and Arguments, and last Finish, with the reason and what it took. `max_tokens` and
@@ -150,7 +160,10 @@ class Model:
         tokenizer = self._need_tokenizer("chat")
         if current_date == "today":
             current_date = datetime.date.today().isoformat()
-        prompt = render_chat(
+        render: Callable[..., list[int]] = render_chat
+        if template != "harmony":
+            render = partial(render_template, self._need_template(template))
+        prompt = render(
             messages,
             tokenizer,
             reasoning=reasoning,
@@ -160,13 +173,11 @@ class Model:
             builtin_tools=builtin_tools,
             response_format=response_format,
         )
-        ids, sampling = (
-            self._check_tokens(prompt),
-            self._check_options(options, Model.chat.__kwdefaults__),
-        )
+        ids = self._check_tokens(prompt)
+        sampling = self._check_options(options, Model.chat.__kwdefaults__ or ())
         limit = self._limit(ids, max_tokens)
         tokens = self._generate(ids, limit, replace(sampling, stop=()), stop_ids(tokenizer))
-        return generated_pieces(tokens, tokenizer, sampling)
+        return generated_pieces(tokens, tokenizer, sampling, begun_answer(prompt, tokenizer))
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.
@@ -337,7 +348,7 @@ class Model:
         self, options: Mapping[str, object], others: Iterable[str]
     ) -> SamplingOptions:
         """`others`: names of further options that the caller has."""
-        checked = sampling_options(options, others, self.vocab_size)
+        checked = sampling_options(options, others, self.vocab_size, self.manifest.sampling)
         if checked.stop:
             self._need_tokenizer("stop")
         return checked
@@ -349,6 +360,16 @@ class Model:
                 "a checkpoint that has tokenizer.json, or pass token ids to `generate`"
             )
         return self.tokenizer
+
+    def _need_template(self, template: object) -> str:
+        if template != "checkpoint":
+            raise InputError(f"template: expected harmony or checkpoint, found {template!r:.100}")
+        if self._template is None:
+            raise InputError(
+                "template: expected an artifact with the checkpoint's chat template, found none in "
+                "this one; compile a checkpoint that has chat_template.jinja, or chat without it"
+            )
+        return self._template
 
 
 def _open_device(

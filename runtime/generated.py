@@ -1,6 +1,6 @@
 """What a generation gives: tokens, and in a chat the pieces that they tell."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from .harmony import Finish, Piece, stream_answer
@@ -26,9 +26,13 @@ class GeneratedToken(Sample):
 
 
 def generated_pieces(
-    tokens: Iterator[GeneratedToken], tokenizer: Tokenizer, options: SamplingOptions
+    tokens: Iterator[GeneratedToken],
+    tokenizer: Tokenizer,
+    options: SamplingOptions,
+    begun: Sequence[int],
 ) -> Iterator[Piece]:
-    """The pieces of an answer in a chat; the last says what all of it took."""
+    """The pieces of an answer in a chat; the last says what all of it took. begun: ids of it that
+    the prompt had."""
     usage = Usage()
 
     def ids() -> Iterator[int]:
@@ -37,7 +41,7 @@ def generated_pieces(
             usage = token.usage
             yield token.token_id
 
-    for piece in stream_answer(ids(), tokenizer, options.stop_ids, options.stop):
+    for piece in stream_answer(ids(), tokenizer, options.stop_ids, options.stop, begun):
         if isinstance(piece, Finish):
             reasoning = piece.usage.reasoning_tokens
             piece = replace(piece, usage=replace(usage, reasoning_tokens=reasoning))

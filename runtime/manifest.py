@@ -18,13 +18,15 @@ from typing import Any, get_args, get_origin
 
 import numpy as np
 
-from .errors import ArtifactError
+from .errors import ArtifactError, InputError
 from .machine import Machine
+from .sampling_options import Sampling
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # the checkpoint's own
 PROGRAMS_SUFFIX = ".launches"  # in place of a library's: what launches its kernels
 ANY = "any"  # system and architecture of an artifact whose code the device's driver compiles
 # A library that TVM's runtime loads; or kernels and the programs that launch them: as OpenCL C, or
@@ -38,6 +40,7 @@ MAX_NUMBER = (
     1 << 48
 )  # far above any size in bytes, low enough that sums and products are no trouble
 MAX_DIMENSIONS = 16
+MAX_TEMPLATE_BYTES = 256 << 10  # fifteen times what that of gpt-oss has
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Manifest:
     decode_bytes: int  # of weights that one decode step reads
     gathered: tuple[str, ...]  # weights of which a run reads the rows of its tokens only
     eos_token_ids: tuple[int, ...]
+    sampling: Sampling  # unless a caller says otherwise
     files: dict[str, File]
 
     @property
@@ -136,7 +140,10 @@ class Manifest:
 def parse_manifest(fields: dict[str, Any], file: Path) -> Manifest:
     """The manifest that `file` holds, out of its JSON without version and hash; ArtifactError if
     there cannot be such a one."""
-    manifest: Manifest = _parse(Manifest, fields, "the manifest", file)
+    try:
+        manifest: Manifest = _parse(Manifest, fields, "the manifest", file)
+    except InputError as error:  # the same ranges as for a caller
+        raise damaged(file, "options of sampling in their ranges", str(error)) from None
     _check(manifest, file)
     return manifest
 
@@ -181,6 +188,9 @@ def _parse(kind: Any, value: Any, where: str, file: Path) -> Any:
     if kind is int:
         number = type(value) is int and 0 <= value < MAX_NUMBER
         expect(number, f"a whole number from 0 to {MAX_NUMBER - 1}")
+    elif kind is float:
+        expect(type(value) in (int, float) and 0 <= value < MAX_NUMBER, "a number from 0")
+        return float(value)
     elif kind is bool:
         expect(isinstance(value, bool), "true or false")
     else:
@@ -209,6 +219,9 @@ def _check(manifest: Manifest, file: Path) -> None:
     for name, entry in m.files.items():
         expect(Path(name).name == name != "..", "file names without a folder", repr(name))
         expect(re.fullmatch("[0-9a-f]{64}", entry.sha256) is not None, f"a sha256 of {name}", entry)
+    template = m.files.get(CHAT_TEMPLATE, File(0, ""))
+    is_small = template.num_bytes <= MAX_TEMPLATE_BYTES
+    expect(is_small, f"{CHAT_TEMPLATE} of at most {MAX_TEMPLATE_BYTES} bytes", template)
 
     for name in ("vocab_size", "context", "window", "chunk", "score_chunk"):
         expect(getattr(m, name) > 0, f"a positive {name}", "0")

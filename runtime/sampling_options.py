@@ -14,32 +14,53 @@ MAX_PENALTY = 2
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How the next token is chosen; the defaults are greedy.
-
-    First the logits change: logit_bias, {token id: -100 to 100}, is added; of each token that this
-    answer has so far, frequency_penalty times how often it came, and presence_penalty once, are
-    subtracted (-2 to 2 each, OpenAI's definition; the prompt does not count).
-
-    Then in this order, each step on what the one before kept, renormalised:
+class Sampling:
+    """How a token is drawn. In this order, each step on what the one before kept, renormalised:
     temperature (0: greedy, the rest is not used) divides the logits; top_k keeps the k most
     probable tokens (0: all); top_p keeps the fewest most probable tokens whose sum reaches it
     (1: all); min_p keeps tokens with at least min_p times the probability of the best (0: all).
     Between equal logits the lowest id comes first.
+
+    The defaults are those that OpenAI recommends for gpt-oss. Numbers of numpy are numbers too; all
+    are kept as Python's. Raises InputError for a value out of its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._set("temperature", _number(self.temperature, 0, 100), "between 0 (greedy) and 100")
+        self._set("top_p", _number(self.top_p, 0, 1) or None, "above 0 and at most 1")
+        self._set("min_p", _number(self.min_p, 0, 1), "between 0 and 1")
+        self._set("top_k", _count(self.top_k), "a whole number, 0 for no limit")
+
+    def _set(self, name: str, value: object, expected: str) -> None:
+        """Keep the checked value; None: what was given is not what was expected."""
+        if value is None:
+            raise InputError(f"{name}: expected {expected}, found {getattr(self, name)!r:.200}")
+        object.__setattr__(self, name, value)  # the fields are frozen
+
+
+@dataclass(frozen=True)
+class SamplingOptions(Sampling):
+    """How the next token is chosen, and where the answer ends.
+
+    First the logits change: logit_bias, {token id: -100 to 100}, is added; of each token that this
+    answer has so far, frequency_penalty times how often it came, and presence_penalty once, are
+    subtracted (-2 to 2 each, OpenAI's definition; the prompt does not count). Then the token is
+    drawn, see Sampling.
 
     logprobs: None or False for none, 0 or True for that of each token, n for n alternatives beside.
     stop, a string or several, ends an answer where its text has one, which is left out: the text of
     all tokens in `Model.generate`, that of channel final in `Model.chat`. stop_ids, any iterable of
     token ids, end it in addition to the model's own.
 
-    Numbers of numpy are numbers too; all are kept as Python's, stop_ids as a frozenset, stop as a
-    tuple. Raises InputError for a value out of its range.
+    stop_ids are kept as a frozenset, stop as a tuple. Raises InputError for a value out of its
+    range.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
     seed: int | None = None
     logprobs: int | None = None
     stop_ids: frozenset[int] = frozenset()
@@ -49,10 +70,7 @@ class SamplingOptions:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        self._set("temperature", _number(self.temperature, 0, 100), "between 0 (greedy) and 100")
-        self._set("top_p", _number(self.top_p, 0, 1) or None, "above 0 and at most 1")
-        self._set("min_p", _number(self.min_p, 0, 1), "between 0 and 1")
-        self._set("top_k", _count(self.top_k), "a whole number, 0 for no limit")
+        super().__post_init__()
         if isinstance(self.logprobs, bool | np.bool_):
             object.__setattr__(self, "logprobs", 0 if self.logprobs else None)
         if self.logprobs is not None:
@@ -71,12 +89,6 @@ class SamplingOptions:
     def changes_logits(self) -> bool:
         """Whether tokens are not chosen from the model's own distribution."""
         return bool(self.logit_bias or self.frequency_penalty or self.presence_penalty)
-
-    def _set(self, name: str, value: object, expected: str) -> None:
-        """Keep the checked value; None: what was given is not what was expected."""
-        if value is None:
-            raise InputError(f"{name}: expected {expected}, found {getattr(self, name)!r:.200}")
-        object.__setattr__(self, name, value)  # the fields are frozen
 
 
 def _number(value: object, low: float, high: float) -> float | None:

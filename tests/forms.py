@@ -238,14 +238,18 @@ def write_gguf(
     architecture: str = "gpt-oss",
     fields: dict[str, Any] | None = None,
     tokenizer: dict[str, Any] | None = None,
+    general: dict[str, Any] | None = None,
     split: int = 0,
 ) -> Path:
-    """One GGUF, or several of `split` tensors each. `tokenizer`: keys after `tokenizer.ggml.`."""
+    """One GGUF, or several of `split` tensors each. `tokenizer`: keys after `tokenizer.ggml.`;
+    `general`: whole keys."""
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     for key, value in (gguf_fields(config) if fields is None else fields).items():
         _add(writer, f"{architecture}.{key}", value)
     for key, value in (tokenizer or {}).items():
         _add(writer, f"tokenizer.ggml.{key}", value)
+    for key, value in (general or {}).items():
+        _add(writer, key, value)
     for name, (array, kind) in tensors.items():
         writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=kind)
     with warnings.catch_warnings(action="ignore"):

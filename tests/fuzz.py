@@ -51,6 +51,7 @@ from osscompile.runtime.devices.program import (
 )
 from osscompile.runtime.errors import OsscompileError
 from osscompile.runtime.manifest import (
+    CHAT_TEMPLATE,
     MANIFEST,
     TOKENIZER,
     WEIGHTS,
@@ -62,6 +63,8 @@ from osscompile.runtime.manifest import (
 )
 from osscompile.runtime.memory import memory_bytes
 from osscompile.runtime.safetensors import map_tensors
+from osscompile.runtime.sampler import Sampler
+from osscompile.runtime.sampling_options import Sampling, SamplingOptions
 from osscompile.runtime.tokenizer import Tokenizer
 
 MODEL = dataclasses.replace(TINY, num_layers=2, sliding=(True, False))
@@ -182,7 +185,9 @@ def small_manifest(runtime: str) -> Manifest:
         decode_bytes=1000,
         gathered=("rope", "embed.weight"),
         eos_token_ids=(1, 2),
-        files={name: File(sum(w.num_bytes for w in weights) + 4096, "0" * 64) for name in names},
+        sampling=Sampling(0.5, 0.25, 7, 0.125),
+        files={name: File(sum(w.num_bytes for w in weights) + 4096, "0" * 64) for name in names}
+        | {CHAT_TEMPLATE: File(1000, "0" * 64)},
     )
 
 
@@ -219,6 +224,9 @@ def try_manifest(random: Random, folder: Path) -> None:
     manifest = parse_manifest(mutated(MANIFEST_TEXT, random), folder)
     assert sum(memory_bytes(manifest, manifest.context).values()) < 1 << 60
     assert manifest.vocab_size * MODEL.hidden_size * 2 <= manifest.files[WEIGHTS].num_bytes
+    assert manifest.files.get(CHAT_TEMPLATE, File(0, "")).num_bytes <= 1 << 20
+    options = SamplingOptions(**dataclasses.asdict(manifest.sampling), seed=0)
+    Sampler(options, np.empty(0, np.int64)).sample(np.zeros(8, np.float32))
     manifest.to_json().encode()
 
 

@@ -35,6 +35,7 @@ def compile_talker(
     head[reserved] = (8 * head[reserved].astype(np.float32)).astype(head.dtype)
     checkpoint = write_checkpoint(folder / "checkpoint", config, tensors)
     shutil.copy(TOKENIZER, checkpoint)
+    (checkpoint / "generation_config.json").write_text('{"do_sample": false}')
     return osscompile.compile(
         checkpoint,
         target,

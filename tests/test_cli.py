@@ -25,7 +25,16 @@ def test_inspect_says_what_machine_and_memory(
     small = capsys.readouterr().out
     assert cli.main(["inspect", str(nano_artifact)]) == 0
     large = capsys.readouterr().out
-    for word in ("nano", "profile fast", "x86_64", "sse4_2", "weights", "KV cache", "total"):
+    for word in (
+        "nano",
+        "profile fast",
+        "x86_64",
+        "sse4_2",
+        "weights",
+        "KV cache",
+        "total",
+        "temperature 0, top_p 1",
+    ):
         assert word in small
     assert _total(small) < _total(large)
 

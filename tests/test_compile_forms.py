@@ -21,8 +21,10 @@ from osscompile.importer.resolve import NANO_CHECKPOINT
 from osscompile.importer.stored import Stored
 from osscompile.importer.synthetic import TINY, SyntheticSource
 from osscompile.importer.weights import KeptScales, weight_pieces
-from osscompile.runtime.artifact import MANIFEST, TOKENIZER, WEIGHTS
+from osscompile.runtime.artifact import MANIFEST, TOKENIZER, WEIGHTS, read_manifest
+from osscompile.runtime.manifest import CHAT_TEMPLATE
 from osscompile.runtime.safetensors import read_header
+from osscompile.runtime.sampling_options import Sampling
 from osscompile.targets import Target
 
 CONFIG = dataclasses.replace(TINY, vocab_size=1024)
@@ -47,6 +49,8 @@ def test_gguf_becomes_the_artifact_of_the_published_form(
     (tmp_path / "b").mkdir()
     path = tmp_path / "b" / "m.gguf"
     write_gguf(path, CONFIG, gguf_tensors(SOURCE, Type.BF16), tokenizer=tokenizer)
+    (published / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
+    (published / "chat_template.jinja").write_bytes("{{ é }}\r\n".encode())
     with pytest.warns(UserWarning, match=r"no tokenizer\.json"):
         expected = compiled(published, this_machine)
     with warnings.catch_warnings(action="error"):
@@ -54,6 +58,13 @@ def test_gguf_becomes_the_artifact_of_the_published_form(
     assert (found / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
     assert "<|return|>" in (found / TOKENIZER).read_text()
     assert json.loads((found / MANIFEST).read_text())["eos_token_ids"] == [7, 9]
+    assert (expected / CHAT_TEMPLATE).read_bytes() == "{{ é }}\r\n".encode()
+    assert read_manifest(expected).files[CHAT_TEMPLATE].num_bytes == 10
+    assert read_manifest(expected).sampling == Sampling(0.5, 1.0, 7, 0.0)
+    assert read_manifest(found).sampling == Sampling()
+    assert CHAT_TEMPLATE not in read_manifest(found).files
+    with warnings.catch_warnings(action="ignore"):
+        compiled(published, this_machine)  # an artifact with a template can be replaced
 
 
 def test_what_quantising_experts_cost_is_told(tmp_path: Path, this_machine: Target) -> None:

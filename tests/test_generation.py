@@ -287,6 +287,23 @@ def test_stop_string_in_a_character_of_several_tokens(
     assert ids_of(iter(tokens)) == ids[:-1]
 
 
+def test_sampling_is_as_the_artifact_says_unless_a_caller_does(
+    model: Model, talker: Path, tmp_path: Path
+) -> None:
+    copy = copy_artifact(talker, tmp_path)
+    reseal(copy, lambda fields: fields["sampling"].update(temperature=5.0, top_k=50))
+    warm, prompt = load(copy), random_ids(20)
+
+    def said(which: Model, **options: Any) -> list[int]:
+        return ids_of(which.generate(prompt, max_tokens=20, seed=1, **options))
+
+    drawn = said(model, temperature=5.0, top_k=50)
+    assert said(warm) == drawn == said(warm, temperature=None)
+    assert said(warm, temperature=0) == said(model) != drawn
+    assert said(warm, top_k=0) == said(model, temperature=5.0) != drawn
+    assert said(warm, top_k=1) == said(model)
+
+
 def test_bias_and_penalties_are_the_hosts(model: Model) -> None:
     prompt = random_ids(20)
     best = ids_of(model.generate(prompt, max_tokens=1))[0]
@@ -340,10 +357,12 @@ def test_decode_at_the_end_of_the_context(tiny_artifact: Path) -> None:
 
 def test_logits_that_are_not_numbers_do_not_spoil_the_next_answer(tiny_artifact: Path) -> None:
     model = load(tiny_artifact)
-    fresh = [token.token_id for token in model.generate([1, 2, 3], max_tokens=4)]
+    fresh = [token.token_id for token in model.generate([1, 2, 3], max_tokens=4, temperature=0)]
     model.prefill([1, 2, 3])
     for array in model._cache.arrays:
         array[:, 0] = np.nan
     with pytest.raises(ArtifactError, match="finite"):
-        list(model.generate([1, 2, 3, 4], max_tokens=4))
-    assert [token.token_id for token in model.generate([1, 2, 3], max_tokens=4)] == fresh
+        list(model.generate([1, 2, 3, 4], max_tokens=4, temperature=0))
+    assert [
+        token.token_id for token in model.generate([1, 2, 3], max_tokens=4, temperature=0)
+    ] == fresh

@@ -12,7 +12,7 @@ import pytest
 from fuzz import MANIFEST_TEXT, small_manifest
 
 from osscompile.runtime.errors import ArtifactError
-from osscompile.runtime.manifest import WEIGHTS, parse_manifest
+from osscompile.runtime.manifest import CHAT_TEMPLATE, WEIGHTS, parse_manifest
 
 FILE = Path("some.osc") / "manifest.json"
 NO_HASH = {"num_bytes": 1, "sha256": "0" * 63}
@@ -59,6 +59,29 @@ WRONG: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "product_of_extents": (("weights", 2, "shape"), [1 << 20] * 16, "to be smaller"),
     "weights_beyond_their_file": (("weights", 2, "shape"), [1 << 30], "which their file has"),
     "decode_of_more_than_all": (("decode_bytes",), 1 << 40, "decode_bytes"),
+    "temperature_above_all": (
+        ("sampling", "temperature"),
+        101.0,
+        "temperature: expected between 0",
+    ),
+    "temperature_below_0": (
+        ("sampling", "temperature"),
+        -1.0,
+        "temperature of sampling of the man",
+    ),
+    "temperature_that_is_no_number": (("sampling", "temperature"), None, "to be a number from 0"),
+    "temperature_that_is_true": (("sampling", "temperature"), True, "to be a number from 0"),
+    "temperature_that_is_nan": (("sampling", "temperature"), float("nan"), "to be a number from 0"),
+    "probability_0": (
+        ("sampling", "top_p"),
+        0.0,
+        "top_p: expected above 0 and at most 1, found 0.0",
+    ),
+    "half_a_count": (("sampling", "top_k"), 0.5, "top_k of sampling of the manifest to be a whole"),
+    "min_p_above_1": (("sampling", "min_p"), 1.5, "min_p: expected between 0 and 1"),
+    "sampling_by_another_name": (("sampling", "seed"), 1, "found also 'seed'"),
+    "no_sampling": (("sampling",), None, "sampling of the manifest to be an object with temp"),
+    "huge_template": (("files", CHAT_TEMPLATE, "num_bytes"), 1 << 20, "of at most 262144 bytes"),
     "name_twice": (("weights", 3, "name"), "rope", "of different names"),
     "gathered_that_is_no_weight": (("gathered", 0), "ropes", "a weight named 'ropes'"),
     "fewer_rows_of_rope": (("weights", 0, "shape", 0), 63, "64 rows of rope"),

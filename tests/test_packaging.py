@@ -26,7 +26,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("osscompile", "targets", "schedules", "runtime")
 ENTRIES = {*FOLDERS, "tests", "pyproject.toml", "README.md"}
 BESIDE = {".ci", ".gitignore", "LICENSE"}
-RUNTIME_NEEDS = {"numpy", "pyopencl", "tokenizers", "tvm_ffi"}  # pyopencl is for OpenCL only
+# pyopencl is for OpenCL only, jinja2 for templates of checkpoints.
+RUNTIME_NEEDS = {"jinja2", "numpy", "pyopencl", "tokenizers", "tvm_ffi"}
 
 
 # The wheel

@@ -14,11 +14,13 @@ from osscompile.errors import CheckpointError
 from osscompile.importer import resolve
 from osscompile.importer.resolve import resolve_model
 from osscompile.importer.synthetic import TINY, SyntheticSource
+from osscompile.runtime.sampling_options import Sampling
 
 SOURCE = SyntheticSource(TINY)
 
 # WANTED and UNWANTED list the files of openai/gpt-oss-20b, and some traps.
 WANTED = [
+    "chat_template.jinja",
     "config.json",
     "generation_config.json",
     "model-00000-of-00002.safetensors",
@@ -33,7 +35,6 @@ UNWANTED = [
     "LICENSE",
     "README.md",
     "USAGE_POLICY",
-    "chat_template.jinja",
     "special_tokens_map.json",
     "metal/model.bin",
     "original/config.json",
@@ -82,12 +83,14 @@ def test_nano_is_shipped() -> None:
     assert resolved.name == "nano"
     assert resolved.tokenizer is not None
     assert "eos_token_id" in resolved.generation
+    assert resolved.sampling == Sampling(temperature=0.0)
 
 
 def test_synthetic() -> None:
     resolved = resolve_model("synthetic:tiny")
     assert resolved.source.config == TINY
     assert (resolved.tokenizer, resolved.generation) == (None, {})
+    assert (resolved.sampling, resolved.chat_template) == (Sampling(), None)
     assert resolved.name == "synthetic-tiny"
 
 
@@ -116,6 +119,14 @@ def test_damaged_generation_config(checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json: not JSON"):
         resolve_model(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
+def test_what_is_said_of_its_use_is_checked_before_the_weights(hub: Hub, name: str) -> None:
+    (hub.folder / name).write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=f"{name}: not "):
+        resolve_model("org/my-model")
+    assert len(hub.requests) == 1
 
 
 NO_TOKENIZERS = {

@@ -47,9 +47,9 @@ def draw(
 
 def test_greedy_is_the_best_and_the_lowest_id_of_equals() -> None:
     logits = random_logits(0)
-    assert draw(logits, SamplingOptions(), 1) == logits.argmax()
+    assert draw(logits, SamplingOptions(temperature=0), 1) == logits.argmax()
     logits[[7, 500, 999]] = logits.max() + 1
-    assert draw(logits, SamplingOptions(), 1) == 7
+    assert draw(logits, SamplingOptions(temperature=0), 1) == 7
     assert draw(logits, SamplingOptions(temperature=1.0, top_k=1), 1) == 7
     assert draw(logits, SamplingOptions(temperature=1e-9), 1) == 7
 
@@ -174,7 +174,7 @@ def test_reserved_ids_are_never_sampled(filters: dict[str, Any]) -> None:
         assert sample.token_id not in reserved
     assert not set(reserved) & {id for id, _ in sample.top_logprobs}
     assert len(sample.top_logprobs) == VOCAB - len(set(reserved))
-    assert Sampler(SamplingOptions(), reserved).sample(logits).token_id not in reserved
+    assert Sampler(SamplingOptions(temperature=0), reserved).sample(logits).token_id not in reserved
 
 
 def test_masked_logits_are_never_sampled() -> None:
@@ -221,9 +221,11 @@ def test_logprobs_may_be_a_truth_value(given: Any, kept: int | None, kind: Any) 
 
 def test_bias_moves_the_choice_and_not_the_logprobs() -> None:
     logits = random_logits(5)
-    plain = Sampler(SamplingOptions(logprobs=3), NO_IDS).sample(logits)
+    plain = Sampler(SamplingOptions(temperature=0, logprobs=3), NO_IDS).sample(logits)
     worst = int(logits.argmin())
-    options = SamplingOptions(logprobs=3, logit_bias={worst: 100, plain.token_id: -100})
+    options = SamplingOptions(
+        temperature=0, logprobs=3, logit_bias={worst: 100, plain.token_id: -100}
+    )
     sample = Sampler(options, NO_IDS).sample(logits)
     assert sample.token_id == worst
     assert sample.top_logprobs == plain.top_logprobs
@@ -268,7 +270,7 @@ def test_penalties_are_by_what_was_said(penalties: Any, expected: list[int]) -> 
 
 def test_logprobs_are_the_models_own_under_penalties() -> None:
     logits = np.array([3, 2.5, 1], np.float32)
-    sampler = Sampler(SamplingOptions(presence_penalty=2.0, logprobs=1), NO_IDS)
+    sampler = Sampler(SamplingOptions(temperature=0, presence_penalty=2.0, logprobs=1), NO_IDS)
     first, second = sampler.sample(logits), sampler.sample(logits)
     assert [first.token_id, second.token_id] == [0, 1]
     exact = logits - np.log(np.exp(logits.astype(np.float64)).sum())
@@ -394,7 +396,12 @@ def test_reserved_ids_are_unused_specials_and_padding() -> None:
 
 @pytest.mark.parametrize(
     ("options", "scale"),
-    [({}, 0.0), ({"temperature": 0.5}, 2.0), ({"temperature": 9, "top_k": 1}, 0)],
+    [
+        ({"temperature": 0}, 0.0),
+        ({}, 1.0),
+        ({"temperature": 0.5}, 2.0),
+        ({"temperature": 9, "top_k": 1}, 0),
+    ],
 )
 def test_options_that_a_device_takes(options: dict[str, Any], scale: float) -> None:
     sampler, again = (Sampler(SamplingOptions(seed=0, **options), NO_IDS) for _ in range(2))

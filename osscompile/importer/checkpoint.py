@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..runtime.sampling_options import Sampling
 from .config import ModelConfig
 
 
@@ -45,11 +46,14 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class Opened:
     """A checkpoint of any form. `tokenizer` is the path of a tokenizer.json, its bytes where the
-    form has none, or None; `generation` holds generation_config.json, or what stands for it."""
+    form has none, or None; `generation` holds generation_config.json, or what stands for it;
+    `sampling` is what it says of sampling; `chat_template` is a text of jinja, or None."""
 
     source: Source
     tokenizer: Path | bytes | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
+    chat_template: str | None = None
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:

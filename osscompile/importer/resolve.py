@@ -6,21 +6,22 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from ..errors import CheckpointError
 from ..runtime.errors import ArtifactError
+from ..runtime.manifest import CHAT_TEMPLATE
 from ..runtime.tokenizer import Tokenizer
-from .checkpoint import Source
+from .checkpoint import Opened
 from .forms import open_checkpoint
 from .forms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapter
 from .forms.assemble import FormSource
 from .forms.huggingface import check_metadata
 from .forms.ollama import find_in_store
 from .forms.shards import INDEX
+from .generation import GENERATION, TOKENIZER_CONFIG
 from .synthetic import synthetic_source
 
 NANO_CHECKPOINT = Path(__file__).parent.parent / "nano" / "checkpoint"
@@ -34,9 +35,10 @@ HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 METADATA_FILES = [
     "config.json",
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
+    CHAT_TEMPLATE,
     INDEX,
     ADAPTER_CONFIG,
 ]
@@ -45,17 +47,10 @@ WEIGHT_FILES = ["model*.safetensors"]
 SUBFOLDERS = ["*/*"]
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A model ready to compile.
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Opened):
+    """A model ready to compile; `name` is fit for a file name."""
 
-    `tokenizer` is the path of a tokenizer.json, its bytes, or None; `generation` holds
-    generation_config.json; `name` is fit for a file name.
-    """
-
-    source: Source
-    tokenizer: Path | bytes | None
-    generation: dict[str, Any]
     name: str
 
 
@@ -80,7 +75,7 @@ def _resolve(model: str | Path) -> Resolved:
         return _from_path(NANO_CHECKPOINT, "nano")
     if isinstance(model, str) and model.startswith(SYNTHETIC):
         name = model.removeprefix(SYNTHETIC)
-        return Resolved(synthetic_source(name), None, {}, f"synthetic-{name}")
+        return Resolved(synthetic_source(name), name=f"synthetic-{name}")
     path = os.path.expanduser(model)  # os.path, because pathlib raises on names too long or odd
     if os.path.exists(path):
         name = Path(path).resolve().name.removesuffix(".gguf")
@@ -104,7 +99,7 @@ def _from_path(path: Path, name: str) -> Resolved:
     opened = open_checkpoint(path)
     _check_tokenizer(opened.tokenizer)
     printable = "".join(c if c.isprintable() else "_" for c in name)  # as in a manifest
-    return Resolved(opened.source, opened.tokenizer, opened.generation, printable)
+    return Resolved(**vars(opened), name=printable)
 
 
 def _check_tokenizer(tokenizer: Path | bytes | None) -> None:

@@ -128,7 +128,7 @@ def bench(
     start = time.perf_counter()
     model = load(artifact)
     load_seconds = time.perf_counter() - start
-    next(model.generate(ids[:FIRST_PROMPT], max_tokens=1))
+    next(model.generate(ids[:FIRST_PROMPT], max_tokens=1, temperature=0))
     first_token_seconds = time.perf_counter() - start
 
     prefill = {}
@@ -240,7 +240,7 @@ def _time_prefill(model: Model, ids: list[int]) -> Timing:
 def _time_decode(model: Model, ids: list[int], reader: Reader | None) -> tuple[Timing, list[float]]:
     """Single steps, without sampling but where the device chooses the token; and bytes a second
     that `reader` read between them."""
-    sampler = Sampler(SamplingOptions(), model._reserved)
+    sampler = Sampler(SamplingOptions(temperature=0), model._reserved)
     seconds, bandwidths = [], []
     others = OtherProcesses()
     for token in ids:
@@ -287,7 +287,8 @@ def _outside_share(model: Model, ids: list[int]) -> float | None:
     shares: list[float] = []
     with _inside(model._device) as inside:
         for token in ids[:STREAMS]:
-            stream = model.generate([token], max_tokens=1 + DECODE_STEPS - len(shares))
+            count = 1 + DECODE_STEPS - len(shares)
+            stream = model.generate([token], max_tokens=count, temperature=0)
             next(stream)
             inside.clear()
             start = time.perf_counter()

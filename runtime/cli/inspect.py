@@ -40,6 +40,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
             ("layers", f"{len(manifest.sliding)}, {sum(manifest.sliding)} of them sliding"),
             ("context", f"{manifest.context} positions, prefill in {manifest.chunk}"),
             ("vocabulary", f"{manifest.vocab_size} ids"),
+            ("sampling", ", ".join(f"{n} {v:g}" for n, v in vars(manifest.sampling).items())),
         ]
     )
     print("\nvariants, best first" + (": none runs here" if by_system and here is None else ""))

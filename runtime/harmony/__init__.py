@@ -3,6 +3,7 @@
 from .events import Arguments, Finish, Piece, Reasoning, Text, ToolCall, as_messages
 from .parse import AnswerParser, stop_ids, stream_answer
 from .render import IDENTITY, render_chat
+from .template import begun_answer, render_template
 
 __all__ = [
     "IDENTITY",
@@ -14,7 +15,9 @@ __all__ = [
     "Text",
     "ToolCall",
     "as_messages",
+    "begun_answer",
     "render_chat",
+    "render_template",
     "stop_ids",
     "stream_answer",
 ]

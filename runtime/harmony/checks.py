@@ -30,8 +30,16 @@ def read_text(where: str, value: object) -> str | None:
     return value
 
 
+def need_text(where: str, value: object) -> str:
+    """The same where there must be one."""
+    text = read_text(where, value)
+    if text is None:
+        raise InputError(f"{where}: expected text, found None")
+    return text
+
+
 def read_json(where: str, value: object) -> Any:
-    """The same in JSON's own types, e.g. a tuple as a list."""
+    """A value in JSON's own types, e.g. a tuple as a list."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()

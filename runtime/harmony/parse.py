@@ -23,7 +23,8 @@ def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 class AnswerParser:
-    """Reads the ids of an answer as they come; the prompt ended with `<|start|>assistant`.
+    """Reads the ids of an answer as they come; the prompt ended with `<|start|>assistant`, and
+    perhaps had the beginning of the answer after it: `begun`, of which nothing is told.
 
     Whatever the model says is read without an error, and none of its text is left out. What is a
     header, and what is text, may be uncertain: such tokens are held back until `<|message|>`, the
@@ -40,7 +41,7 @@ class AnswerParser:
     next.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, begun: Iterable[int] = ()) -> None:
         self.ended = False
         self._decoder = StreamDecoder(tokenizer)
         self._special_names = {id: name for name, id in tokenizer.special.items()}
@@ -49,6 +50,8 @@ class AnswerParser:
         self._num_held = 0
         self._num_tokens = self._num_reasoning = self._num_untold = 0
         self._begin_header("assistant")
+        for token_id in begun:
+            self._read(token_id)
 
     @property
     def usage(self) -> Usage:
@@ -210,11 +213,12 @@ def stream_answer(
     tokenizer: Tokenizer,
     more_stops: Set[int] = frozenset(),
     stop: tuple[str, ...] = (),
+    begun: Iterable[int] = (),
 ) -> Iterator[Piece]:
     """What the ids of an answer tell (see AnswerParser), until it ends; no more are taken then.
     more_stops: ids that end it beside the format's own; stop: strings that end it where text on
     channel final has one, which is not told."""
-    parser = AnswerParser(tokenizer)
+    parser = AnswerParser(tokenizer, begun)
     search = StopSearch(stop)
     for piece in _read_all(parser, token_ids, more_stops):
         if isinstance(piece, Text) and piece.channel == "final":

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import InputError
 from ..tokenizer import Tokenizer
-from .checks import read_text
+from .checks import need_text
 from .messages import Message, read_messages
 from .tools import functions_text, read_builtin_tools, read_tools, response_format_text
 from .typescript import Namespace, tools_text
@@ -50,16 +50,13 @@ def render_chat(
 
     Raises InputError for messages or options of another form.
     """
-    if reasoning not in REASONING_EFFORTS:
-        raise InputError(
-            f"reasoning: expected one of {', '.join(REASONING_EFFORTS)}, found {reasoning!r}"
-        )
+    check_effort(reasoning)
     about = [
-        _need_text("identity", identity),
-        f"Knowledge cutoff: {_need_text('knowledge_cutoff', knowledge_cutoff)}",
+        need_text("identity", identity),
+        f"Knowledge cutoff: {need_text('knowledge_cutoff', knowledge_cutoff)}",
     ]
     if current_date is not None:
-        about.append(f"Current date: {_need_text('current_date', current_date)}")
+        about.append(f"Current date: {need_text('current_date', current_date)}")
     functions = read_tools(tools)
     conversation = read_messages(messages, frozenset(f.name for f in functions))
     num_leading = next(
@@ -91,11 +88,12 @@ def render_messages(conversation: Sequence[Message], tokenizer: Tokenizer) -> li
     return [id for message in conversation for id in _encode_message(tokenizer, message)]
 
 
-def _need_text(name: str, value: object) -> str:
-    text = read_text(name, value)
-    if text is None:
-        raise InputError(f"{name}: expected text, found None")
-    return text
+def check_effort(reasoning: str) -> None:
+    """Raises InputError for an effort that there is not."""
+    if reasoning not in REASONING_EFFORTS:
+        raise InputError(
+            f"reasoning: expected one of {', '.join(REASONING_EFFORTS)}, found {reasoning!r}"
+        )
 
 
 def _without_past_analysis(conversation: Sequence[Message]) -> Sequence[Message]:

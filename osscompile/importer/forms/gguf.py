@@ -13,6 +13,7 @@ from ...errors import CheckpointError
 from ..checkpoint import Opened
 from ..config import ModelConfig, parse_config
 from ..encodings import ENCODINGS
+from ..generation import check_chat_template, read_sampling
 from ..stored import Stored
 from .assemble import HalfNames, Plan, assemble
 from .gguf_file import OTHER_TYPES, GgufFile, is_gguf, read_gguf
@@ -46,6 +47,7 @@ _ROPE_FIELDS = {
     "rope_type": ("rope.scaling.type", "yarn"),
 }
 _TRUNCATE = False
+_TEMPLATE = "tokenizer.chat_template"
 
 # Canonical name -> names after "blk.N."; the first that are all there count.
 _LAYER_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -80,10 +82,14 @@ def open_form(path: Path) -> Opened:
     for name in plan.names():
         _check_there(files[0].path, name, stored)
     _tell_lossy(files[0].path, plan, stored)
+    generation = generation_of(files[0])
+    template = files[0].scalar(_TEMPLATE)
     return Opened(
         assemble(config, plan, stored),
         make_tokenizer(files[0]),
-        generation_of(files[0]),
+        generation,
+        read_sampling(generation, f"{files[0].path}, metadata general.sampling.*"),
+        None if template is None else check_chat_template(template, f"{path}: {_TEMPLATE}"),
     )
 
 

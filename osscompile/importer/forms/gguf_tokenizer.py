@@ -1,4 +1,4 @@
-"""The tokenizer.json that GGUF's metadata stand for, and where generation ends."""
+"""The tokenizer.json that GGUF's metadata stand for, and the generation_config.json."""
 
 import json
 import re
@@ -25,6 +25,8 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types; the others stand for no 
 PADDING = re.compile(r"\[PAD\d+\]")
 
 EOS_KEYS = ("eos_token_id", "eot_token_id", "eos_token_ids")
+# Field of generation_config.json -> key after `general.sampling.`
+SAMPLING_KEYS = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
 
 
 def make_tokenizer(file: GgufFile) -> bytes | None:
@@ -70,13 +72,15 @@ def make_tokenizer(file: GgufFile) -> bytes | None:
 
 
 def generation_of(file: GgufFile) -> dict[str, Any]:
-    """What stands in generation_config.json: the ids that end an answer."""
+    """What stands in generation_config.json: the ids that end an answer, and how to sample."""
     ids: list[Any] = []
     for key in EOS_KEYS:
         value = file.metadata.get(f"tokenizer.ggml.{key}")
         ids += value.tolist() if isinstance(value, np.ndarray) else [value]
     ids = [id for id in ids if isinstance(id, int)]
-    return {"eos_token_id": list(dict.fromkeys(ids))} if ids else {}
+    generation = {n: file.scalar(f"general.sampling.{k}") for n, k in SAMPLING_KEYS.items()}
+    generation["eos_token_id"] = list(dict.fromkeys(ids)) or None
+    return {name: value for name, value in generation.items() if value is not None}
 
 
 def _are_strings(values: Any) -> TypeGuard[list[str]]:

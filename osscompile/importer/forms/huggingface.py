@@ -7,6 +7,7 @@ from pathlib import Path
 from ...errors import CheckpointError
 from ..checkpoint import Opened
 from ..config import ModelConfig, parse_config, read_json_object, refuse_pointer
+from ..generation import read_chat_template, read_generation
 from .assemble import HalfNames, Plan, assemble
 from .foreign import refuse_foreign_config, refuse_foreign_names
 from .shards import INDEX, open_shards, read_index
@@ -58,16 +59,16 @@ def open_form(path: Path) -> Opened:
     renamed = {name: stored[names[name]] for name in plan.names()}
     tokenizer = path / "tokenizer.json"
     refuse_pointer(tokenizer)
-    generation = path / "generation_config.json"
     return Opened(
         assemble(config, plan, renamed),
         tokenizer if tokenizer.is_file() else None,
-        read_json_object(generation) if generation.is_file() else {},
+        *read_generation(path),
+        read_chat_template(path),
     )
 
 
 def check_metadata(directory: Path) -> None:
-    """Check what can be checked without the weights: config.json and, if there is one, the index.
+    """Check what can be checked without the weights: the other files.
 
     Raises CheckpointError. A download can stop here before it fetches gigabytes of another model.
     """
@@ -75,6 +76,8 @@ def check_metadata(directory: Path) -> None:
     index = read_index(directory)
     if index is not None:
         plan_names(config, tied, _plain_names(index, directory / INDEX), directory / INDEX)
+    read_generation(directory)
+    read_chat_template(directory)
 
 
 def plan_names(config: ModelConfig, tied: bool, names: Collection[str], where: Path) -> Plan:

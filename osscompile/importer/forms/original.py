@@ -6,6 +6,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ..checkpoint import Opened
 from ..config import ModelConfig, parse_config, read_json_object
+from ..generation import read_chat_template, read_generation
 from .assemble import HalfNames, Plan, assemble
 from .shards import open_shards
 
@@ -56,11 +57,11 @@ def open_form(path: Path) -> Opened:
             )
     # The tokenizer lies with the Hugging Face files, one folder up.
     tokenizers = (path / "tokenizer.json", path.parent / "tokenizer.json")
-    generation = path.parent / "generation_config.json"
     return Opened(
         assemble(config, plan, stored),
         next((file for file in tokenizers if file.is_file()), None),
-        read_json_object(generation) if generation.is_file() else {},
+        *read_generation(path.parent),
+        read_chat_template(path.parent),
     )
 
 
