@@ -222,7 +222,7 @@ def test_end_by_a_signal_at_the_prompt_gives_back_the_terminal() -> None:
 def test_sign_of_life_before_the_first_piece() -> None:
     terminal = PseudoTerminal([*SPEAKER, "slow", "--hide-analysis"])
     terminal.wait_for("reasoning, 1 s")
-    terminal.wait_for("\r\033[K")
+    terminal.wait_for("\033[K")
     assert terminal.end() == 0
 
 
