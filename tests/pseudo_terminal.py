@@ -18,7 +18,8 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 class PseudoTerminal:
-    """`seen`: all that was shown so far. stdout or stderr may lead elsewhere."""
+    """`seen`: all that was shown so far, without what returns the cursor and asks for brackets.
+    stdout may lead elsewhere."""
 
     def __init__(
         self,
@@ -28,7 +29,8 @@ class PseudoTerminal:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._fd, end = pty.openpty()
-        self.seen, self._position = "", 0
+        self._shown, self.seen, self._position = b"", "", 0
+        self.brackets_pastes = False  # if it was told to
         self.process = subprocess.Popen(
             [str(word) for word in command],
             stdin=end,
@@ -79,6 +81,10 @@ class PseudoTerminal:
             shown = os.read(self._fd, 1 << 16)
         except OSError:  # how Linux tells it
             return False
-        text = shown.decode(errors="replace").replace("\r\n", "\n")
-        self.seen += re.sub(r"\033\[\?2004[hl]\r?", "", text)  # pastes come in brackets, or not
+        self._shown += shown
+        text = self._shown.decode(errors="ignore").replace(
+            "\r", ""
+        )  # a character may come in parts
+        self.brackets_pastes = "\033[?2004h" in text
+        self.seen = re.sub(r"\033\[\?2004[hl]", "", text)
         return bool(shown)

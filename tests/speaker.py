@@ -64,5 +64,5 @@ class Speaker:
 
 
 if __name__ == "__main__":
-    run._load = lambda artifact, arguments: Speaker()  # type: ignore[assignment, return-value]
+    run._load = lambda arguments: Speaker()  # type: ignore[assignment, return-value]
     sys.exit(cli.main(["run", "speaker.osc", *sys.argv[1:]]))

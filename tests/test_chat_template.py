@@ -191,6 +191,20 @@ def test_texts_side_by_side_make_no_special_token(tokenizer: Tokenizer, texts: l
     assert tokenizer.decode(ids) == f"{''.join(texts)}<{texts[0]}>{END}"
 
 
+@pytest.mark.parametrize(
+    ("before", "sign", "after"),
+    [("", "<", "|end|>"), ("<", "|", "end|>"), ("<|end", "|", ">"), ("<|end|", ">", "")],
+)
+def test_sign_that_would_complete_a_name(
+    tokenizer: Tokenizer, before: str, sign: str, after: str
+) -> None:
+    """At either end of the name, and within."""
+    template = f"{before}{{{{ messages[0].content }}}}{after}{END}"
+    ids = render_template(template, [user(sign)], tokenizer, current_date=DATE)
+    assert ids[-2:] == marked(tokenizer, END) and tokenizer.special["<|end|>"] not in ids
+    assert tokenizer.decode(ids) == f"<|end|>{END}"
+
+
 def test_text_with_all_noncharacters_is_refused(tokenizer: Tokenizer) -> None:
     text = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     with pytest.raises(InputError, match="noncharacters"):

@@ -87,7 +87,7 @@ def test_template_in_its_file_or_in_the_tokenizers_config(tmp_path: Path, field:
     assert read_chat_template(tmp_path) == "newer\r\n"
 
 
-@pytest.mark.parametrize("field", [[], [5], [{"name": "rag", "template": "b"}]])
+@pytest.mark.parametrize("field", [[], [5], [{"name": "rag", "template": "b"}], [{"name": [1]}]])
 def test_only_templates_for_something_else(tmp_path: Path, field: Any) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": field}))
     assert read_chat_template(tmp_path) is None
@@ -115,7 +115,7 @@ def test_template_that_cannot_be(tmp_path: Path, field: Any, message: str) -> No
     ("content", "message"),
     [
         (b"\xff", "not UTF-8"),
-        (b"a" * (MAX_TEMPLATE_BYTES + 1), "of at most 262144 bytes, found more"),
+        (b"a" + "é".encode() * MAX_TEMPLATE_BYTES, "of at most 262144 bytes, found more"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs"),
     ],
 )

@@ -48,15 +48,18 @@ def read_chat_template(folder: Path) -> str | None:
         refuse_pointer(path)
         try:
             with path.open("rb") as file:
-                text = file.read(MAX_TEMPLATE_BYTES + 1).decode()
+                content = file.read(MAX_TEMPLATE_BYTES + 1)
+            _check_size(len(content), str(path))
+            return content.decode()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path}: not UTF-8 ({error}); download the file again") from None
-        return check_chat_template(text, str(path))
     path = folder / TOKENIZER_CONFIG
     found = read_json_object(path).get("chat_template") if path.is_file() else None
     if isinstance(found, list):
-        by_name = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = by_name.get("default")
+        named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
+        found = named[0].get("template") if named else None
     return None if found is None else check_chat_template(found, f"{path}: chat_template")
 
 
@@ -65,12 +68,15 @@ def check_chat_template(text: object, where: str) -> str:
     if not isinstance(text, str):
         raise CheckpointError(f"{where}: expected a text, found {type(text).__name__}")
     try:
-        size = len(text.encode())
+        _check_size(len(text.encode()), where)
     except UnicodeEncodeError:
         raise CheckpointError(f"{where}: expected valid Unicode, found half a pair") from None
-    if size > MAX_TEMPLATE_BYTES:
+    return text
+
+
+def _check_size(num_bytes: int, where: str) -> None:
+    if num_bytes > MAX_TEMPLATE_BYTES:
         raise CheckpointError(
             f"{where}: expected a chat template of at most {MAX_TEMPLATE_BYTES} bytes, found more; "
             "remove it to compile without one"
         )
-    return text

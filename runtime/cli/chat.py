@@ -85,11 +85,12 @@ class _Chat:
             self._answer(text)
 
     def _answer(self, question: str) -> None:
-        conversation = [*self._messages, {"role": "user", "content": question}]
-        self._pending = conversation, []
+        conversation: Messages = [*self._messages, {"role": "user", "content": question}]
+        said: list[Piece] = []
+        self._pending = conversation, said
         try:
             pieces = self._model.chat(conversation, **self._options)  # type: ignore[arg-type]
-            self._view.show(pieces, self._pending[1])
+            self._view.show(pieces, said)
         except OsscompileError as error:
             self._pending = None
             self._say(f"{error}")

@@ -23,7 +23,7 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
     command.add_argument(
         "prompt",
         nargs="?",
-        help=f"{STDIN}: what is piped, which else follows it; without any of them, a chat begins",
+        help=f"{STDIN}: only what is piped, which else follows it; without a prompt, a chat begins",
     )
     command.add_argument("-f", "--file", type=Path, metavar="FILE", help="text after the prompt")
     command.add_argument("--system", metavar="TEXT", help="instructions of the developer")
@@ -50,13 +50,8 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    run_artifact(Path(arguments.artifact), arguments)
-
-
-def run_artifact(artifact: Path, arguments: argparse.Namespace) -> None:
-    """Answer the prompt that the arguments give, or chat."""
     prompt = read_prompt(arguments.prompt, arguments.file)
-    model = _load(artifact, arguments)
+    model = _load(arguments)
     options = {name: getattr(arguments, name) for name in OPTIONS}
     options = {name: value for name, value in options.items() if value is not None}
     options["reasoning"] = arguments.reasoning
@@ -77,9 +72,9 @@ def run_artifact(artifact: Path, arguments: argparse.Namespace) -> None:
         view.show(model.chat([*messages, {"role": "user", "content": prompt}], **options), [])
 
 
-def _load(artifact: Path, arguments: argparse.Namespace) -> Model:
+def _load(arguments: argparse.Namespace) -> Model:
     """Load, and tell how far the hashing of a large new copy is, which takes seconds a gigabyte."""
-    files = read_manifest(artifact).files
+    files = read_manifest(Path(arguments.artifact)).files
     total = sum(file.num_bytes for file in files.values())
     hashed = 0
 
@@ -89,7 +84,7 @@ def _load(artifact: Path, arguments: argparse.Namespace) -> Model:
         say_stage(f"verifying {hashed / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     model = load(
-        artifact,
+        arguments.artifact,
         context=arguments.context,
         kv_memory=arguments.kv_memory,
         threads=arguments.threads,

@@ -67,15 +67,13 @@ class View:
 
     def _tell_end(self, finish: Finish, pace: Pace) -> None:
         usage = finish.usage
-        if finish.reason == "length" and usage.prompt_tokens + usage.completion_tokens > (
-            self._context
-        ):
-            self._warn(
-                f"The answer is cut off: the context of {self._context} positions is full; run "
-                "with a larger --context, or /reset a chat."
-            )
+        if finish.reason == "tool_calls":
+            self._warn("The model waits for the result of a call, and no tool is run here.")
         elif finish.reason == "length":
-            self._warn("The answer is cut off by --max-tokens.")
+            is_full = usage.prompt_tokens + usage.completion_tokens > self._context
+            full = f"because the context of {self._context} positions is full: run with a larger "
+            full += "--context, or /reset a chat"
+            self._warn(f"The answer is cut off {full if is_full else 'by --max-tokens'}.")
         if self._verbose:
             self._warn(pace.describe(usage, finish.reason))
 

@@ -29,8 +29,10 @@ class Marks:
     Before a template sees it, each of the signs that names of special tokens have, as `<`, `|` and
     `>`, gets `mark` on both sides, wherever it stands in the request. What the template writes of
     its own has no marks, so a name with a mark in it was not written by the template alone: it
-    stays text, and loses the mark. This holds whatever the template cuts out or puts together. A
-    word has no marks, because templates compare words: between the signs of a template it may
+    stays text, and loses the mark. This holds whatever the template puts together and wherever it
+    cuts, unless it takes out single characters, the mark among them.
+
+    A word has no marks, because templates compare words: between the signs of a template it may
     become part of a name, as roles do in `<|{{ message.role }}|>`. Names without a sign stay text.
     """
 
