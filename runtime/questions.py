@@ -100,7 +100,7 @@ class Questions:
             response_format=response_format,
         )
         ids = self.check_ids(prompt)
-        sampling = self._sampling(options, Questions.of_messages.__kwdefaults__)
+        sampling = self._sampling(options, Questions.of_messages.__kwdefaults__ or ())
         limit = self._limit(ids, max_tokens)
         begun = begun_answer(prompt, tokenizer)
         return Question(ids, sampling, stop_ids(tokenizer), limit, tokenizer, begun)

@@ -6,12 +6,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from .generated import GeneratedToken
-from .harmony import Piece
 from .scheduler import Answer
 from .usage import Usage
 
-Told = TypeVar("Told", GeneratedToken, Piece)
+Told = TypeVar("Told")
 
 
 class Mailbox(Generic[Told]):

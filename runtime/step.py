@@ -33,7 +33,9 @@ def step_inputs(parts: Sequence[Part]) -> tuple[str, list[np.ndarray]]:
     rows = np.concatenate([_rows(part) for part in parts])
     if len(rows) in FEW and all(part.wanted == len(part.ids) for part in parts):
         return FEW[len(rows)], [rows]
-    tiles, wanted, first = [], [], 0
+    tiles: list[tuple[int, int]] = []
+    wanted: list[int] = []
+    first = 0
     for part in parts:
         end = first + len(part.ids)
         tiles += [(row, min(TILE_ROWS, end - row)) for row in range(first, end, TILE_ROWS)]

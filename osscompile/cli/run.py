@@ -34,9 +34,9 @@ def _run(arguments: argparse.Namespace) -> None:
                 f"--{option}: expected a model to compile, found {given}, which is compiled; leave "
                 "the option away, or name the model"
             )
-    artifact = compiled or _compile(arguments)
+    arguments.artifact = str(compiled or _compile(arguments))
     try:
-        run.run_artifact(artifact, arguments)
+        run.run_artifact(arguments)
     except ArtifactError as error:
         if os.path.exists(os.path.join(given, MANIFEST)):
             raise

@@ -45,11 +45,12 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
     command.add_argument("--min-p", type=float, metavar="P")
     command.add_argument("--seed", type=int, metavar="N")
     command.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-    command.set_defaults(command=_run)
+    command.set_defaults(command=run_artifact)
     return command
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def run_artifact(arguments: argparse.Namespace) -> None:
+    """Answer the prompt that the arguments give, or chat."""
     prompt = read_prompt(arguments.prompt, arguments.file)
     model = _load(arguments)
     options = {name: getattr(arguments, name) for name in OPTIONS}

@@ -37,7 +37,8 @@ def _tokens(chunks: Chunks) -> Stmt:
         chunks.column,
         chunks.extend,
     )
-    sinks, out, tiles = (chunks.buffers.get(n) for n in ("sinks", "out", "tiles"))
+    sinks, out = (chunks.buffers[n] for n in ("sinks", "out"))
+    tiles = chunks.buffers.get("tiles")
     per_tile = chunks.tile_rows // per_task  # tasks
     count = chunks.num_tokens if tiles is None else tiles.shape[0] * per_tile
 
