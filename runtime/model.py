@@ -284,7 +284,8 @@ class Model:
         for start in range(0, len(ids), self.manifest.most_wanted):
             self._check_turn(turn)
             part = ids[start : start + self.manifest.most_wanted]
-            yield self._finite(self._runner.device.numpy(self._step(part, len(part)))).copy()
+            logits = self._runner.device.numpy(self._step(part, len(part)))[: len(part)]
+            yield self._finite(logits).copy()
 
     def _answer_all(self, answers: list[Answer]) -> None:
         self._turn += 1

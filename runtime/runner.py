@@ -62,7 +62,8 @@ class Runner:
             self.chooser = Chooser(self.device, manifest.vocab_size, reserved)
 
     def step(self, rows: Sequence[Rows]) -> Any:
-        """Append tokens -> the device's logits [wanted, vocab], in order. Raises NoPages."""
+        """Append tokens -> the device's logits, of which the first are those of the wanted rows, in
+        order. Raises NoPages."""
         self._driver.check()
         parts = []
         for some in rows:
@@ -81,7 +82,7 @@ class Runner:
             options = samplers[0].device_options()
         if self.chooser is None or options is None:
             rows = self.device.numpy(logits)
-            return [sampler.sample(row) for sampler, row in zip(samplers, rows, strict=True)]
+            return [sampler.sample(row) for sampler, row in zip(samplers, rows, strict=False)]
         token, logit = self.chooser.choose(logits, options)
         check_logit(logit, token)
         return [Sample(token)]

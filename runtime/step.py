@@ -8,7 +8,7 @@ import numpy as np
 
 TILE_ROWS = 16  # consecutive positions of a sequence that attention may compute together, at most
 ANY = "step"  # of any number of rows
-FEW = {1: "step_1"}  # of exactly so many, whose logits are all wanted
+FEW = {n: f"step_{n}" for n in (1, 2, 4, 8)}  # of so many, whose logits are all wanted
 FUNCTIONS = (ANY, *FEW.values())
 
 
@@ -28,11 +28,13 @@ class Part:
 
 def step_inputs(parts: Sequence[Part]) -> tuple[str, list[np.ndarray]]:
     """The function for these rows and its inputs, int32: rows [n, 3] of (token, position, table),
-    and for any number tiles [t, 2] of (first row, rows), and wanted [w]. The logits are those of
-    the wanted rows, in order; of the last row if none is wanted."""
+    and for any number tiles [t, 2] of (first row, rows), and wanted [w]. The first logits are those
+    of the wanted rows, in order; of the last row if none is wanted. A few rows are filled up with
+    the last of them."""
     rows = np.concatenate([_rows(part) for part in parts])
-    if len(rows) in FEW and all(part.wanted == len(part.ids) for part in parts):
-        return FEW[len(rows)], [rows]
+    if len(rows) <= max(FEW) and all(part.wanted == len(part.ids) for part in parts):
+        count = next(count for count in FEW if count >= len(rows))
+        return FEW[count], [rows[np.minimum(np.arange(count), len(rows) - 1)]]
     tiles: list[tuple[int, int]] = []
     wanted: list[int] = []
     first = 0

@@ -24,7 +24,7 @@ from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import matmul, rows
 from osscompile.kernels.quantize import quantize
 from osscompile.runtime.machine import Machine
-from osscompile.runtime.step import TILE_ROWS
+from osscompile.runtime.step import FEW, TILE_ROWS
 from osscompile.schedules.formats import FP4_OFFSET, Index
 from osscompile.targets import Target
 
@@ -61,6 +61,8 @@ class Form:
 DECODE = Form("decode", 1, 1)
 PREFILL = Form("prefill", TOKENS, 21)
 FORMS = [DECODE, Form("prefill_of_one", TOKENS, 1), PREFILL]
+FEW_FORMS = [Form(f"few_{n}", n, n) for n in FEW if n > 1]
+few_forms = pytest.mark.parametrize("form", FEW_FORMS, ids=repr)
 every_form = pytest.mark.parametrize("form", FORMS, ids=repr)
 
 

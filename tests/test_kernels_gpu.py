@@ -25,6 +25,7 @@ from kernel_cases import (
     dense_q8,
     every_form,
     every_matmul,
+    few_forms,
     moe_mxfp4_sum_digits,
     moe_mxfp4_swiglu_q8,
     numbers,
@@ -60,6 +61,12 @@ GPUS = [
 def gpu(request: pytest.FixtureRequest) -> Target:
     target: Target = request.param
     return target
+
+
+@few_forms
+@every_matmul
+def test_matmul_of_a_few_rows(gpu: Target, case: Callable[..., Case], form: Form) -> None:
+    case(form).check(gpu)
 
 
 @every_form

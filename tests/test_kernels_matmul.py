@@ -20,6 +20,7 @@ from kernel_cases import (
     dequantized,
     every_form,
     every_matmul,
+    few_forms,
     int32,
     moe_mxfp4_sum_q8,
     moe_mxfp4_swiglu,
@@ -33,6 +34,12 @@ from osscompile.importer.graph import EXPERT_ROWS, TOKENS
 from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import matmul
 from osscompile.schedules.formats import Index
+
+
+@few_forms
+@every_matmul
+def test_matmul_of_a_few_rows(case: Callable[..., Case], form: Form) -> None:
+    case(form).check()
 
 
 @every_form

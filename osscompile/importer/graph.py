@@ -1,5 +1,5 @@
 """The model as one Relax module, without a target: `step`, which computes rows of any sequences,
-and `step_1`, which computes one.
+and `step_1`, `step_2` and so on, which compute so many.
 
 Both take (rows, [tiles, wanted,] tables.., caches.., weights..) and return logits; the caches are
 updated in place. `rows` [tokens, 3] int32 says of each row which token it is, at which position,
@@ -18,6 +18,7 @@ from tvm.relax import BlockBuilder, TensorType
 from tvm.tirx import PrimFunc
 
 from ..kernels import attention, choose, experts, kv_cache, matmul, quantize, rows
+from ..runtime.step import FEW
 from ..schedules.formats import BLOCK, DIGITS, FACTS, FP4_PER_WORD, INT8_PER_WORD, Index
 from .config import ModelConfig
 
@@ -63,7 +64,8 @@ def build_graph(config: ModelConfig, profile: str, context: int, chunk: int) -> 
     _emit_step(
         builder, "step", config, profile, (caches, weights), tirx.Var("tokens", "int64"), chunk
     )
-    _emit_step(builder, "step_1", config, profile, (caches, weights), 1, chunk)
+    for count, name in FEW.items():
+        _emit_step(builder, name, config, profile, (caches, weights), count, chunk)
     return Graph(builder.get(), caches, weights)
 
 
@@ -217,18 +219,24 @@ class _Layers:
 
     @property
     def kernel_tokens(self) -> Index:
+        """Of kernels that are built for each number: those that read weights, keys and values."""
         return self.tokens if isinstance(self.tokens, int) else TOKENS
+
+    @property
+    def row_tokens(self) -> Index:
+        """Of kernels that go row by row: for one there are some of its own, for few none."""
+        return 1 if isinstance(self.tokens, int) and self.tokens == 1 else TOKENS
 
     def embed(self) -> relax.Var:
         kernel = rows.embed_q8 if self.quantized else rows.embed_bf16
-        size = (self.kernel_tokens, self.config.vocab_size, self.config.hidden_size)
+        size = (self.row_tokens, self.config.vocab_size, self.config.hidden_size)
         return self._call(
             kernel(*size), [self.rows, *self._dense_weights("embed")], [self._hidden()]
         )
 
     def attention(self, i: int, x: relax.Var) -> relax.Var:
         """x + attention(norm(x)) of layer i, whose caches are extended."""
-        config, layer, tokens = self.config, f"layers.{i}", self.kernel_tokens
+        config, layer, tokens = self.config, f"layers.{i}", self.row_tokens
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         keys, values = self.variables[f"{layer}.keys"], self.variables[f"{layer}.values"]
         rope = self.variables["rope"]
@@ -253,7 +261,7 @@ class _Layers:
         keys, values = (self.builder.emit(relax.TupleGetItem(caches, j)) for j in (0, 1))
         window = config.window if config.sliding[i] else None
         mixed = self._call(
-            attention.attention(tokens, heads, kv_heads, dim, window, dtype),
+            attention.attention(self.kernel_tokens, heads, kv_heads, dim, window, dtype),
             [
                 queries,
                 keys,
@@ -276,17 +284,18 @@ class _Layers:
 
     def experts(self, i: int, x: relax.Var) -> relax.Var:
         """x + the experts of norm(x) in layer i."""
-        config, layer, tokens = self.config, f"layers.{i}", self.kernel_tokens
+        config, layer, tokens = self.config, f"layers.{i}", self.row_tokens
         hidden, inner = config.hidden_size, config.intermediate_size
         num_experts, top_k = config.num_experts, config.num_experts_per_token
         choices = (self.tokens, top_k)
         num_rows = self.tokens * top_k
         # Within the experts' kernels the number of rows is a symbol of its own.
         symbol = num_rows if isinstance(num_rows, int) else EXPERT_ROWS
+        row_symbol = num_rows if isinstance(tokens, int) else EXPERT_ROWS
 
         normed, *activation = self._norm(f"{layer}.mlp_norm", x, self.expert_activation)
         _, _, ids, weights = self._call_many(
-            matmul.route_bf16(tokens, hidden, num_experts, top_k),
+            matmul.route_bf16(self.kernel_tokens, hidden, num_experts, top_k),
             [normed, *(self.variables[f"{layer}.router.{part}"] for part in ("weight", "bias"))],
             [
                 TensorType((self.tokens, num_experts), "float32"),
@@ -306,7 +315,7 @@ class _Layers:
         )
         kind, limit = self.expert_activation, config.swiglu_limit
         gathered = self._call_many(
-            rows.gather_rows(kind, tokens, hidden, symbol),
+            rows.gather_rows(kind, tokens, hidden, row_symbol),
             [*activation, row_token],
             self._quantized_types(kind, num_rows, hidden),
         )
@@ -319,7 +328,9 @@ class _Layers:
             ],
         )
         _, out = self._call_many(
-            matmul.moe_mxfp4_sum(kind, tokens, symbol, num_experts, inner, hidden, top_k),
+            matmul.moe_mxfp4_sum(
+                kind, self.kernel_tokens, symbol, num_experts, inner, hidden, top_k
+            ),
             [*act, *self._expert_weights(f"{layer}.down"), row_expert, slots, weights, x],
             [TensorType((num_rows, hidden), "float32"), self._hidden()],
         )
@@ -337,7 +348,7 @@ class _Layers:
     def _norm(self, name: str, x: relax.Var, kind: str | None) -> list[relax.Var]:
         """The normed x, float32, and if there is a `kind`, what `quantized` makes of it."""
         size, weight = self.config.hidden_size, self.variables[f"{name}.weight"]
-        shape = (self.kernel_tokens, size, self.config.norm_eps)
+        shape = (self.row_tokens, size, self.config.norm_eps)
         if kind is None:
             return [self._call(rows.rms_norm(*shape), [x, weight], [self._hidden()])]
         types = [self._hidden(), *self._quantized_types(kind, self.tokens, size)]
