@@ -79,7 +79,7 @@ from osscompile.runtime.requantised import (
 from osscompile.runtime.safetensors import map_tensors
 from osscompile.runtime.sampler import Sampler
 from osscompile.runtime.sampling_options import Sampling, SamplingOptions
-from osscompile.runtime.step import FUNCTIONS
+from osscompile.runtime.step import FEW, FUNCTIONS
 from osscompile.runtime.tokenizer import Tokenizer
 
 MODEL = dataclasses.replace(TINY, num_layers=2, sliding=(True, False))
@@ -224,7 +224,10 @@ def small_programs() -> dict[str, Program]:
     symbols = {"tokens": 16, "tiles": 16, "wanted_rows": 16}
     return {
         "step": Program(sizes, (many, few), symbols, INPUTS["step"], 1, ("wanted_rows", vocab)),
-        "step_1": Program(sizes, (one,), {}, INPUTS["step_1"], 1, (1, vocab)),
+        **{
+            name: Program(sizes, (one,), {}, INPUTS[name], 1, (count, vocab))
+            for count, name in FEW.items()
+        },
         "choose": Program((64, 8), (), {}, INPUTS["choose"], 1, (1, 2)),
     }
 
