@@ -30,6 +30,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     context = manifest.context if arguments.context is None else arguments.context
     if not 1 <= context <= manifest.context:
         raise InputError(f"context: expected 1 to {manifest.context}, found {context}")
+    needed = memory_bytes(manifest, context, arguments.kv_memory)
     by_system = manifest.system != ANY
     here = manifest.variant_here() if by_system else None  # a device is asked when it is used
     machine = (
@@ -56,7 +57,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
         ]
     )
     print(f"\nmemory at {context} positions")
-    needed = memory_bytes(manifest, context, arguments.kv_memory)
     rows = [*needed.items(), ("total", sum(needed.values()))]
     print_table([(f"  {name}", f"{size / 1e6:,.1f} MB") for name, size in rows])
     _print_requantised(Path(arguments.artifact), manifest, arguments.layers)
