@@ -61,6 +61,7 @@ def open_model(
     sequences: int = 1,
 ) -> "Model":
     """As `load`; with room for several `sequences` at once."""
+    driver()  # first, because where a process ends nothing else works either
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"artifact: expected the path of a folder, found {path!r}")
     threads = None if threads is None else whole_number("threads", threads)

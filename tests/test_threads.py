@@ -145,6 +145,49 @@ def test_the_process_ends_while_a_thread_computes(talker: Path, tmp_path: Path) 
     run_python(LEFT, talker, cwd=tmp_path)
 
 
+LATE = """
+import atexit, sys
+uses = []
+atexit.register(lambda: [attempt(use) for use in uses])
+from osscompile.runtime import Engine, OsscompileError, load
+
+def attempt(use):
+    try:
+        use()
+    except OsscompileError as error:
+        print(str(error).split(",")[0])
+
+class Late:  # an object of a module, whose names with an underscore go first
+    artifact = sys.argv[1]
+
+    def __del__(self):
+        attempt(lambda: load(self.artifact))
+
+_late = Late()
+if sys.argv[2] == "loaded":
+    model, engine = load(sys.argv[1]), Engine(sys.argv[1])
+    stream = model.generate([1, 2, 3])
+    next(stream)
+    answer = engine.submit([1, 2, 3], max_tokens=200)
+    uses += [model.forget, lambda: next(stream), lambda: load(sys.argv[1])]
+    uses += [lambda: engine.submit([1]), lambda: list(answer)]
+"""
+ENDS = "model: expected a call before the end of the process"
+CLOSED = "engine: expected one that is open", "engine: it was closed before the answer ended"
+
+
+@pytest.mark.parametrize(
+    ("before", "told"), [("loaded", [ENDS, ENDS, ENDS, *CLOSED, ENDS]), ("nothing", [ENDS])]
+)
+def test_calls_at_the_end_of_the_process(
+    talker: Path, tmp_path: Path, before: str, told: list[str]
+) -> None:
+    """An exit handler that was registered first runs last, and finalizers after it: the thread that
+    would serve them has ended."""
+    result = run_python(LATE, talker, before, cwd=tmp_path, timeout=60)
+    assert (result.stdout.splitlines(), result.stderr) == (told, "")
+
+
 def test_more_threads_than_can_run(talker: Path, model: Model) -> None:
     most = usable_threads()
     with pytest.warns(UserWarning, match=f"threads: expected at most {most}.*, found 1000"):
