@@ -15,13 +15,14 @@ from ..runtime.errors import ArtifactError
 from ..runtime.manifest import CHAT_TEMPLATE
 from ..runtime.tokenizer import Tokenizer
 from .checkpoint import Opened
+from .config import has_file
 from .forms import open_checkpoint
 from .forms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapter
 from .forms.assemble import FormSource
 from .forms.huggingface import check_metadata
 from .forms.ollama import find_in_store
 from .forms.shards import INDEX
-from .generation import GENERATION, TOKENIZER_CONFIG
+from .generation import GENERATION, TOKENIZER_CONFIG, read_eos
 from .synthetic import synthetic_source
 
 NANO_CHECKPOINT = Path(__file__).parent.parent / "nano" / "checkpoint"
@@ -60,9 +61,10 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved(Opened):
-    """A model ready to compile; `name` is fit for a file name."""
+    """A model ready to compile; `name` is fit for a file name, `eos_token_ids` end a text."""
 
     name: str
+    eos_token_ids: tuple[int, ...] = ()
 
 
 def resolve_model(model: str | Path, adapters: Sequence[str | Path] = ()) -> Resolved:
@@ -97,8 +99,8 @@ def find_model(model: str | Path) -> Found:
         return Found("nano", NANO_CHECKPOINT)
     if isinstance(model, str) and model.startswith(SYNTHETIC):
         return Found(model.replace(":", "-"))
-    path = os.path.expanduser(model)  # os.path, because pathlib raises on names too long or odd
-    if os.path.exists(path):
+    path = _expanded(model)
+    if os.path.exists(path):  # os.path, because pathlib raises on names too long or odd
         return Found(Path(path).resolve().name.removesuffix(".gguf"), Path(path))
     blob = find_in_store(model) if isinstance(model, str) else None
     if blob is not None:
@@ -109,11 +111,16 @@ def find_model(model: str | Path) -> Found:
 
 
 def find_adapter(adapter: str | Path) -> Found:
-    """Where an adapter is: a folder here, or an id."""
-    path = Path(os.path.expanduser(adapter))
-    if not os.path.isdir(path) and isinstance(adapter, str) and HUGGING_FACE_ID.fullmatch(adapter):
+    """Where an adapter is: a folder here, or an id. Raises AbsentError for a name that is none."""
+    path = _expanded(adapter)
+    if os.path.isdir(path):
+        return Found(Path(path).name, Path(path))
+    if isinstance(adapter, str) and HUGGING_FACE_ID.fullmatch(adapter):
         return Found(adapter.rsplit("/", 1)[1], repo_id=adapter)
-    return Found(path.name, path)
+    raise AbsentError(
+        f"adapters: expected a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, as PEFT saves "
+        f"LoRA adapters, or the id of one on Hugging Face, found {str(adapter)!r:.200}"
+    )
 
 
 def find_revision(repo_id: str, online: bool) -> str | None:
@@ -129,15 +136,24 @@ def find_revision(repo_id: str, online: bool) -> str | None:
         return None
 
 
+def _expanded(name: str | Path) -> str:
+    try:
+        return os.path.expanduser(os.fspath(name))
+    except ValueError:  # a zero byte in the name of a user
+        return os.fspath(name)
+
+
 def _from_path(path: Path, name: str) -> Resolved:
     opened = open_checkpoint(path)
-    _check_tokenizer(opened.tokenizer)
+    vocab_size = opened.source.config.vocab_size
+    _check_tokenizer(opened.tokenizer, vocab_size)
+    eos_token_ids = read_eos(opened.generation, vocab_size, str(path))
     printable = "".join(c if c.isprintable() else "_" for c in name)  # as in a manifest
-    return Resolved(**vars(opened), name=printable)
+    return Resolved(**vars(opened), name=printable, eos_token_ids=eos_token_ids)
 
 
-def _check_tokenizer(tokenizer: Path | bytes | None) -> None:
-    """Refuse here what the runtime would refuse, before any kernel is built."""
+def _check_tokenizer(tokenizer: Path | bytes | None, vocab_size: int) -> None:
+    """Refuse here what the runtime would refuse, or could not use, before any kernel is built."""
     if tokenizer is None:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -145,9 +161,14 @@ def _check_tokenizer(tokenizer: Path | bytes | None) -> None:
             content, tokenizer = tokenizer, Path(folder) / "tokenizer.json"
             tokenizer.write_bytes(content)
         try:
-            Tokenizer(tokenizer)
+            size = Tokenizer(tokenizer).vocab_size
         except ArtifactError as error:
             raise CheckpointError(str(error)) from error
+    if size > vocab_size:
+        raise CheckpointError(
+            f"tokenizer: expected ids below {vocab_size}, the model's vocab_size, found up to "
+            f"{size - 1}; use the tokenizer.json of this checkpoint"
+        )
 
 
 def _from_hub(repo_id: str) -> Resolved:
@@ -155,9 +176,9 @@ def _from_hub(repo_id: str) -> Resolved:
     directory = _fetch(repo_id, METADATA_FILES)
     try:
         if (directory / "config.json").exists():
-            check_metadata(directory)  # another model stops here, not after its gigabytes
+            config = check_metadata(directory)  # another model stops here, not after gigabytes
             tokenizer = directory / "tokenizer.json"
-            _check_tokenizer(tokenizer if tokenizer.is_file() else None)
+            _check_tokenizer(tokenizer if has_file(tokenizer) else None, config.vocab_size)
         elif not (directory / ADAPTER_CONFIG).exists():
             raise CheckpointError(
                 f"{repo_id}: expected a config.json in the repository, found none; if it holds "
