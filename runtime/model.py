@@ -12,6 +12,7 @@ from .arguments import whole_number
 from .artifact import Artifact, open_artifact
 from .devices.driver import driver
 from .errors import ArtifactError, InputError
+from .fields import MAX_NUMBER
 from .generated import GeneratedToken
 from .harmony import IDENTITY, Piece
 from .machine import choose_threads
@@ -64,12 +65,16 @@ def open_model(
     driver()  # first, because where a process ends nothing else works either
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"artifact: expected the path of a folder, found {path!r}")
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress: expected a function of a number of bytes, found {progress!r}")
     threads = None if threads is None else whole_number("threads", threads)
     artifact = open_artifact(path, verify, progress, variant)
     limit = artifact.manifest.context
     context = limit if context is None else whole_number("context", context, limit)
     if kv_memory is not None:
         kv_memory = whole_number("kv_memory", kv_memory)
+        if kv_memory > MAX_NUMBER:
+            raise InputError(f"kv_memory: expected at most {MAX_NUMBER} bytes, found more")
     sequences, most = whole_number("sequences", sequences), artifact.manifest.most_wanted
     if sequences > most:
         raise InputError(f"sequences: expected at most {most}, found {sequences}")

@@ -144,3 +144,12 @@ def test_bundle_and_dump_to_places_that_cannot_be_written(
 def _total(text: str) -> float:
     line = next(line for line in text.splitlines() if line.strip().startswith("total"))
     return float(line.split()[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("size", ["1e300", "1e400", "281475", "0", "-1", "nan", "inf", "x"])
+def test_memory_that_cannot_be(
+    nano_artifact: Path, size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", str(nano_artifact), f"--kv-memory={size}"])
+    assert f"expected gigabytes, above 0 to 281474, found '{size}'" in capsys.readouterr().err

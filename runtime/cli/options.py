@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from ..fields import MAX_NUMBER
+
 
 def add_kv_memory(command: argparse.ArgumentParser) -> None:
     command.add_argument(
@@ -15,9 +17,10 @@ def add_kv_memory(command: argparse.ArgumentParser) -> None:
 
 def _bytes_of_gigabytes(text: str) -> int:
     try:
-        number = float(text)
+        number = float(text) * 1e9
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected gigabytes above 0, found {text!r}")
-    return int(number * 1e9)
+    if not 0 < number <= MAX_NUMBER:
+        most = MAX_NUMBER // 10**9
+        raise argparse.ArgumentTypeError(f"expected gigabytes, above 0 to {most}, found {text!r}")
+    return int(number)
