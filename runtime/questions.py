@@ -47,8 +47,7 @@ class Questions:
 
     def __init__(self, artifact: Artifact, context: int) -> None:
         self._manifest, self._context = artifact.manifest, context
-        path = artifact.tokenizer
-        self.tokenizer = Tokenizer(path) if path is not None else None
+        self.tokenizer = artifact.read_tokenizer()
         self._template = artifact.read_chat_template()
         self.reserved = np.empty(0, np.int64)  # ids that are never chosen
         self._stops = frozenset(self._manifest.eos_token_ids)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +74,13 @@ def resolve_model(model: str | Path, adapters: Sequence[str | Path] = ()) -> Res
     PEFT, or ids of them. Raises CheckpointError if nothing is found, the download fails (both
     AbsentError), or the checkpoint is not a complete gpt-oss.
     """
+    try:
+        return _resolve(model, adapters)
+    except OSError as error:
+        raise _unreadable(model, error) from error
+
+
+def _resolve(model: str | Path, adapters: Sequence[str | Path]) -> Resolved:
     found = find_model(model)
     if found.path is not None:
         resolved = _from_path(found.path, found.name)
@@ -94,13 +100,13 @@ def resolve_model(model: str | Path, adapters: Sequence[str | Path] = ()) -> Res
 
 def find_model(model: str | Path) -> Found:
     """Where a model is that the user names; nothing of it is read or fetched. Raises AbsentError
-    for a name that is none."""
+    for a name that is none, CheckpointError for a place that may not be looked at."""
     if model == "nano":
         return Found("nano", NANO_CHECKPOINT)
     if isinstance(model, str) and model.startswith(SYNTHETIC):
         return Found(model.replace(":", "-"))
     path = _expanded(model)
-    if os.path.exists(path):  # os.path, because pathlib raises on names too long or odd
+    if _is_there(path):
         return Found(Path(path).resolve().name.removesuffix(".gguf"), Path(path))
     blob = find_in_store(model) if isinstance(model, str) else None
     if blob is not None:
@@ -113,7 +119,7 @@ def find_model(model: str | Path) -> Found:
 def find_adapter(adapter: str | Path) -> Found:
     """Where an adapter is: a folder here, or an id. Raises AbsentError for a name that is none."""
     path = _expanded(adapter)
-    if os.path.isdir(path):
+    if _is_there(path) and os.path.isdir(path):
         return Found(Path(path).name, Path(path))
     if isinstance(adapter, str) and HUGGING_FACE_ID.fullmatch(adapter):
         return Found(adapter.rsplit("/", 1)[1], repo_id=adapter)
@@ -143,6 +149,24 @@ def _expanded(name: str | Path) -> str:
         return os.fspath(name)
 
 
+def _is_there(path: str) -> bool:
+    """False also for names that are too long or odd."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _unreadable(model: str | Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{model}: expected a checkpoint that can be read, found: {error}; check the permissions "
+        "of its folder and files"
+    )
+
+
 def _from_path(path: Path, name: str) -> Resolved:
     opened = open_checkpoint(path)
     vocab_size = opened.source.config.vocab_size
@@ -156,14 +180,13 @@ def _check_tokenizer(tokenizer: Path | bytes | None, vocab_size: int) -> None:
     """Refuse here what the runtime would refuse, or could not use, before any kernel is built."""
     if tokenizer is None:
         return
-    with tempfile.TemporaryDirectory() as folder:
+    try:
         if isinstance(tokenizer, bytes):
-            content, tokenizer = tokenizer, Path(folder) / "tokenizer.json"
-            tokenizer.write_bytes(content)
-        try:
+            size = Tokenizer(Path("tokenizer.json"), tokenizer).vocab_size
+        else:
             size = Tokenizer(tokenizer).vocab_size
-        except ArtifactError as error:
-            raise CheckpointError(str(error)) from error
+    except ArtifactError as error:
+        raise CheckpointError(str(error)) from error
     if size > vocab_size:
         raise CheckpointError(
             f"tokenizer: expected ids below {vocab_size}, the model's vocab_size, found up to "

@@ -123,9 +123,9 @@ def read_programs(artifact: Artifact) -> dict[str, Program]:
     """The program of every function; ArtifactError if they cannot be programs of this artifact."""
     file, manifest = artifact.programs, artifact.manifest
     try:
-        functions = json.loads(file.read_text(encoding="utf-8"))
+        functions = json.loads(artifact.contents[file.name].decode())
         return {name: _program(name, functions[name], manifest) for name in INPUTS}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"{file}: expected programs, found a problem with {error}; the artifact is damaged: "
             "copy it again, or compile the model again"
