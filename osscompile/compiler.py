@@ -32,6 +32,7 @@ from .options import adapters_option, names_option, path_option, whole_number
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
+from .tuning.watched_records import WatchedRecords
 from .runtime.artifact import hash_file, mark_verified
 from .runtime.manifest import (
     CHAT_TEMPLATE,
@@ -227,6 +228,8 @@ def _build_libraries(
     for machine, records in zip(machines, constants, strict=True):
         phases = dump / machine.variant if dump is not None else None
         lowered.append(run_passes(module, machine, passes, phases, SHARED_PASSES, records))
+        if isinstance(records, WatchedRecords):
+            records.warn_of_unused()
     libraries = [folder / machine.library for machine in machines]
     with worker_threads(os.cpu_count() or 1) as pool:  # LLVM works without Python's lock
         try:

@@ -363,7 +363,7 @@ def test_type_of_a_property(tokenizer: Tokenizer, schema: Any, text: str) -> Non
         *(
             (
                 {"tools": [function("f", "", a={"items": {key: value}})]},
-                rf"function\.parameters\.properties\.a\.items\.{place}: expected {expected}, found ",
+                rf"parameters\.properties\.a\.items\.{place}: expected {expected}, found ",
             )
             for key, value, place, expected in (
                 ("type", 5, "type", "names"),

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 
 from ..fields import MAX_NUMBER
 
@@ -13,6 +14,19 @@ def add_kv_memory(command: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="of keys and values (default: what the context needs)",
     )
+
+
+def utf8_text(text: str) -> str:
+    """An argument; bytes of which the locale makes no text are taken for UTF-8."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"expected UTF-8 text, found {text!a}") from None
 
 
 def _bytes_of_gigabytes(text: str) -> int:

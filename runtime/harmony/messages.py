@@ -42,7 +42,7 @@ def read_messages(
 
     - role: system, developer, user, assistant or tool; name: of who speaks, without blanks (that of
       a system or developer message is left out);
-    - content: text, or a list of parts {"type": "text", "text": ...}; an assistant's may be None, or
+    - content: text, or a list of parts {"type": "text", "text": ...}; an assistant's may be None or
       without parts, where something else was said;
     - assistant: reasoning (also as reasoning_content or thinking), tool_calls, refusal; channel: of
       the content, or of the calls if there is none (default: final, and commentary before calls);
