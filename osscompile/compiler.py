@@ -32,7 +32,6 @@ from .options import adapters_option, names_option, path_option, whole_number
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
-from .tuning.watched_records import WatchedRecords
 from .runtime.artifact import hash_file, mark_verified
 from .runtime.manifest import (
     CHAT_TEMPLATE,
@@ -52,6 +51,7 @@ from .schedules.records import Records
 from .targets import Target, TargetError
 from .threads import worker_threads
 from .tuning.records import records_of_compile
+from .tuning.watched_records import WatchedRecords
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 
 # By what executes the artifact: how kernels are lowered for it, and what makes its library.

@@ -10,9 +10,7 @@ from .version import __version__
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=f"python -m {__package__}", description="Run compiled gpt-oss models."
-    )
+    parser = Parser(prog=f"python -m {__package__}", description="Run compiled gpt-oss models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in (add_run, add_inspect, add_bench):

@@ -130,19 +130,15 @@ def test_messages_that_cannot_be_written(nano_artifact: Path, tmp_path: Path) ->
     """The result is what counts: stages, bars, warnings and errors are dropped."""
     if not Path("/dev/full").exists():
         pytest.skip("the system has no full device")
-    output, records = tmp_path / "out", tmp_path / "records.json"
+    output = tmp_path / "out"
     variants = f"--variants {VARIANTS_HERE[0]}" if VARIANTS_HERE else ""
     for command in (
-        f"compile synthetic:tiny -o '{output}' --context 64 {variants}",
-        f"bench '{nano_artifact}' --prefill 999999,16 --decode 0",
-        f"tune --model synthetic:tiny --profile exact --trials 1 --emit '{tmp_path / 'work'}'",
-        f"tune --measure '{tmp_path / 'work'}'",
-        f"tune --ingest '{tmp_path / 'work'}' --output '{records}'",
+        f"compile synthetic:tiny -o '{output}' --context 64 {variants}",  # a warning and a bar
         f"run '{nano_artifact}' 'What is 17 + 25?' --verbose",
     ):
         result = shell(f"osscompile {command} 2> /dev/full")
         assert result.returncode == 0 and result.stdout, command
-    assert (output / "manifest.json").exists() and records.exists()
+    assert (output / "manifest.json").exists()
     result = shell(f"osscompile inspect '{tmp_path}' 2> /dev/full")
     assert (result.returncode, result.stdout) == (1, b"")
 
@@ -152,7 +148,12 @@ def test_text_in_any_locale(nano_artifact: Path, locale: str) -> None:
     options = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     run = f"osscompile run '{nano_artifact}'"
     assert shell(f"{run} 'é 17 + 25?' --system 'ü' --stop 'é'", **options).returncode == 0
-    for wrong in (rb"'\xff'", rb"hi --system '\xff'", rb"hi --identity '\xff'", rb"hi --stop '\xff'"):
+    for wrong in (
+        rb"'\xff'",
+        rb"hi --system '\xff'",
+        rb"hi --identity '\xff'",
+        rb"hi --stop '\xff'",
+    ):
         line = wrong.replace(rb"\xff", b"\xff").decode(errors="surrogateescape")
         result = shell(f"{run} {line}", **options)
         assert result.returncode == 2
@@ -160,7 +161,7 @@ def test_text_in_any_locale(nano_artifact: Path, locale: str) -> None:
 
 
 def test_characters_that_the_terminal_does_not_have(nano_artifact: Path, tmp_path: Path) -> None:
-    """Of an answer as of a path: what it has is printed, the others are question marks."""
+    """In an answer as in a path, what it has is printed; the others are question marks."""
     odd = tmp_path / "\udcff\u2603.osc"
     shutil.copytree(nano_artifact, odd)
     reseal(odd, lambda manifest: manifest.update(model="sn\u2603w"))

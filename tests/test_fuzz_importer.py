@@ -309,14 +309,14 @@ def test_tokenizer(folder: Path, edits: Any) -> None:
 
 
 def json_damage(edits: Any) -> Callable[[bytes], bytes]:
-    """Of the two kinds of edits, byte by byte or value by value."""
+    """What makes edits of either kind, byte by byte or value by value."""
     if isinstance(edits[0][0], float):
         return lambda data: damaged(data, edits, len(data))
     return lambda data: damaged_json(data.decode(), edits)
 
 
 def byte_edits(edits: Any) -> Any:
-    """Of edits to JSON, places in a file."""
+    """Places in a file, made of edits to JSON."""
     if isinstance(edits[0][0], float):
         return edits
     return [(number / 10**6 * 0.999, ("number", 4, number)) for number, _, _ in edits]

@@ -401,7 +401,9 @@ def test_records_that_a_compile_does_not_take(
     known: list[tuple[str, str, int]] = []  # kernel, constant, its largest candidate
     for workload in collect_workloads(config, "exact", this_machine):
 
-        def note(name: str, candidates: Sequence[int], default: int, key: str = workload.key) -> int:
+        def note(
+            name: str, candidates: Sequence[int], default: int, key: str = workload.key
+        ) -> int:
             known.append((key, name, max(candidates)))
             return default
 
@@ -414,9 +416,7 @@ def test_records_that_a_compile_does_not_take(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             output = tmp_path / "out"
-            osscompile.compile(
-                "synthetic:tiny", this_machine.name, output, records=file, **options
-            )
+            osscompile.compile("synthetic:tiny", this_machine.name, output, records=file, **options)
         return [str(w.message) for w in caught if str(file) in str(w.message)]
 
     assert warnings_of({key: {knob: good}}) == warnings_of({}) == []

@@ -86,9 +86,7 @@ def test_manifest_that_may_not_be_read(closed: Path) -> None:
         stack.callback(os.seteuid, NOBODY)
         os.chmod(closed, 0o755)
         os.chmod(closed / "nano.osc" / "manifest.json", 0o600)
-    with pytest.raises(
-        ArtifactError, match=r"files that cannot be read: .*manifest\.json"
-    ) as e:
+    with pytest.raises(ArtifactError, match=r"files that cannot be read: .*manifest\.json") as e:
         osscompile.load(closed / "nano.osc")
     assert "damaged" not in str(e.value)
 

@@ -165,7 +165,7 @@ def _workplace(artifact: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def _logits(model: Model, ids: list[int], name: str, progress: bool) -> Iterator[Logits]:
-    """Of each token [vocab], with a bar."""
+    """The logits [vocab] after each token; a bar tells how far it is."""
     with tqdm(total=len(ids), unit="tok", desc=name, disable=not progress) as bar:
         for piece in model._logits_in_pieces(ids):
             yield from piece

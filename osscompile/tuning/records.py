@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CompileError
-from .watched_records import WatchedRecords
 from ..runtime.errors import TuningError
 from ..runtime.trials.files import read_plan, read_trials, write_json
 from ..schedules.records import Records, load_records, records_file, user_records_file
 from ..targets import Target
+from .watched_records import WatchedRecords
 
 LEAST_GAIN = 0.02  # share of the default's time, beyond the measured spread: less may be chance
 

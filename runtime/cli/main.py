@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class CommandParser(Parser):
-    """Of one command: options may stand before, between and after its other arguments."""
+    """The parser of one command: options may stand before, between and after other arguments."""
 
     _is_intermixing = False
 

@@ -64,7 +64,7 @@ def read_messages(
 
 @dataclass(frozen=True)
 class _Author:
-    """Of the calls in a message; channel: theirs, if it says one."""
+    """Who makes the calls in a message; channel: theirs, if it says one."""
 
     name: str | None
     channel: str | None
