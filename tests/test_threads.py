@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,30 @@ def test_a_generation_goes_on_in_another_thread(model: Model) -> None:
     with ThreadPoolExecutor(1) as pool:
         found = [pool.submit(next, stream).result().token_id for _ in range(6)]
     assert found + ids_of(stream) == expected
+
+
+@pytest.mark.parametrize("ask", ["generate", "chat"])
+def test_two_threads_in_one_generation(model: Model, ask: str) -> None:
+    """Whoever is second is told; the first goes on."""
+    prompt: Any = random_ids(30) if ask == "generate" else [{"role": "user", "content": "Hi"}]
+    expected = list(getattr(model, ask)(prompt, max_tokens=12))
+    stream: Any = getattr(model, ask)(prompt, max_tokens=12)
+    busy, free = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            pool.submit(model._driver.call, lambda: (busy.set(), free.wait()))
+            busy.wait()
+            first = pool.submit(list, stream)
+            while not stream._generator.gi_running and not first.done():
+                time.sleep(0.01)
+            for again in (stream.__next__, stream.close):
+                with pytest.raises(
+                    InputError, match="expected one thread at a time, found another"
+                ):
+                    again()
+        finally:
+            free.set()
+        assert first.result() == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
