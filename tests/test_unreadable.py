@@ -102,3 +102,13 @@ def test_name_that_cannot_be(name: str) -> None:
     for call in (osscompile.load, osscompile.compile, lambda name: kernel_folders(Path(name))):
         with pytest.raises(OsscompileError, match="expected "):
             call(name)
+
+
+def test_folder_of_one_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dense-0").mkdir()
+    (tmp_path / "dense-0" / "plan.json").write_text("{}")
+    assert kernel_folders(tmp_path) == [tmp_path / "dense-0"]
+    assert cli.main(["tune", "--measure", str(tmp_path / "dense-0")]) == 1
+    assert "found the one of a kernel; give the folder above it" in capsys.readouterr().err
+    with pytest.raises(OsscompileError, match="give the folder above it"):
+        kernel_folders(tmp_path / "dense-0")
