@@ -28,7 +28,7 @@ from .importer.graph import (
 )
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import KeptScales, weight_pieces
-from .options import names_option, path_option, whole_number
+from .options import adapters_option, names_option, path_option, whole_number
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
@@ -51,6 +51,7 @@ from .schedules.records import Records
 from .targets import Target, TargetError
 from .threads import worker_threads
 from .tuning.records import records_of_compile
+from .tuning.watched_records import WatchedRecords
 from .write import check_replaceable, staged_directory, weights_file_bytes, write_weights
 
 # By what executes the artifact: how kernels are lowered for it, and what makes its library.
@@ -71,7 +72,7 @@ def compile(
     variants: str | Iterable[str] | None = None,
     profile: str = "fast",
     context: int | None = None,
-    adapters: str | Path | Iterable[str | Path] = (),
+    adapters: str | Path | Iterable[str | Path] | None = None,
     dump: str | Path | None = None,
     prefill_chunk: int = DEFAULT_CHUNK,
     records: str | Path | None = None,
@@ -158,7 +159,7 @@ def compile(
             weights=weights,
             decode_bytes=_decode_bytes(config, weights),
             gathered=tuple(w.name for w in weights if w.name.startswith(GATHERED)),
-            eos_token_ids=_eos_token_ids(resolved),
+            eos_token_ids=resolved.eos_token_ids,
             sampling=resolved.sampling,
             files=_files(folder, weights_sha256),
         )
@@ -167,13 +168,15 @@ def compile(
     return output
 
 
-def open_model(model: str | Path, adapters: str | Path | Iterable[str | Path] = ()) -> Resolved:
+def open_model(
+    model: str | Path, adapters: str | Path | Iterable[str | Path] | None = None
+) -> Resolved:
     """What `compile` compiles. Raises CheckpointError."""
     if not isinstance(model, str | os.PathLike):
         raise CheckpointError(f"model: expected a name or a directory, found {model!r}")
-    adapters = (adapters,) if isinstance(adapters, str | os.PathLike) else tuple(adapters)
+    merged = adapters_option(adapters)
     with worker_threads(1) as pool:  # a download that is interrupted waits for its own threads
-        return pool.submit(resolve_model, model, adapters).result()
+        return pool.submit(resolve_model, model, merged).result()
 
 
 def _say(progress: bool, text: str) -> None:
@@ -225,6 +228,8 @@ def _build_libraries(
     for machine, records in zip(machines, constants, strict=True):
         phases = dump / machine.variant if dump is not None else None
         lowered.append(run_passes(module, machine, passes, phases, SHARED_PASSES, records))
+        if isinstance(records, WatchedRecords):
+            records.warn_of_unused()
     libraries = [folder / machine.library for machine in machines]
     with worker_threads(os.cpu_count() or 1) as pool:  # LLVM works without Python's lock
         try:
@@ -289,13 +294,6 @@ def _copy_tokenizer(resolved: Resolved, folder: Path) -> None:
             f"{resolved.name} has no tokenizer.json: the artifact will take token ids only",
             stacklevel=3,
         )
-
-
-def _eos_token_ids(resolved: Resolved) -> tuple[int, ...]:
-    ids = resolved.generation.get("eos_token_id", [])
-    ids = ids if isinstance(ids, list) else [ids]
-    vocab_size = resolved.source.config.vocab_size
-    return tuple(i for i in ids if isinstance(i, int) and 0 <= i < vocab_size)
 
 
 def _files(folder: Path, weights_sha256: str) -> dict[str, File]:

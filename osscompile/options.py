@@ -4,6 +4,7 @@ import operator
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .errors import CompileError
 
@@ -47,3 +48,16 @@ def names_option(name: str, value: str | Iterable[str]) -> list[str]:
     if not all(isinstance(one, str) for one in names):
         raise CompileError(f"{name}: expected names, found {value!r}")
     return names
+
+
+def adapters_option(value: object) -> tuple[str | Path, ...]:
+    """One adapter, several, or None."""
+    if value is None or isinstance(value, str | os.PathLike):
+        value = [] if value is None else [value]
+    adapters: list[Any] = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(one, str | os.PathLike) for one in adapters):
+        raise CompileError(
+            "adapters: expected folders of PEFT's LoRA adapters, or their ids on Hugging Face, "
+            f"found {value!r:.100}"
+        )
+    return tuple(one if isinstance(one, str) else Path(one) for one in adapters)

@@ -4,15 +4,13 @@ import argparse
 
 from .cli.bench import add_bench
 from .cli.inspect import add_inspect
-from .cli.main import CommandParser, end_process, run_command
+from .cli.main import CommandParser, Parser, end_process, run_command
 from .cli.run import add_run
 from .version import __version__
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}", description="Run compiled gpt-oss models."
-    )
+    parser = Parser(prog=f"python -m {__package__}", description="Run compiled gpt-oss models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in (add_run, add_inspect, add_bench):

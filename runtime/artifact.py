@@ -6,12 +6,14 @@ be checked is checked here, before a library, which is code, is loaded.
 """
 
 import hashlib
+import io
 import json
 import os
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from .manifest import (
     parse_manifest,
 )
 from .safetensors import FormatError, TensorEntry, map_tensors, read_header
+from .tokenizer import Tokenizer
 
 ALIGNMENT = 64  # bytes; kernels read aligned vectors, and an unaligned one is a crash
 PADDING = "__padding__"  # prefix of the tensors that align the others: the format forbids holes
@@ -42,12 +45,15 @@ ALWAYS_HASHED_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Artifact:
-    """A checked artifact. `weights` are mapped, in the order in which functions take them."""
+    """A checked artifact. `weights` are mapped, in the order in which functions take them;
+    `contents` are those of smaller files that a load needs. Both are of the files that were
+    hashed, whatever their names lead to by now."""
 
     path: Path
     manifest: Manifest
     variant: Variant  # whose library is to be loaded
     weights: tuple[np.ndarray, ...]
+    contents: Mapping[str, bytes]
 
     @property
     def library(self) -> Path:
@@ -57,19 +63,18 @@ class Artifact:
     def programs(self) -> Path:
         return self.path / self.variant.programs
 
-    @property
-    def tokenizer(self) -> Path | None:
-        return self.path / TOKENIZER if TOKENIZER in self.manifest.files else None
+    def read_tokenizer(self) -> Tokenizer | None:
+        """None without one. Raises ArtifactError."""
+        content = self.contents.get(TOKENIZER)
+        return None if content is None else Tokenizer(self.path / TOKENIZER, content)
 
     def read_chat_template(self) -> str | None:
         """The text of the checkpoint's own template, None without one. Raises ArtifactError."""
-        if CHAT_TEMPLATE not in self.manifest.files:
-            return None
-        file = self.path / CHAT_TEMPLATE
+        content = self.contents.get(CHAT_TEMPLATE)
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise damaged(file, "a text in UTF-8", str(error)) from None
+            return None if content is None else content.decode()
+        except UnicodeDecodeError as error:
+            raise damaged(self.path / CHAT_TEMPLATE, "a text in UTF-8", str(error)) from None
 
 
 def open_artifact(
@@ -91,31 +96,34 @@ def open_artifact(
     try:
         manifest = read_manifest(path)
         chosen = _choose_variant(path, manifest, variant, elsewhere)
-        _check_files(path, manifest, verify, progress)
-        return Artifact(path, manifest, chosen, _map_weights(path / WEIGHTS, manifest.weights))
+        needed = (TOKENIZER, CHAT_TEMPLATE, chosen.programs)
+        weights, contents = _read_files(path, manifest, needed, verify, progress)
+        return Artifact(path, manifest, chosen, weights, contents)
     except OSError as error:
-        raise ArtifactError(
-            f"{path}: expected an artifact, found files that cannot be read: {error}; check their "
-            "permissions, or copy the artifact again"
-        ) from error
+        raise _unreadable(path, error) from error
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest alone, checked for its version and integrity; any machine can read it."""
     file = path / MANIFEST
-    if not file.is_file():
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_MANIFEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # a zero byte
         raise ArtifactError(
             f"{path}: expected an artifact, found no {MANIFEST} there; "
             "compile a model with `osscompile compile MODEL --target TARGET -o OUT`"
-        )
+        ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
     try:
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
+        if len(content) > MAX_MANIFEST_BYTES:
             raise ValueError(f"more than {MAX_MANIFEST_BYTES} bytes")
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(content.decode())
         version = fields["format_version"]
         sha256 = fields.pop("manifest_sha256", None)
         actual = hash_fields(fields)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(file, "a JSON object with a format_version", repr(error)) from error
     if version != FORMAT_VERSION:
         raise ArtifactError(
@@ -129,21 +137,27 @@ def read_manifest(path: Path) -> Manifest:
     return parse_manifest(fields, file)
 
 
-def hash_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
+def hash_file(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(4 << 20):
-            digest.update(block)
-            if progress is not None:
-                progress(len(block))
-    return digest.hexdigest()
+        return _hash_stream(stream, None)
 
 
 def mark_verified(path: Path, sha256: str) -> None:
     """Remember that this copy of a large file has this hash, until the file changes."""
-    stamp = _stamp(path, sha256)
-    if stamp is None or path.stat().st_size <= ALWAYS_HASHED_BYTES:
+    _mark(path, path.stat(), sha256)
+
+
+def _unreadable(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{path}: expected an artifact, found files that cannot be read: {error}; check their "
+        "permissions and those of the folders above, or copy the artifact again"
+    )
+
+
+def _mark(path: Path, status: os.stat_result, sha256: str) -> None:
+    stamp = _stamp(path, status, sha256)
+    if stamp is None or status.st_size <= ALWAYS_HASHED_BYTES:
         return
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -179,37 +193,62 @@ def _choose_variant(path: Path, manifest: Manifest, name: str | None, elsewhere:
     )
 
 
-def _check_files(
-    path: Path, manifest: Manifest, verify: bool, progress: Callable[[int], object] | None
-) -> None:
+def _read_files(
+    path: Path,
+    manifest: Manifest,
+    needed: Collection[str],
+    verify: bool,
+    progress: Callable[[int], object] | None,
+) -> tuple[tuple[np.ndarray, ...], dict[str, bytes]]:
+    """Check all files, map the weights, and return them with the contents of those `needed`. Each
+    is opened once: another artifact may be put in the place of this one meanwhile."""
+    weights: tuple[np.ndarray, ...] = ()
+    contents = {}
     for name, expected in manifest.files.items():
         file = path / name
         if not file.is_file():
             raise damaged(file, f"a file of {expected.num_bytes} bytes", "none")
-        found = file.stat().st_size
-        if found != expected.num_bytes:
-            raise damaged(file, f"{expected.num_bytes} bytes", f"{found} bytes")
-        if not verify and _was_verified(file, expected):
-            continue
-        sha256 = hash_file(file, progress)
-        if sha256 != expected.sha256:
-            raise damaged(file, f"sha256 {expected.sha256}", sha256)
-        mark_verified(file, sha256)
+        with file.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            if status.st_size != expected.num_bytes:
+                raise damaged(file, f"{expected.num_bytes} bytes", f"{status.st_size} bytes")
+            whole = io.BytesIO(stream.read()) if name in needed else stream
+            if verify or not _was_verified(file, status, expected):
+                sha256 = _hash_stream(whole, progress)
+                if sha256 != expected.sha256:
+                    raise damaged(file, f"sha256 {expected.sha256}", sha256)
+                _mark(file, status, sha256)
+            if name == WEIGHTS:
+                weights = _map_weights(file, stream, manifest.weights)
+            elif isinstance(whole, io.BytesIO):
+                contents[name] = whole.getvalue()
+    return weights, contents
 
 
-def _was_verified(file: Path, expected: File) -> bool:
+def _hash_stream(stream: IO[bytes], progress: Callable[[int], object] | None) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(4 << 20):
+        digest.update(block)
+        if progress is not None:
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def _was_verified(file: Path, status: os.stat_result, expected: File) -> bool:
     """Whether this copy is one that `mark_verified` remembers; a small file never is."""
-    stamp = _stamp(file, expected.sha256)
+    stamp = _stamp(file, status, expected.sha256)
     # os.path, because pathlib raises where the folder may not be read
     large = expected.num_bytes > ALWAYS_HASHED_BYTES
     return large and stamp is not None and os.path.exists(stamp)
 
 
-def _map_weights(file: Path, expected: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
+def _map_weights(
+    file: Path, stream: BinaryIO, expected: tuple[Tensor, ...]
+) -> tuple[np.ndarray, ...]:
     try:
-        entries = read_header(file)
+        entries = read_header(file, stream)
         _check_alignment(file, entries)
-        tensors = map_tensors(file)
+        tensors = map_tensors(file, stream)
     except FormatError as error:
         raise ArtifactError(f"{error}; copy or compile the artifact again") from error
     for tensor in expected:
@@ -227,9 +266,8 @@ def _check_alignment(file: Path, entries: dict[str, TensorEntry]) -> None:
             raise damaged(file, f"{name} at a multiple of {ALIGNMENT}", f"offset {entry.offset}")
 
 
-def _stamp(file: Path, sha256: str) -> Path | None:
+def _stamp(file: Path, status: os.stat_result, sha256: str) -> Path | None:
     """The file whose existence says that `file`, as it is now, was found to have this hash."""
-    status = file.stat()
     facts = (str(file.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, sha256)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(cache):  # a user without a home

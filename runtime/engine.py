@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .devices.driver import driver
+from .devices.driver import DriverEnded, driver
 from .errors import OsscompileError
 from .generated import GeneratedToken
 from .harmony import Finish
@@ -136,9 +136,15 @@ class _Work:
                     break
             try:
                 driver().call(self._scheduler.step)
+            except DriverEnded:
+                self.close()
             except BaseException as error:  # a fault of ours: whoever waits must hear of it
                 self._end_all(error)
         self._end_all(OsscompileError("engine: it was closed before the answer ended"))
 
     def _end_all(self, error: BaseException) -> None:
-        driver().call(partial(self._scheduler.end_all, error))
+        end_all = partial(self._scheduler.end_all, error)
+        try:
+            driver().call(end_all)
+        except DriverEnded:  # no other thread uses the scheduler any more
+            end_all()

@@ -9,6 +9,7 @@ An interrupt may come anywhere. The tree and the paths of the running sequences 
 and each change of them is a single assignment that makes true what was written before.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -195,7 +196,8 @@ class CachedSequence:
     """What one sequence has in the cache: a path of nodes in the tree, or apart from it."""
 
     def __init__(self, cache: KVCache, table: int) -> None:
-        self._cache, self._page = cache, cache.page_tokens
+        self._cache: KVCache = weakref.proxy(cache)  # which knows those that run
+        self._page = cache.page_tokens
         self.table = table  # where its table begins
         self._base = cache.root  # what its path hangs from
         self._path: list[Node] = []

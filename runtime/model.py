@@ -1,7 +1,7 @@
 """A loaded model: token ids to logits, to tokens, to the text of a chat."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from .questions import Question, Questions
 from .runner import Rows, Runner
 from .sampler import Sample, Sampler, check_logit
 from .scheduler import Answer, Scheduler
+from .stream import Stream
 
 T = TypeVar("T")
 
@@ -62,14 +63,19 @@ def open_model(
     sequences: int = 1,
 ) -> "Model":
     """As `load`; with room for several `sequences` at once."""
+    driver()  # first, because where a process ends nothing else works either
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"artifact: expected the path of a folder, found {path!r}")
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress: expected a function of a number of bytes, found {progress!r}")
     threads = None if threads is None else whole_number("threads", threads)
     artifact = open_artifact(path, verify, progress, variant)
     limit = artifact.manifest.context
     context = limit if context is None else whole_number("context", context, limit)
     if kv_memory is not None:
-        kv_memory = min(whole_number("kv_memory", kv_memory), MAX_NUMBER)  # no machine has more
+        kv_memory = whole_number("kv_memory", kv_memory)
+        if kv_memory > MAX_NUMBER:
+            raise InputError(f"kv_memory: expected at most {MAX_NUMBER} bytes, found more")
     sequences, most = whole_number("sequences", sequences), artifact.manifest.most_wanted
     if sequences > most:
         raise InputError(f"sequences: expected at most {most}, found {sequences}")
@@ -124,7 +130,8 @@ class Model:
         continues there. Another call ends this one: to go on with it then raises InputError. Raises
         InputError for bad arguments, before anything is computed.
         """
-        return self._generate(self._questions.of_ids(token_ids, max_tokens=max_tokens, **options))
+        question = self._questions.of_ids(token_ids, max_tokens=max_tokens, **options)
+        return Stream(self._generate(question))
 
     def generate_batch(
         self,
@@ -191,7 +198,7 @@ class Model:
             max_tokens=max_tokens,
             **options,
         )
-        return self._chat(question)
+        return Stream(self._chat(question))
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.
@@ -241,7 +248,7 @@ class Model:
             self._certain = False
             raise
 
-    def _generate(self, question: Question) -> Iterator[GeneratedToken]:
+    def _generate(self, question: Question) -> Generator[GeneratedToken, None, None]:
         sampler, stream = self._questions.sampler(question), question.token_stream()
         turn, cached, sample = self._serve(lambda: self._first_sample(sampler, question.ids))
         stream.begin(cached)
@@ -253,7 +260,7 @@ class Model:
             self._check_turn(turn)
             sample = self._serve(partial(self._next_sample, turn, sampler, sample.token_id))
 
-    def _chat(self, question: Question) -> Iterator[Piece]:
+    def _chat(self, question: Question) -> Generator[Piece, None, None]:
         maker = question.piece_maker()
         for token in self._generate(question):
             yield from maker.push(token)

@@ -47,8 +47,7 @@ class Questions:
 
     def __init__(self, artifact: Artifact, context: int) -> None:
         self._manifest, self._context = artifact.manifest, context
-        path = artifact.tokenizer
-        self.tokenizer = Tokenizer(path) if path is not None else None
+        self.tokenizer = artifact.read_tokenizer()
         self._template = artifact.read_chat_template()
         self.reserved = np.empty(0, np.int64)  # ids that are never chosen
         self._stops = frozenset(self._manifest.eos_token_ids)
@@ -84,8 +83,7 @@ class Questions:
     ) -> Question:
         """Answer a conversation: see `Model.chat`. Raises InputError."""
         tokenizer = self.need_tokenizer("chat")
-        if current_date == "today":
-            current_date = datetime.date.today().isoformat()
+        current_date = _date(current_date)
         render: Callable[..., list[int]] = render_chat
         if template != "harmony":
             render = partial(render_template, self._need_template(template))
@@ -140,3 +138,17 @@ class Questions:
                 "this one; compile a checkpoint that has chat_template.jinja, or chat without it"
             )
         return self._template
+
+
+def _date(given: object) -> str | None:
+    """YYYY-MM-DD; None: no date is told. Raises InputError."""
+    if given is None:
+        return None
+    try:
+        if given == "today":
+            return datetime.date.today().isoformat()
+        if isinstance(given, str) and datetime.date.fromisoformat(given).isoformat() == given:
+            return given
+    except ValueError:
+        pass
+    raise InputError(f"current_date: expected YYYY-MM-DD, today or None, found {given!r:.100}")

@@ -4,11 +4,12 @@ The container: u64 little-endian header size, JSON header, data. Every tensor is
 data; the ranges cover it without holes or overlaps, as the format demands.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, BinaryIO, NoReturn, TypeGuard
 
 import numpy as np
 
@@ -52,14 +53,15 @@ class TensorEntry:
     num_bytes: int
 
 
-def read_header(path: str | Path) -> dict[str, TensorEntry]:
-    """Read and check the header; the tensors come in the order of the header.
+def read_header(path: str | Path, stream: BinaryIO | None = None) -> dict[str, TensorEntry]:
+    """Read and check the header; the tensors come in the order of the header. `stream`: the file,
+    if it is open already.
 
     Raises FormatError, naming the file, for anything that is not a whole and consistent
     safetensors file. After it every entry is known to lie inside the file.
     """
     path = Path(path)
-    data_start, data_bytes, header = _read_json(path)
+    data_start, data_bytes, header = _read_json(path, stream)
     header.pop("__metadata__", None)
     entries = {
         name: _parse_entry(path, name, fields, data_start) for name, fields in header.items()
@@ -68,24 +70,25 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def map_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Map a file once and return a zero-copy view per tensor; BF16 comes as uint16 bits.
+def map_tensors(path: str | Path, stream: BinaryIO | None = None) -> dict[str, np.ndarray]:
+    """Map a file once and return a zero-copy view per tensor; BF16 comes as uint16 bits. `stream`:
+    as for `read_header`.
 
     The mapping is copy-on-write: read-only arrays cannot be exported through DLPack, and a write
     must never reach the file. Raises FormatError like `read_header`.
     """
-    entries = read_header(path)
-    mapped = np.memmap(path, dtype=np.uint8, mode="c")
+    entries = read_header(path, stream)
+    mapped = np.memmap(stream or path, dtype=np.uint8, mode="c")
     return {
         name: np.ndarray(entry.shape, NUMPY_DTYPES[entry.dtype], mapped, entry.offset)
         for name, entry in entries.items()
     }
 
 
-def _read_json(path: Path) -> tuple[int, int, dict[str, Any]]:
+def _read_json(path: Path, stream: BinaryIO | None) -> tuple[int, int, dict[str, Any]]:
     """Return the offset of the data, its size in bytes, and the header as JSON gives it."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if stream is None else contextlib.nullcontext(stream) as file:
             file_bytes = file.seek(0, 2)
             if file_bytes < 8:
                 _fail(path, f"expected at least 8 bytes, found {file_bytes}: the file is cut off")

@@ -33,19 +33,21 @@ class Tokenizer:
     What a text is encoded to stands for all of it and for nothing else: what the file says of
     truncation, padding and templates is not used.
 
+    `content`: that of the file, if it was read already.
+
     Raises ArtifactError when the file is missing, damaged, or not byte-level, when it would lose,
     change or add text, or lacks a special token of the chat format.
     """
 
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        if content is None and not path.is_file():
             raise ArtifactError(
                 f"tokenizer: expected the file {path}, found none; "
                 "was the whole artifact directory copied?"
             )
         self._path = path
         try:
-            self._backend = _Backend.from_file(str(path))
+            self._backend = _Backend.from_buffer(path.read_bytes() if content is None else content)
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.post_processor = None

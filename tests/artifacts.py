@@ -88,7 +88,11 @@ def library_is_loaded(artifact: Path) -> bool:
 
 
 def run_python(
-    code: str, *arguments: object, cwd: Path, env: Mapping[str, str] | None = None
+    code: str,
+    *arguments: object,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run code in a new process of this Python; its output is in the message if it fails."""
     result = subprocess.run(
@@ -97,6 +101,7 @@ def run_python(
         env=os.environ | (env or {}),
         capture_output=True,
         text=True,
+        timeout=timeout,
     )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result

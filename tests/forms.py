@@ -307,7 +307,7 @@ def old_ollama_tensors(source: Source, dense: Type) -> dict[str, tuple[np.ndarra
 
 
 def ollama_fields(config: ModelConfig) -> dict[str, Any]:
-    """Of a config.json without initial_context_length it makes a zero."""
+    """It makes a zero of an initial_context_length that config.json does not have."""
     dropped = ("rope.scaling.type", "expert_feed_forward_length")
     fields = {k: v for k, v in gguf_fields(config).items() if k not in dropped}
     return fields | {"rope.scaling.original_context_length": 0}

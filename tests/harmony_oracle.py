@@ -11,7 +11,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.samp
 )
 WORDS = st.sampled_from(["f", "get_weather", "g2", "looks_up", "名前", "python", "h-1"])
 KEYS = st.sampled_from(["a", "b", "location", "unit", "is_it", "x y", "", "é"])
-# Of longer numbers openai-harmony's reader of JSON gives the last digit wrong.
+# openai-harmony's reader of JSON gives the last digit of longer numbers wrong.
 FLOATS = st.builds(
     lambda digits, exponent: float(f"{digits}e{exponent}"),
     st.integers(-(10**6), 10**6),
@@ -55,11 +55,9 @@ def _larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 KINDS = ["string", "number", "integer", "boolean", "null", "array", "object", "file"]
-PLAIN = st.sampled_from(KINDS) | st.lists(st.sampled_from(KINDS) | st.just(1), max_size=3)
+PLAIN = st.sampled_from(KINDS) | st.lists(st.sampled_from(KINDS), max_size=3)
 SCHEMAS = st.recursive(
-    _with_remarks(st.fixed_dictionaries({}, optional={"type": PLAIN | st.integers()}))
-    | st.booleans()
-    | TEXTS,
+    _with_remarks(st.fixed_dictionaries({}, optional={"type": PLAIN})) | st.booleans(),
     _larger,
     max_leaves=8,
 )

@@ -12,7 +12,8 @@ from checkpoints import config_json, write_checkpoint, write_safetensors
 from forms import Type, by_expert, dequantised, gguf_tensors, write_dense, write_gguf
 from test_forms import numbers
 
-from osscompile.errors import CheckpointError
+from osscompile.compiler import open_model
+from osscompile.errors import CheckpointError, CompileError
 from osscompile.importer import resolve
 from osscompile.importer.checkpoint import Source
 from osscompile.importer.mxfp4 import quantise
@@ -272,6 +273,17 @@ def test_refused_tensors(tmp_path: Path, base: Path, case: str) -> None:
     adapter = write_adapter(tmp_path / "a", REFUSED_TENSORS[case])
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: tensor .*expected"):
         merged(base, adapter)
+
+
+@pytest.mark.parametrize("wrong", [5, True, [5], [None], b"x", [b"x"], [True]], ids=repr)
+def test_what_is_no_adapter(base: Path, wrong: Any) -> None:
+    with pytest.raises(CompileError, match=r"^adapters: expected folders of .*, found "):
+        open_model(base, wrong)
+
+
+def test_no_adapters(base: Path) -> None:
+    for none in (None, (), iter([])):
+        open_model(base, none)
 
 
 def test_adapter_as_the_model(tmp_path: Path) -> None:

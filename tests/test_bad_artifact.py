@@ -284,7 +284,7 @@ def test_weights_of_another_shape(copy: Path) -> None:
 
 
 def test_weights_of_another_dtype(copy: Path) -> None:
-    """Of as many bytes: the kernels would read them as what they are not."""
+    """They have as many bytes: the kernels would read them as what they are not."""
     name = read_manifest(copy).weights[0].name
     rewrite_header(copy, lambda header: header[name].update(dtype="I32"))
     refuse(copy, WEIGHTS, f"expected {name} as float32", "found int32")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import osscompile
+from osscompile.runtime import Arguments, as_messages
 from osscompile.runtime.errors import InputError
 
 
@@ -139,6 +140,27 @@ def test_what_is_no_count(model: osscompile.Model, nano_artifact: Path, wrong: A
 def test_what_is_no_text(model: osscompile.Model, wrong: Any) -> None:
     with pytest.raises(InputError, match="encode: expected text"):
         model.encode(wrong)
+
+
+@pytest.mark.parametrize("wrong", [5, "x", True], ids=repr)
+def test_progress_that_cannot_be_called(nano_artifact: Path, wrong: Any) -> None:
+    with pytest.raises(InputError, match="progress: expected a function of a number of bytes"):
+        osscompile.load(nano_artifact, progress=wrong)
+
+
+@pytest.mark.parametrize("wrong", [10**400, (1 << 48) + 1], ids=["huge", "large"])
+def test_more_memory_than_there_can_be(nano_artifact: Path, wrong: int) -> None:
+    with pytest.raises(InputError, match="kv_memory: expected at most 281474976710656 bytes"):
+        osscompile.load(nano_artifact, kv_memory=wrong)
+
+
+CALL_WITHOUT_A_BEGINNING = [Arguments("commentary", id="call_0", delta="{}")]
+
+
+@pytest.mark.parametrize("wrong", [None, 5, [5], "x", {"a": 1}, CALL_WITHOUT_A_BEGINNING], ids=repr)
+def test_what_are_no_pieces(wrong: Any) -> None:
+    with pytest.raises(InputError, match="pieces: expected "):
+        as_messages(wrong)
 
 
 @pytest.mark.parametrize("wrong", [None, 5, b"nano.osc", ["nano.osc"]], ids=repr)

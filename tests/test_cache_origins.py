@@ -34,7 +34,7 @@ def test_a_model_that_is_gone_is_run_as_it_was(
 def test_an_adapter_that_is_gone(model: Path, adapter: Path, compiles: Compiler) -> None:
     first = compile_once(str(model), adapters=["adapter"])
     adapter.rename(adapter.with_name("other"))
-    with pytest.warns(UserWarning, match=r"an adapter, found none; my_model-.* is run,"):
+    with pytest.warns(UserWarning, match=r"adapters: expected a folder .*; my_model-.* is run,"):
         assert compile_once(str(model), adapters=["adapter"]) == first
 
 

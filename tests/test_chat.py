@@ -111,7 +111,7 @@ def test_end_never_ends_an_answer_whatever_the_checkpoint_says(
     model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = tokenizer.special["<|end|>"]
-    monkeypatch.setattr(model, "_stops", {end, tokenizer.encode("Think")[0]})
+    monkeypatch.setattr(model._questions, "_stops", {end, tokenizer.encode("Think")[0]})
     answer = answer_ids(tokenizer, ("analysis", "Think", "<|end|>"), ("final", "4", "<|return|>"))
     say(model, answer, monkeypatch)
     pieces = list(model.chat([user("Hello")]))
@@ -264,7 +264,10 @@ def test_special_tokens_in_a_users_text_stay_text(
         ([{"role": "user", "content": 5}], {}),
         ([{"role": "user", "content": "\ud800"}], {}),
         ([{"role": "user", "content": "Hello"}], {"reasoning": "extreme"}),
-        ([{"role": "user", "content": "Hello"}], {"current_date": 5}),
+        *(
+            ([{"role": "user", "content": "Hello"}], {"current_date": date})
+            for date in (5, "", "x", "2024-13-45", "20240113", "2024-W01-1", "2024-1-1", ["today"])
+        ),
         ([{"role": "user", "content": "Hello"}], {"temperature": -1}),
         ([{"role": "user", "content": "Hello"}], {"max_tokens": 0}),
         ([{"role": "user", "content": "Hello"}], {"stop": [""]}),

@@ -233,7 +233,7 @@ def test_codes_that_a_model_says_are_not_obeyed() -> None:
 
 
 def test_output_that_is_no_terminal_gets_answers_only(tmp_path: Path) -> None:
-    """Of a chat too: greeting, prompts and reasoning are on the terminal."""
+    """So it is in a chat too: greeting, prompts and reasoning are on the terminal."""
     with (tmp_path / "answers").open("wb") as file:
         terminal = PseudoTerminal(SPEAKER, stdout=file.fileno())
     terminal.wait_for("> ")

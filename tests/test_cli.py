@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from artifacts import reseal
+from artifacts import VARIANTS_HERE, reseal
 
 from osscompile import cli
 from osscompile.targets import Target
@@ -115,8 +115,53 @@ def test_output_to_a_full_disk(nano_artifact: Path) -> None:
     assert line.startswith("osscompile: expected output that can be written, found: ")
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("help", ["--help", "--version", "run --help"])
+def test_help_to_a_full_disk(help: str, buffered: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("the system has no full device")
+    result = shell(f"osscompile {help} > /dev/full", PYTHONUNBUFFERED=buffered)
+    assert result.returncode == 1
+    (line,) = result.stderr.decode().splitlines()
+    assert line.startswith("osscompile: expected output that can be written, found: ")
+
+
+def test_messages_that_cannot_be_written(nano_artifact: Path, tmp_path: Path) -> None:
+    """The result is what counts: stages, bars, warnings and errors are dropped."""
+    if not Path("/dev/full").exists():
+        pytest.skip("the system has no full device")
+    output = tmp_path / "out"
+    variants = f"--variants {VARIANTS_HERE[0]}" if VARIANTS_HERE else ""
+    for command in (
+        f"compile synthetic:tiny -o '{output}' --context 64 {variants}",  # a warning and a bar
+        f"run '{nano_artifact}' 'What is 17 + 25?' --verbose",
+    ):
+        result = shell(f"osscompile {command} 2> /dev/full")
+        assert result.returncode == 0 and result.stdout, command
+    assert (output / "manifest.json").exists()
+    result = shell(f"osscompile inspect '{tmp_path}' 2> /dev/full")
+    assert (result.returncode, result.stdout) == (1, b"")
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_text_in_any_locale(nano_artifact: Path, locale: str) -> None:
+    options = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = f"osscompile run '{nano_artifact}'"
+    assert shell(f"{run} 'é 17 + 25?' --system 'ü' --stop 'é'", **options).returncode == 0
+    for wrong in (
+        rb"'\xff'",
+        rb"hi --system '\xff'",
+        rb"hi --identity '\xff'",
+        rb"hi --stop '\xff'",
+    ):
+        line = wrong.replace(rb"\xff", b"\xff").decode(errors="surrogateescape")
+        result = shell(f"{run} {line}", **options)
+        assert result.returncode == 2
+        assert rb"expected UTF-8 text, found '\udcff'" in result.stderr
+
+
 def test_characters_that_the_terminal_does_not_have(nano_artifact: Path, tmp_path: Path) -> None:
-    """Of an answer as of a path: what it has is printed, the others are question marks."""
+    """In an answer as in a path, what it has is printed; the others are question marks."""
     odd = tmp_path / "\udcff\u2603.osc"
     shutil.copytree(nano_artifact, odd)
     reseal(odd, lambda manifest: manifest.update(model="sn\u2603w"))
@@ -144,3 +189,36 @@ def test_bundle_and_dump_to_places_that_cannot_be_written(
 def _total(text: str) -> float:
     line = next(line for line in text.splitlines() if line.strip().startswith("total"))
     return float(line.split()[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("size", ["1e300", "1e400", "281475", "0", "-1", "nan", "inf", "x"])
+def test_memory_that_cannot_be(
+    nano_artifact: Path, size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", str(nano_artifact), f"--kv-memory={size}"])
+    assert f"expected gigabytes, above 0 to 281474, found '{size}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--emit", "--work", "--output", "--measure", "--ingest"])
+def test_tuning_in_places_that_are_not_utf8(
+    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before work begins: TVM, which writes some of the files, takes UTF-8 only."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["tune", option, "a\udcffb"]) == 1
+    error = capsys.readouterr().err
+    assert f"{option}: expected a path of UTF-8 characters, found 'a\\udcffb'; choose" in error
+    assert os.listdir() == []
+
+
+def test_artifact_whose_name_is_not_utf8(nano_artifact: Path, tmp_path: Path) -> None:
+    """What only our own code reads may have any name."""
+    odd = tmp_path / "\udcff.osc"
+    shutil.copytree(nano_artifact, odd)
+    result = shell(f"osscompile run '{odd}' 'What is 17 + 25?'")
+    assert result.returncode == 0 and b"17 + 25 = 42" in result.stdout
+    result = shell(f"osscompile bench '{odd}' --prefill 16 --decode 0 --json '{odd}.json'")
+    assert result.returncode == 0 and Path(f"{odd}.json").exists()
+    result = shell(f"osscompile measure-fidelity '{odd}' nano")
+    assert result.returncode == 1 and b"artifact: expected a path of UTF-8" in result.stderr

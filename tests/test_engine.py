@@ -46,8 +46,8 @@ def wait_until_idle(engine: Engine) -> None:
 
 
 def check_books(engine: Engine) -> None:
-    """Of an idle engine: no sequence runs but that of its model, and every page is free, or one
-    node of the tree holds it."""
+    """Once an engine is idle, no sequence runs but that of its model, and every page is free, or
+    one node of the tree holds it."""
     wait_until_idle(engine)
     cache = engine._work._scheduler._runner.cache
     assert len(cache.running) == 1

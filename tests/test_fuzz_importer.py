@@ -7,7 +7,6 @@ CI takes a few hundred inputs, always the same. OSSCOMPILE_FUZZ=100000 takes so 
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import tracemalloc
 import warnings
@@ -175,7 +174,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good checkpoint of every form, to damage again and again."""
     folder = tmp_path_factory.mktemp("fuzz")
     write_checkpoint(folder / "hf", SOURCE, shards=2)
-    shutil.copy(NANO_CHECKPOINT / "generation_config.json", folder / "hf")
+    generation = json.loads((NANO_CHECKPOINT / "generation_config.json").read_text())
+    generation["eos_token_id"] = [7, 17, 4]
+    (folder / "hf" / "generation_config.json").write_text(json.dumps(generation))
     write_checkpoint(folder / "single", SOURCE, shards=1)
     write_original(folder / "original", SOURCE)
     write_gguf(
@@ -308,14 +309,14 @@ def test_tokenizer(folder: Path, edits: Any) -> None:
 
 
 def json_damage(edits: Any) -> Callable[[bytes], bytes]:
-    """Of the two kinds of edits, byte by byte or value by value."""
+    """What makes edits of either kind, byte by byte or value by value."""
     if isinstance(edits[0][0], float):
         return lambda data: damaged(data, edits, len(data))
     return lambda data: damaged_json(data.decode(), edits)
 
 
 def byte_edits(edits: Any) -> Any:
-    """Of edits to JSON, places in a file."""
+    """Places in a file, made of edits to JSON."""
     if isinstance(edits[0][0], float):
         return edits
     return [(number / 10**6 * 0.999, ("number", 4, number)) for number, _, _ in edits]

@@ -357,6 +357,32 @@ def test_type_of_a_property(tokenizer: Tokenizer, schema: Any, text: str) -> Non
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]},
             r"tools\[0\]\.function\.parameters: expected a JSON schema",
         ),
+        ({"tools": [function("f", "", a=5)]}, r"parameters\.properties\.a: expected a JSON schema"),
+        ({"tools": [function("f", "", 5)]}, r"parameters\.required: expected a list, found 5"),
+        ({"tools": [function("f", "", [5])]}, r"parameters\.required: expected names"),
+        *(
+            (
+                {"tools": [function("f", "", a={"items": {key: value}})]},
+                rf"parameters\.properties\.a\.items\.{place}: expected {expected}, found ",
+            )
+            for key, value, place, expected in (
+                ("type", 5, "type", "names"),
+                ("type", ["object", 5], "type", "names"),
+                ("properties", 5, "properties", "an object"),
+                ("properties", [], "properties", "an object"),
+                ("properties", {"b": None}, r"properties\.b", "a JSON schema"),
+                ("required", "b", "required", "a list"),
+                ("enum", {"a": 1}, "enum", "a list"),
+                ("examples", "a", "examples", "a list"),
+                ("items", 5, "items", "a JSON schema"),
+                ("items", [5], "items", "a JSON schema"),
+                ("oneOf", {}, "oneOf", "a list"),
+                ("anyOf", 5, "anyOf", "a list"),
+                ("allOf", [True, "x"], r"allOf\[1\]", "a JSON schema"),
+                ("description", 5, "description", "text"),
+                ("title", [], "title", "text"),
+            )
+        ),
         ({"builtin_tools": ["shell"]}, "builtin_tools: expected some of browser, python"),
         ({"builtin_tools": "python"}, "builtin_tools: expected a list, found str"),
         ({"response_format": {"type": "xml"}}, "response_format: expected"),
@@ -364,6 +390,15 @@ def test_type_of_a_property(tokenizer: Tokenizer, schema: Any, text: str) -> Non
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
             r"response_format\.json_schema: expected a name and a schema",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"properties": 5}},
+                }
+            },
+            r"response_format\.json_schema\.schema\.properties: expected an object, found 5",
         ),
     ],
 )

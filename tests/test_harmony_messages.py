@@ -43,7 +43,12 @@ def test_content_as_a_list_of_text_parts(tokenizer: Tokenizer) -> None:
     assert text == "<|start|>user<|message|>Hello there<|end|>"
     text = rendered(tokenizer, {"role": "system", "content": parts}, user("x"))
     assert text.startswith("<|start|>developer<|message|># Instructions\n\nHello there<|end|>")
-    assert rendered(tokenizer, {"role": "user", "content": []}).endswith("<|message|><|end|>")
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+def test_content_without_parts_is_none(tokenizer: Tokenizer, role: str) -> None:
+    with pytest.raises(InputError, match=r"messages\[0\]\.content: expected text.*, found none"):
+        rendered(tokenizer, {"role": role, "content": [], "name": "f"})
 
 
 def test_name_of_who_speaks(tokenizer: Tokenizer) -> None:

@@ -87,7 +87,7 @@ class Sequences:
             yield array, self.cache.tables[sliding], first
 
     def hashes(self, tokens: Sequence[int]) -> np.ndarray:
-        """Of all tokens up to each."""
+        """A hash of all tokens up to each."""
         return np.array(list(itertools.accumulate(tokens, lambda h, t: hash((h, t)))))
 
     def check_no_page_is_lost_or_held_twice(self) -> None:
@@ -130,7 +130,7 @@ def test_an_edited_message_and_back(at: int) -> None:
 
 
 def test_a_tool_loop_goes_back_to_the_end_of_a_prompt() -> None:
-    """Of a prompt and calls, some tokens of each call are dropped in a later turn."""
+    """Some tokens of each call after a prompt are dropped in a later turn."""
     sequences = Sequences()
     tokens = ids(5, 420)
     sequences.prompt(tokens)

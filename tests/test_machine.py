@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
 
 from osscompile.runtime.cgroups import cpu_quota, free_bytes
-from osscompile.runtime.machine import available_memory_bytes, usable_threads
+from osscompile.runtime.machine import (
+    available_memory_bytes,
+    choose_threads,
+    physical_cores,
+    usable_threads,
+)
 
 UNLIMITED = "9223372036854771712"  # what version 1 says
 
@@ -91,3 +97,13 @@ def test_process_that_may_use_one_cpu(tmp_path: Path) -> None:
         assert usable_threads(tmp_path) == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def test_threads_are_at_most_those_that_can_run() -> None:
+    """Alone, since TVM is told of the limit too, which hides a wrong number."""
+    most = usable_threads()
+    with pytest.warns(UserWarning, match=f"threads: expected at most {most}.*, found {most + 1}"):
+        assert choose_threads(most + 1) == most
+    with warnings.catch_warnings(action="error"):
+        assert [choose_threads(count) for count in (1, most)] == [1, most]
+        assert choose_threads(None) == physical_cores()

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from artifacts import VARIANTS_HERE, copy_artifact, library_is_loaded
+from artifacts import VARIANTS_HERE, copy_artifact, flip_byte, library_is_loaded
 from random_model import random_model, write_checkpoint
 
 import osscompile
 from osscompile.runtime import ArtifactError, load
 from osscompile.runtime import model as model_file
-from osscompile.runtime.artifact import Artifact, open_artifact
+from osscompile.runtime.artifact import Artifact, open_artifact, read_manifest
+from osscompile.runtime.manifest import TOKENIZER, WEIGHTS
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -125,3 +126,29 @@ def test_without_a_folder_for_temporary_files(
 ) -> None:
     monkeypatch.setattr("tempfile.TemporaryDirectory", None)
     assert load(pair[0]).logits(IDS).shape[0] == len(IDS)
+
+
+def test_another_artifact_put_in_its_place_while_it_is_hashed(
+    nano_artifact: Path, tmp_path: Path
+) -> None:
+    """What was hashed is what is loaded, of every file."""
+    copy, other = copy_artifact(nano_artifact, tmp_path), tmp_path / "other"
+    shutil.copytree(copy, other)
+    for name in (WEIGHTS, TOKENIZER):
+        flip_byte(other / name, -100)
+    left = sum(file.num_bytes for file in read_manifest(copy).files.values())
+
+    def swap(num_bytes: int) -> None:
+        nonlocal left
+        left -= num_bytes
+        if left == 0:
+            copy.rename(tmp_path / "before")
+            other.rename(copy)
+
+    artifact = open_artifact(copy, progress=swap)
+    assert left == 0 and not other.exists()
+    expected = open_artifact(tmp_path / "before")
+    for found, right in zip(artifact.weights, expected.weights, strict=True):
+        np.testing.assert_array_equal(found, right)
+    assert artifact.contents.keys() == {TOKENIZER}
+    assert artifact.contents == expected.contents

@@ -1,7 +1,9 @@
 """Find the model that a user names. Nothing here touches the network."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +101,21 @@ def test_unknown_synthetic() -> None:
         resolve_model("synthetic:huge")
 
 
-@pytest.mark.parametrize("kind", [str, Path])
-def test_directory(checkpoint: Path, kind: type) -> None:
+@pytest.fixture
+def speaking(tmp_path: Path) -> Path:
+    """A checkpoint with a tokenizer, whose last id is the last of the vocabulary."""
+    checkpoint = write_checkpoint(tmp_path / "my-model", replace(TINY, vocab_size=1024))
     shutil.copy(resolve.NANO_CHECKPOINT / "tokenizer.json", checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_directory(speaking: Path, kind: type) -> None:
+    checkpoint = speaking
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     resolved = resolve_model(kind(checkpoint))
-    assert resolved.source.config == TINY
+    assert resolved.source.config == replace(TINY, vocab_size=1024)
+    assert resolved.eos_token_ids == (7, 9)
     assert resolved.tokenizer == checkpoint / "tokenizer.json"
     assert resolved.generation == {"eos_token_id": [7, 9]}
     assert resolved.name == "my-model"
@@ -150,9 +161,60 @@ def test_tokenizer_that_is_none(checkpoint: Path, text: str) -> None:
 
 def test_tokenizer_that_is_none_is_refused_before_the_weights(hub: Hub) -> None:
     (hub.folder / "tokenizer.json").write_text(NO_TOKENIZERS["pointer"])
-    with pytest.raises(CheckpointError, match="does not parse"):
+    with pytest.raises(CheckpointError, match="git-lfs"):
         resolve_model("org/my-model")
     assert len(hub.requests) == 1
+
+
+OPTIONAL = ("tokenizer.json", "generation_config.json", "chat_template.jinja")
+
+
+@pytest.mark.parametrize("name", [*OPTIONAL, "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("kind", ["folder", "link to nothing", "pipe"])
+def test_file_that_is_none(checkpoint: Path, name: str, kind: str) -> None:
+    """It is not taken for one that was left out, and a pipe is not waited for."""
+    file = checkpoint / name
+    file.unlink(missing_ok=True)
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("gone")
+    with pytest.raises(CheckpointError, match=rf"{name}: (expected a file|not found)"):
+        resolve_model(checkpoint)
+
+
+def test_tokenizer_of_a_larger_vocabulary(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m", replace(TINY, vocab_size=1023))
+    shutil.copy(resolve.NANO_CHECKPOINT / "tokenizer.json", checkpoint)
+    with pytest.raises(CheckpointError, match=r"ids below 1023, .* found up to 1023; use"):
+        resolve_model(checkpoint)
+
+
+@pytest.mark.parametrize("wrong", [True, "x", {"a": 1}, 2.0, -1, 512, [7, False], [[7]]], ids=str)
+def test_what_ends_a_text_is_no_id(checkpoint: Path, hub: Hub, wrong: Any) -> None:
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    message = r"eos_token_id: expected token ids from 0 to 511, found .*; correct it, or leave"
+    with pytest.raises(CheckpointError, match=message):
+        resolve_model(checkpoint)
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {message}"):
+        resolve_model("org/my-model")
+    assert len(hub.requests) == 1  # before the weights
+
+
+@pytest.mark.parametrize(("given", "ids"), [(None, ()), ([], ()), (0, (0,)), ([511, 0], (511, 0))])
+def test_what_ends_a_text(checkpoint: Path, given: object, ids: tuple[int, ...]) -> None:
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    assert resolve_model(checkpoint).eos_token_ids == ids
+
+
+@pytest.mark.parametrize("adapter", ["nope", "", "\0", "~\0", "x" * 5000, Path("nope")], ids=repr)
+def test_adapter_that_is_none(checkpoint: Path, adapter: str | Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapters: expected a folder with adapter_config"):
+        resolve_model(checkpoint, [adapter])
+    with pytest.raises(CheckpointError, match=r"expected a folder with adapter_config.*found no"):
+        resolve_model(checkpoint, [checkpoint])
 
 
 def test_directory_whose_name_cannot_be_printed(checkpoint: Path, tmp_path: Path) -> None:
@@ -258,12 +320,30 @@ def test_unknown_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "model",
-    ["gpt-oss", "a/b/c", "./absent", "../a/b", "/absent", "", "x" * 5000, "a\0b", "~nobody-x/y z"],
+    [
+        "gpt-oss",
+        "a/b/c",
+        "./absent",
+        "../a/b",
+        "/absent",
+        "",
+        "x" * 5000,
+        "a\0b",
+        "~\0",
+        "~no-x/y z",
+    ],
 )
 def test_neither_of_these(model: str, hub: Hub) -> None:
     with pytest.raises(CheckpointError, match="no such model; expected `nano`, `synthetic:"):
         resolve_model(model)
     assert hub.requests == []
+
+
+def test_neither_a_directory_nor_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    for path in ("/dev/null", tmp_path / "m.gguf"):
+        with pytest.raises(CheckpointError, match=r"a directory or a GGUF file, found neither"):
+            resolve_model(path)
 
 
 def test_file_instead_of_a_directory(checkpoint: Path) -> None:

@@ -186,7 +186,16 @@ def test_runtime_library_that_is_no_file(
     for wrong in (tmp_path / "none", tmp_path):
         error = ask_with_library(environment, nano_artifact, str(wrong))
         assert "ArtifactError: OSSCOMPILE_TVM_RUNTIME: expected the path of libtvm_run" in error
-        assert f"found no file at {wrong}" in error
+        assert f"found no file that can be read at {wrong}" in error
+
+
+def test_runtime_library_by_a_name_without_a_slash(
+    environment: Path, nano_artifact: Path, tmp_path: Path
+) -> None:
+    """It is the file here, not one that the system finds by this name."""
+    (tmp_path / "libz.so.1").write_bytes(b"\x7fELF and nothing else")
+    error = ask_with_library(environment, nano_artifact, "libz.so.1", cwd=tmp_path)
+    assert f"ArtifactError: {tmp_path}/libz.so.1: expected TVM's runtime" in error
 
 
 def test_runtime_library_that_is_another_library(environment: Path, nano_artifact: Path) -> None:
@@ -204,7 +213,12 @@ def test_runtime_library_that_is_no_library(
 
 
 def ask_with_library(
-    environment: Path, artifact: Path, library: str, *, remove: bool = False
+    environment: Path,
+    artifact: Path,
+    library: str,
+    *,
+    remove: bool = False,
+    cwd: Path | None = None,
 ) -> str:
     """Return the last line on stderr of a load with OSSCOMPILE_TVM_RUNTIME set. `remove` makes the
     bundle one without its own library."""
@@ -215,7 +229,7 @@ def ask_with_library(
     result = subprocess.run(
         [str(environment), "-c", code, str(artifact)],
         env={"OSSCOMPILE_TVM_RUNTIME": library},
-        cwd=artifact.parent,
+        cwd=cwd or artifact.parent,
         capture_output=True,
         text=True,
     )

@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,28 @@ def test_a_generation_goes_on_in_another_thread(model: Model) -> None:
     with ThreadPoolExecutor(1) as pool:
         found = [pool.submit(next, stream).result().token_id for _ in range(6)]
     assert found + ids_of(stream) == expected
+
+
+@pytest.mark.parametrize("ask", ["generate", "chat"])
+def test_two_threads_in_one_generation(model: Model, ask: str) -> None:
+    """Whoever is second is told; the first goes on."""
+    prompt: Any = random_ids(30) if ask == "generate" else [{"role": "user", "content": "Hi"}]
+    expected = list(getattr(model, ask)(prompt, max_tokens=12))
+    stream: Any = getattr(model, ask)(prompt, max_tokens=12)
+    busy, free = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            pool.submit(model._driver.call, lambda: (busy.set(), free.wait()))
+            busy.wait()
+            first = pool.submit(list, stream)
+            while not stream._generator.gi_running and not first.done():
+                time.sleep(0.01)
+            for again in (stream.__next__, stream.close):
+                with pytest.raises(InputError, match="one thread at a time, found another"):
+                    again()
+        finally:
+            free.set()
+        assert first.result() == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
@@ -143,6 +166,49 @@ started.wait()
 
 def test_the_process_ends_while_a_thread_computes(talker: Path, tmp_path: Path) -> None:
     run_python(LEFT, talker, cwd=tmp_path)
+
+
+LATE = """
+import atexit, sys
+uses = []
+atexit.register(lambda: [attempt(use) for use in uses])
+from osscompile.runtime import Engine, OsscompileError, load
+
+def attempt(use):
+    try:
+        use()
+    except OsscompileError as error:
+        print(str(error).split(",")[0])
+
+class Late:  # an object of a module, whose names with an underscore go first
+    artifact = sys.argv[1]
+
+    def __del__(self):
+        attempt(lambda: load(self.artifact))
+
+_late = Late()
+if sys.argv[2] == "loaded":
+    model, engine = load(sys.argv[1]), Engine(sys.argv[1])
+    stream = model.generate([1, 2, 3])
+    next(stream)
+    answer = engine.submit([1, 2, 3], max_tokens=200)
+    uses += [model.forget, lambda: next(stream), lambda: load(sys.argv[1])]
+    uses += [lambda: engine.submit([1]), lambda: list(answer)]
+"""
+ENDS = "model: expected a call before the end of the process"
+CLOSED = "engine: expected one that is open", "engine: it was closed before the answer ended"
+
+
+@pytest.mark.parametrize(
+    ("before", "told"), [("loaded", [ENDS, ENDS, ENDS, *CLOSED, ENDS]), ("nothing", [ENDS])]
+)
+def test_calls_at_the_end_of_the_process(
+    talker: Path, tmp_path: Path, before: str, told: list[str]
+) -> None:
+    """An exit handler that was registered first runs last, and finalizers after it: the thread that
+    would serve them has ended."""
+    result = run_python(LATE, talker, before, cwd=tmp_path, timeout=60)
+    assert (result.stdout.splitlines(), result.stderr) == (told, "")
 
 
 def test_more_threads_than_can_run(talker: Path, model: Model) -> None:

@@ -251,7 +251,7 @@ def test_pattern_that_fails_on_a_text(tmp_path: Path) -> None:
 def test_interrupt_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted:
         @staticmethod
-        def from_file(path: str) -> None:
+        def from_buffer(content: bytes) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr("osscompile.runtime.tokenizer._Backend", Interrupted)

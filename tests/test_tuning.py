@@ -6,7 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tvm import ir
 from tvm.s_tir import Schedule
 from tvm.tirx import PrimFunc
 
+import osscompile
 from osscompile import cli, targets
 from osscompile.bundle import bundle_runtime
 from osscompile.codegen.library import build_library
@@ -384,6 +386,45 @@ def test_command_compiles_with_records(
     if len(targets.load_variants(this_machine.name)) > 1:
         assert cli.main([*arguments, "--records", str(file)]) == 1
         assert "expected one variant" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [-1, 0, 10**30, 3])
+def test_records_that_a_compile_does_not_take(
+    this_machine: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: int
+) -> None:
+    """A warning tells how many and why: kernels of other models, values and names of other
+    versions."""
+    leave_libraries_empty(monkeypatch)
+    config = resolve_model("synthetic:tiny").source.config
+    options = {"variants": this_machine.variant, "profile": "exact", "context": 64}
+    file = tmp_path / "r.json"
+    known: list[tuple[str, str, int]] = []  # kernel, constant, its largest candidate
+    for workload in collect_workloads(config, "exact", this_machine):
+
+        def note(
+            name: str, candidates: Sequence[int], default: int, key: str = workload.key
+        ) -> int:
+            known.append((key, name, max(candidates)))
+            return default
+
+        schedule_rule.schedule(workload.function, this_machine, note)
+    key, knob, good = known[0]
+    assert value not in (good, *range(1, 3))
+
+    def warnings_of(records: dict[str, dict[str, int]]) -> list[str]:
+        file.write_text(json.dumps(records))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            output = tmp_path / "out"
+            osscompile.compile("synthetic:tiny", this_machine.name, output, records=file, **options)
+        return [str(w.message) for w in caught if str(file) in str(w.message)]
+
+    assert warnings_of({key: {knob: good}}) == warnings_of({}) == []
+    (told,) = warnings_of({key: {knob: value, "other": 2}, "dense_q8 int8[1,1]": {knob: good}})
+    assert "expected 2 records to use, found that 1 are of kernels that this model" in told
+    assert f"2 constants are none .*: {knob}={value} of {key}, other=2 of {key};" in told.replace(
+        "that a schedule has, or no candidates of theirs", ".*"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": {"n": "2"}}', "\udcff"])

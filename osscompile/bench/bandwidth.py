@@ -51,7 +51,7 @@ class Reader:
 
 
 def shapes() -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """Of the data, and of their sums."""
+    """The shape of the data, and that of their sums."""
     pieces = READ_BYTES // PIECE_BYTES
     return (pieces, PIECE_BYTES // LINE_BYTES, LANES), (pieces, LANES)
 

@@ -47,7 +47,7 @@ class TensorReader:
         self.best_seconds = min(self.seconds() for _ in range(TRIALS))
 
     def seconds(self) -> float:
-        """Of a call: by the host's clock, see `TensorMemory.seconds`."""
+        """What a call takes by the host's clock; see `TensorMemory.seconds`."""
         return self._memory.seconds(self._read, [self._tensors] * READS)
 
 

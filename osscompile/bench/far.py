@@ -18,6 +18,7 @@ from tvm import relax
 from .. import targets
 from ..codegen.library import build_library
 from ..errors import RemoteError
+from ..options import path_option
 from ..remote import Remote, is_alive, upload
 from ..runtime.artifact import Artifact, open_artifact, read_manifest
 from ..runtime.bench.artifact import artifact_facts, random_ids
@@ -42,7 +43,7 @@ def bench_far(
     """As `bench` of the runtime, of the best variant that works there. Raises ArtifactError,
     BenchError, TargetError or RemoteError."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = read_manifest(Path(artifact))
+    manifest = read_manifest(path_option("artifact", artifact))
     if not manifest.on_cpu:
         found = manifest.device or manifest.runtime
         raise BenchError(

@@ -61,7 +61,8 @@ def int8_peak() -> float | None:
 
 
 def _best_seconds(work: Callable[..., object], parts: Sequence[tuple[Any, ...]]) -> float:
-    """Of `work(*part)` on all parts at once, a thread each; it must let go of Python's lock."""
+    """What `work(*part)` takes on all parts at once, a thread each; it must let go of Python's
+    lock."""
     best = float("inf")
     with ThreadPoolExecutor(len(parts)) as pool:
         for _ in range(REPEATS):

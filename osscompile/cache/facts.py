@@ -67,7 +67,7 @@ def facts_of(origin: Origin, target: Target, profile: str) -> Facts:
 
 @cache
 def compiler_digest() -> str:
-    """Of the version and, because that of a checkout stays while its code changes, of the code."""
+    """Hash of the version and of the code, which changes in a checkout while the version stays."""
     parts = [__version__.encode(), str(FORMAT_VERSION).encode()]
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import AbsentError, CheckpointError
+from ..errors import CheckpointError
 from ..importer.forms.gguf import split_files
 from ..importer.forms.shards import read_index
 from ..importer.resolve import Found, find_adapter, find_model, find_revision
@@ -67,8 +67,6 @@ def _state(found: Found, online: bool) -> object:
 
 def _state_of_files(path: Path) -> list[tuple[str, int, int]]:
     """Name, size in bytes and time of change of every file: cheap, and sure enough."""
-    if not os.path.exists(path):
-        raise AbsentError(f"{path}: expected the folder of an adapter, found none")
     path = Path(os.path.realpath(path))
     try:
         if path.is_dir():

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..runtime.cli.inspect import add_inspect
-from ..runtime.cli.main import CommandParser, run_command
+from ..runtime.cli.main import CommandParser, Parser, run_command
 from ..runtime.version import __version__
 from .bench import add_bench
 from .bundle import add_bundle
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="osscompile", description="Compile gpt-oss models for one machine, and run them."
     )
     parser.add_argument("--version", action="version", version=__version__)

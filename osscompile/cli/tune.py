@@ -3,11 +3,14 @@
 import argparse
 from pathlib import Path
 
+from ..options import path_option
 from ..runtime.cli.main import Commands
 from ..runtime.errors import OsscompileError
 from ..runtime.trials.files import kernel_folders
 from ..runtime.trials.measure import attempt_here
 from .remote import add_remote, chosen_remote
+
+PLACES = ("work", "output", "emit", "measure", "ingest")  # options that name one
 
 
 def add_tune(commands: Commands) -> None:
@@ -47,6 +50,9 @@ def _tune(arguments: argparse.Namespace) -> None:
     from ..schedules.records import load_records, records_file
     from ..tuning import records, tune
 
+    for option in PLACES:
+        if (place := getattr(arguments, option)) is not None:
+            path_option(f"--{option}", place)
     remote = chosen_remote(arguments)
     if remote is not None and (arguments.emit or arguments.ingest):
         step = "--emit" if arguments.emit else "--ingest"

@@ -22,7 +22,7 @@ from .. import targets
 from ..compiler import OTHER_FILES_BYTES, compile, open_model
 from ..importer.config import ModelConfig
 from ..importer.graph import weight_parameters
-from ..options import path_option, whole_number
+from ..options import adapters_option, path_option, whole_number
 from ..runtime.artifact import read_manifest
 from ..runtime.fidelity import Fidelity, FidelityError, check_writable, write_fidelity
 from ..runtime.manifest import Manifest, Tensor
@@ -38,7 +38,7 @@ def measure_fidelity(
     artifact: str | Path,
     model: str | Path,
     *,
-    adapters: str | Path | Iterable[str | Path] = (),
+    adapters: str | Path | Iterable[str | Path] | None = None,
     num_tokens: int = NUM_TOKENS,
     progress: bool = False,
 ) -> Fidelity:
@@ -59,7 +59,7 @@ def measure_fidelity(
         raise FidelityError(f"tokens: expected at least 2, found {num_tokens}")
     check_writable(path)
     measured = load(path, context=num_tokens)
-    adapters = (adapters,) if isinstance(adapters, str | os.PathLike) else tuple(adapters)
+    adapters = adapters_option(adapters)
     resolved = open_model(model, adapters)
     config = resolved.source.config
     _check_same_shape(str(model), config, path, manifest)
@@ -165,7 +165,7 @@ def _workplace(artifact: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def _logits(model: Model, ids: list[int], name: str, progress: bool) -> Iterator[Logits]:
-    """Of each token [vocab], with a bar."""
+    """The logits [vocab] after each token; a bar tells how far it is."""
     with tqdm(total=len(ids), unit="tok", desc=name, disable=not progress) as bar:
         for piece in model._logits_in_pieces(ids):
             yield from piece

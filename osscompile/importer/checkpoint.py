@@ -39,8 +39,8 @@ class Source(Protocol):
         -127 to 127 [rows, blocks, 32] int8 with scales [rows, blocks] float16; else None."""
 
     def requantised(self) -> dict[str, float]:
-        """Of what was read so far: "layers.N.gate_up" or "layers.N.down" -> relative rms by which
-        quantising to MXFP4 changed it, for those that it changed."""
+        """What quantising to MXFP4 changed of what was read so far: "layers.N.gate_up" or
+        "layers.N.down" -> relative rms of the change."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Read the config.json of a gpt-oss checkpoint: Hugging Face's spellings in, checked facts out."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,26 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     return config
 
 
+def has_file(path: Path) -> bool:
+    """Whether a file that may be left out is there. Raises CheckpointError for something else of
+    its name: a folder, a link to nothing, a git-lfs pointer."""
+    if not os.path.lexists(path):
+        return False
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            f"{path}: expected a file or nothing, found "
+            f"{'something else' if os.path.exists(path) else 'a link to a file that is gone'}; "
+            "download it again, or remove it to compile without"
+        )
+    refuse_pointer(path)
+    return True
+
+
 def refuse_pointer(path: Path) -> None:
-    """Raise CheckpointError if the file is what git leaves where git-lfs is not installed."""
+    """Raise CheckpointError if the file is what git leaves where git-lfs is not installed, or
+    nothing that can be read to its end, such as a pipe."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"{path}: expected a file, found something else; download it again")
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))

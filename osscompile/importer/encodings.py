@@ -104,7 +104,7 @@ def _q3_k(blocks: np.ndarray) -> np.ndarray:
 
 
 def _scales_and_minima(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of Q4_K and Q5_K, eight each: six bits of twelve bytes times the two halves before them."""
+    """Eight of each in Q4_K and Q5_K: six bits of twelve bytes times the two halves before them."""
     first, second, last = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([first & 63, last & 15 | first >> 6 << 4], axis=1)
     minima = np.concatenate([second & 63, last >> 4 | second >> 6 << 4], axis=1)

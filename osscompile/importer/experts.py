@@ -69,14 +69,14 @@ class Experts:
         self._deltas.append(delta)
 
     def blocks(self, start: int, stop: int) -> np.ndarray:
-        """Of experts [start, stop): [n, rows, groups, 16] uint8, or [n, 2, rows, groups, 16]."""
+        """What experts [start, stop) have: [n, (2,) rows, groups, 16] uint8."""
         if self._is_packed():
             return self._arrange([_shaped(half.weights, start, stop) for half in self.halves])
         made = [self._make(expert, keep_scales=True)[0] for expert in range(start, stop)]
         return self._stack(made)
 
     def scales(self, start: int, stop: int) -> np.ndarray:
-        """Of experts [start, stop): as `blocks`, without the last axis."""
+        """What experts [start, stop) have: as `blocks`, without the last axis."""
         if self._is_packed():
             return self._arrange([_scales(half, start, stop) for half in self.halves])
         return self._stack([self._scales_of(expert) for expert in range(start, stop)])
@@ -145,7 +145,7 @@ class Experts:
             ) from error
 
     def _stack(self, made: list[list[np.ndarray]]) -> np.ndarray:
-        """Of each expert its halves -> as `_arrange`."""
+        """The halves of each expert -> as `_arrange`."""
         if len(made) == 1:  # the usual case, without another copy
             return self._arrange([half[None] for half in made[0]])
         return self._arrange([np.stack(halves) for halves in zip(*made, strict=True)])

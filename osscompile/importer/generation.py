@@ -9,7 +9,7 @@ from ..errors import CheckpointError
 from ..runtime.errors import InputError
 from ..runtime.manifest import CHAT_TEMPLATE, MAX_TEMPLATE_BYTES
 from ..runtime.sampling_options import Sampling
-from .config import read_json_object, refuse_pointer
+from .config import has_file, read_json_object
 
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -18,7 +18,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 def read_generation(folder: Path) -> tuple[dict[str, Any], Sampling]:
     """generation_config.json, {} where there is none, and the sampling that it asks for."""
     path = folder / GENERATION
-    generation = read_json_object(path) if path.is_file() else {}
+    generation = read_json_object(path) if has_file(path) else {}
     return generation, read_sampling(generation, str(path))
 
 
@@ -40,12 +40,25 @@ def read_sampling(generation: Mapping[str, Any], where: str) -> Sampling:
         raise CheckpointError(f"{where}: {error}; correct it, or leave the field out") from None
 
 
+def read_eos(generation: Mapping[str, Any], vocab_size: int, where: str) -> tuple[int, ...]:
+    """The ids that end a text, out of the fields of generation_config.json: one, several, or none.
+    Raises CheckpointError for what is no id."""
+    found = generation.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    for id in ids:
+        if type(id) is not int or not 0 <= id < vocab_size:
+            raise CheckpointError(
+                f"{where}: eos_token_id: expected token ids from 0 to {vocab_size - 1}, found "
+                f"{id!r:.200}; correct it, or leave the field out"
+            )
+    return tuple(ids)
+
+
 def read_chat_template(folder: Path) -> str | None:
     """The text of chat_template.jinja, or else of the field in tokenizer_config.json, of which the
     one named `default` counts where there are several."""
     path = folder / CHAT_TEMPLATE
-    if path.is_file():
-        refuse_pointer(path)
+    if has_file(path):
         try:
             with path.open("rb") as file:
                 content = file.read(MAX_TEMPLATE_BYTES + 1)
@@ -56,7 +69,7 @@ def read_chat_template(folder: Path) -> str | None:
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path}: not UTF-8 ({error}); download the file again") from None
     path = folder / TOKENIZER_CONFIG
-    found = read_json_object(path).get("chat_template") if path.is_file() else None
+    found = read_json_object(path).get("chat_template") if has_file(path) else None
     if isinstance(found, list):
         named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
         found = named[0].get("template") if named else None

@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,14 @@ from ..runtime.errors import ArtifactError
 from ..runtime.manifest import CHAT_TEMPLATE
 from ..runtime.tokenizer import Tokenizer
 from .checkpoint import Opened
+from .config import has_file
 from .forms import open_checkpoint
 from .forms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapter
 from .forms.assemble import FormSource
 from .forms.huggingface import check_metadata
 from .forms.ollama import find_in_store
 from .forms.shards import INDEX
-from .generation import GENERATION, TOKENIZER_CONFIG
+from .generation import GENERATION, TOKENIZER_CONFIG, read_eos
 from .synthetic import synthetic_source
 
 NANO_CHECKPOINT = Path(__file__).parent.parent / "nano" / "checkpoint"
@@ -60,9 +60,10 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved(Opened):
-    """A model ready to compile; `name` is fit for a file name."""
+    """A model ready to compile; `name` is fit for a file name, `eos_token_ids` end a text."""
 
     name: str
+    eos_token_ids: tuple[int, ...] = ()
 
 
 def resolve_model(model: str | Path, adapters: Sequence[str | Path] = ()) -> Resolved:
@@ -73,6 +74,13 @@ def resolve_model(model: str | Path, adapters: Sequence[str | Path] = ()) -> Res
     PEFT, or ids of them. Raises CheckpointError if nothing is found, the download fails (both
     AbsentError), or the checkpoint is not a complete gpt-oss.
     """
+    try:
+        return _resolve(model, adapters)
+    except OSError as error:
+        raise _unreadable(model, error) from error
+
+
+def _resolve(model: str | Path, adapters: Sequence[str | Path]) -> Resolved:
     found = find_model(model)
     if found.path is not None:
         resolved = _from_path(found.path, found.name)
@@ -92,13 +100,13 @@ def resolve_model(model: str | Path, adapters: Sequence[str | Path] = ()) -> Res
 
 def find_model(model: str | Path) -> Found:
     """Where a model is that the user names; nothing of it is read or fetched. Raises AbsentError
-    for a name that is none."""
+    for a name that is none, CheckpointError for a place that may not be looked at."""
     if model == "nano":
         return Found("nano", NANO_CHECKPOINT)
     if isinstance(model, str) and model.startswith(SYNTHETIC):
         return Found(model.replace(":", "-"))
-    path = os.path.expanduser(model)  # os.path, because pathlib raises on names too long or odd
-    if os.path.exists(path):
+    path = _expanded(model)
+    if _is_there(path):
         return Found(Path(path).resolve().name.removesuffix(".gguf"), Path(path))
     blob = find_in_store(model) if isinstance(model, str) else None
     if blob is not None:
@@ -109,11 +117,16 @@ def find_model(model: str | Path) -> Found:
 
 
 def find_adapter(adapter: str | Path) -> Found:
-    """Where an adapter is: a folder here, or an id."""
-    path = Path(os.path.expanduser(adapter))
-    if not os.path.isdir(path) and isinstance(adapter, str) and HUGGING_FACE_ID.fullmatch(adapter):
+    """Where an adapter is: a folder here, or an id. Raises AbsentError for a name that is none."""
+    path = _expanded(adapter)
+    if _is_there(path) and os.path.isdir(path):
+        return Found(Path(path).name, Path(path))
+    if isinstance(adapter, str) and HUGGING_FACE_ID.fullmatch(adapter):
         return Found(adapter.rsplit("/", 1)[1], repo_id=adapter)
-    return Found(path.name, path)
+    raise AbsentError(
+        f"adapters: expected a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, as PEFT saves "
+        f"LoRA adapters, or the id of one on Hugging Face, found {str(adapter)!r:.200}"
+    )
 
 
 def find_revision(repo_id: str, online: bool) -> str | None:
@@ -129,25 +142,56 @@ def find_revision(repo_id: str, online: bool) -> str | None:
         return None
 
 
+def _expanded(name: str | Path) -> str:
+    try:
+        return os.path.expanduser(os.fspath(name))
+    except ValueError:  # a zero byte in the name of a user
+        return os.fspath(name)
+
+
+def _is_there(path: str) -> bool:
+    """False also for names that are too long or odd."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _unreadable(model: str | Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{model}: expected a checkpoint that can be read, found: {error}; check the permissions "
+        "of its folder and files"
+    )
+
+
 def _from_path(path: Path, name: str) -> Resolved:
     opened = open_checkpoint(path)
-    _check_tokenizer(opened.tokenizer)
+    vocab_size = opened.source.config.vocab_size
+    _check_tokenizer(opened.tokenizer, vocab_size)
+    eos_token_ids = read_eos(opened.generation, vocab_size, str(path))
     printable = "".join(c if c.isprintable() else "_" for c in name)  # as in a manifest
-    return Resolved(**vars(opened), name=printable)
+    return Resolved(**vars(opened), name=printable, eos_token_ids=eos_token_ids)
 
 
-def _check_tokenizer(tokenizer: Path | bytes | None) -> None:
-    """Refuse here what the runtime would refuse, before any kernel is built."""
+def _check_tokenizer(tokenizer: Path | bytes | None, vocab_size: int) -> None:
+    """Refuse here what the runtime would refuse, or could not use, before any kernel is built."""
     if tokenizer is None:
         return
-    with tempfile.TemporaryDirectory() as folder:
+    try:
         if isinstance(tokenizer, bytes):
-            content, tokenizer = tokenizer, Path(folder) / "tokenizer.json"
-            tokenizer.write_bytes(content)
-        try:
-            Tokenizer(tokenizer)
-        except ArtifactError as error:
-            raise CheckpointError(str(error)) from error
+            size = Tokenizer(Path("tokenizer.json"), tokenizer).vocab_size
+        else:
+            size = Tokenizer(tokenizer).vocab_size
+    except ArtifactError as error:
+        raise CheckpointError(str(error)) from error
+    if size > vocab_size:
+        raise CheckpointError(
+            f"tokenizer: expected ids below {vocab_size}, the model's vocab_size, found up to "
+            f"{size - 1}; use the tokenizer.json of this checkpoint"
+        )
 
 
 def _from_hub(repo_id: str) -> Resolved:
@@ -155,9 +199,9 @@ def _from_hub(repo_id: str) -> Resolved:
     directory = _fetch(repo_id, METADATA_FILES)
     try:
         if (directory / "config.json").exists():
-            check_metadata(directory)  # another model stops here, not after its gigabytes
+            config = check_metadata(directory)  # another model stops here, not after gigabytes
             tokenizer = directory / "tokenizer.json"
-            _check_tokenizer(tokenizer if tokenizer.is_file() else None)
+            _check_tokenizer(tokenizer if has_file(tokenizer) else None, config.vocab_size)
         elif not (directory / ADAPTER_CONFIG).exists():
             raise CheckpointError(
                 f"{repo_id}: expected a config.json in the repository, found none; if it holds "

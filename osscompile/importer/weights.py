@@ -17,8 +17,8 @@ from .checkpoint import Source
 from .config import ModelConfig
 from .graph import Parameter
 
-# Of a piece in its final form, and of a pass over one that cannot be as small (an expert has 8 MB):
-# it stays in the cache, and threads work for longer than they wait for Python's lock.
+# A piece in its final form has so many, and so has a pass over one that cannot be as small (an
+# expert has 8 MB): it stays in the cache, and threads work longer than they wait for Python's lock.
 PIECE_BYTES = 1 << 20
 
 

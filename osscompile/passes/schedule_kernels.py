@@ -3,9 +3,10 @@
 from tvm import ir
 from tvm.tirx import PrimFunc
 
-from ..schedules.records import Records, recorded
+from ..schedules.records import Records, kernel_key, recorded
 from ..schedules.rule import schedule
 from ..targets import Target
+from ..tuning.watched_records import WatchedRecords
 
 
 def schedule_kernels(
@@ -15,6 +16,9 @@ def schedule_kernels(
     scheduled = ir.IRModule({}, attrs=module.attrs)
     for name, function in module.functions_items():
         if isinstance(function, PrimFunc):
-            function = schedule(function, target, recorded(function, target, records))
+            choose = recorded(function, target, records)
+            if isinstance(records, WatchedRecords):
+                choose = records.watch(kernel_key(function), choose)
+            function = schedule(function, target, choose)
         scheduled[name] = function
     return scheduled

@@ -11,6 +11,7 @@ from ..runtime.errors import TuningError
 from ..runtime.trials.files import read_plan, read_trials, write_json
 from ..schedules.records import Records, load_records, records_file, user_records_file
 from ..targets import Target
+from .watched_records import WatchedRecords
 
 LEAST_GAIN = 0.02  # share of the default's time, beyond the measured spread: less may be chance
 
@@ -60,13 +61,15 @@ def own_records_file(target: Target) -> Path:
 
 
 def records_of_compile(target: Target, file: Path | None) -> tuple[Records, Path | None]:
-    """The package's records and after them those of `file`, or where that is None of the user's
-    own file, if there is one; and the file that was read. Raises CompileError."""
+    """The package's records and after them those of `file`, which are watched, or where that is
+    None of the user's own file, if there is one; and the file that was read. Raises CompileError.
+    """
+    if file is not None:
+        return WatchedRecords(load_records(target), read_records(file), file), file
     user = user_records_file(target)
-    if file is None and user is not None and os.path.exists(user):
-        file = user
-    more = read_records(file) if file is not None else {}
-    return {**load_records(target), **more}, file
+    if user is None or not os.path.exists(user):
+        return load_records(target), None
+    return {**load_records(target), **read_records(user)}, user
 
 
 def check_records(file: Path) -> None:

@@ -79,7 +79,7 @@ def random_ids(manifest: Manifest) -> list[int]:
 
 
 def _share_of_experts(manifest: Manifest) -> Fraction:
-    """Of its experts that a token uses. The manifest implies it: by the bytes of a decode step."""
+    """The share of its experts that a token uses, which the bytes of a decode step imply."""
     experts = [weight for weight in manifest.weights if _of_experts(weight)]
     others = sum(
         weight.num_bytes

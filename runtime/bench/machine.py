@@ -22,7 +22,7 @@ class OtherProcesses:
         self._start = _cpu_seconds()
 
     def share(self) -> float | None:
-        """Of the time of all CPUs; what other virtual machines took counts too. None where the
+        """The share of all CPUs' time that others took, other virtual machines too. None where the
         system does not tell, and before that time is long enough for the ticks it counts in."""
         now = _cpu_seconds()
         if self._start is None or now is None:
@@ -98,7 +98,7 @@ def process_bytes(field: str) -> int | None:
 
 
 def versions() -> dict[str, str]:
-    """Of what may decide how fast it is, as far as it is installed."""
+    """The versions of what may decide how fast it is, as far as it is installed."""
     found = {"osscompile": __version__}
     for name, package in (("tvm", "apache-tvm"), ("tvm_ffi", "apache-tvm-ffi")):
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -231,8 +231,8 @@ def _device_facts(model: Model) -> tuple[str | None, int | None]:
 
 
 def _open_reader(model: Model, limits: Limits | None) -> Reader | None:
-    """Of the memory that the model's kernels read; None if that takes a compiler, and none is
-    here."""
+    """What reads the memory that the model's kernels read; None if that takes a compiler, and
+    none is here."""
     device = model._runner.device
     if not isinstance(device, Device | TensorDevice):  # its driver compiles what reads it
         return DeviceReader(model.manifest.runtime, device.opened)

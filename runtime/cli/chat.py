@@ -48,7 +48,7 @@ class _Chat:
     ) -> None:
         self._model, self._options, self._view = model, dict(options), view
         self._first, self._messages = messages, messages
-        # Of an answer under way: the conversation up to its question, and what was said so far.
+        # While an answer is under way: the conversation up to its question, and what was said.
         self._pending: tuple[Messages, list[Piece]] | None = None
         self._num_interrupts = 0  # since the last input
         self._is_over = False

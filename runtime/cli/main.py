@@ -16,8 +16,15 @@ Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 INTERRUPTED = 130  # the status that shells give to what Ctrl-C ended
 
 
-class CommandParser(argparse.ArgumentParser):
-    """Of one command: options may stand before, between and after its other arguments."""
+class Parser(argparse.ArgumentParser):
+    """The parser of all commands. argparse passes over a help that cannot be written."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file or sys.stderr)
+
+
+class CommandParser(Parser):
+    """The parser of one command: options may stand before, between and after other arguments."""
 
     _is_intermixing = False
 
@@ -37,11 +44,13 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
     """Run the command that `argv` names; 0, or 1 after an error of ours or of the system, which
     goes to stderr as one message, or INTERRUPTED."""
     _mend_streams()
-    arguments = parser.parse_args(argv)
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     try:
-        arguments.command(arguments)
-        sys.stdout.flush()
+        try:
+            arguments = parser.parse_args(argv)
+            arguments.command(arguments)
+        finally:  # also when a help ends it
+            sys.stdout.flush()
         return 0
     except OsscompileError as error:
         _say(f"{parser.prog}: {error}")
@@ -69,13 +78,41 @@ def end_process(status: int) -> NoReturn:
 
 def _mend_streams() -> None:
     """What is closed is as if it led to nowhere; a character that the terminal does not have is
-    replaced, and bytes that are no text are kept for who reads them to find."""
+    replaced, and bytes that are no text are kept for who reads them to find. Messages and bars that
+    cannot be written are dropped: what a command makes is what counts."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+    if isinstance(getattr(sys.stderr, "buffer", None), io.BufferedWriter | io.FileIO):
+        encoding, raw = sys.stderr.encoding, _Droppable(sys.stderr.fileno())
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True
+        )
+
+
+class _Droppable(io.RawIOBase):
+    """A file of which no write fails."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except OSError:
+            return len(data)
 
 
 def _say(message: str) -> None:

@@ -2,6 +2,9 @@
 
 import argparse
 import math
+import os
+
+from ..fields import MAX_NUMBER
 
 
 def add_kv_memory(command: argparse.ArgumentParser) -> None:
@@ -13,11 +16,25 @@ def add_kv_memory(command: argparse.ArgumentParser) -> None:
     )
 
 
+def utf8_text(text: str) -> str:
+    """An argument; bytes of which the locale makes no text are taken for UTF-8."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"expected UTF-8 text, found {text!a}") from None
+
+
 def _bytes_of_gigabytes(text: str) -> int:
     try:
-        number = float(text)
+        number = float(text) * 1e9
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected gigabytes above 0, found {text!r}")
-    return int(number * 1e9)
+    if not 0 < number <= MAX_NUMBER:
+        most = MAX_NUMBER // 10**9
+        raise argparse.ArgumentTypeError(f"expected gigabytes, above 0 to {most}, found {text!r}")
+    return int(number)

@@ -7,7 +7,7 @@ from ..artifact import ALWAYS_HASHED_BYTES, read_manifest
 from ..model import Model, load
 from .chat import converse
 from .main import Commands
-from .options import add_kv_memory
+from .options import add_kv_memory, utf8_text
 from .prompt import STDIN, read_prompt
 from .terminal import say_stage
 from .transcript import Messages
@@ -23,11 +23,16 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
     command.add_argument(
         "prompt",
         nargs="?",
+        type=utf8_text,
         help=f"{STDIN}: only what is piped, which else follows it; without a prompt, a chat begins",
     )
     command.add_argument("-f", "--file", type=Path, metavar="FILE", help="text after the prompt")
-    command.add_argument("--system", metavar="TEXT", help="instructions of the developer")
-    command.add_argument("--identity", metavar="TEXT", help="who the model is told to be")
+    command.add_argument(
+        "--system", type=utf8_text, metavar="TEXT", help="instructions of the developer"
+    )
+    command.add_argument(
+        "--identity", type=utf8_text, metavar="TEXT", help="who the model is told to be"
+    )
     command.add_argument("--no-date", action="store_true", help="do not tell it today's date")
     command.add_argument("--reasoning", default="medium", metavar="low|medium|high")
     command.add_argument("--hide-analysis", action="store_true", help="show answers only")
@@ -37,7 +42,11 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
     add_kv_memory(command)
     command.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of an answer")
     command.add_argument(
-        "--stop", action="append", metavar="TEXT", help="ends an answer (repeat for several)"
+        "--stop",
+        action="append",
+        type=utf8_text,
+        metavar="TEXT",
+        help="ends an answer (repeat for several)",
     )
     command.add_argument("--temperature", type=float, help="0: greedy (default: the checkpoint's)")
     command.add_argument("--top-p", type=float, metavar="P")

@@ -23,7 +23,7 @@ Handle = ctypes.c_void_p  # of a context, module, function, stream or graph
 Address = ctypes.c_uint64  # in the device's memory
 SIZES = {"int32": 4, "int64": 8}  # bytes of a scalar; those of an address are 8
 _NUMBER, _SIZE, _OUT = ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p  # _OUT: by reference
-# Of the driver's functions: what they take. All return a status, 0 for success.
+# What the driver's functions take. All return a status, 0 for success.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (_NUMBER,),
     "cuDriverGetVersion": (_OUT,),

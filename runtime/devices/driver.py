@@ -6,7 +6,9 @@ signal interrupts the caller only, never what changes a device's memory.
 """
 
 import atexit
+import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -23,6 +25,17 @@ class Abandoned(BaseException):
     """Nobody waits for this work any more; no `except Exception` takes it for an error."""
 
 
+class DriverEnded(OsscompileError):
+    """The process ends, and the thread that computes has ended before it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "model: expected a call before the end of the process, found one from an exit handler "
+            "or a finalizer that runs after what computes has ended; make it before that, or "
+            "register the handler after the first model is loaded"
+        )
+
+
 class Driver:
     """A thread that does one work at a time, in the order in which it was asked to."""
 
@@ -31,6 +44,8 @@ class Driver:
         self._works: SimpleQueue[_Work | None] = SimpleQueue()
         self._current: _Work | None = None
         self._stopping = False
+        # What is asked for comes before the end or is refused. A signal's handler may ask, too.
+        self._asking = threading.RLock()
         self._thread = threading.Thread(target=self._run, name="osscompile driver", daemon=True)
         self._thread.start()
         atexit.register(self._stop)
@@ -39,8 +54,8 @@ class Driver:
         """What `function` returns or raises on the driver's thread.
 
         An interrupted caller waits until the kernel in flight has ended; what would follow is left
-        out (see `check`). Raises OsscompileError in a process that was forked since, and for a call
-        from within another.
+        out (see `check`). Raises OsscompileError in a process that was forked since, for a call
+        from within another, and at the end of the process.
         """
         if os.getpid() != self._process:
             raise OsscompileError(
@@ -55,14 +70,15 @@ class Driver:
         work = _Work(function)
         del function  # only the work has it, and whoever asked
         try:
-            self._works.put(work)
+            self._ask(work)
             while not work.ended.acquire(timeout=SIGNAL_SECONDS):
                 pass
         except BaseException:  # whatever a signal's handler raises, before or after the `put`
             work.abandoned = True
             rest = _Work(_do_nothing)
-            self._works.put(rest)
-            rest.ended.acquire()
+            with contextlib.suppress(DriverEnded):
+                self._ask(rest)
+                rest.ended.acquire()
             raise
         try:
             if work.error is not None:
@@ -76,6 +92,12 @@ class Driver:
         if self._stopping or (self._current is not None and self._current.abandoned):
             raise Abandoned
 
+    def _ask(self, work: "_Work") -> None:
+        with self._asking:
+            if self._stopping:
+                raise DriverEnded
+            self._works.put(work)
+
     def _run(self) -> None:
         while (work := self._works.get()) is not None:
             self._current = work
@@ -85,8 +107,9 @@ class Driver:
     def _stop(self) -> None:
         """At the end of the process: a thread that Python ends inside a kernel may crash."""
         if os.getpid() == self._process:
-            self._stopping = True
-            self._works.put(None)
+            with self._asking:
+                self._stopping = True
+                self._works.put(None)
             self._thread.join()
 
 
@@ -112,7 +135,9 @@ class _Work:
 
 
 def driver() -> Driver:
-    """The one of this process."""
+    """The one of this process. Raises OsscompileError where no thread can begin any more."""
+    if sys.is_finalizing():
+        raise DriverEnded
     process = os.getpid()
     if process not in _drivers:
         with _starting:

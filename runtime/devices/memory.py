@@ -47,7 +47,7 @@ class DeviceArray:
 
     @property
     def element_bytes(self) -> int:
-        """Of one element along axis 0."""
+        """What one element along axis 0 takes."""
         return self.num_bytes // self.shape[0]
 
 

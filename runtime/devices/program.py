@@ -29,7 +29,7 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
     "min": min,
     "max": max,
 }
-# Of a call; tables, caches and weights; the function's own.
+# The arrays of a call; tables, caches and weights; the function's own.
 MEMORY = ("input", "bound", "storage")
 MAX_NUMBER = 1 << 48  # of what an expression and its parts come to
 MAX_GROUPS = 1 << 31  # along an axis, and of the threads of a group
@@ -123,9 +123,9 @@ def read_programs(artifact: Artifact) -> dict[str, Program]:
     """The program of every function; ArtifactError if they cannot be programs of this artifact."""
     file, manifest = artifact.programs, artifact.manifest
     try:
-        functions = json.loads(file.read_text(encoding="utf-8"))
+        functions = json.loads(artifact.contents[file.name].decode())
         return {name: _program(name, functions[name], manifest) for name in INPUTS}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"{file}: expected programs, found a problem with {error}; the artifact is damaged: "
             "copy it again, or compile the model again"
@@ -139,9 +139,9 @@ def parse_launches(
     inputs: int = 0,
     symbols: Mapping[str, int] | None = None,
 ) -> Launches:
-    """Of JSON; ValueError, KeyError or TypeError for what can be none. `num_bound`: arrays that the
-    launches are bound to; `inputs`: those that come with every call; `symbols`: the most that each
-    stands for."""
+    """Launches out of JSON; ValueError, KeyError or TypeError for what can be none. `num_bound`:
+    arrays that the launches are bound to; `inputs`: those that come with every call; `symbols`: the
+    most that each stands for."""
     sizes = [_number(size, 1, f"{name}, a storage's size") for size in fields["storages"]]
     counts = {"input": inputs, "bound": num_bound, "storage": len(sizes)}
     launches = tuple(_launch(launch, counts, symbols or {}) for launch in fields["launches"])

@@ -136,7 +136,7 @@ def _address(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def _element_bytes(array: Any) -> int:
-    """Of one element along axis 0."""
+    """What one element along axis 0 takes."""
     return int(np.prod(array.shape[1:])) * np.dtype(str(array.dtype)).itemsize
 
 

@@ -123,11 +123,12 @@ def find_runtime_library(device: str | None = None) -> Path | None:
     apache-tvm; of a `device`, what lies beside that. Raises ArtifactError for a name of no file."""
     candidates = [RUNTIME_FOLDER / RUNTIME_LIBRARY]
     if named := os.environ.get(NAMED):
-        candidates.insert(0, Path(named))
-        if not candidates[0].is_file():
+        # absolute: for a name without a slash the system would look in places of its own
+        candidates.insert(0, Path(named).absolute())
+        if not os.path.isfile(named):  # pathlib raises where a folder may not be read
             raise ArtifactError(
-                f"{NAMED}: expected the path of {RUNTIME_LIBRARY}, found no file at {named}; "
-                "correct it, or unset it to use the one that is installed"
+                f"{NAMED}: expected the path of {RUNTIME_LIBRARY}, found no file that can be read "
+                f"at {named}; correct it, or unset it to use the one that is installed"
             )
     package = importlib.util.find_spec("tvm")  # finds it without importing it
     if package is not None and package.origin is not None:

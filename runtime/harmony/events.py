@@ -1,8 +1,9 @@
 """What a model says, as it says it: pieces of text, calls of tools, and why it ended."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from ..errors import InputError
 from ..usage import Usage
 
 
@@ -62,9 +63,11 @@ class Finish(Piece):
 
 
 def as_messages(pieces: Iterable[Piece]) -> list[dict[str, object]]:
-    """What was said, as messages that go on with the conversation, each with its channel."""
+    """What was said, as messages that go on with the conversation, each with its channel. Raises
+    InputError for what are no pieces of one answer."""
     messages: list[dict[str, object]] = []
-    for piece in pieces:
+    function: dict[str, str] | None = None
+    for piece in _checked(pieces):
         last = messages[-1] if messages else {}
         if isinstance(piece, ToolCall):
             function = {"name": piece.name, "arguments": ""}
@@ -72,6 +75,8 @@ def as_messages(pieces: Iterable[Piece]) -> list[dict[str, object]]:
             message = {"role": "assistant", "channel": piece.channel, "content": None}
             messages.append({**message, "tool_calls": [call]})
         elif isinstance(piece, Arguments):
+            if function is None:
+                raise InputError("pieces: expected a call before its arguments, found none")
             function["arguments"] += piece.delta
         elif isinstance(piece, Finish):
             break
@@ -81,3 +86,15 @@ def as_messages(pieces: Iterable[Piece]) -> list[dict[str, object]]:
             content = {"channel": piece.channel, "content": piece.text}
             messages.append({"role": "assistant", **content})
     return messages
+
+
+def _checked(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Pieces one by one, since they may come from a model that still generates them."""
+    if not isinstance(pieces, Iterable):
+        raise InputError(f"pieces: expected those of an answer, found {pieces!r:.100}")
+    for piece in pieces:
+        if not isinstance(piece, Piece):
+            raise InputError(
+                f"pieces: expected those of an answer, found among them {piece!r:.100}"
+            )
+        yield piece

@@ -42,8 +42,8 @@ def read_messages(
 
     - role: system, developer, user, assistant or tool; name: of who speaks, without blanks (that of
       a system or developer message is left out);
-    - content: text, or a list of parts {"type": "text", "text": ...}; of an assistant it may be
-      None where something else was said;
+    - content: text, or a list of parts {"type": "text", "text": ...}; an assistant's may be None or
+      without parts, where something else was said;
     - assistant: reasoning (also as reasoning_content or thinking), tool_calls, refusal; channel: of
       the content, or of the calls if there is none (default: final, and commentary before calls);
     - tool: tool_call_id, that of an earlier call, or the name of the function.
@@ -64,7 +64,7 @@ def read_messages(
 
 @dataclass(frozen=True)
 class _Author:
-    """Of the calls in a message; channel: theirs, if it says one."""
+    """Who makes the calls in a message; channel: theirs, if it says one."""
 
     name: str | None
     channel: str | None
@@ -198,6 +198,8 @@ def _read_content(where: str, content: object, role: str) -> tuple[str, ...] | N
             f"{where}.content: expected text or a list of text parts, "
             f"found {type(content).__name__}"
         )
+    if not content:
+        return None
     return tuple(_read_part(f"{where}.content[{i}]", part, role) for i, part in enumerate(content))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from ..errors import InputError
 from .builtin_tools import BUILTIN_TOOLS
 from .checks import read_json, read_text, read_word
+from .schema import check_schema
 from .typescript import Function, Namespace, compact_json, tools_text
 
 
@@ -70,6 +71,7 @@ def response_format_text(response_format: object) -> str:
     schema = read_json(f"{where}.schema", described.get("schema"))
     if name is None or not isinstance(schema, Mapping):
         raise InputError(f"{where}: expected a name and a schema, found {described!r:.100}")
+    check_schema(f"{where}.schema", schema)
     remark = "".join(f"// {line}\n" for line in (description or "").splitlines())
     return f"# Response Formats\n\n## {name}\n\n{remark}{compact_json(schema)}"
 
@@ -90,6 +92,7 @@ def _read_tool(where: str, tool: object) -> Function:
     parameters = read_json(f"{where}.parameters", function.get("parameters"))
     if parameters is not None and not isinstance(parameters, Mapping):
         raise InputError(f"{where}.parameters: expected a JSON schema, found {parameters!r:.100}")
+    check_schema(f"{where}.parameters", parameters or {})
     return Function(name, description or "", parameters)
 
 

@@ -227,7 +227,7 @@ def read_trials(folder: Path, plan: Plan) -> dict[str, Trial]:
     Raises TuningError if the file is damaged.
     """
     file = folder / RESULTS
-    if not file.exists():
+    if not os.path.exists(file):
         return {}
     fields = _read_object(file, "results of `osscompile tune`")
     try:
@@ -248,11 +248,20 @@ def read_trials(folder: Path, plan: Plan) -> dict[str, Trial]:
 
 def kernel_folders(directory: Path) -> list[Path]:
     """Return the folders of all kernels; TuningError if there is none."""
-    folders = sorted(file.parent for file in directory.glob(f"*/{PLAN}"))
+    expected = f"{directory}: expected a folder that `osscompile tune --emit` wrote"
+    try:
+        names = sorted(os.listdir(directory))
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise TuningError(f"{expected}, found: {error}; name another, or emit it") from None
+    if PLAN in names:
+        raise TuningError(
+            f"{expected}, with a folder for each kernel, found the one of a kernel; give the "
+            "folder above it"
+        )
+    folders = [directory / name for name in names if os.path.exists(directory / name / PLAN)]
     if not folders:
         raise TuningError(
-            f"{directory}: expected a folder that `osscompile tune --emit` wrote, found no {PLAN} "
-            "in it; emit it again, or copy all of it"
+            f"{expected}, found no {PLAN} in its folders; emit it again, or copy all of it"
         )
     return folders
 
@@ -280,7 +289,9 @@ def _argument(fields: dict[str, Any]) -> Argument:
         columns = {"rows": 3, "tiles": 2}[argument.fill]
         for shape in (argument.shape, argument.check_shape):
             _check(len(shape) == 2 and shape[1] == columns, f"{argument.fill} of {shape}")
-    if argument.fill in ("experts", "indices", "integers", "rows"):
+    if argument.fill == "rows":
+        _check(argument.low >= 0 and argument.high > 0, f"bounds {bounds!r}")
+    if argument.fill in ("experts", "indices", "integers"):
         _check(argument.low < argument.high, f"bounds {bounds!r}")
     if argument.fill in ("bfloat16", "normal"):
         _check(abs(argument.low) <= MAX_EXPONENT, f"exponent {argument.low}")
@@ -327,7 +338,11 @@ def _read_object(file: Path, expected: str) -> dict[str, Any]:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TuningError(f"{file.parent}: expected {expected}, found none; emit it") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise TuningError(
+            f"{file}: expected {expected}, found: {error}; check the permissions of its folder"
+        ) from error
+    except (ValueError, RecursionError) as error:
         _damaged(file, "a JSON object", repr(error))
     if not isinstance(fields, dict):
         _damaged(file, "a JSON object", type(fields).__name__)

@@ -32,9 +32,8 @@ def open_checkpoint(path: str | Path) -> Opened:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such directory; expected one with a checkpoint")
-    if path.is_file() and not gguf.recognises(path):
-        raise CheckpointError(
-            f"{path}: expected a directory or a GGUF file, found a file; give its directory"
-        )
+    if not path.is_dir() and not (path.is_file() and gguf.recognises(path)):
+        found = "a file; give its directory" if path.is_file() else "neither"
+        raise CheckpointError(f"{path}: expected a directory or a GGUF file, found {found}")
     form = next(form for form in FORMS if form.recognises(path))
     return form.open_form(path)

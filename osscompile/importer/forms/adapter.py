@@ -117,6 +117,11 @@ def merge_adapter(source: FormSource, directory: Path) -> None:
     Raises CheckpointError naming the field or tensor of what cannot be merged.
     """
     config_path = directory / ADAPTER_CONFIG
+    if not config_path.is_file():
+        raise CheckpointError(
+            f"{directory}: expected a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, as PEFT "
+            f"saves adapters, found no {ADAPTER_CONFIG}"
+        )
     raw = read_json_object(config_path)
     for key, values in NEEDED.items():
         if raw.get(key) not in values:

@@ -188,7 +188,7 @@ def _read_value(reader: _Reader, kind: int, key: str, depth: int = 0) -> Any:
         reader.fail(f"{key}: unknown value type {kind}")
     dtype = SCALARS[kind]
     value = np.frombuffer(reader.take(dtype.itemsize, key), dtype)[0]
-    # Of a float32 the number that was meant: 1e-5, not 9.999999747378752e-06.
+    # A float32 becomes the number that was meant: 1e-5, not 9.999999747378752e-06.
     return float(str(value)) if dtype == np.float32 else value.item()
 
 

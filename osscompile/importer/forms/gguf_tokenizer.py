@@ -77,7 +77,7 @@ def generation_of(file: GgufFile) -> dict[str, Any]:
     for key in EOS_KEYS:
         value = file.metadata.get(f"tokenizer.ggml.{key}")
         ids += value.tolist() if isinstance(value, np.ndarray) else [value]
-    ids = [id for id in ids if isinstance(id, int)]
+    ids = [id for id in ids if id is not None]
     generation = {n: file.scalar(f"general.sampling.{k}") for n, k in SAMPLING_KEYS.items()}
     generation["eos_token_id"] = list(dict.fromkeys(ids)) or None
     return {name: value for name, value in generation.items() if value is not None}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from ..checkpoint import Opened
-from ..config import ModelConfig, parse_config, read_json_object, refuse_pointer
-from ..generation import read_chat_template, read_generation
+from ..config import ModelConfig, has_file, parse_config, read_json_object
+from ..generation import GENERATION, read_chat_template, read_eos, read_generation
 from .assemble import HalfNames, Plan, assemble
 from .foreign import refuse_foreign_config, refuse_foreign_names
 from .shards import INDEX, open_shards, read_index
@@ -58,17 +58,16 @@ def open_form(path: Path) -> Opened:
         stored = open_shards(path, {names[name] for name in plan.names()})
     renamed = {name: stored[names[name]] for name in plan.names()}
     tokenizer = path / "tokenizer.json"
-    refuse_pointer(tokenizer)
     return Opened(
         assemble(config, plan, renamed),
-        tokenizer if tokenizer.is_file() else None,
+        tokenizer if has_file(tokenizer) else None,
         *read_generation(path),
         read_chat_template(path),
     )
 
 
-def check_metadata(directory: Path) -> None:
-    """Check what can be checked without the weights: the other files.
+def check_metadata(directory: Path) -> ModelConfig:
+    """Check what can be checked without the weights: the other files. Returns the model's shape.
 
     Raises CheckpointError. A download can stop here before it fetches gigabytes of another model.
     """
@@ -76,8 +75,10 @@ def check_metadata(directory: Path) -> None:
     index = read_index(directory)
     if index is not None:
         plan_names(config, tied, _plain_names(index, directory / INDEX), directory / INDEX)
-    read_generation(directory)
+    generation, _ = read_generation(directory)
+    read_eos(generation, config.vocab_size, str(directory / GENERATION))
     read_chat_template(directory)
+    return config
 
 
 def plan_names(config: ModelConfig, tied: bool, names: Collection[str], where: Path) -> Plan:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..checkpoint import Opened
-from ..config import ModelConfig, parse_config, read_json_object
+from ..config import ModelConfig, has_file, parse_config, read_json_object
 from ..generation import read_chat_template, read_generation
 from .assemble import HalfNames, Plan, assemble
 from .shards import open_shards
@@ -59,7 +59,7 @@ def open_form(path: Path) -> Opened:
     tokenizers = (path / "tokenizer.json", path.parent / "tokenizer.json")
     return Opened(
         assemble(config, plan, stored),
-        next((file for file in tokenizers if file.is_file()), None),
+        next(filter(has_file, tokenizers), None),
         *read_generation(path.parent),
         read_chat_template(path.parent),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...runtime.safetensors import FormatError, TensorEntry, read_header
-from ..config import read_json_object, refuse_pointer
+from ..config import has_file, read_json_object, refuse_pointer
 from ..stored import Stored
 
 INDEX = "model.safetensors.index.json"
@@ -29,7 +29,7 @@ def read_index(directory: Path) -> dict[str, Path] | None:
     The index is not trusted: it may not lead out of the directory.
     """
     index = directory / INDEX
-    if not index.exists():
+    if not has_file(index):
         return None
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
