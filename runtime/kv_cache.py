@@ -49,7 +49,7 @@ class PageCounts:
     window: int
 
     def num_bytes(self, manifest: Manifest) -> int:
-        """Of the keys and values of all layers."""
+        """Bytes of the keys and values of all layers."""
         counts = (self.full, self.window)
         sizes = [cache.num_bytes for cache in manifest.caches]
         return sum(counts[manifest.sliding[i // 2]] * size for i, size in enumerate(sizes))
@@ -157,7 +157,7 @@ class KVCache:
         return self._pages.take(count, self.root, everything)
 
     def copy_page(self, source: tuple[int, int], target: tuple[int, int]) -> None:
-        """Of both kinds."""
+        """Copy a page of each kind."""
         for arrays, from_page, to_page in zip(self._arrays, source, target, strict=True):
             for array in arrays:
                 self._memory.copy(array, from_page, to_page)
