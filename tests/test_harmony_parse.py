@@ -277,9 +277,59 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
             id="user_after_final",
         ),
         pytest.param(
-            "<|channel|>final<|message|>A<|end|><|start|>user And then?<|end|>",
+            "<|channel|>final<|message|>A<|end|><|start|>user<|channel|>final<|end|>",
             [final("A"), STOP],
             id="user_after_final_without_message",
+        ),
+        pytest.param(
+            "<|start|>user guide is here<|return|>",
+            [final("user guide is here"), STOP],
+            id="role_that_begins_a_text",
+        ),
+        pytest.param(
+            "<|start|>python is a language<|return|>",
+            [final("python is a language"), STOP],
+            id="tool_that_begins_a_text",
+        ),
+        pytest.param(
+            "<|channel|>final<|message|>a<|end|><|start|>assistants help<|return|>",
+            [final("aassistants help"), STOP],
+            id="longer_word_than_assistant",
+        ),
+        pytest.param(
+            "<|end|>assistant of mine<|channel|>final<|message|>a<|return|>",
+            [thought("assistant of mine"), final("a"), STOP],
+            id="assistant_that_begins_a_text",
+        ),
+        pytest.param(
+            "<|channel|>final text of the law<|message|>x<|return|>",
+            [final("text of the lawx"), STOP],
+            id="type_that_begins_a_text",
+        ),
+        pytest.param(
+            "<|end|>final code follows<|message|>x<|return|>",
+            [thought("code follows"), final("x"), STOP],
+            id="type_that_begins_a_text_without_start",
+        ),
+        pytest.param(
+            "<|channel|>final <|constrain|>json is great<|return|>",
+            [final("json is great"), STOP],
+            id="constrain_then_text_that_begins_like_a_type",
+        ),
+        pytest.param(
+            "<|channel|>final <|constrain|>The answer<|message|>x<|return|>",
+            [final("The answerx"), STOP],
+            id="constrain_then_text_then_message",
+        ),
+        pytest.param(
+            "<|channel|>commentary <|constrain|>functions.f<|message|>{}<|call|>",
+            [*call("f", "{}"), CALLS],
+            id="recipient_after_constrain",
+        ),
+        pytest.param(
+            "<|channel|>commentary <|constrain|>functions.f json<|message|>{}<|call|>",
+            [*call("f", "{}"), CALLS],
+            id="recipient_and_type_after_constrain",
         ),
         pytest.param(
             "<|channel|>final<|message|>A<|end|>user<|message|>And?<|end|>",
