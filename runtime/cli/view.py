@@ -120,7 +120,8 @@ def _shown_text(piece: Piece) -> str:
 
 
 def _event(piece: Piece) -> dict[str, object]:
-    fields = {name: value for name, value in dataclasses.asdict(piece).items() if value != ""}
+    fields = dataclasses.asdict(piece).items()
+    told = {name: value for name, value in fields if value not in ("", ())}
     if isinstance(piece, Arguments):
-        fields["arguments"] = fields.pop("delta", "")
-    return {"type": KINDS[type(piece)], **fields}
+        told["arguments"] = told.pop("delta", "")
+    return {"type": KINDS[type(piece)], **told}

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..errors import InputError
+from ..sampler import Sample
 from ..usage import Usage
 
 
@@ -12,11 +13,14 @@ class Piece:
     """What became readable: `text` may be printed as it comes, and is "" where there is none.
 
     channel is analysis (the model's reasoning), commentary (beside tools, or before them), final
-    (the answer) or what else the model wrote there; "" at the end.
+    (the answer) or what else the model wrote there; "" at the end. logprobs: where they were asked
+    for, the tokens since the piece before, those of headers too, so that all pieces together have
+    each token of the answer once; they are not compared.
     """
 
     channel: str
     text: str
+    logprobs: tuple[Sample, ...] = field(default=(), kw_only=True, compare=False)
 
 
 @dataclass(frozen=True)
