@@ -1,13 +1,14 @@
-"""`python tests/speaker.py ARGUMENTS..`: the command `run` with a model that is made up, so that
-tests choose what it says and how slowly. It answers with the conversation that it was asked."""
+"""`python tests/speaker.py ARGUMENTS..`: the runtime's command `run` with a model that is made up,
+so that tests choose what it says and how slowly. It answers with the conversation that it was
+asked."""
 
+import argparse
 import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from osscompile import cli
 from osscompile.runtime import (
     Arguments,
     Finish,
@@ -19,6 +20,7 @@ from osscompile.runtime import (
     Usage,
 )
 from osscompile.runtime.cli import run
+from osscompile.runtime.cli.main import CommandParser, run_command
 
 USAGE = Usage(prompt_tokens=100, cached_tokens=64, completion_tokens=20, reasoning_tokens=8)
 
@@ -55,6 +57,9 @@ class Speaker:
             case "cut" | "full":
                 yield Finish("length", Usage(4000, 0, 97 if question == "full" else 96, 1))
                 return
+            case "two":
+                yield Text("final", "One.", begins=True)
+                yield Text("final", "Two.", begins=True)
             case "call":
                 yield ToolCall("commentary", "call_0", "f")
                 yield Arguments("commentary", "call_0", '{"x": 1}')
@@ -65,4 +70,6 @@ class Speaker:
 
 if __name__ == "__main__":
     run._load = lambda arguments: Speaker()  # type: ignore[assignment, return-value]
-    sys.exit(cli.main(["run", "speaker.osc", *sys.argv[1:]]))
+    command_line = argparse.ArgumentParser(prog="osscompile")
+    run.add_run(command_line.add_subparsers(parser_class=CommandParser))
+    sys.exit(run_command(command_line, ["run", "speaker.osc", *sys.argv[1:]]))

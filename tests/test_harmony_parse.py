@@ -20,6 +20,7 @@ from osscompile.runtime.harmony import (
     Text,
     ToolCall,
     as_messages,
+    render_chat,
     stop_ids,
 )
 from osscompile.runtime.harmony.parse import AnswerParser
@@ -564,6 +565,25 @@ def test_messages_of_an_answer(tokenizer: Tokenizer) -> None:
             "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
         },
     ]
+
+
+def test_messages_on_one_channel_stay_two(tokenizer: Tokenizer) -> None:
+    """What the prompt has of an answer is what the model wrote."""
+    header = "<|start|>assistant<|channel|>commentary<|message|>"
+    text = f"{header}One.<|end|>{header}Two.<|end|>"
+    pieces = list(stream_answer(marked(tokenizer, text), tokenizer))
+    assert [p.text for p in pieces if p.begins] == ["O", "T"]  # tokens of nano
+    messages = [{"role": "user", "content": "Hi"}, *as_messages(pieces)]
+    assert text in tokenizer.decode(render_chat(messages, tokenizer))
+
+
+def test_stop_string_is_within_one_message(tokenizer: Tokenizer) -> None:
+    """A beginning of it that was held back belongs to the message before."""
+    header = "<|start|>assistant<|channel|>final<|message|>"
+    ids = marked(tokenizer, f"{header}a.<|end|>{header}.b.c<|return|>")
+    pieces = list(stream_answer(ids, tokenizer, ("..",)))
+    contents = [message["content"] for message in as_messages(pieces)]
+    assert contents == ["a.", ".b.c"]
 
 
 @settings(max_examples=300, derandomize=True, database=None, deadline=None)

@@ -136,6 +136,10 @@ def test_other_channels_and_calls_are_no_answer() -> None:
         assert result.stdout == b"" and result.stderr.startswith(shown)
 
 
+def test_messages_on_one_channel_are_lines() -> None:
+    assert speak("two").stdout == b"One.\nTwo.\n"
+
+
 def test_events_are_lines_of_json() -> None:
     result = speak("call", "--json")
     assert b"Let me" not in result.stderr
