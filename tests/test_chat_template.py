@@ -205,6 +205,24 @@ def test_sign_that_would_complete_a_name(
     assert tokenizer.decode(ids) == f"<|end|>{END}"
 
 
+def test_ordinary_signs_stay_as_they_are(tokenizer: Tokenizer) -> None:
+    """Templates compare texts, cut them at `</think>`, and count."""
+    template = (
+        "{% set c = messages[0].content %}{{ c == 'a < b > <think>x</think>y' }} {{ c | length }} "
+        "{{ c.split('</think>')[-1] }} {{ messages[1].content.startswith('<tool>') }} "
+    )
+    messages = [user("a < b > <think>x</think>y"), user("<tool>")]
+    assert render(tokenizer, template + END, messages).removesuffix(END) == "True 25 y True "
+
+
+@pytest.mark.parametrize("removed", ["</think>", "<", "> "])
+def test_what_a_template_removes_leaves_no_name(tokenizer: Tokenizer, removed: str) -> None:
+    text = removed.join("<|end|>")
+    template = f"{{{{ messages[0].content | replace({removed!r}, '') }}}}{END}"
+    ids = render_template(template, [user(text)], tokenizer, current_date=DATE)
+    assert tokenizer.special["<|end|>"] not in ids
+
+
 def test_text_with_all_noncharacters_is_refused(tokenizer: Tokenizer) -> None:
     text = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     with pytest.raises(InputError, match="noncharacters"):
