@@ -43,7 +43,7 @@ def read_messages(
     - role: system, developer, user, assistant or tool; name: of who speaks, without blanks (that of
       a system or developer message is left out);
     - content: text, or a list of parts {"type": "text", "text": ...}; an assistant's may be None or
-      without parts, where something else was said;
+      without parts: an empty answer, unless something else was said;
     - assistant: reasoning (also as reasoning_content or thinking), tool_calls, refusal; channel: of
       the content, or of the calls if there is none (default: final, and commentary before calls);
     - tool: tool_call_id, that of an earlier call, or the name of the function.
@@ -110,10 +110,12 @@ class _Reader:
         author = _Author(name, None if is_said else channel)
         calls = self._read_calls(f"{where}.tool_calls", message.get("tool_calls"), author)
         if content is None and not reasoning and not calls:
-            raise InputError(
-                f"{where}.content: expected text where there are no tool_calls and no reasoning, "
-                "found none"
-            )
+            if "content" not in message:
+                raise InputError(
+                    f"{where}.content: expected text where there are no tool_calls and no "
+                    "reasoning, found none"
+                )
+            content = ("",)  # how SDKs give an answer that was cut before it said anything
         said = [Message("assistant", (reasoning,), name, "analysis")] if reasoning else []
         if content is not None and (is_said or not calls):
             default = "commentary" if calls else "final"
