@@ -159,12 +159,22 @@ def test_refusal_is_what_was_said(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     "nothing",
-    [{}, {"content": None}, {"content": None, "refusal": None, "tool_calls": []}],
+    [
+        {"content": []},
+        {"content": None},
+        {"content": None, "refusal": None, "tool_calls": None},
+        {"content": None, "refusal": None, "tool_calls": []},
+    ],
     ids=str,
 )
 def test_answer_without_anything_is_empty(tokenizer: Tokenizer, nothing: dict[str, Any]) -> None:
     """What SDKs give for one that was cut by its length."""
     assert rendered(tokenizer, {"role": "assistant", **nothing}) == said("final", "")
+
+
+def test_what_servers_write_beside_an_answer_is_left_out(tokenizer: Tokenizer) -> None:
+    message = {**assistant("Yes"), "reasoning_details": [{"a": 1}], "provider_specific_fields": {}}
+    assert rendered(tokenizer, message) == said("final", "Yes")
 
 
 def test_what_an_sdk_dumps_of_an_answer(tokenizer: Tokenizer) -> None:
@@ -242,6 +252,10 @@ def test_channel_of_a_call(tokenizer: Tokenizer) -> None:
         ),
         (
             [{**assistant("x"), "tool_calls": [tool_call("c", "f", {"a": {1}})]}],
+            r"function\.arguments: expected what JSON can say",
+        ),
+        (
+            [{**assistant("x"), "tool_calls": [tool_call("c", "f", {"a": float("nan")})]}],
             r"function\.arguments: expected what JSON can say",
         ),
         ([{**assistant("x"), "reasoning": ["Hm"]}], r"messages\[0\]\.reasoning: .* found list"),

@@ -10,8 +10,9 @@ from .checks import read_text, read_word
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
-# What SDKs write beside an answer, and what no prompt has a place for.
-IGNORED_KEYS = ("annotations", "parsed")
+# What an answer may have said, and no prompt has a place for. Whatever else servers and SDKs write
+# beside answers is left out, e.g. annotations; a person who wrote a message meant all of it.
+SAID_ELSEWHERE = ("audio", "function_call")
 KEYS = {
     "system": ("content", "name"),
     "developer": ("content", "name"),
@@ -182,7 +183,8 @@ class _Reader:
 def _check_keys(where: str, message: Mapping[str, object], role: str) -> None:
     known = ("role", *KEYS[role])
     for key, value in message.items():
-        if key in known or value is None or (role == "assistant" and key in IGNORED_KEYS):
+        is_beside = role == "assistant" and key not in SAID_ELSEWHERE
+        if key in known or value is None or is_beside:
             continue
         raise InputError(  # leaving it out silently would change what the user means
             f"{where}.{key}: expected the keys {', '.join(known)} only in a message of role "
@@ -239,7 +241,7 @@ def _read_arguments(where: str, arguments: object) -> str:
     """Text as the model wrote it, which need not be JSON, or the dict that it stands for."""
     if isinstance(arguments, Mapping):
         try:
-            arguments = json.dumps(arguments, ensure_ascii=False)
+            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{where}: expected what JSON can say, found {error}") from None
     return read_text(where, arguments) or ""
