@@ -186,13 +186,22 @@ def test_reasoning_is_dim_and_nothing_after_it(chat: PseudoTerminal) -> None:
     finish(chat)
 
 
-def test_terminals_without_dimming() -> None:
-    """A dumb one gets no sign of life either, since that needs codes as well."""
-    for env, options in (({"NO_COLOR": "1"}, []), ({"TERM": "dumb"}, ["--hide-analysis"])):
-        terminal = PseudoTerminal([*SPEAKER, "slow", *options], env=env)
-        assert terminal.end() == 0
-        assert "\033" not in terminal.seen
-        assert terminal.seen == ("" if options else "Let me see.\n")
+@pytest.mark.parametrize("term", ["dumb", None])
+def test_terminals_without_codes(term: str | None) -> None:
+    """They get no sign of life either, since that needs codes as well."""
+    terminal = PseudoTerminal([*SPEAKER, "slow"], env={"TERM": term})
+    assert terminal.end() == 0
+    assert terminal.seen == "Let me see.\n"
+    chat = PseudoTerminal(SPEAKER, env={"TERM": term})
+    chat.wait_for("> ")
+    assert asked(chat.ask("one")) == ["one"]
+    finish(chat)
+    assert "\033" not in chat.seen and not chat.brackets_pastes
+
+
+def test_colors_that_are_not_wanted() -> None:
+    terminal = PseudoTerminal([*SPEAKER, "hi"], env={"NO_COLOR": "1"})
+    assert terminal.end() == 0 and "\033[2m" not in terminal.seen
 
 
 @pytest.mark.parametrize("question", ["broken", "silent"])
