@@ -57,7 +57,7 @@ class Speaker:
             case "cut" | "full":
                 yield Finish("length", Usage(4000, 0, 97 if question == "full" else 96, 1))
                 return
-            case "two":
+            case "twice":
                 yield Text("final", "One.", begins=True)
                 yield Text("final", "Two.", begins=True)
             case "call":
