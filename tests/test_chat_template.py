@@ -317,6 +317,15 @@ def test_clock_tells_the_date_that_was_asked_for(tokenizer: Tokenizer) -> None:
             "{% for i in range(2000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}",
             "loops of",
         ),
+        (
+            "{% for a in 'x' * 2000 %}{% for b in 'x' * 2000 %}{% endfor %}{% endfor %}",
+            "loops of",
+        ),
+        (
+            "{% macro m() %}{% for a in 'x' * 2000 if a %}{% endfor %}{% endmacro %}"
+            "{% for b in 'x' * 2000 %}{{ m() }}{% endfor %}",
+            "loops of",
+        ),
         ("{% for i in range(99999999999999999999) %}{% endfor %}", "OverflowError"),
         ("{% for i in range(9000) %}{{ 'ab' * 1000 }}{% endfor %}", "at most 16777216 characters"),
     ],
@@ -324,6 +333,17 @@ def test_clock_tells_the_date_that_was_asked_for(tokenizer: Tokenizer) -> None:
 def test_template_that_fails(tokenizer: Tokenizer, template: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^template: expected .*{message}"):
         render(tokenizer, template, [user("<Hi>")])
+
+
+def test_what_loops_tell_of_themselves(tokenizer: Tokenizer) -> None:
+    template = (
+        "{% for a, b in {'x': 1, 'y': 2}.items() %}{{ a }}{{ b }}{{ loop.length }}{{ loop.last }} "
+        "{% endfor %}{% for a in [] %}{% else %}none{% endfor %}{% for a in missing %}{% endfor %}"
+        "{% for n in [[1], [2, 3]] recursive %}"
+        "{{ loop(n) if n is iterable else n }}{{ loop.index }}{% endfor %}"
+    )
+    text = render(tokenizer, template + END, [user("Hi")]).removesuffix(END)
+    assert text == "x12False y22True none11121322"
 
 
 def test_small_products_are_made(tokenizer: Tokenizer) -> None:
