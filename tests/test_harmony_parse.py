@@ -139,6 +139,16 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
             id="arguments_at_the_name",
         ),
         pytest.param(
+            "<|channel|>analysis to=python code = 5<|call|>",
+            [*call("python", "code = 5", "analysis"), CALLS],
+            id="type_that_is_a_name_in_code",
+        ),
+        pytest.param(
+            "<|channel|>analysis to=python code print(5)<|call|>",
+            [*call("python", "print(5)", "analysis"), CALLS],
+            id="type_before_code",
+        ),
+        pytest.param(
             "<|channel|>commentary to=functions.f<|call|>",
             [*call("f", ""), CALLS],
             id="call_without_arguments",

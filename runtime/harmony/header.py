@@ -17,7 +17,10 @@ _RECIPIENT = re.compile(r"\s*to=([^\s{}()\[\]\"]*)")
 # A type is the last word but for a recipient, or has arguments after it: else it is a word of text.
 _BEFORE_END = r"(?=\s*(?:$|to=|[{\[]))"
 _TYPE = re.compile(rf"\s*({'|'.join(CONTENT_TYPES)}){_BEFORE_END}")
-_TYPE_OF_ARGUMENTS = re.compile(rf"\s*({'|'.join(CONTENT_TYPES)})(?=[\s{{\[]|$)")
+# Before code without a header's end; a name that an operator follows is part of the code.
+_TYPE_OF_ARGUMENTS = re.compile(
+    rf"\s*({'|'.join(CONTENT_TYPES)})(?=[{{\[]|\s*$|\s+[^\s=+*/<>!.,-])"
+)
 _CONSTRAINED_TYPE = re.compile(rf"\s*([A-Za-z][\w.+/-]*){_BEFORE_END}")
 _CONSTRAINED_RECIPIENT = re.compile(
     rf"\s*(functions\.[^\s{{}}()\[\]\"]+)(?=(?:\s*(?:{'|'.join(CONTENT_TYPES)}))?\s*(?:$|[{{\[]))"
