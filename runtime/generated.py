@@ -67,6 +67,8 @@ class PieceMaker:
     ) -> None:
         self._stream = PieceStream(tokenizer, options.stop, begun)
         self._stops = options.stop_ids
+        self._tells_logprobs = options.logprobs is not None
+        self._untold: list[Sample] = []  # tokens since the last piece
         self.ended = False
 
     def push(self, token: GeneratedToken) -> list[Piece]:
@@ -76,6 +78,11 @@ class PieceMaker:
             reason = "stop" if token.token_id in self._stops else "length"
             pieces = pieces + self._stream.finish(reason)
         self.ended = self._stream.ended
+        if self._tells_logprobs:
+            self._untold.append(Sample(token.token_id, token.logprob, token.top_logprobs))
+        if pieces:
+            pieces = [replace(pieces[0], logprobs=tuple(self._untold)), *pieces[1:]]
+            self._untold = []
         return [self._with_usage(piece, token.usage) for piece in pieces]
 
     def _with_usage(self, piece: Piece, usage: Usage) -> Piece:

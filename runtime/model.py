@@ -181,10 +181,11 @@ class Model:
         the prompt with the chat template that the checkpoint came with (it needs jinja2).
 
         Every piece has a channel and a text, which is "" where there is none: Reasoning and Text,
-        ToolCall and Arguments, and last Finish, with the reason and what it took. `max_tokens` and
-        `options` as in `generate`, but `<|return|>`, `<|call|>` and `<|endoftext|>` end an answer,
-        whatever ends other texts of the checkpoint, and `stop` is looked for in the text of channel
-        final alone. Raises InputError, before anything is computed.
+        ToolCall and Arguments, and last Finish, with the reason and what it took; with `logprobs`
+        each has those of its tokens. `max_tokens` and `options` as in `generate`, but `<|return|>`,
+        `<|call|>` and `<|endoftext|>` end an answer, whatever ends other texts of the checkpoint,
+        and `stop` is looked for in the text of channel final alone. Raises InputError, before
+        anything is computed.
         """
         question = self._questions.of_messages(
             messages,

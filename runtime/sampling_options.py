@@ -1,6 +1,7 @@
 """How tokens are chosen and where an answer ends, as callers say it: each option checked."""
 
 import numbers
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from .errors import InputError
 
 MAX_BIAS = 100
 MAX_PENALTY = 2
+_DIGITS = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class Sampling:
 class SamplingOptions(Sampling):
     """How the next token is chosen, and where the answer ends.
 
-    First the logits change: logit_bias, {token id: -100 to 100}, is added; of each token that this
-    answer has so far, frequency_penalty times how often it came, and presence_penalty once, are
-    subtracted (-2 to 2 each, OpenAI's definition; the prompt does not count). Then the token is
-    drawn, see Sampling.
+    First the logits change: logit_bias, {token id: -100 to 100}, is added (the ids may be texts, as
+    the keys of JSON are); of each token that this answer has so far, frequency_penalty times how
+    often it came, and presence_penalty once, are subtracted (-2 to 2 each, OpenAI's definition; the
+    prompt does not count). Then the token is drawn, see Sampling.
 
     logprobs: None or False for none, 0 or True for that of each token, n for n alternatives beside.
     stop, a string or several, ends an answer where its text has one, which is left out: the text of
@@ -131,6 +133,8 @@ def _texts(values: object) -> tuple[str, ...] | None:
 def _bias(values: Any) -> dict[int, float] | None:
     if not isinstance(values, Mapping):
         return None
-    bias = {_count(id): _number(value, -MAX_BIAS, MAX_BIAS) for id, value in values.items()}
+    ids = [int(id) if isinstance(id, str) and _DIGITS.fullmatch(id) else id for id in values]
+    biases = [_number(value, -MAX_BIAS, MAX_BIAS) for value in values.values()]
+    bias = dict(zip(map(_count, ids), biases, strict=True))
     checked = {id: value for id, value in bias.items() if id is not None and value is not None}
-    return checked if len(checked) == len(bias) else None
+    return checked if len(checked) == len(values) else None

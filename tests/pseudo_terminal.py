@@ -19,15 +19,16 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 class PseudoTerminal:
     """`seen`: all that was shown so far, without what returns the cursor and asks for brackets.
-    stdout may lead elsewhere."""
+    stdout may lead elsewhere; env: None for a variable that is not set."""
 
     def __init__(
         self,
         command: Sequence[object],
         *,
         stdout: int | None = None,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
     ) -> None:
+        variables = {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8", **(env or {})}
         self._fd, end = pty.openpty()
         self._shown, self.seen, self._position = b"", "", 0
         self.brackets_pastes = False  # if it was told to
@@ -38,7 +39,7 @@ class PseudoTerminal:
             stderr=end,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(end, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
-            env=os.environ | {"TERM": "xterm", "LC_ALL": "C.UTF-8"} | (env or {}),
+            env={name: value for name, value in variables.items() if value is not None},
         )
         os.close(end)
 

@@ -57,6 +57,9 @@ class Speaker:
             case "cut" | "full":
                 yield Finish("length", Usage(4000, 0, 97 if question == "full" else 96, 1))
                 return
+            case "twice":
+                yield Text("final", "One.", begins=True)
+                yield Text("final", "Two.", begins=True)
             case "call":
                 yield ToolCall("commentary", "call_0", "f")
                 yield Arguments("commentary", "call_0", '{"x": 1}')

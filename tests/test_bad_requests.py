@@ -10,6 +10,7 @@ import pytest
 import osscompile
 from osscompile.runtime import Arguments, as_messages
 from osscompile.runtime.errors import InputError
+from osscompile.runtime.sampling_options import SamplingOptions
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +185,8 @@ def test_option_that_there_is_not(model: osscompile.Model) -> None:
         {"stop": 5},
         {"stop": ""},
         {"stop": ["a", None]},
-        {"logit_bias": {"5": 1}},
+        {"logit_bias": {"x": 1}},
+        {"logit_bias": {"5": 1, 5: 2}},
         {"logit_bias": {5: 101}},
         {"logit_bias": {-1: 1}},
         {"logit_bias": {1 << 40: 1}},
@@ -201,6 +203,11 @@ def test_option_out_of_its_range(model: osscompile.Model, wrong: dict[str, Any])
     for request in (lambda: model.generate([1], **wrong), lambda: model.chat(message, **wrong)):
         with pytest.raises(InputError, match=f"^{name}: expected .*, found "):
             request()
+
+
+def test_bias_of_tokens_as_json_has_it() -> None:
+    bias: dict[Any, float] = {"5": 1, "07": 2, 6: 3}
+    assert SamplingOptions(logit_bias=bias).logit_bias == {5: 1, 7: 2, 6: 3}
 
 
 @pytest.mark.parametrize("number", [np.int8, np.uint16, np.int64], ids=lambda t: t.__name__)

@@ -142,6 +142,22 @@ def test_usage_counts_the_prompt_the_answer_and_its_reasoning(
     assert end.usage == Usage(len(prompts[0]), 0, len(answer), len(thinks) - 1)
 
 
+def test_logprobs_of_every_token_are_told_once(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of headers too, with the piece that they lead to."""
+    answer = answer_ids(tokenizer, ("analysis", "A", "<|end|>"), ("final", "B🙂", "<|return|>"))
+    say(model, answer, monkeypatch)
+    pieces = list(model.chat([user("Hello")], logprobs=2))
+    told = [sample for piece in pieces for sample in piece.logprobs]
+    assert [sample.token_id for sample in told] == answer
+    assert all(sample.top_logprobs[0] == (sample.token_id, sample.logprob) for sample in told)
+    assert {len(sample.top_logprobs) for sample in told} == {2}
+    assert len(pieces[0].logprobs) == 4
+    say(model, answer, monkeypatch)
+    assert not any(piece.logprobs for piece in model.chat([user("Hello")]))
+
+
 def test_usage_of_an_answer_that_is_cut_in_its_reasoning(
     model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

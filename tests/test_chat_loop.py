@@ -44,7 +44,7 @@ def test_history_is_kept_until_reset(chat: PseudoTerminal) -> None:
     assert asked(chat.ask("one")) == ["one"]
     second = asked(chat.ask("two"))
     assert (second[0], second[-1], len(second)) == ("one", "two", 4)
-    chat.ask("/reset")
+    assert "a new conversation" in chat.ask("/reset")
     assert asked(chat.ask("three")) == ["three"]
     finish(chat)
 
@@ -153,7 +153,7 @@ def test_commands(chat: PseudoTerminal) -> None:
     assert "expected one of low, medium, high, found 'huge'" in chat.ask("/effort huge")
     assert "expected one of /effort, /reset, /save" in chat.ask("/exit")
     assert "/save: expected the name of a file" in chat.ask("/save")
-    chat.ask("/effort high")
+    assert "reasoning effort: high" in chat.ask("/effort high")
     assert '"reasoning": "high"' in chat.ask("one").replace("\n", "")
     finish(chat)
 
@@ -171,7 +171,7 @@ def test_conversation_is_saved_and_loaded(chat: PseudoTerminal, tmp_path: Path) 
     assert "found no JSON" in chat.ask(f"/load {other}")
     other.write_text('[{"role": "nobody"}]')
     assert "messages[0].role" in chat.ask(f"/load {other}")
-    chat.ask("/reset")
+    assert "a new conversation" in chat.ask("/reset")
     chat.ask(f"/load {file}")
     assert asked(chat.ask("two"))[0] == "caf\u00e9"
     finish(chat)
@@ -186,13 +186,22 @@ def test_reasoning_is_dim_and_nothing_after_it(chat: PseudoTerminal) -> None:
     finish(chat)
 
 
-def test_terminals_without_dimming() -> None:
-    """A dumb one gets no sign of life either, since that needs codes as well."""
-    for env, options in (({"NO_COLOR": "1"}, []), ({"TERM": "dumb"}, ["--hide-analysis"])):
-        terminal = PseudoTerminal([*SPEAKER, "slow", *options], env=env)
-        assert terminal.end() == 0
-        assert "\033" not in terminal.seen
-        assert terminal.seen == ("" if options else "Let me see.\n")
+@pytest.mark.parametrize("term", ["dumb", None])
+def test_terminals_without_codes(term: str | None) -> None:
+    """They get no sign of life either, since that needs codes as well."""
+    terminal = PseudoTerminal([*SPEAKER, "slow"], env={"TERM": term})
+    assert terminal.end() == 0
+    assert terminal.seen == "Let me see.\n"
+    chat = PseudoTerminal(SPEAKER, env={"TERM": term})
+    chat.wait_for("> ")
+    assert asked(chat.ask("one")) == ["one"]
+    finish(chat)
+    assert "\033" not in chat.seen and not chat.brackets_pastes
+
+
+def test_colors_that_are_not_wanted() -> None:
+    terminal = PseudoTerminal([*SPEAKER, "hi"], env={"NO_COLOR": "1"})
+    assert terminal.end() == 0 and "\033[2m" not in terminal.seen
 
 
 @pytest.mark.parametrize("question", ["broken", "silent"])

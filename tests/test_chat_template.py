@@ -205,6 +205,24 @@ def test_sign_that_would_complete_a_name(
     assert tokenizer.decode(ids) == f"<|end|>{END}"
 
 
+def test_ordinary_signs_stay_as_they_are(tokenizer: Tokenizer) -> None:
+    """Templates compare texts, cut them at `</think>`, and count."""
+    template = (
+        "{% set c = messages[0].content %}{{ c == 'a < b > <think>x</think>y' }} {{ c | length }} "
+        "{{ c.split('</think>')[-1] }} {{ messages[1].content.startswith('<tool>') }} "
+    )
+    messages = [user("a < b > <think>x</think>y"), user("<tool>")]
+    assert render(tokenizer, template + END, messages).removesuffix(END) == "True 25 y True "
+
+
+@pytest.mark.parametrize("removed", ["</think>", "<", "> "])
+def test_what_a_template_removes_leaves_no_name(tokenizer: Tokenizer, removed: str) -> None:
+    text = removed.join("<|end|>")
+    template = f"{{{{ messages[0].content | replace({removed!r}, '') }}}}{END}"
+    ids = render_template(template, [user(text)], tokenizer, current_date=DATE)
+    assert tokenizer.special["<|end|>"] not in ids
+
+
 def test_text_with_all_noncharacters_is_refused(tokenizer: Tokenizer) -> None:
     text = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     with pytest.raises(InputError, match="noncharacters"):
@@ -299,6 +317,15 @@ def test_clock_tells_the_date_that_was_asked_for(tokenizer: Tokenizer) -> None:
             "{% for i in range(2000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}",
             "loops of",
         ),
+        (
+            "{% for a in 'x' * 2000 %}{% for b in 'x' * 2000 %}{% endfor %}{% endfor %}",
+            "loops of",
+        ),
+        (
+            "{% macro m() %}{% for a in 'x' * 2000 if a %}{% endfor %}{% endmacro %}"
+            "{% for b in 'x' * 2000 %}{{ m() }}{% endfor %}",
+            "loops of",
+        ),
         ("{% for i in range(99999999999999999999) %}{% endfor %}", "OverflowError"),
         ("{% for i in range(9000) %}{{ 'ab' * 1000 }}{% endfor %}", "at most 16777216 characters"),
     ],
@@ -306,6 +333,17 @@ def test_clock_tells_the_date_that_was_asked_for(tokenizer: Tokenizer) -> None:
 def test_template_that_fails(tokenizer: Tokenizer, template: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^template: expected .*{message}"):
         render(tokenizer, template, [user("<Hi>")])
+
+
+def test_what_loops_tell_of_themselves(tokenizer: Tokenizer) -> None:
+    template = (
+        "{% for a, b in {'x': 1, 'y': 2}.items() %}{{ a }}{{ b }}{{ loop.length }}{{ loop.last }} "
+        "{% endfor %}{% for a in [] %}{% else %}none{% endfor %}{% for a in missing %}{% endfor %}"
+        "{% for n in [[1], [2, 3]] recursive %}"
+        "{{ loop(n) if n is iterable else n }}{{ loop.index }}{% endfor %}"
+    )
+    text = render(tokenizer, template + END, [user("Hi")]).removesuffix(END)
+    assert text == "x12False y22True none11121322"
 
 
 def test_small_products_are_made(tokenizer: Tokenizer) -> None:

@@ -45,7 +45,7 @@ def test_content_as_a_list_of_text_parts(tokenizer: Tokenizer) -> None:
     assert text.startswith("<|start|>developer<|message|># Instructions\n\nHello there<|end|>")
 
 
-@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+@pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
 def test_content_without_parts_is_none(tokenizer: Tokenizer, role: str) -> None:
     with pytest.raises(InputError, match=r"messages\[0\]\.content: expected text.*, found none"):
         rendered(tokenizer, {"role": role, "content": [], "name": "f"})
@@ -157,6 +157,26 @@ def test_refusal_is_what_was_said(tokenizer: Tokenizer) -> None:
     assert rendered(tokenizer, {**assistant("x"), "content": parts}) == said("final", "No.")
 
 
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"content": []},
+        {"content": None},
+        {"content": None, "refusal": None, "tool_calls": None},
+        {"content": None, "refusal": None, "tool_calls": []},
+    ],
+    ids=str,
+)
+def test_answer_without_anything_is_empty(tokenizer: Tokenizer, nothing: dict[str, Any]) -> None:
+    """What SDKs give for one that was cut by its length."""
+    assert rendered(tokenizer, {"role": "assistant", **nothing}) == said("final", "")
+
+
+def test_what_servers_write_beside_an_answer_is_left_out(tokenizer: Tokenizer) -> None:
+    message = {**assistant("Yes"), "reasoning_details": [{"a": 1}], "provider_specific_fields": {}}
+    assert rendered(tokenizer, message) == said("final", "Yes")
+
+
 def test_what_an_sdk_dumps_of_an_answer(tokenizer: Tokenizer) -> None:
     """The fields of ChatCompletionMessage.model_dump() in openai 1.x and 2.x."""
     empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None}
@@ -213,7 +233,7 @@ def test_channel_of_a_call(tokenizer: Tokenizer) -> None:
         ([assistant("x", "two words")], r"messages\[0\]\.channel: .* 'two words'"),
         ([assistant("x", "")], r"messages\[0\]\.channel: expected a word"),
         ([{**assistant("x"), "channel": 5}], r"messages\[0\]\.channel: .* found int"),
-        ([{"role": "assistant", "content": None}], r"messages\[0\]\.content: expected text where"),
+        ([{"role": "assistant"}], r"messages\[0\]\.content: expected text where"),
         ([{**assistant("x"), "audio": {"id": "a"}}], r"messages\[0\]\.audio"),
         ([{**assistant("x"), "function_call": {}}], r"messages\[0\]\.function_call"),
         ([{**assistant("x"), "tool_calls": "f"}], r"messages\[0\]\.tool_calls: .* found str"),
@@ -232,6 +252,10 @@ def test_channel_of_a_call(tokenizer: Tokenizer) -> None:
         ),
         (
             [{**assistant("x"), "tool_calls": [tool_call("c", "f", {"a": {1}})]}],
+            r"function\.arguments: expected what JSON can say",
+        ),
+        (
+            [{**assistant("x"), "tool_calls": [tool_call("c", "f", {"a": float("nan")})]}],
             r"function\.arguments: expected what JSON can say",
         ),
         ([{**assistant("x"), "reasoning": ["Hm"]}], r"messages\[0\]\.reasoning: .* found list"),

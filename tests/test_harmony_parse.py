@@ -20,6 +20,7 @@ from osscompile.runtime.harmony import (
     Text,
     ToolCall,
     as_messages,
+    render_chat,
     stop_ids,
 )
 from osscompile.runtime.harmony.parse import AnswerParser
@@ -136,6 +137,16 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
             '<|channel|>commentary to=functions.f{"a": 1}<|call|>',
             [*call("f", '{"a": 1}'), CALLS],
             id="arguments_at_the_name",
+        ),
+        pytest.param(
+            "<|channel|>analysis to=python code = 5<|call|>",
+            [*call("python", "code = 5", "analysis"), CALLS],
+            id="type_that_is_a_name_in_code",
+        ),
+        pytest.param(
+            "<|channel|>analysis to=python code print(5)<|call|>",
+            [*call("python", "print(5)", "analysis"), CALLS],
+            id="type_before_code",
         ),
         pytest.param(
             "<|channel|>commentary to=functions.f<|call|>",
@@ -277,9 +288,59 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
             id="user_after_final",
         ),
         pytest.param(
-            "<|channel|>final<|message|>A<|end|><|start|>user And then?<|end|>",
+            "<|channel|>final<|message|>A<|end|><|start|>user<|channel|>final<|end|>",
             [final("A"), STOP],
             id="user_after_final_without_message",
+        ),
+        pytest.param(
+            "<|start|>user guide is here<|return|>",
+            [final("user guide is here"), STOP],
+            id="role_that_begins_a_text",
+        ),
+        pytest.param(
+            "<|start|>python is a language<|return|>",
+            [final("python is a language"), STOP],
+            id="tool_that_begins_a_text",
+        ),
+        pytest.param(
+            "<|channel|>final<|message|>a<|end|><|start|>assistants help<|return|>",
+            [final("aassistants help"), STOP],
+            id="longer_word_than_assistant",
+        ),
+        pytest.param(
+            "<|end|>assistant of mine<|channel|>final<|message|>a<|return|>",
+            [thought("assistant of mine"), final("a"), STOP],
+            id="assistant_that_begins_a_text",
+        ),
+        pytest.param(
+            "<|channel|>final text of the law<|message|>x<|return|>",
+            [final("text of the lawx"), STOP],
+            id="type_that_begins_a_text",
+        ),
+        pytest.param(
+            "<|end|>final code follows<|message|>x<|return|>",
+            [thought("code follows"), final("x"), STOP],
+            id="type_that_begins_a_text_without_start",
+        ),
+        pytest.param(
+            "<|channel|>final <|constrain|>json is great<|return|>",
+            [final("json is great"), STOP],
+            id="constrain_then_text_that_begins_like_a_type",
+        ),
+        pytest.param(
+            "<|channel|>final <|constrain|>The answer<|message|>x<|return|>",
+            [final("The answerx"), STOP],
+            id="constrain_then_text_then_message",
+        ),
+        pytest.param(
+            "<|channel|>commentary <|constrain|>functions.f<|message|>{}<|call|>",
+            [*call("f", "{}"), CALLS],
+            id="recipient_after_constrain",
+        ),
+        pytest.param(
+            "<|channel|>commentary <|constrain|>functions.f json<|message|>{}<|call|>",
+            [*call("f", "{}"), CALLS],
+            id="recipient_and_type_after_constrain",
         ),
         pytest.param(
             "<|channel|>final<|message|>A<|end|>user<|message|>And?<|end|>",
@@ -514,6 +575,25 @@ def test_messages_of_an_answer(tokenizer: Tokenizer) -> None:
             "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
         },
     ]
+
+
+def test_messages_on_one_channel_stay_two(tokenizer: Tokenizer) -> None:
+    """What the prompt has of an answer is what the model wrote."""
+    header = "<|start|>assistant<|channel|>commentary<|message|>"
+    text = f"{header}One.<|end|>{header}Two.<|end|>"
+    pieces = list(stream_answer(marked(tokenizer, text), tokenizer))
+    assert [p.text for p in pieces if p.begins] == ["O", "T"]  # tokens of nano
+    messages = [{"role": "user", "content": "Hi"}, *as_messages(pieces)]
+    assert text in tokenizer.decode(render_chat(messages, tokenizer))
+
+
+def test_stop_string_is_within_one_message(tokenizer: Tokenizer) -> None:
+    """A beginning of it that was held back belongs to the message before."""
+    header = "<|start|>assistant<|channel|>final<|message|>"
+    ids = marked(tokenizer, f"{header}a.<|end|>{header}.b.c<|return|>")
+    pieces = list(stream_answer(ids, tokenizer, ("..",)))
+    contents = [message["content"] for message in as_messages(pieces)]
+    assert contents == ["a.", ".b.c"]
 
 
 @settings(max_examples=300, derandomize=True, database=None, deadline=None)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from osscompile import cli
+from osscompile.__main__ import script
 
 SPEAKER = [sys.executable, str(Path(__file__).with_name("speaker.py"))]
 
@@ -38,6 +39,11 @@ def refused(*arguments: object, piped: bytes | None = None) -> str:
 
 
 # Arguments
+
+
+def test_pipe_as_a_file() -> None:
+    assert asked("-f", "-", piped=b"one\n") == "one"
+    assert asked("hi", "-f", "-", piped=b"one\n") == "hi\n\none"
 
 
 def test_options_stand_anywhere() -> None:
@@ -136,6 +142,19 @@ def test_other_channels_and_calls_are_no_answer() -> None:
         assert result.stdout == b"" and result.stderr.startswith(shown)
 
 
+@pytest.mark.parametrize("words", [["call"], ["hi", "--verbose"]])
+def test_notes_that_cannot_be_written_lose_no_answer(words: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            [*SPEAKER, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=full
+        )
+    assert result.returncode == 0 and (b'"messages"' in result.stdout) == ("hi" in words)
+
+
+def test_messages_on_one_channel_are_lines() -> None:
+    assert speak("twice").stdout == b"One.\nTwo.\n"
+
+
 def test_events_are_lines_of_json() -> None:
     result = speak("call", "--json")
     assert b"Let me" not in result.stderr
@@ -184,3 +203,16 @@ def test_reader_that_goes_away() -> None:
         stdin=subprocess.DEVNULL,
     )
     assert result.stdout == b"0 1 " and b"Traceback" not in result.stderr
+
+
+def test_interrupt_before_the_command_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        script()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\nosscompile: interrupted\n"

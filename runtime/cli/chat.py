@@ -118,8 +118,10 @@ class _Chat:
                     known = ", ".join(REASONING_EFFORTS)
                     raise InputError(f"/effort: expected one of {known}, found {argument!r}")
                 self._options["reasoning"] = argument
+                self._say(f"reasoning effort: {argument}")
             case "/reset":
                 self._messages = self._first
+                self._say("a new conversation begins")
             case "/save":
                 save_messages(_path(command, argument), self._messages)
                 self._say(f"wrote {argument}")

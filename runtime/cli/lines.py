@@ -5,6 +5,7 @@ import sys
 from typing import TextIO
 
 from ..errors import InputError
+from .terminal import takes_codes
 
 QUOTES = '"""'
 PASTE_SECONDS = 0.05  # terminals pass on long pastes in portions
@@ -16,7 +17,7 @@ def prepare_editing() -> None:
         import readline
     except ImportError:
         return
-    if "libedit" not in (readline.__doc__ or ""):
+    if "libedit" not in (readline.__doc__ or "") and takes_codes(sys.stdout):
         readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one input
 
 

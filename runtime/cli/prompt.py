@@ -13,14 +13,15 @@ STDIN = "-"
 
 def read_prompt(prompt: str | None, file: Path | None) -> str | None:
     """The argument, the file and what is piped, as far as they are there, a blank line between two;
-    None if a person is to be asked instead. An argument of STDIN asks for the pipe alone.
+    None if a person is to be asked instead. An argument of STDIN asks for the pipe alone, as does
+    a file of that name.
 
     Raises InputError for what is no text, or empty.
     """
     parts = [] if prompt is None or prompt == STDIN else [prompt]
-    if file is not None:
+    if file is not None and str(file) != STDIN:
         parts.append(read_text_file(file))
-    if prompt == STDIN or _is_piped():
+    if STDIN in (prompt, str(file)) or _is_piped():
         parts.append(_decode("stdin", sys.stdin.buffer.read()))
     elif not parts and sys.stdin.isatty():
         return None

@@ -26,7 +26,9 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
         type=utf8_text,
         help=f"{STDIN}: only what is piped, which else follows it; without a prompt, a chat begins",
     )
-    command.add_argument("-f", "--file", type=Path, metavar="FILE", help="text after the prompt")
+    command.add_argument(
+        "-f", "--file", type=Path, metavar="FILE", help=f"text after the prompt; {STDIN}: the pipe"
+    )
     command.add_argument(
         "--system", type=utf8_text, metavar="TEXT", help="instructions of the developer"
     )

@@ -17,14 +17,16 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 def say_stage(stage: str) -> None:
     """On one line of a terminal, each in the place of the one before."""
-    if _takes_codes(sys.stderr):
+    if takes_codes(sys.stderr):
         print(f"\r\033[K{stage}", end="", file=sys.stderr, flush=True)
 
 
 def dims_text(stream: TextIO) -> bool:
     """Whether text there may be dimmed: on a terminal, unless NO_COLOR forbids it."""
-    return _takes_codes(stream) and not os.environ.get("NO_COLOR")
+    return takes_codes(stream) and not os.environ.get("NO_COLOR")
 
 
-def _takes_codes(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+def takes_codes(stream: TextIO) -> bool:
+    """Whether it is a terminal that obeys codes; of one that says nothing of itself nobody knows
+    that."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")

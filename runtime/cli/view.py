@@ -109,7 +109,7 @@ class View:
 def _begins_a_line(piece: Piece, last: Piece) -> bool:
     if isinstance(piece, Arguments):
         return False
-    same = type(piece) is type(last) and piece.channel == last.channel
+    same = type(piece) is type(last) and piece.channel == last.channel and not piece.begins
     return isinstance(piece, ToolCall) or not same
 
 
@@ -120,7 +120,8 @@ def _shown_text(piece: Piece) -> str:
 
 
 def _event(piece: Piece) -> dict[str, object]:
-    fields = {name: value for name, value in dataclasses.asdict(piece).items() if value != ""}
+    fields = dataclasses.asdict(piece).items()
+    told = {name: value for name, value in fields if value not in ("", (), False)}
     if isinstance(piece, Arguments):
-        fields["arguments"] = fields.pop("delta", "")
-    return {"type": KINDS[type(piece)], **fields}
+        told["arguments"] = told.pop("delta", "")
+    return {"type": KINDS[type(piece)], **told}

@@ -1,9 +1,10 @@
 """What a model says, as it says it: pieces of text, calls of tools, and why it ended."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import InputError
+from ..sampler import Sample
 from ..usage import Usage
 
 
@@ -12,11 +13,16 @@ class Piece:
     """What became readable: `text` may be printed as it comes, and is "" where there is none.
 
     channel is analysis (the model's reasoning), commentary (beside tools, or before them), final
-    (the answer) or what else the model wrote there; "" at the end.
+    (the answer) or what else the model wrote there; "" at the end. logprobs: where they were asked
+    for, the tokens since the piece before, those of headers too, so that all pieces together have
+    each token of the answer once. begins: this is the first piece of a message, which may be on the
+    same channel as the one before. Neither is compared.
     """
 
     channel: str
     text: str
+    logprobs: tuple[Sample, ...] = field(default=(), kw_only=True, compare=False)
+    begins: bool = field(default=False, kw_only=True, compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,18 @@ def as_messages(pieces: Iterable[Piece]) -> list[dict[str, object]]:
             function["arguments"] += piece.delta
         elif isinstance(piece, Finish):
             break
-        elif last.get("content") is not None and last["channel"] == piece.channel:
+        elif _goes_on(piece, last):
             last["content"] = f"{last['content']}{piece.text}"
         else:
             content = {"channel": piece.channel, "content": piece.text}
             messages.append({"role": "assistant", **content})
     return messages
+
+
+def _goes_on(piece: Piece, last: Mapping[str, object]) -> bool:
+    """Whether a piece of text belongs to the last message."""
+    is_text = last.get("content") is not None
+    return is_text and last["channel"] == piece.channel and not piece.begins
 
 
 def _checked(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -14,12 +14,25 @@ OTHER_ROLES = ("user", "system", "developer", "tool", "python", "browser", "func
 _WORD = re.compile(r"\s*(\S+)")
 # A name ends where arguments begin, also without a blank between.
 _RECIPIENT = re.compile(r"\s*to=([^\s{}()\[\]\"]*)")
-_TYPE = re.compile(rf"\s*({'|'.join(CONTENT_TYPES)})(?=[\s{{\[]|$)")
-_CONSTRAINED_TYPE = re.compile(r"\s*([A-Za-z][\w.+/-]*)(?=\s|$)")
-_ASSISTANT = re.compile(rf"\s*assistant(?::\S+|(?=\s|$|{'|'.join(CHANNELS)}))")
+# A type is the last word but for a recipient, or has arguments after it: else it is a word of text.
+_BEFORE_END = r"(?=\s*(?:$|to=|[{\[]))"
+_TYPE = re.compile(rf"\s*({'|'.join(CONTENT_TYPES)}){_BEFORE_END}")
+# Before code without a header's end; a name that an operator follows is part of the code.
+_TYPE_OF_ARGUMENTS = re.compile(
+    rf"\s*({'|'.join(CONTENT_TYPES)})(?=[{{\[]|\s*$|\s+[^\s=+*/<>!.,-])"
+)
+_CONSTRAINED_TYPE = re.compile(rf"\s*([A-Za-z][\w.+/-]*){_BEFORE_END}")
+_CONSTRAINED_RECIPIENT = re.compile(
+    rf"\s*(functions\.[^\s{{}}()\[\]\"]+)(?=(?:\s*(?:{'|'.join(CONTENT_TYPES)}))?\s*(?:$|[{{\[]))"
+)
+# A role is followed by the header's end or next sign: else it is a word of text.
+_BEFORE_SIGN = rf"(?=\s*(?:$|to=|(?:{'|'.join(CHANNELS)})\b))"
+_ASSISTANT = re.compile(rf"\s*assistant(?::\S+)?{_BEFORE_SIGN}")
+_STARTED_ASSISTANT = re.compile(rf"\s*assistant(?::\S+|(?=\s|$|(?:{'|'.join(CHANNELS)})\b))")
+_STARTED_TEXT = re.compile(rf"assistant(?=[\s:]|$|(?:{'|'.join(CHANNELS)})\b)")
 _ODD_CHANNEL = re.compile(r"\s*([A-Za-z][\w-]*[?!.,:;]*)(?:\s+to=\S*)?\s*")
 _ONLY_RECIPIENT = re.compile(r"(?:\s*to=\S*)?\s*")
-_OTHER_ROLE = re.compile(rf"\s*(?:{'|'.join(OTHER_ROLES)})(?:[.:]\S*)?(?=\s|$)")
+_OTHER_ROLE = re.compile(rf"\s*(?:{'|'.join(OTHER_ROLES)})(?:[.:]\S*)?{_BEFORE_SIGN}")
 _TOOLS_RESULT = re.compile(
     rf"\s*(?!(?:assistant|{'|'.join(CHANNELS)})\b)[\w.:-]+\s+to=assistant(?=\s|$)"
 )
@@ -76,7 +89,8 @@ def read_header(segments: Sequence[Segment], is_whole: bool) -> Header:
 def plain_text(segments: Sequence[Segment]) -> str:
     """What was taken for a header, as the text that it is."""
     text = "".join(segment.text for segment in segments)
-    return text.removeprefix("assistant") if segments[0].opener == "<|start|>" else text
+    is_started = segments[0].opener == "<|start|>"
+    return _STARTED_TEXT.sub("", text, 1) if is_started and _STARTED_TEXT.match(text) else text
 
 
 def without_cut_word(segments: Sequence[Segment]) -> Sequence[Segment]:
@@ -113,12 +127,13 @@ class _Reader:
     def _read_words(self, segment: Segment) -> str:
         """Take the words of a header from the beginning of a segment; the text after them."""
         text, opener = segment.text, segment.opener
-        if opener not in ("<|channel|>", "<|constrain|>") and (found := _ASSISTANT.match(text)):
+        role = _STARTED_ASSISTANT if opener == "<|start|>" else _ASSISTANT
+        if opener not in ("<|channel|>", "<|constrain|>") and (found := role.match(text)):
             text = text[found.end() :]
         has_channel = has_type = False
         while found := _WORD.match(text):
             channel = None if has_channel else _known_channel(found.group(1))
-            if recipient := _RECIPIENT.match(text):
+            if recipient := _RECIPIENT.match(text) or self._match_bare_recipient(text, opener):
                 found = recipient
                 self.recipient = self.recipient or found.group(1)
             elif channel is not None:
@@ -134,11 +149,17 @@ class _Reader:
             text = text[found.end() :]
         return text.lstrip()
 
+    def _match_bare_recipient(self, text: str, opener: str) -> re.Match[str] | None:
+        """A function's name where a content type should be, in a header that has no recipient."""
+        is_expected = opener == "<|constrain|>" and self.recipient is None
+        return _CONSTRAINED_RECIPIENT.match(text) if is_expected else None
+
     def _match_type(self, text: str, opener: str) -> re.Match[str] | None:
-        if opener == "<|constrain|>" and self._is_whole:
-            return _CONSTRAINED_TYPE.match(text)
-        is_expected = self._is_whole or opener == "<|constrain|>" or self.recipient is not None
-        return _TYPE.match(text) if is_expected else None
+        if self._is_whole:
+            return (_CONSTRAINED_TYPE if opener == "<|constrain|>" else _TYPE).match(text)
+        if self.recipient is not None:
+            return _TYPE_OF_ARGUMENTS.match(text)
+        return _TYPE.match(text) if opener == "<|constrain|>" else None
 
     def _match_odd_channel(self, text: str, opener: str) -> re.Match[str] | None:
         """A word that stands alone where a channel should be."""

@@ -11,6 +11,8 @@ from ..errors import InputError
 
 # Code points that Unicode keeps for use inside programs: text has none, but may be made to.
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+SIGN = re.compile(r"[^\w\s]")
+BAR = "|"  # which ordinary text seldom has
 
 
 def choose_mark(*texts: object) -> str:
@@ -26,14 +28,17 @@ def choose_mark(*texts: object) -> str:
 class Marks:
     """Keeps text of a request from becoming special tokens in a template's output.
 
-    Before a template sees it, each of the signs that names of special tokens have, as `<`, `|` and
-    `>`, gets `mark` on both sides, wherever it stands in the request. What the template writes of
-    its own has no marks, so a name with a mark in it was not written by the template alone: it
-    stays text, and loses the mark. This holds whatever the template puts together and wherever it
-    cuts, unless it takes out single characters, the mark among them.
+    Before a template sees it, some signs in the request that names of special tokens are made of
+    get `mark` on both sides. What the template writes of its own has no marks, so a name with a
+    mark in it was not written by the template alone: it stays text, and loses the mark. Every
+    BAR is marked, the signs of names without one, and at the edge of a text also the sign that
+    could begin or end a name there. So what a request has of a whole name is marked whatever the
+    template puts together and wherever it cuts, unless it takes out single characters, the mark
+    among them; or cuts a text beside the first or last sign of a name and writes the bars itself.
 
-    A word has no marks, because templates compare words: between the signs of a template it may
-    become part of a name, as roles do in `<|{{ message.role }}|>`. Names without a sign stay text.
+    What templates compare, count and cut at stays as it is: words and other signs, as in
+    `</think>`. A word may become part of a name between the signs of a template, as roles do in
+    `<|{{ message.role }}|>`. Names without a sign stay text.
     """
 
     mark: str
@@ -41,12 +46,18 @@ class Marks:
 
     @cached_property
     def _signs(self) -> re.Pattern[str]:
-        signs = sorted(set(re.findall(r"[^\w\s]", "".join(sorted(self.names)))))
-        return re.compile(f"[{''.join(map(re.escape, signs))}]")
+        barred = sorted(name for name in self.names if BAR in name)
+        others = "".join(sorted(name for name in self.names if BAR not in name))
+        first = {sign for name in barred for sign in SIGN.findall(name[:1])}
+        last = {sign for name in barred for sign in SIGN.findall(name[-1:])}
+        parts = [re.escape(sign) for sign in sorted({BAR, *SIGN.findall(others)})]
+        parts += [rf"{re.escape(sign)}\Z" for sign in sorted(first)]
+        parts += [rf"\A{re.escape(sign)}" for sign in sorted(last)]
+        return re.compile("|".join(parts))
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        names = [name for name in self.names if self._signs.search(name)]
+        names = [name for name in self.names if SIGN.search(name)]
         longest_first = sorted(names, key=lambda name: (-len(name), name))
         return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 

@@ -10,8 +10,9 @@ from .checks import read_text, read_word
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
-# What SDKs write beside an answer, and what no prompt has a place for.
-IGNORED_KEYS = ("annotations", "parsed")
+# What an answer may have said, and no prompt has a place for. Whatever else servers and SDKs write
+# beside answers is left out, e.g. annotations; a person who wrote a message meant all of it.
+SAID_ELSEWHERE = ("audio", "function_call")
 KEYS = {
     "system": ("content", "name"),
     "developer": ("content", "name"),
@@ -43,7 +44,7 @@ def read_messages(
     - role: system, developer, user, assistant or tool; name: of who speaks, without blanks (that of
       a system or developer message is left out);
     - content: text, or a list of parts {"type": "text", "text": ...}; an assistant's may be None or
-      without parts, where something else was said;
+      without parts: an empty answer, unless something else was said;
     - assistant: reasoning (also as reasoning_content or thinking), tool_calls, refusal; channel: of
       the content, or of the calls if there is none (default: final, and commentary before calls);
     - tool: tool_call_id, that of an earlier call, or the name of the function.
@@ -110,10 +111,12 @@ class _Reader:
         author = _Author(name, None if is_said else channel)
         calls = self._read_calls(f"{where}.tool_calls", message.get("tool_calls"), author)
         if content is None and not reasoning and not calls:
-            raise InputError(
-                f"{where}.content: expected text where there are no tool_calls and no reasoning, "
-                "found none"
-            )
+            if "content" not in message:
+                raise InputError(
+                    f"{where}.content: expected text where there are no tool_calls and no "
+                    "reasoning, found none"
+                )
+            content = ("",)  # how SDKs give an answer that was cut before it said anything
         said = [Message("assistant", (reasoning,), name, "analysis")] if reasoning else []
         if content is not None and (is_said or not calls):
             default = "commentary" if calls else "final"
@@ -180,7 +183,8 @@ class _Reader:
 def _check_keys(where: str, message: Mapping[str, object], role: str) -> None:
     known = ("role", *KEYS[role])
     for key, value in message.items():
-        if key in known or value is None or (role == "assistant" and key in IGNORED_KEYS):
+        is_beside = role == "assistant" and key not in SAID_ELSEWHERE
+        if key in known or value is None or is_beside:
             continue
         raise InputError(  # leaving it out silently would change what the user means
             f"{where}.{key}: expected the keys {', '.join(known)} only in a message of role "
@@ -237,7 +241,7 @@ def _read_arguments(where: str, arguments: object) -> str:
     """Text as the model wrote it, which need not be JSON, or the dict that it stands for."""
     if isinstance(arguments, Mapping):
         try:
-            arguments = json.dumps(arguments, ensure_ascii=False)
+            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{where}: expected what JSON can say, found {error}") from None
     return read_text(where, arguments) or ""

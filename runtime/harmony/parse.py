@@ -99,7 +99,7 @@ class AnswerParser:
             return []
         if self._unheaded:  # what came after it may yet become a header
             text, self._unheaded, self._num_held = self._unheaded, "", 0
-            return [Text("final", text)]
+            return [Text("final", text, begins=True)]
         header = read_header(self._segments, is_whole=False)
         if header.is_header:
             return self._begin_message(header)
@@ -146,31 +146,33 @@ class AnswerParser:
             self._segments = None
             return self._end("stop")
         lead, self._unheaded = self._unheaded + header.lead, ""
-        pieces: list[Piece] = [Reasoning("analysis", lead)] if lead.strip() else []
+        pieces: list[Piece] = [_text("analysis", lead, True)] if lead.strip() else []
         rest = header.rest if header.rest.strip() else ""
         channel = header.channel or ("commentary" if header.recipient else "final")
         if is_whole and header.recipient and rest:  # it is not among the arguments
-            pieces.append(_text(channel, rest))
+            pieces.append(_text(channel, rest, True))
             rest = ""
         pieces += self._begin_content(channel, header.recipient)
         return pieces + self._say(rest)
 
     def _begin_content(self, channel: str, recipient: str | None = None) -> list[Piece]:
         self._segments = None
-        self._channel = channel
+        self._channel, self._begins = channel, recipient is None
         self._call_id: str | None = None
         if recipient is None:
             return []
         self._call_id = f"call_{self._num_calls}"
         self._num_calls += 1
-        return [ToolCall(channel, self._call_id, recipient.removeprefix("functions."))]
+        name = recipient.removeprefix("functions.")
+        return [ToolCall(channel, self._call_id, name, begins=True)]
 
     def _say(self, text: str) -> list[Piece]:
         if not text:
             return []
         if self._call_id is not None:
             return [Arguments(self._channel, self._call_id, text)]
-        return [_text(self._channel, text)]
+        begins, self._begins = self._begins, False
+        return [_text(self._channel, text, begins)]
 
     def _say_unheaded(self, text: str) -> list[Piece]:
         """Text without a header that no header follows."""
@@ -215,6 +217,7 @@ class PieceStream:
         self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), begun: Sequence[int] = ()
     ) -> None:
         self._parser, self._search = AnswerParser(tokenizer, begun), StopSearch(stop)
+        self._begins = False  # with the final text that is shown next
 
     @property
     def ended(self) -> bool:
@@ -230,16 +233,25 @@ class PieceStream:
     def _shown(self, pieces: list[Piece]) -> list[Piece]:
         shown: list[Piece] = []
         for piece in pieces:
-            if isinstance(piece, Text) and piece.channel == "final":
-                text = self._search.push(piece.text)
-                shown += [Text("final", text)] if text else []
-                if self._search.found:
-                    return [*shown, self._parser.stop()]
-            else:
-                held = self._search.flush()
-                shown += [Text("final", held), piece] if held else [piece]
+            is_searched = isinstance(piece, Text) and piece.channel == "final"
+            if not is_searched or piece.begins:  # another message: what was held back is none
+                shown += self._final(self._search.flush())
+            if not is_searched:
+                shown.append(piece)
+                continue
+            self._begins = self._begins or piece.begins
+            shown += self._final(self._search.push(piece.text))
+            if self._search.found:
+                return [*shown, self._parser.stop()]
         return shown
 
+    def _final(self, text: str) -> list[Piece]:
+        if not text:
+            return []
+        begins, self._begins = self._begins, False
+        return [Text("final", text, begins=begins)]
 
-def _text(channel: str, text: str) -> Piece:
-    return Reasoning(channel, text) if channel == "analysis" else Text(channel, text)
+
+def _text(channel: str, text: str, begins: bool) -> Piece:
+    kind = Reasoning if channel == "analysis" else Text
+    return kind(channel, text, begins=begins)

@@ -1,6 +1,6 @@
 """Run a chat template, which comes with a checkpoint and may be anything, in jinja's sandbox."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,22 +14,24 @@ if TYPE_CHECKING:
     from jinja2.runtime import Context
 
 MAX_TEXT = 16 << 20  # characters that a template may write: more than any context holds
-MAX_STEPS = 1_000_000  # of all loops over `range` together
+MAX_STEPS = 1_000_000  # of all loops together, and of all calls of `range`
+STEPS = "counted_steps"  # a template's name for what its loops go through
 MAX_EXPONENT = 64
 
 
 def run_template(template: str, marks: Marks, variables: Mapping[str, Any]) -> str:
     """What the template writes. Raises InputError for whatever it fails at.
 
-    It reaches nothing but its variables. What it writes, its loops over `range` and what it
-    multiplies are limited, so that common mistakes end; other ways to waste time and memory are
+    It reaches nothing but its variables. What it writes, its loops and what it multiplies are
+    limited, so that common mistakes end; other ways to waste time and memory are
     not, so that a template still must come from somebody who does not mean to.
     """
     written: list[str] = []
     size = 0
     try:
         compiled = _compile(template, marks)
-        for part in compiled.generate({**variables, "range": _limited_range()}):
+        limits = {"range": _limited_range(), STEPS: _limited_steps()}
+        for part in compiled.generate({**variables, **limits}):
             written.append(part)
             size += len(part)
             if size > MAX_TEXT:
@@ -51,6 +53,7 @@ def _compile(template: str, marks: Marks) -> "Template":
     try:
         from jinja2.exceptions import SecurityError, TemplateError
         from jinja2.ext import Extension, loopcontrols
+        from jinja2.nodes import Call, For, Name
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise InputError(
@@ -87,7 +90,25 @@ def _compile(template: str, marks: Marks) -> "Template":
     )
     environment.filters["tojson"] = marks.to_json
     environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(template)
+    tree = environment.parse(template)
+    for loop in list(tree.find_all(For)):
+        loop.iter = Call(Name(STEPS, "load"), [loop.iter], [], None, None)
+    tree.set_environment(environment)
+    return environment.from_string(tree)
+
+
+def _limited_steps() -> Callable[[Iterable[object]], Iterator[object]]:
+    left = MAX_STEPS
+
+    def limited(values: Iterable[object]) -> Iterator[object]:
+        nonlocal left
+        for value in values:
+            left -= 1
+            if left < 0:
+                raise InputError(_too_many_steps())
+            yield value
+
+    return limited
 
 
 def _limited_range() -> Callable[..., range]:
@@ -98,7 +119,11 @@ def _limited_range() -> Callable[..., range]:
         numbers = range(*arguments)
         left -= len(numbers)
         if left < 0:
-            raise InputError(f"template: expected loops of {MAX_STEPS} steps at most, found more")
+            raise InputError(_too_many_steps())
         return numbers
 
     return limited
+
+
+def _too_many_steps() -> str:
+    return f"template: expected loops of {MAX_STEPS} steps at most, found more"
