@@ -222,13 +222,56 @@ def test_whole_modules(tmp_path: Path, base: Path) -> None:
     )
 
 
-def test_embedding_that_is_the_output_layer_too(tmp_path: Path) -> None:
-    config = config_json(TINY) | {"tie_word_embeddings": True}
-    base = write_checkpoint(tmp_path / "m", SOURCE, config=config)
-    tensors = {"base_model.model.model.embed_tokens.weight": normal(512, 64)}
+def test_whole_module_replaces_what_adapters_before_it_changed(tmp_path: Path, base: Path) -> None:
+    """What comes after it is added, and so is what the same adapter has besides."""
+    module, name = "base_model.model.lm_head", "base_model.model.lm_head.weight"
+    lora, head = pair(module, 512, 64), normal(512, 64)
+    added = write_adapter(tmp_path / "a", lora)
+    replaced = write_adapter(tmp_path / "b", {name: head})
+    both = write_adapter(tmp_path / "c", lora | {name: head})
+    delta = 2 * product(lora, module)
+    for adapters, expected in (
+        ((added, replaced), head),
+        ((replaced, added), head + delta),
+        ((added, both), head + delta),
+    ):
+        found = numbers(merged(base, *adapters), "lm_head.weight")
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("form", ["huggingface", "gguf"])
+@pytest.mark.parametrize("saved", [(EMBEDDING,), (HEAD,), (HEAD, EMBEDDING)], ids=len)
+def test_whole_modules_that_were_tied_part(
+    tmp_path: Path, saved: tuple[str, ...], form: str
+) -> None:
+    base = write_tied(tmp_path, form)
+    tensors = {f"base_model.model.{name}": normal(512, 64) for name in saved}
+    before = resolve_model(base).source
     source = merged(base, write_adapter(tmp_path / "a", tensors))
+    for name, ours in ((EMBEDDING, "embed.weight"), (HEAD, "lm_head.weight")):
+        expected = tensors.get(f"base_model.model.{name}", numbers(before, ours))
+        np.testing.assert_array_equal(numbers(source, ours), expected)
+
+
+@pytest.mark.parametrize("saved", [EMBEDDING, HEAD])
+def test_whole_module_that_stays_tied(tmp_path: Path, saved: str) -> None:
+    tensors = {f"base_model.model.{saved}": normal(512, 64)}
+    adapter = write_adapter(tmp_path / "a", tensors, ensure_weight_tying=True)
+    source = merged(write_tied(tmp_path, "huggingface"), adapter)
     for name in ("embed.weight", "lm_head.weight"):
         np.testing.assert_array_equal(numbers(source, name), *tensors.values())
+
+
+def write_tied(folder: Path, form: str) -> Path:
+    if form == "gguf":
+        tensors = gguf_tensors(SOURCE, Type.BF16)
+        del tensors["output.weight"]
+        return write_gguf(folder / "m.gguf", TINY, tensors)
+    config = config_json(TINY) | {"tie_word_embeddings": True}
+    return write_checkpoint(folder / "m", SOURCE, config=config)
 
 
 REFUSED_FIELDS = {

@@ -58,6 +58,8 @@ WHOLE_OF_LAYER = {
     "self_attn.o_proj.weight": "out.weight",
     "self_attn.o_proj.bias": "out.bias",
 }
+# PEFT copies what it trains as a whole, so that these part, unless it is told to keep them tied.
+TIED = ("embed.weight", "lm_head.weight")
 
 
 @dataclass
@@ -128,13 +130,19 @@ def merge_adapter(source: FormSource, directory: Path) -> None:
             _refuse(config_path, key, f"expected {values[0]!r}, found {raw.get(key)!r}")
     scaling = _Scaling.of(raw, config_path)
     modules: dict[str, Lora] = {}
+    whole: dict[str, Stored] = {}
     for key, stored in _open_weights(directory).items():
         name = key.removeprefix("base_model.model.")
         match = LORA_KEY.fullmatch(name)
         if match is not None:
             modules.setdefault(match["module"], Lora()).parts[match["part"]] = stored
         else:
-            _replace(source, name, stored)
+            whole[_canonical(source, name, stored)] = stored
+    embedding, output = (source.tensors[name] for name in TIED)
+    if raw.get("ensure_weight_tying") is True and embedding == output:
+        whole |= {name: stored for name in TIED for known, stored in whole.items() if known in TIED}
+    for name, stored in whole.items():  # first: of one adapter, the products come on top
+        source.replace(name, Rows((stored,)))
     one_expert: dict[tuple[int, str], dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     for module, lora in modules.items():
         _merge_module(source, module, lora, scaling, one_expert)
@@ -205,8 +213,8 @@ def _open_weights(directory: Path) -> dict[str, Stored]:
     return {n: Stored(path, n, e.dtype, e.shape, e.offset) for n, e in header.items()}
 
 
-def _replace(source: FormSource, name: str, stored: Stored) -> None:
-    """A module that was trained as a whole (`modules_to_save`)."""
+def _canonical(source: FormSource, name: str, stored: Stored) -> str:
+    """The tensor that a module which was trained as a whole (`modules_to_save`) replaces."""
     match = LAYER.fullmatch(name)
     canonical = WHOLE.get(name)
     if match is not None and match[2] in WHOLE_OF_LAYER:
@@ -215,10 +223,7 @@ def _replace(source: FormSource, name: str, stored: Stored) -> None:
         _refuse_tensor(stored, "of whole modules embed_tokens, lm_head, norm, router or o_proj")
     if stored.shape != source.shape(canonical):
         _refuse_tensor(stored, f"{list(source.shape(canonical))}, as the model has")
-    shared = source.tensors[canonical]  # the output layer may be the embedding
-    for other, rows in source.tensors.items():
-        if rows == shared:
-            source.tensors[other] = (Rows((stored,)),)
+    return canonical
 
 
 def _merge_module(

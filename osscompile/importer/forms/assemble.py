@@ -105,6 +105,11 @@ class FormSource:
         """Change a matrix whenever rows of it are read; edits come in order."""
         self._edits.setdefault(name, []).append(edit)
 
+    def replace(self, name: str, rows: Rows) -> None:
+        """Another tensor in place of one; what has been changed of that one goes with it."""
+        self.tensors[name] = (rows,)
+        self._edits.pop(name, None)
+
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the leading axis, contiguous: see `Source`."""
         shape = self._shapes[name][0]
