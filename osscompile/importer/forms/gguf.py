@@ -16,6 +16,7 @@ from ..encodings import ENCODINGS
 from ..generation import check_chat_template, read_sampling
 from ..stored import Stored
 from .assemble import HalfNames, Plan, assemble
+from .beyond import refuse_beyond
 from .gguf_file import OTHER_TYPES, GgufFile, is_gguf, read_gguf
 from .gguf_tokenizer import generation_of, make_tokenizer
 
@@ -62,6 +63,7 @@ _LAYER_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "router.bias": (("ffn_gate_inp.bias",),),
     "down.bias": (("ffn_down_exps.bias",),),
 }
+_LAYER = re.compile(r"blk\.(\d{1,9})\.")
 _GATE_AND_UP = ("ffn_gate_exps", "ffn_up_exps")  # apart; together their rows alternate
 _TOGETHER = "ffn_gate_up_exps"
 
@@ -81,6 +83,7 @@ def open_form(path: Path) -> Opened:
     plan = _plan(config, stored)
     for name in plan.names():
         _check_there(files[0].path, name, stored)
+    refuse_beyond(stored, _LAYER, config.num_layers, "block_count", files[0].path)
     _tell_lossy(files[0].path, plan, stored)
     generation = generation_of(files[0])
     template = files[0].scalar(_TEMPLATE)

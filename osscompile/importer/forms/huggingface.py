@@ -9,6 +9,7 @@ from ..checkpoint import Opened
 from ..config import ModelConfig, has_file, parse_config, read_json_object
 from ..generation import GENERATION, read_chat_template, read_eos, read_generation
 from .assemble import HalfNames, Plan, assemble
+from .beyond import refuse_beyond
 from .foreign import refuse_foreign_config, refuse_foreign_names
 from .shards import INDEX, open_shards, read_index
 
@@ -27,6 +28,8 @@ _LAYER_NAMES = {
     "out.bias": ("self_attn.o_proj.bias",),
     "mlp_norm.weight": ("post_attention_layernorm.weight",),
 }
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(?:gate_up_projs|down_projs)\.(\d{1,9})\.")
 # What wrappers put before the names of the model that they hold.
 _WRAPPERS = re.compile(r"(?:base_model\.model\.|module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")
 _TEXT_MODELS = (
@@ -102,7 +105,24 @@ def plan_names(config: ModelConfig, tied: bool, names: Collection[str], where: P
                 f"{where}: expected tensor {name}, found {len(names)} others; "
                 "the checkpoint is incomplete: download it again"
             )
+    refuse_beyond(names, _LAYER, config.num_layers, "num_hidden_layers", where)
+    refuse_beyond(names, _EXPERT, config.num_experts, "num_local_experts", where)
+    _refuse_two_kinds(names, where)
     return plan
+
+
+def _refuse_two_kinds(names: Collection[str], where: Path) -> None:
+    """Experts that are there twice, of which one kind may be left over."""
+    for name in names:
+        stem = name.removesuffix("_blocks")
+        each = f"{stem}s.0.weight"
+        twins = [twin for twin in (stem, f"{stem}_blocks", each) if twin in names]
+        if stem.endswith(("gate_up_proj", "down_proj")) and len(twins) > 1:
+            found = " and ".join(twins)
+            raise CheckpointError(
+                f"{where}: expected the experts in one form, found {found}; save the checkpoint "
+                "again with one of them"
+            )
 
 
 def _plan_mlp(plan: Plan, config: ModelConfig, layer: str, at: str, names: Collection[str]) -> None:
