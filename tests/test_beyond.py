@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import config_json, hf_tensors, write_checkpoint
+from checkpoints import config_json, hf_tensors, write_checkpoint, write_safetensors
 from forms import (
     Tensors,
     Type,
@@ -88,3 +88,48 @@ def test_experts_in_two_forms(tmp_path: Path) -> None:
         write_checkpoint(tmp_path, SOURCE, tensors=tensors)
         with pytest.raises(CheckpointError, match=r"experts in one form, found .*_proj.* and "):
             open_checkpoint(tmp_path)
+
+
+def test_whole_model_beside_an_index_and_its_shards(tmp_path: Path) -> None:
+    """Either may be the newer one; an index whose shards are gone is left over."""
+    write_checkpoint(tmp_path, SOURCE)
+    newer = hf_tensors(SOURCE)
+    newer["model.norm.weight"] = newer["model.norm.weight"] * 2
+    write_safetensors(tmp_path / "model.safetensors", newer)
+    shards = sorted(tmp_path.glob("model-*"))
+    with pytest.raises(
+        CheckpointError,
+        match=rf"found model\.safetensors and model\.safetensors\.index\.json, {shards[0].name}, .*"
+        r"remove model\.safetensors, or all",
+    ):
+        open_checkpoint(tmp_path)
+    for shard in shards:
+        shard.unlink()
+    norm = open_checkpoint(tmp_path).source.read("norm.weight", 0, TINY.hidden_size)
+    np.testing.assert_array_equal(norm, newer["model.norm.weight"])
+
+
+def test_whole_model_that_the_index_names(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, SOURCE, shards=1)
+    index = {"weight_map": dict.fromkeys(hf_tensors(SOURCE), "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    open_checkpoint(tmp_path)
+
+
+def test_whole_model_beside_shards_without_an_index(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, SOURCE, shards=1)
+    stray = "model-00001-of-00003.safetensors"
+    write_safetensors(tmp_path / stray, {"a": np.zeros(3, np.float32)})
+    with pytest.raises(CheckpointError, match=rf"found model\.safetensors and {stray}, .*remove"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["a" * 3000, "a/" * 3000 + "b"], ids=["name", "path"])
+def test_index_with_names_that_no_file_system_takes(tmp_path: Path, file: str) -> None:
+    write_checkpoint(tmp_path, SOURCE)
+    path = tmp_path / "model.safetensors.index.json"
+    names = json.loads(path.read_text())["weight_map"]
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+    with pytest.raises(CheckpointError, match=r"expected a file name|no such file") as caught:
+        open_checkpoint(tmp_path)
+    assert len(str(caught.value)) < 1000
