@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import config_json, hf_tensors, write_checkpoint
+from checkpoints import config_json, hf_tensors, write_checkpoint, write_container
 from forms import Tensors, Type, gguf_fields, gguf_tensors, write_dense, write_gguf
 from huggingface_hub import constants
 from test_forms import assert_same_model
@@ -52,33 +52,90 @@ SIGNS = {
     "bitsandbytes": (f"{EXPERTS}gate_up_projs.0.weight.absmax", "bitsandbytes"),
     "gptq": ("model.layers.0.self_attn.q_proj.qweight", "AWQ or GPTQ"),
     "nvfp4": (f"{EXPERTS}gate_up_proj_weight_x.weight_scale_2", "NVFP4"),
+    "nvfp4_of_experts": (f"{EXPERTS}gate_up_proj_weight_scale_2", "NVFP4"),
     "fp8": ("model.layers.0.self_attn.q_proj.weight_scale", "FP8"),
+    "fp8_of_experts": (f"{EXPERTS}down_proj_input_scale", "FP8"),
+    "bitsandbytes_int8": ("model.layers.0.self_attn.q_proj.SCB", "bitsandbytes"),
     "mlx": (f"{EXPERTS}gate_proj.biases", "MLX"),
+    "mlx_unquantised": (f"{EXPERTS}up_proj.weight", "MLX"),
     "unmerged": ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "merge_and_unload"),
     "reward_head": ("v_head.summary.weight", "head of a classifier or reward model"),
     "classifier": ("score.weight", "head of a classifier or reward model"),
+    "another_head": ("regression_head.weight", "head of a classifier or reward model"),
 }
 
 
 @pytest.mark.parametrize("case", SIGNS)
 @pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("beside", [True, False])
 def test_names_that_tell_what_it_is(
-    tmp_path: Path, tensors: Tensors, case: str, shards: int
+    tmp_path: Path, tensors: Tensors, case: str, shards: int, beside: bool
 ) -> None:
-    """One tensor that we need has another name or gives way to a head."""
+    """One tensor that we need has another name or gives way to a head, or all are there."""
     name, message = SIGNS[case]
-    missing = (
-        "lm_head.weight" if "head" in case or case == "classifier" else f"{EXPERTS}down_proj_blocks"
-    )
+    missing = "lm_head.weight" if "head of" in message else f"{EXPERTS}down_proj_blocks"
     renamed = {(name if n == missing else n): t for n, t in tensors.items()}
+    if beside:
+        renamed[missing] = tensors[missing]
     write_checkpoint(tmp_path, SOURCE, tensors=renamed, shards=shards)
     with pytest.raises(CheckpointError, match=f"found tensor {name}.*{message}"):
+        open_checkpoint(tmp_path)
+
+
+def test_head_of_a_model_with_tied_embeddings(tmp_path: Path, tensors: Tensors) -> None:
+    headed = {("score.weight" if n == "lm_head.weight" else n): t for n, t in tensors.items()}
+    config = config_json(TINY) | {"tie_word_embeddings": True}
+    write_checkpoint(tmp_path, SOURCE, tensors=headed, config=config)
+    with pytest.raises(CheckpointError, match=r"found tensor score\.weight, the head of"):
+        open_checkpoint(tmp_path)
+
+
+def test_types_of_fp8(tmp_path: Path, tensors: Tensors) -> None:
+    write_checkpoint(tmp_path, SOURCE, tensors=tensors, shards=1)
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    for fields in header.values():
+        fields["dtype"] = fields["dtype"].replace("U8", "F8_E4M3")
+    write_container(path, header, data[size:])
+    with pytest.raises(CheckpointError, match=r"found F8_E4M3: this is an FP8 checkpoint; .*give"):
+        open_checkpoint(tmp_path)
+
+
+def test_quantisation_that_another_file_tells(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, SOURCE)
+    path = tmp_path / "hf_quant_config.json"
+    path.write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: .*'NVFP4', of NVIDIA"):
+        open_checkpoint(tmp_path)
+    path.write_text('{"quantization": {"quant_algo": null}}')
+    assert_same_model(open_checkpoint(tmp_path).source)
+
+
+def test_gguf_beside_a_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_json(TINY)))
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"give the GGUF file itself: .*/m\.gguf$"):
+        open_checkpoint(tmp_path)
+
+
+def test_adapter_beside_a_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_json(TINY)))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"found an adapter for org/base; .*--adapter"):
         open_checkpoint(tmp_path)
 
 
 WRAPPED: dict[str, Callable[[str], str]] = {
     "peft": lambda name: f"base_model.model.{name}",
     "parallel_and_compiled": lambda name: f"module._orig_mod.{name}",
+    "sharded": lambda name: name.replace(".mlp.", "._fsdp_wrapped_module.mlp."),
+    "checkpointed_and_sharded": lambda name: (
+        "_fsdp_wrapped_module."
+        + name.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn.")
+    ),
     "text_model_inside": lambda name: name.replace("model.", "model.language_model.", 1),
     "text_model_outside": lambda name: f"language_model.{name}",
 }
@@ -204,6 +261,14 @@ def damaged_gguf(folder: Path, **changes: Any) -> Path:
 
 
 GGUF_CASES = {
+    "an_adapter": (
+        {"general": {"general.type": "adapter"}},
+        "general.type: expected 'model', found 'adapter'; give its base .*--adapter",
+    ),
+    "a_part_that_sees": (
+        {"general": {"general.type": "mmproj"}},
+        "general.type: expected 'model', found 'mmproj'; give the GGUF of the language model",
+    ),
     "another_architecture": (
         {"architecture": "llama"},
         "general.architecture: expected 'gpt-oss' or 'gptoss', found 'llama'",

@@ -17,6 +17,7 @@ from ..config import ModelConfig, read_json_object, refuse_pointer
 from ..encodings import ENCODINGS
 from ..stored import Rows, Stored
 from .assemble import FormSource
+from .shards import INDEX
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -99,8 +100,11 @@ class LowRank:
 
 
 def recognises(path: Path) -> bool:
-    """A folder with an adapter and no model."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
+    """A folder with an adapter and no model; training code may put the base's config beside it."""
+    if not (path / ADAPTER_CONFIG).is_file():
+        return False
+    has_model = (path / INDEX).exists() or any(path.glob("model*.safetensors"))
+    return not (has_model and (path / "config.json").exists())
 
 
 def open_form(path: Path) -> Opened:

@@ -145,6 +145,13 @@ def _all_tensors(files: list[GgufFile]) -> dict[str, Stored]:
 
 
 def _config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
+    kind = file.scalar("general.type")
+    if kind not in ("model", None):
+        advice = "give its base and the adapter of PEFT that it was made from with --adapter"
+        raise CheckpointError(
+            f"{file.path}: general.type: expected 'model', found {kind!r:.200}; "
+            f"{advice if kind == 'adapter' else 'give the GGUF of the language model'}"
+        )
     architecture = file.scalar("general.architecture")
     if architecture not in ARCHITECTURES:
         raise CheckpointError(

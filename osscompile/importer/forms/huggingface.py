@@ -10,7 +10,13 @@ from ..config import ModelConfig, has_file, parse_config, read_json_object
 from ..generation import GENERATION, read_chat_template, read_eos, read_generation
 from .assemble import HalfNames, Plan, assemble
 from .beyond import refuse_beyond
-from .foreign import refuse_foreign_config, refuse_foreign_names
+from .foreign import (
+    refuse_foreign_config,
+    refuse_foreign_files,
+    refuse_foreign_names,
+    refuse_foreign_types,
+    refuse_unknown_wrapper,
+)
 from .shards import INDEX, open_shards, read_index
 
 # Canonical name -> Hugging Face names, one below the other.
@@ -31,7 +37,9 @@ _LAYER_NAMES = {
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(?:gate_up_projs|down_projs)\.(\d{1,9})\.")
 # What wrappers put before the names of the model that they hold.
-_WRAPPERS = re.compile(r"(?:base_model\.model\.|module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")
+_WRAPPERS = re.compile(r"(?:base_model\.model\.|module\.)+")
+# What they put between them too.
+_INNER_WRAPPERS = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 _TEXT_MODELS = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
@@ -59,6 +67,7 @@ def open_form(path: Path) -> Opened:
         names = _plain_names(index, path / INDEX)
         plan = plan_names(config, tied, names, path / INDEX)
         stored = open_shards(path, {names[name] for name in plan.names()})
+    refuse_foreign_types(stored.values())
     renamed = {name: stored[names[name]] for name in plan.names()}
     tokenizer = path / "tokenizer.json"
     return Opened(
@@ -98,9 +107,10 @@ def plan_names(config: ModelConfig, tied: bool, names: Collection[str], where: P
         for name, stored in _LAYER_NAMES.items():
             plan.tensors[f"layers.{index}.{name}"] = (tuple(at + part for part in stored),)
         _plan_mlp(plan, config, f"layers.{index}", f"{at}mlp.", names)
+    refuse_foreign_names(names, where)
     for name in plan.names():
         if name not in names:
-            refuse_foreign_names(names, where)
+            refuse_unknown_wrapper(names, where)
             raise CheckpointError(
                 f"{where}: expected tensor {name}, found {len(names)} others; "
                 "the checkpoint is incomplete: download it again"
@@ -158,6 +168,7 @@ def _read_config(directory: Path) -> tuple[ModelConfig, bool]:
     if isinstance(text, dict) and text.get("model_type") == "gpt_oss":
         raw = text
     refuse_foreign_config(raw, path)
+    refuse_foreign_files(directory)
     return parse_config(raw, str(path)), raw.get("tie_word_embeddings") is True
 
 
@@ -165,7 +176,9 @@ def _plain_names(stored: Collection[str], where: Path) -> dict[str, str]:
     """Names as transformers gives them -> names as they are stored, in which wrappers show."""
     plain: dict[str, str] = {}
     for name in stored:
-        bare = _WRAPPERS.sub("", name, count=1) if _WRAPPERS.match(name) else name
+        bare = _INNER_WRAPPERS.sub("", name)
+        wrapper = _WRAPPERS.match(bare)
+        bare = bare[wrapper.end() :] if wrapper is not None else bare
         for wrapped, short in _TEXT_MODELS:
             if bare.startswith(wrapped):
                 bare = short + bare.removeprefix(wrapped)

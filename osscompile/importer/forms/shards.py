@@ -119,6 +119,12 @@ def _refuse_other_files(directory: Path) -> None:
     """Tell what lies in the folder instead of safetensors files."""
     if any(directory.glob("*.safetensors")):
         return
+    gguf = next(directory.glob("*.gguf"), None)
+    if gguf is not None:
+        raise CheckpointError(
+            f"{directory}: expected safetensors files beside config.json, found {gguf.name}; give "
+            f"the GGUF file itself: {gguf}"
+        )
     for pattern, kind in OTHER_FILES.items():
         found = next(directory.glob(pattern), None)
         if found is not None:
