@@ -259,7 +259,8 @@ def test_whole_modules_that_were_tied_part(
 @pytest.mark.parametrize("saved", [EMBEDDING, HEAD])
 def test_whole_module_that_stays_tied(tmp_path: Path, saved: str) -> None:
     tensors = {f"base_model.model.{saved}": normal(512, 64)}
-    adapter = write_adapter(tmp_path / "a", tensors, ensure_weight_tying=True)
+    fields = {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = write_adapter(tmp_path / "a", tensors, **fields)
     source = merged(write_tied(tmp_path, "huggingface"), adapter)
     for name in ("embed.weight", "lm_head.weight"):
         np.testing.assert_array_equal(numbers(source, name), *tensors.values())
@@ -276,6 +277,14 @@ def write_tied(folder: Path, form: str) -> Path:
 
 REFUSED_FIELDS = {
     "another_method": ({"peft_type": "IA3"}, "peft_type: expected 'LORA', found 'IA3'"),
+    "method_of_many_letters": ({"peft_type": "x" * 9000}, "peft_type: .{,400}$"),
+    "rslora_is_text": ({"use_rslora": "true"}, "use_rslora: expected False, found 'true'"),
+    "rslora_is_a_number": ({"use_rslora": 1}, "use_rslora: expected False, found 1"),
+    "dora_is_text": ({"use_dora": "false"}, "use_dora: expected False, found 'false'"),
+    "saved_modules_that_are_not_there": (
+        {"modules_to_save": ["lm_head"]},
+        "modules_to_save: expected tensors of 'lm_head' in adapter_model.*found none",
+    ),
     "biases": ({"bias": "all"}, "bias: expected 'none', found 'all'"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights: expected True, found 'pissa'"),
     "new_tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices"),
@@ -318,6 +327,40 @@ def test_refused_tensors(tmp_path: Path, base: Path, case: str) -> None:
         merged(base, adapter)
 
 
+def test_dora_without_magnitudes(tmp_path: Path, base: Path) -> None:
+    """They are needed for every module: without them it is another adapter."""
+    module, other = f"{LAYER}self_attn.o_proj", f"{LAYER}self_attn.k_proj"
+    tensors = pair(module, 64, TINY.q_size) | pair(other, TINY.kv_size, 64)
+    tensors[f"{module}.lora_magnitude_vector"] = normal(64)
+    with pytest.raises(CheckpointError, match=r"k_proj.*lora_magnitude_vector of .*use_dora"):
+        merged(base, write_adapter(tmp_path / "a", tensors, use_dora=True))
+
+
+def test_adapter_without_tensors(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected the tensors of an adapter, found none"):
+        merged(base, write_adapter(tmp_path / "a", {}))
+
+
+RENAMED = {
+    "language_model": lambda name: name.replace("model.layers", "model.language_model.layers"),
+    "inner_router": lambda name: name.replace(".mlp.router", ".mlp.router.linear"),
+    "saved": lambda name: name.replace("router.weight", "router.modules_to_save.weight"),
+    "named": lambda name: name.replace("router.weight", "router.modules_to_save.default.weight"),
+}
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_other_names_of_the_same(tmp_path: Path, base: Path, case: str) -> None:
+    module = f"{LAYER}self_attn.o_proj"
+    router = normal(8, 64)
+    tensors = pair(module, 64, TINY.q_size) | {f"{LAYER}mlp.router.weight": router}
+    renamed = {RENAMED[case](name): tensor for name, tensor in tensors.items()}
+    source = merged(base, write_adapter(tmp_path / "a", renamed))
+    np.testing.assert_array_equal(numbers(source, "layers.1.router.weight"), router)
+    expected = numbers(SOURCE, "layers.1.out.weight") + 2 * product(tensors, module)
+    np.testing.assert_allclose(numbers(source, "layers.1.out.weight"), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("wrong", [5, True, [5], [None], b"x", [b"x"], [True]], ids=repr)
 def test_what_is_no_adapter(base: Path, wrong: Any) -> None:
     with pytest.raises(CompileError, match=r"^adapters: expected folders of .*, found "):
@@ -335,6 +378,13 @@ def test_adapter_as_the_model(tmp_path: Path) -> None:
         CheckpointError,
         match=r"found an adapter for openai/gpt-oss-20b.* compile openai.* --adapter .*/a$",
     ):
+        resolve_model(adapter)
+
+
+@pytest.mark.parametrize("base", ["my base\nx", "x" * 9000, "a; b"])
+def test_odd_base_of_an_adapter(tmp_path: Path, base: str) -> None:
+    adapter = write_adapter(tmp_path / "a b", {}, base_model_name_or_path=base)
+    with pytest.raises(CheckpointError, match=r"compile (BASE|x+|'a; b') --adapter '.*/a b'$"):
         resolve_model(adapter)
 
 

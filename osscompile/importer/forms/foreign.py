@@ -58,7 +58,8 @@ def refuse_foreign_config(raw: dict[str, Any], path: Path) -> None:
         name = QUANTISATIONS.get(method, "") if isinstance(method, str) else ""
         of = f" ({name})" if name else ""
         raise CheckpointError(
-            f"{path}: quant_method: expected 'mxfp4' or none, found {method!r:.200}{of}; {READ}: {GIVE}"
+            f"{path}: quant_method: expected 'mxfp4' or none, found {method!r:.200}{of}; "
+            f"{READ}: {GIVE}"
         )
     if "quantization" in raw:  # only MLX writes this key
         raise CheckpointError(
@@ -78,9 +79,9 @@ def refuse_foreign_names(names: Collection[str], where: Path) -> None:
                 )
         if ".lora_A." in name or ".lora_magnitude_vector" in name:
             raise CheckpointError(
-                f"{where}: expected a whole model, found tensor {name:.200}: its adapter is not merged; "
-                "call `merge_and_unload()` before `save_pretrained()`, or give base and adapter: "
-                "osscompile compile BASE --adapter DIR"
+                f"{where}: expected a whole model, found tensor {name:.200}: its adapter is not "
+                "merged; call `merge_and_unload()` before `save_pretrained()`, or give base and "
+                "adapter: osscompile compile BASE --adapter DIR"
             )
         if HEAD.fullmatch(name):
             raise CheckpointError(
