@@ -279,6 +279,17 @@ GGUF_CASES = {
     ),
     "no_context": ({"fields": {"context_length": 0}}, "max_position_embeddings"),
     "another_rope": ({"fields": {"rope.scaling.type": "linear"}}, "rope_type: expected 'yarn'"),
+    "another_concentration": (
+        {"fields": {"rope.scaling.attn_factor": 0.5}},
+        "gpt-oss.rope.scaling.attn_factor: expected 1 or nothing, as in gpt-oss, found 0.5",
+    ),
+    "no_yarn": ({"fields": {"rope.scaling.yarn_ext_factor": 0.0}}, "yarn_ext_factor: expected 1"),
+    "half_is_rotated": (
+        {"fields": {"rope.dimension_count": 16}},
+        "rope.dimension_count: expected 32 or nothing, .*found 16",
+    ),
+    "scaled_experts": ({"fields": {"expert_weights_scale": 2.5}}, "expert_weights_scale: .*2.5"),
+    "shared_experts": ({"fields": {"expert_shared_count": 1}}, "expert_shared_count: .*found 1"),
     "another_shape": (
         {"tensors": {"blk.0.attn_k.bias": (np.zeros(60, np.float32), Type.F32)}},
         r"attn_k\.bias: expected BF16, F16 or F32 \[64\], found F32 \[60\]",

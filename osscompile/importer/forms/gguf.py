@@ -47,6 +47,26 @@ _ROPE_FIELDS = {
     "original_max_position_embeddings": ("rope.scaling.original_context_length", 4096),
     "rope_type": ("rope.scaling.type", "yarn"),
 }
+# What would change the result, and is not computed: key -> what has no effect.
+_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (1, -1),  # -1 stands for 1
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "expert_weights_scale": (0, 1),  # 0 stands for none
+    "expert_shared_count": (0,),
+    "leading_dense_block_count": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+}
+# Likewise; key -> key that it must equal.
+_EQUAL = {
+    "rope.dimension_count": "attention.key_length",
+    "attention.value_length": "attention.key_length",
+    "rope.dimension_count_swa": "attention.key_length",
+    "rope.freq_base_swa": "rope.freq_base",
+}
 _TRUNCATE = False
 _TEMPLATE = "tokenizer.chat_template"
 
@@ -160,9 +180,16 @@ def _config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
         )
 
     def get(*keys: str) -> Any:
-        found = (file.scalar(f"{architecture}.{key}") for key in keys)
+        found = (_of_all_layers(file, f"{architecture}.{key}") for key in keys)
         return next((value for value in found if value is not None), None)
 
+    expected = _NEUTRAL | {key: (get(other),) for key, other in _EQUAL.items() if get(other)}
+    for key, values in expected.items():
+        if get(key) is not None and get(key) not in values:
+            raise CheckpointError(
+                f"{file.path}: {architecture}.{key}: expected {values[0]!r:.200} or nothing, as in "
+                f"gpt-oss, found {get(key)!r:.200}; this variant is not supported"
+            )
     raw = {field: get(*keys) for field, keys in _FIELDS.items()}
     raw = {field: value for field, value in raw.items() if value is not None} | _CONSTANTS
     embedding = stored.get("token_embd.weight")
@@ -176,6 +203,14 @@ def _config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
         kinds = ("full_attention", "sliding_attention")
         raw["layer_types"] = [kinds[bool(sliding)] for sliding in pattern]
     return parse_config(raw, f"{file.path}, metadata {architecture}.*")
+
+
+def _of_all_layers(file: GgufFile, key: str) -> Any:
+    """One value, which may be given for each layer."""
+    values = file.metadata.get(key)
+    if isinstance(values, np.ndarray) and len(values) and (values == values[0]).all():
+        return values[0].item()
+    return file.scalar(key)
 
 
 def _plan(config: ModelConfig, names: Collection[str]) -> Plan:
