@@ -1,6 +1,7 @@
 """Checkpoints that are not what they should be: each is told what it is, and what to do."""
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,51 @@ def test_gguf_that_is_cut_off(tmp_path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(CheckpointError, match="cut off"):
         open_checkpoint(path)
+
+
+def test_gguf_whose_key_takes_the_whole_file(tmp_path: Path) -> None:
+    """It is neither read nor printed."""
+    path = damaged_gguf(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[24:32] = (len(data) - 32).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="key: expected at most 65535 bytes") as caught:
+        open_checkpoint(path)
+    assert len(str(caught.value)) < 500
+
+
+PIECES = {  # what follows the counts, and what is told
+    "key": (0, 1, b"k\n" * 30000, 10, r"expected 8 bytes of k\?k\?"),
+    "type": (0, 1, b"k" * 60000, 77, "k: unknown value type 77"),
+    "value": (0, 1, b"k" * 60000, 8, "expected at most 67108864 bytes, found"),
+    "tensor": (1, 0, b"t" * 60000, 99, "expected at most 4 dimensions, dimensions=99"),
+}
+
+
+@pytest.mark.parametrize("case", PIECES)
+def test_gguf_with_a_long_name_and_a_fault_after_it(tmp_path: Path, case: str) -> None:
+    tensors, pairs, name, number, message = PIECES[case]
+    path = tmp_path / "m.gguf"
+    ending = b"" if case == "key" else b"\xff" * 8  # a number of eight bytes is missing
+    path.write_bytes(
+        b"GGUF\3\0\0\0"
+        + struct.pack("<QQQ", tensors, pairs, len(name))
+        + name
+        + struct.pack("<I", number)
+        + ending
+    )
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(path)
+    assert len(str(caught.value)) < 600
+
+
+def test_names_of_many_letters_are_cut_in_messages(tmp_path: Path, tensors: Tensors) -> None:
+    for name in ("x\n" * 5000 + ".absmax", "x\n" * 5000 + "embed_tokens.weight"):
+        renamed = {(name if n.startswith("model.embed") else n): t for n, t in tensors.items()}
+        write_checkpoint(tmp_path, SOURCE, tensors=renamed)
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(tmp_path)
+        assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
 
 
 def test_gguf_of_another_version(tmp_path: Path) -> None:

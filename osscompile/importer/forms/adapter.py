@@ -15,7 +15,7 @@ from ...runtime.safetensors import FormatError, read_header
 from ..checkpoint import Opened
 from ..config import ModelConfig, read_json_object, refuse_pointer
 from ..encodings import ENCODINGS
-from ..stored import Rows, Stored
+from ..stored import Rows, Stored, printable
 from .adapter_config import Scaling, check_fields
 from .assemble import FormSource
 from .shards import INDEX
@@ -163,7 +163,7 @@ def _open_weights(directory: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         if entry.dtype not in ENCODINGS or entry.dtype == "U8" or not entry.shape:
             raise CheckpointError(
-                f"{path}: tensor {name}: expected BF16, F16 or F32, found {entry.dtype}"
+                f"{path}: tensor {printable(name)}: expected BF16, F16 or F32, found {entry.dtype}"
             )
     return {n: Stored(path, n, e.dtype, e.shape, e.offset) for n, e in header.items()}
 
@@ -194,10 +194,10 @@ def _check_there(
                 f"{path}: modules_to_save: expected tensors of {module!r:.200} in "
                 f"{ADAPTER_WEIGHTS}, found none; save the adapter again with `save_pretrained()`"
             )
-    for module, lora in modules.items():
+    for lora in modules.values():
         if raw.get("use_dora") is True and "lora_magnitude_vector" not in lora.parts:
             any_part = next(iter(lora.parts.values()))
-            _refuse_tensor(any_part, f"lora_magnitude_vector of {module:.200} too, as use_dora is")
+            _refuse_tensor(any_part, "its lora_magnitude_vector too, as use_dora is true")
 
 
 def _canonical(source: FormSource, name: str, stored: Stored) -> str:

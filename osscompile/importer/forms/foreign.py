@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..config import has_file, read_json_object
-from ..stored import Stored
+from ..stored import Stored, printable
 
 READ = "osscompile reads MXFP4, bf16, fp16, fp32 and GGUF"
 GIVE = "give the checkpoint that it was made from"
@@ -74,29 +74,30 @@ def refuse_foreign_names(names: Collection[str], where: Path) -> None:
         for end, kind in SIGNS.items():
             if name.endswith(end):
                 raise CheckpointError(
-                    f"{where}: expected weights of transformers, found tensor {name:.200}: this is "
-                    f"{kind}; {READ}: {GIVE}"
+                    f"{where}: expected weights of transformers, found tensor "
+                    f"{printable(name)}: this is {kind}; {READ}: {GIVE}"
                 )
         if ".lora_A." in name or ".lora_magnitude_vector" in name:
             raise CheckpointError(
-                f"{where}: expected a whole model, found tensor {name:.200}: its adapter is not "
-                "merged; call `merge_and_unload()` before `save_pretrained()`, or give base and "
-                "adapter: osscompile compile BASE --adapter DIR"
+                f"{where}: expected a whole model, found tensor {printable(name)}: its adapter "
+                "is not merged; call `merge_and_unload()` before `save_pretrained()`, or give base "
+                "and adapter: osscompile compile BASE --adapter DIR"
             )
         if HEAD.fullmatch(name):
             raise CheckpointError(
-                f"{where}: expected a language model, found tensor {name:.200}, the head of a "
-                "classifier or reward model; only models that predict the next token compile"
+                f"{where}: expected a language model, found tensor {printable(name)}, the head of "
+                "a classifier or reward model; only models that predict the next token compile"
             )
 
 
 def refuse_unknown_wrapper(names: Collection[str], where: Path) -> None:
     """Raise CheckpointError if the names of a whole model lie in something that is not known."""
     embedding = next((name for name in names if name.endswith("embed_tokens.weight")), None)
-    if embedding not in (None, "model.embed_tokens.weight"):
-        prefix = str(embedding).removesuffix("embed_tokens.weight")
+    if embedding is not None and embedding != "model.embed_tokens.weight":
+        prefix = embedding.removesuffix("embed_tokens.weight")
         raise CheckpointError(
-            f"{where}: expected names that begin with `model.`, found `{prefix}` (of {embedding}); "
+            f"{where}: expected names that begin with `model.`, found "
+            f"`{printable(prefix)}` (of {printable(embedding)}); "
             "save the language model alone, with transformers"
         )
 

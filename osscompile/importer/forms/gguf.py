@@ -176,7 +176,7 @@ def _config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{file.path}: general.architecture: expected 'gpt-oss' or 'gptoss', found "
-            f"{architecture!r}; only gpt-oss models compile"
+            f"{architecture!r:.200}; only gpt-oss models compile"
         )
 
     def get(*keys: str) -> Any:

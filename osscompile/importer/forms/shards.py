@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ...runtime.safetensors import FormatError, TensorEntry, read_header
 from ..config import has_file, read_json_object, refuse_pointer
-from ..stored import Stored
+from ..stored import Stored, printable
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -75,8 +75,9 @@ def open_shards(directory: Path, needed: set[str] | None = None) -> dict[str, St
     for name, path in wanted.items():
         if name not in headers[path]:
             raise CheckpointError(
-                f"{path}: expected tensor {name}, as {INDEX} says, found {len(headers[path])} "
-                "others; the index or the file is of another checkpoint: download both again"
+                f"{path}: expected tensor {printable(name)}, as {INDEX} says, found "
+                f"{len(headers[path])} others; "
+                "the index or the file is of another checkpoint: download both again"
             )
     _check_total(directory / INDEX, headers, set(files.values()))
     _check_extra(directory, set(files.values()))
@@ -97,7 +98,7 @@ def _shard_path(index: Path, name: str, file: Any) -> Path:
         or ".." in PureWindowsPath(file).parts
     ):
         raise CheckpointError(
-            f"{index}: tensor {name:.200}: expected a file name inside {index.parent}, "
+            f"{index}: tensor {printable(name)}: expected a file name inside {index.parent}, "
             f"found {file!r:.200}"
         )
     return index.parent / file
