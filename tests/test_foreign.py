@@ -60,6 +60,7 @@ SIGNS = {
     "mlx": (f"{EXPERTS}gate_proj.biases", "MLX"),
     "mlx_unquantised": (f"{EXPERTS}up_proj.weight", "MLX"),
     "unmerged": ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "merge_and_unload"),
+    "unmerged_base": ("model.layers.0.self_attn.q_proj.base_layer.weight", "merge_and_unload"),
     "reward_head": ("v_head.summary.weight", "head of a classifier or reward model"),
     "classifier": ("score.weight", "head of a classifier or reward model"),
     "another_head": ("regression_head.weight", "head of a classifier or reward model"),
@@ -80,6 +81,15 @@ def test_names_that_tell_what_it_is(
         renamed[missing] = tensors[missing]
     write_checkpoint(tmp_path, SOURCE, tensors=renamed, shards=shards)
     with pytest.raises(CheckpointError, match=f"found tensor {name}.*{message}"):
+        open_checkpoint(tmp_path)
+
+
+def test_scales_of_two_levels_are_no_fp8(tmp_path: Path, tensors: Tensors) -> None:
+    scales = {
+        f"{EXPERTS}down_proj_weight_scale{end}": np.zeros(8, np.float32) for end in ("", "_2")
+    }
+    write_checkpoint(tmp_path, SOURCE, tensors=tensors | scales)
+    with pytest.raises(CheckpointError, match="weight_scale_2: this is an NVFP4 checkpoint"):
         open_checkpoint(tmp_path)
 
 

@@ -27,7 +27,7 @@ QUANTISATIONS = {
     "torchao": "torchao",
     "eetq": "EETQ",
 }
-# Ends of names that only one kind of checkpoint has -> what that is.
+# Ends of names that only one kind of checkpoint has -> what that is; the first one found counts.
 SIGNS = {
     ".absmax": "a bitsandbytes checkpoint",
     ".quant_map": "a bitsandbytes checkpoint",
@@ -45,6 +45,7 @@ SIGNS = {
         "an MLX checkpoint",
     ),
 }
+UNMERGED = (".lora_A.", ".lora_magnitude_vector", ".base_layer.")  # parts of names
 HEAD = re.compile(r"(?:.*\.)?(?:score|classifier|(?!lm_)\w+_head)(?:\.summary)?\.(?:weight|bias)")
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 MODELOPT = "hf_quant_config.json"  # lies beside a config.json that says nothing
@@ -70,14 +71,15 @@ def refuse_foreign_config(raw: dict[str, Any], path: Path) -> None:
 
 def refuse_foreign_names(names: Collection[str], where: Path) -> None:
     """Raise CheckpointError if the names of the tensors tell what this is."""
+    for end, kind in SIGNS.items():
+        name = next((name for name in names if name.endswith(end)), None)
+        if name is not None:
+            raise CheckpointError(
+                f"{where}: expected weights of transformers, found tensor {printable(name)}: this "
+                f"is {kind}; {READ}: {GIVE}"
+            )
     for name in names:
-        for end, kind in SIGNS.items():
-            if name.endswith(end):
-                raise CheckpointError(
-                    f"{where}: expected weights of transformers, found tensor "
-                    f"{printable(name)}: this is {kind}; {READ}: {GIVE}"
-                )
-        if ".lora_A." in name or ".lora_magnitude_vector" in name:
+        if any(part in name for part in UNMERGED):
             raise CheckpointError(
                 f"{where}: expected a whole model, found tensor {printable(name)}: its adapter "
                 "is not merged; call `merge_and_unload()` before `save_pretrained()`, or give base "
