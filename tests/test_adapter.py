@@ -338,6 +338,15 @@ def test_dora_without_magnitudes(tmp_path: Path, base: Path) -> None:
         merged(base, write_adapter(tmp_path / "a", tensors, use_dora=True))
 
 
+def test_the_same_tensor_under_two_names(tmp_path: Path, base: Path) -> None:
+    for number, tensors in enumerate(
+        (pair("lm_head", 512, 64), {"lm_head.weight": normal(512, 64)})
+    ):
+        twice = tensors | {f"base_model.model.{name}": t for name, t in tensors.items()}
+        with pytest.raises(CheckpointError, match=r"expected it once, but lm_head\..* is the same"):
+            merged(base, write_adapter(tmp_path / f"{number}", twice))
+
+
 def test_adapter_without_tensors(tmp_path: Path, base: Path) -> None:
     with pytest.raises(CheckpointError, match="expected the tensors of an adapter, found none"):
         merged(base, write_adapter(tmp_path / "a", {}))

@@ -383,6 +383,12 @@ def test_gguf_with_a_long_name_and_a_fault_after_it(tmp_path: Path, case: str) -
     assert len(str(caught.value)) < 600
 
 
+def test_model_of_an_odd_name() -> None:
+    with pytest.raises(CheckpointError, match=r"^a\?b/.*: no such model; expected") as caught:
+        resolve_model("a\nb/" + "x" * 9000)
+    assert len(str(caught.value)) < 600
+
+
 def test_names_of_many_letters_are_cut_in_messages(tmp_path: Path, tensors: Tensors) -> None:
     for name in ("x\n" * 5000 + ".absmax", "x\n" * 5000 + "embed_tokens.weight"):
         renamed = {(name if n.startswith("model.embed") else n): t for n, t in tensors.items()}

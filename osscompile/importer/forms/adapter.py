@@ -131,10 +131,13 @@ def merge_adapter(source: FormSource, directory: Path) -> None:
         name = _plain_name(key)
         match = LORA_KEY.fullmatch(name)
         if match is not None:
-            modules.setdefault(match["module"], Lora()).parts[match["part"]] = stored
+            kept, place = modules.setdefault(match["module"], Lora()).parts, match["part"]
         else:
-            whole[_canonical(source, name, stored)] = stored
+            kept, place = whole, _canonical(source, name, stored)
             names.append(name)
+        if place in kept:
+            _refuse_tensor(stored, f"it once, but {printable(kept[place].name)} is the same")
+        kept[place] = stored
     _check_there(raw, config_path, names, modules)
     embedding, output = (source.tensors[name] for name in TIED)
     if raw.get("ensure_weight_tying") is True and embedding == output:
