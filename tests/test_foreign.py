@@ -332,6 +332,13 @@ def test_gguf_split_with_a_part_missing(tmp_path: Path) -> None:
         open_checkpoint(first)
 
 
+def test_gguf_split_whose_place_is_a_long_text(tmp_path: Path) -> None:
+    path = damaged_gguf(tmp_path, general={"split.no": "x" * 90000})
+    with pytest.raises(CheckpointError, match=r"found split\.no 'x+ of 1; ") as caught:
+        open_checkpoint(path)
+    assert len(str(caught.value)) < 1000
+
+
 def test_folder_with_several_gguf(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.gguf").touch()
@@ -381,6 +388,18 @@ def test_gguf_with_a_long_name_and_a_fault_after_it(tmp_path: Path, case: str) -
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(path)
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("field", ["name", "dtype"])
+def test_long_texts_in_a_header_of_safetensors(tmp_path: Path, field: str) -> None:
+    write_checkpoint(tmp_path, SOURCE, shards=1)
+    text = "x\n" * 50000
+    name, dtype = (text, "BF17") if field == "name" else ("x", text)
+    header = {name: {"dtype": dtype, "shape": [0], "data_offsets": [0, 0]}}
+    write_container(tmp_path / "model.safetensors", header)
+    with pytest.raises(CheckpointError, match=r"; download the file again$") as caught:
+        open_checkpoint(tmp_path)
+    assert len(str(caught.value)) < 1100 and "\n" not in str(caught.value)
 
 
 def test_model_of_an_odd_name() -> None:

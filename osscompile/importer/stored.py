@@ -10,11 +10,12 @@ from ..errors import CheckpointError
 from .encodings import ENCODINGS
 
 MAX_SHOWN = 200  # letters of a name
+MAX_FAULT = 1000  # of what is wrong with a file
 
 
-def printable(name: str) -> str:
-    """A name out of a file, fit for one line of a message."""
-    return "".join(c if c.isprintable() else "?" for c in name[:MAX_SHOWN])
+def printable(name: str, limit: int = MAX_SHOWN) -> str:
+    """What comes out of a file, fit for one line of a message."""
+    return "".join(c if c.isprintable() else "?" for c in name[:limit])
 
 
 @dataclass(frozen=True)

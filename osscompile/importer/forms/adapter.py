@@ -15,7 +15,7 @@ from ...runtime.safetensors import FormatError, read_header
 from ..checkpoint import Opened
 from ..config import ModelConfig, read_json_object, refuse_pointer
 from ..encodings import ENCODINGS
-from ..stored import Rows, Stored, printable
+from ..stored import MAX_FAULT, Rows, Stored, printable
 from .adapter_config import Scaling, check_fields
 from .assemble import FormSource
 from .shards import INDEX
@@ -162,7 +162,9 @@ def _open_weights(directory: Path) -> dict[str, Stored]:
     try:
         header = read_header(path)
     except FormatError as error:
-        raise CheckpointError(f"{error}; download the file again") from error
+        raise CheckpointError(
+            f"{printable(str(error), MAX_FAULT)}; download the file again"
+        ) from error
     for name, entry in header.items():
         if entry.dtype not in ENCODINGS or entry.dtype == "U8" or not entry.shape:
             raise CheckpointError(

@@ -151,8 +151,8 @@ def _all_tensors(files: list[GgufFile]) -> dict[str, Stored]:
         if (place, count) != (number, len(files)):
             raise CheckpointError(
                 f"{file.path}: expected file {number} of {len(files)} of a split, found "
-                f"split.no {place} of {count}; download the files of one split, and keep their "
-                "names"
+                f"split.no {place!r:.200} of {count!r:.200}; download the files of one "
+                "split, and keep their names"
             )
         for name, tensor in file.tensors.items():
             if name in stored:

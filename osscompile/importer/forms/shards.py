@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ...runtime.safetensors import FormatError, TensorEntry, read_header
 from ..config import has_file, read_json_object, refuse_pointer
-from ..stored import Stored, printable
+from ..stored import MAX_FAULT, Stored, printable
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -113,7 +113,9 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         return read_header(path)
     except FormatError as error:
-        raise CheckpointError(f"{error}; download the file again") from error
+        raise CheckpointError(
+            f"{printable(str(error), MAX_FAULT)}; download the file again"
+        ) from error
 
 
 def _refuse_other_files(directory: Path) -> None:
