@@ -222,17 +222,69 @@ def test_whole_modules(tmp_path: Path, base: Path) -> None:
     )
 
 
-def test_embedding_that_is_the_output_layer_too(tmp_path: Path) -> None:
-    config = config_json(TINY) | {"tie_word_embeddings": True}
-    base = write_checkpoint(tmp_path / "m", SOURCE, config=config)
-    tensors = {"base_model.model.model.embed_tokens.weight": normal(512, 64)}
+def test_whole_module_replaces_what_adapters_before_it_changed(tmp_path: Path, base: Path) -> None:
+    """What comes after it is added, and so is what the same adapter has besides."""
+    module, name = "base_model.model.lm_head", "base_model.model.lm_head.weight"
+    lora, head = pair(module, 512, 64), normal(512, 64)
+    added = write_adapter(tmp_path / "a", lora)
+    replaced = write_adapter(tmp_path / "b", {name: head})
+    both = write_adapter(tmp_path / "c", lora | {name: head})
+    delta = 2 * product(lora, module)
+    for adapters, expected in (
+        ((added, replaced), head),
+        ((replaced, added), head + delta),
+        ((added, both), head + delta),
+    ):
+        found = numbers(merged(base, *adapters), "lm_head.weight")
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("form", ["huggingface", "gguf"])
+@pytest.mark.parametrize("saved", [(EMBEDDING,), (HEAD,), (HEAD, EMBEDDING)], ids=len)
+def test_whole_modules_that_were_tied_part(
+    tmp_path: Path, saved: tuple[str, ...], form: str
+) -> None:
+    base = write_tied(tmp_path, form)
+    tensors = {f"base_model.model.{name}": normal(512, 64) for name in saved}
+    before = resolve_model(base).source
     source = merged(base, write_adapter(tmp_path / "a", tensors))
+    for name, ours in ((EMBEDDING, "embed.weight"), (HEAD, "lm_head.weight")):
+        expected = tensors.get(f"base_model.model.{name}", numbers(before, ours))
+        np.testing.assert_array_equal(numbers(source, ours), expected)
+
+
+@pytest.mark.parametrize("saved", [EMBEDDING, HEAD])
+def test_whole_module_that_stays_tied(tmp_path: Path, saved: str) -> None:
+    tensors = {f"base_model.model.{saved}": normal(512, 64)}
+    fields = {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = write_adapter(tmp_path / "a", tensors, **fields)
+    source = merged(write_tied(tmp_path, "huggingface"), adapter)
     for name in ("embed.weight", "lm_head.weight"):
         np.testing.assert_array_equal(numbers(source, name), *tensors.values())
 
 
+def write_tied(folder: Path, form: str) -> Path:
+    if form == "gguf":
+        tensors = gguf_tensors(SOURCE, Type.BF16)
+        del tensors["output.weight"]
+        return write_gguf(folder / "m.gguf", TINY, tensors)
+    config = config_json(TINY) | {"tie_word_embeddings": True}
+    return write_checkpoint(folder / "m", SOURCE, config=config)
+
+
 REFUSED_FIELDS = {
     "another_method": ({"peft_type": "IA3"}, "peft_type: expected 'LORA', found 'IA3'"),
+    "method_of_many_letters": ({"peft_type": "x" * 9000}, "peft_type: .{,400}$"),
+    "rslora_is_text": ({"use_rslora": "true"}, "use_rslora: expected False, found 'true'"),
+    "rslora_is_a_number": ({"use_rslora": 1}, "use_rslora: expected False, found 1"),
+    "dora_is_text": ({"use_dora": "false"}, "use_dora: expected False, found 'false'"),
+    "saved_modules_that_are_not_there": (
+        {"modules_to_save": ["lm_head"]},
+        "modules_to_save: expected tensors of 'lm_head' in adapter_model.*found none",
+    ),
     "biases": ({"bias": "all"}, "bias: expected 'none', found 'all'"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights: expected True, found 'pissa'"),
     "new_tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices"),
@@ -275,6 +327,51 @@ def test_refused_tensors(tmp_path: Path, base: Path, case: str) -> None:
         merged(base, adapter)
 
 
+def test_dora_without_magnitudes(tmp_path: Path, base: Path) -> None:
+    """They are needed for every module: without them it is another adapter."""
+    module, other = f"{LAYER}self_attn.o_proj", f"{LAYER}self_attn.k_proj"
+    tensors = pair(module, 64, TINY.q_size) | pair(other, TINY.kv_size, 64)
+    tensors[f"{module}.lora_magnitude_vector"] = normal(64)
+    with pytest.raises(
+        CheckpointError, match=r"k_proj.*its lora_magnitude_vector too, as use_dora"
+    ):
+        merged(base, write_adapter(tmp_path / "a", tensors, use_dora=True))
+
+
+def test_the_same_tensor_under_two_names(tmp_path: Path, base: Path) -> None:
+    for number, tensors in enumerate(
+        (pair("lm_head", 512, 64), {"lm_head.weight": normal(512, 64)})
+    ):
+        twice = tensors | {f"base_model.model.{name}": t for name, t in tensors.items()}
+        with pytest.raises(CheckpointError, match=r"expected it once, but lm_head\..* is the same"):
+            merged(base, write_adapter(tmp_path / f"{number}", twice))
+
+
+def test_adapter_without_tensors(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected the tensors of an adapter, found none"):
+        merged(base, write_adapter(tmp_path / "a", {}))
+
+
+RENAMED = {
+    "language_model": lambda name: name.replace("model.layers", "model.language_model.layers"),
+    "inner_router": lambda name: name.replace(".mlp.router", ".mlp.router.linear"),
+    "saved": lambda name: name.replace("router.weight", "router.modules_to_save.weight"),
+    "named": lambda name: name.replace("router.weight", "router.modules_to_save.default.weight"),
+}
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_other_names_of_the_same(tmp_path: Path, base: Path, case: str) -> None:
+    module = f"{LAYER}self_attn.o_proj"
+    router = normal(8, 64)
+    tensors = pair(module, 64, TINY.q_size) | {f"{LAYER}mlp.router.weight": router}
+    renamed = {RENAMED[case](name): tensor for name, tensor in tensors.items()}
+    source = merged(base, write_adapter(tmp_path / "a", renamed))
+    np.testing.assert_array_equal(numbers(source, "layers.1.router.weight"), router)
+    expected = numbers(SOURCE, "layers.1.out.weight") + 2 * product(tensors, module)
+    np.testing.assert_allclose(numbers(source, "layers.1.out.weight"), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("wrong", [5, True, [5], [None], b"x", [b"x"], [True]], ids=repr)
 def test_what_is_no_adapter(base: Path, wrong: Any) -> None:
     with pytest.raises(CompileError, match=r"^adapters: expected folders of .*, found "):
@@ -292,6 +389,13 @@ def test_adapter_as_the_model(tmp_path: Path) -> None:
         CheckpointError,
         match=r"found an adapter for openai/gpt-oss-20b.* compile openai.* --adapter .*/a$",
     ):
+        resolve_model(adapter)
+
+
+@pytest.mark.parametrize("base", ["my base\nx", "x" * 9000, "a; b"])
+def test_odd_base_of_an_adapter(tmp_path: Path, base: str) -> None:
+    adapter = write_adapter(tmp_path / "a b", {}, base_model_name_or_path=base)
+    with pytest.raises(CheckpointError, match=r"compile (BASE|x+|'a; b') --adapter '.*/a b'$"):
         resolve_model(adapter)
 
 

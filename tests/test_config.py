@@ -122,6 +122,20 @@ def test_original_context_from_initial_context_length() -> None:
     assert parsed(rope(original_max_position_embeddings=None)) == parsed()
 
 
+def test_window_of_nothing_where_no_layer_slides() -> None:
+    config = parsed({"sliding_window": None, "layer_types": ["full_attention"] * 24})
+    assert not any(config.sliding) and config.window == config.max_context
+
+
+def test_number_of_experts_under_one_of_its_names_alone() -> None:
+    assert parsed({"num_local_experts": None, "num_experts": 32}) == parsed()
+    assert parsed({"num_experts_per_tok": None}) == parsed()
+
+
+def test_rotary_factor_of_all_dimensions() -> None:
+    assert parsed({"partial_rotary_factor": 1.0} | rope(partial_rotary_factor=1)) == parsed()
+
+
 NEEDED = (
     "model_type",
     "vocab_size",
@@ -189,6 +203,12 @@ NONSENSE = {
     "factor_missing": (rope(factor=None), "rope_scaling: factor: expected .* found nothing"),
     "factor_below_one": (rope(factor=0.5), "factor >= 1"),
     "attention_factor_overridden": (rope(attention_factor=1.0), "attention_factor"),
+    "half_is_rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0"),
+    "half_is_rotated_in_rope": (
+        rope(partial_rotary_factor=0.5),
+        "rope_scaling: partial_rotary_factor: expected 1.0.*found 0.5",
+    ),
+    "no_window_where_layers_slide": ({"sliding_window": None}, "sliding_window: expected"),
     "truncate_is_text": (rope(truncate="no"), "truncate: expected true or false"),
 }
 

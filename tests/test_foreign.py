@@ -1,13 +1,14 @@
 """Checkpoints that are not what they should be: each is told what it is, and what to do."""
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import config_json, hf_tensors, write_checkpoint
+from checkpoints import config_json, hf_tensors, write_checkpoint, write_container
 from forms import Tensors, Type, gguf_fields, gguf_tensors, write_dense, write_gguf
 from huggingface_hub import constants
 from test_forms import assert_same_model
@@ -52,33 +53,100 @@ SIGNS = {
     "bitsandbytes": (f"{EXPERTS}gate_up_projs.0.weight.absmax", "bitsandbytes"),
     "gptq": ("model.layers.0.self_attn.q_proj.qweight", "AWQ or GPTQ"),
     "nvfp4": (f"{EXPERTS}gate_up_proj_weight_x.weight_scale_2", "NVFP4"),
+    "nvfp4_of_experts": (f"{EXPERTS}gate_up_proj_weight_scale_2", "NVFP4"),
     "fp8": ("model.layers.0.self_attn.q_proj.weight_scale", "FP8"),
+    "fp8_of_experts": (f"{EXPERTS}down_proj_input_scale", "FP8"),
+    "bitsandbytes_int8": ("model.layers.0.self_attn.q_proj.SCB", "bitsandbytes"),
     "mlx": (f"{EXPERTS}gate_proj.biases", "MLX"),
+    "mlx_unquantised": (f"{EXPERTS}up_proj.weight", "MLX"),
     "unmerged": ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "merge_and_unload"),
+    "unmerged_base": ("model.layers.0.self_attn.q_proj.base_layer.weight", "merge_and_unload"),
     "reward_head": ("v_head.summary.weight", "head of a classifier or reward model"),
     "classifier": ("score.weight", "head of a classifier or reward model"),
+    "another_head": ("regression_head.weight", "head of a classifier or reward model"),
 }
 
 
 @pytest.mark.parametrize("case", SIGNS)
 @pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("beside", [True, False])
 def test_names_that_tell_what_it_is(
-    tmp_path: Path, tensors: Tensors, case: str, shards: int
+    tmp_path: Path, tensors: Tensors, case: str, shards: int, beside: bool
 ) -> None:
-    """One tensor that we need has another name or gives way to a head."""
+    """One tensor that we need has another name or gives way to a head, or all are there."""
     name, message = SIGNS[case]
-    missing = (
-        "lm_head.weight" if "head" in case or case == "classifier" else f"{EXPERTS}down_proj_blocks"
-    )
+    missing = "lm_head.weight" if "head of" in message else f"{EXPERTS}down_proj_blocks"
     renamed = {(name if n == missing else n): t for n, t in tensors.items()}
+    if beside:
+        renamed[missing] = tensors[missing]
     write_checkpoint(tmp_path, SOURCE, tensors=renamed, shards=shards)
     with pytest.raises(CheckpointError, match=f"found tensor {name}.*{message}"):
+        open_checkpoint(tmp_path)
+
+
+def test_scales_of_two_levels_are_no_fp8(tmp_path: Path, tensors: Tensors) -> None:
+    scales = {
+        f"{EXPERTS}down_proj_weight_scale{end}": np.zeros(8, np.float32) for end in ("", "_2")
+    }
+    write_checkpoint(tmp_path, SOURCE, tensors=tensors | scales)
+    with pytest.raises(CheckpointError, match="weight_scale_2: this is an NVFP4 checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+def test_head_of_a_model_with_tied_embeddings(tmp_path: Path, tensors: Tensors) -> None:
+    headed = {("score.weight" if n == "lm_head.weight" else n): t for n, t in tensors.items()}
+    config = config_json(TINY) | {"tie_word_embeddings": True}
+    write_checkpoint(tmp_path, SOURCE, tensors=headed, config=config)
+    with pytest.raises(CheckpointError, match=r"found tensor score\.weight, the head of"):
+        open_checkpoint(tmp_path)
+
+
+def test_types_of_fp8(tmp_path: Path, tensors: Tensors) -> None:
+    write_checkpoint(tmp_path, SOURCE, tensors=tensors, shards=1)
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    for fields in header.values():
+        fields["dtype"] = fields["dtype"].replace("U8", "F8_E4M3")
+    write_container(path, header, data[size:])
+    with pytest.raises(CheckpointError, match=r"found F8_E4M3: this is an FP8 checkpoint; .*give"):
+        open_checkpoint(tmp_path)
+
+
+def test_quantisation_that_another_file_tells(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, SOURCE)
+    path = tmp_path / "hf_quant_config.json"
+    path.write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: .*'NVFP4', of NVIDIA"):
+        open_checkpoint(tmp_path)
+    path.write_text('{"quantization": {"quant_algo": null}}')
+    assert_same_model(open_checkpoint(tmp_path).source)
+
+
+def test_gguf_beside_a_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_json(TINY)))
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"give the GGUF file itself: .*/m\.gguf$"):
+        open_checkpoint(tmp_path)
+
+
+def test_adapter_beside_a_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_json(TINY)))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"found an adapter for org/base; .*--adapter"):
         open_checkpoint(tmp_path)
 
 
 WRAPPED: dict[str, Callable[[str], str]] = {
     "peft": lambda name: f"base_model.model.{name}",
     "parallel_and_compiled": lambda name: f"module._orig_mod.{name}",
+    "sharded": lambda name: name.replace(".mlp.", "._fsdp_wrapped_module.mlp."),
+    "checkpointed_and_sharded": lambda name: (
+        "_fsdp_wrapped_module."
+        + name.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn.")
+    ),
     "text_model_inside": lambda name: name.replace("model.", "model.language_model.", 1),
     "text_model_outside": lambda name: f"language_model.{name}",
 }
@@ -204,6 +272,14 @@ def damaged_gguf(folder: Path, **changes: Any) -> Path:
 
 
 GGUF_CASES = {
+    "an_adapter": (
+        {"general": {"general.type": "adapter"}},
+        "general.type: expected 'model', found 'adapter'; give its base .*--adapter",
+    ),
+    "a_part_that_sees": (
+        {"general": {"general.type": "mmproj"}},
+        "general.type: expected 'model', found 'mmproj'; give the GGUF of the language model",
+    ),
     "another_architecture": (
         {"architecture": "llama"},
         "general.architecture: expected 'gpt-oss' or 'gptoss', found 'llama'",
@@ -214,6 +290,17 @@ GGUF_CASES = {
     ),
     "no_context": ({"fields": {"context_length": 0}}, "max_position_embeddings"),
     "another_rope": ({"fields": {"rope.scaling.type": "linear"}}, "rope_type: expected 'yarn'"),
+    "another_concentration": (
+        {"fields": {"rope.scaling.attn_factor": 0.5}},
+        "gpt-oss.rope.scaling.attn_factor: expected 1 or nothing, as in gpt-oss, found 0.5",
+    ),
+    "no_yarn": ({"fields": {"rope.scaling.yarn_ext_factor": 0.0}}, "yarn_ext_factor: expected 1"),
+    "half_is_rotated": (
+        {"fields": {"rope.dimension_count": 16}},
+        "rope.dimension_count: expected 32 or nothing, .*found 16",
+    ),
+    "scaled_experts": ({"fields": {"expert_weights_scale": 2.5}}, "expert_weights_scale: .*2.5"),
+    "shared_experts": ({"fields": {"expert_shared_count": 1}}, "expert_shared_count: .*found 1"),
     "another_shape": (
         {"tensors": {"blk.0.attn_k.bias": (np.zeros(60, np.float32), Type.F32)}},
         r"attn_k\.bias: expected BF16, F16 or F32 \[64\], found F32 \[60\]",
@@ -245,6 +332,13 @@ def test_gguf_split_with_a_part_missing(tmp_path: Path) -> None:
         open_checkpoint(first)
 
 
+def test_gguf_split_whose_place_is_a_long_text(tmp_path: Path) -> None:
+    path = damaged_gguf(tmp_path, general={"split.no": "x" * 90000})
+    with pytest.raises(CheckpointError, match=r"found split\.no 'x+ of 1; ") as caught:
+        open_checkpoint(path)
+    assert len(str(caught.value)) < 1000
+
+
 def test_folder_with_several_gguf(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.gguf").touch()
@@ -258,6 +352,69 @@ def test_gguf_that_is_cut_off(tmp_path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(CheckpointError, match="cut off"):
         open_checkpoint(path)
+
+
+def test_gguf_whose_key_takes_the_whole_file(tmp_path: Path) -> None:
+    """It is neither read nor printed."""
+    path = damaged_gguf(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[24:32] = (len(data) - 32).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="key: expected at most 65535 bytes") as caught:
+        open_checkpoint(path)
+    assert len(str(caught.value)) < 500
+
+
+PIECES = {  # what follows the counts, and what is told
+    "key": (0, 1, b"k\n" * 30000, 10, r"expected 8 bytes of k\?k\?"),
+    "type": (0, 1, b"k" * 60000, 77, "k: unknown value type 77"),
+    "value": (0, 1, b"k" * 60000, 8, "expected at most 67108864 bytes, found"),
+    "tensor": (1, 0, b"t" * 60000, 99, "expected at most 4 dimensions, dimensions=99"),
+}
+
+
+@pytest.mark.parametrize("case", PIECES)
+def test_gguf_with_a_long_name_and_a_fault_after_it(tmp_path: Path, case: str) -> None:
+    tensors, pairs, name, number, message = PIECES[case]
+    path = tmp_path / "m.gguf"
+    ending = b"" if case == "key" else b"\xff" * 8  # a number of eight bytes is missing
+    path.write_bytes(
+        b"GGUF\3\0\0\0"
+        + struct.pack("<QQQ", tensors, pairs, len(name))
+        + name
+        + struct.pack("<I", number)
+        + ending
+    )
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(path)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("field", ["name", "dtype"])
+def test_long_texts_in_a_header_of_safetensors(tmp_path: Path, field: str) -> None:
+    write_checkpoint(tmp_path, SOURCE, shards=1)
+    text = "x\n" * 50000
+    name, dtype = (text, "BF17") if field == "name" else ("x", text)
+    header = {name: {"dtype": dtype, "shape": [0], "data_offsets": [0, 0]}}
+    write_container(tmp_path / "model.safetensors", header)
+    with pytest.raises(CheckpointError, match=r"; download the file again$") as caught:
+        open_checkpoint(tmp_path)
+    assert len(str(caught.value)) < 1100 and "\n" not in str(caught.value)
+
+
+def test_model_of_an_odd_name() -> None:
+    with pytest.raises(CheckpointError, match=r"^a\?b/.*: no such model; expected") as caught:
+        resolve_model("a\nb/" + "x" * 9000)
+    assert len(str(caught.value)) < 600
+
+
+def test_names_of_many_letters_are_cut_in_messages(tmp_path: Path, tensors: Tensors) -> None:
+    for name in ("x\n" * 5000 + ".absmax", "x\n" * 5000 + "embed_tokens.weight"):
+        renamed = {(name if n.startswith("model.embed") else n): t for n, t in tensors.items()}
+        write_checkpoint(tmp_path, SOURCE, tensors=renamed)
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(tmp_path)
+        assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
 
 
 def test_gguf_of_another_version(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from forms import (
     Type,
     by_expert,
     dequantised,
+    gguf_fields,
     gguf_tensors,
     gguf_tokenizer,
     mislabelled,
@@ -112,6 +113,30 @@ def test_gguf_of_llama_cpp(tmp_path: Path, dense: Type) -> None:
         opened = open_checkpoint(path)
     assert_same_model(opened.source)
     assert opened.tokenizer is None
+
+
+@pytest.mark.parametrize("key", ["attention.head_count_kv", "feed_forward_length"])
+def test_gguf_with_a_value_for_each_layer(tmp_path: Path, key: str) -> None:
+    fields = gguf_fields(TINY)
+    fields.pop("expert_feed_forward_length")
+    tensors = gguf_tensors(SOURCE, Type.BF16)
+    each = fields | {key: [fields[key]] * TINY.num_layers}
+    assert_same_model(open_gguf(write_gguf(tmp_path / "a.gguf", TINY, tensors, fields=each)))
+    each[key][-1] += 1
+    with pytest.raises(CheckpointError, match=f"{key}: expected one value, found a list of 4"):
+        open_gguf(write_gguf(tmp_path / "b.gguf", TINY, tensors, fields=each))
+
+
+def test_gguf_with_metadata_that_change_nothing(tmp_path: Path) -> None:
+    fields = gguf_fields(TINY) | {
+        "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.yarn_ext_factor": 1.0,
+        "rope.dimension_count": TINY.head_dim,
+        "expert_weights_scale": 1.0,
+        "expert_shared_count": 0,
+    }
+    tensors = gguf_tensors(SOURCE, Type.BF16)
+    assert_same_model(open_gguf(write_gguf(tmp_path / "m.gguf", TINY, tensors, fields=fields)))
 
 
 def open_gguf(path: Path) -> Source:

@@ -102,6 +102,9 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     fields = _Fields(raw, source)
     _check_architecture(fields)
     num_layers = fields.size("num_hidden_layers", maximum=MAX_LAYERS)
+    sliding = _parse_layer_types(fields, num_layers)
+    max_context = fields.size("max_position_embeddings")
+    without_window = not any(sliding) and fields.raw.get("sliding_window") is None
     config = ModelConfig(
         vocab_size=fields.size("vocab_size"),
         hidden_size=fields.size("hidden_size"),
@@ -112,9 +115,9 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         head_dim=fields.size("head_dim"),
         num_experts=fields.size("num_local_experts", "num_experts"),
         num_experts_per_token=fields.size("num_experts_per_tok", "experts_per_token"),
-        window=fields.size("sliding_window"),
-        sliding=_parse_layer_types(fields, num_layers),
-        max_context=fields.size("max_position_embeddings"),
+        window=max_context if without_window else fields.size("sliding_window"),
+        sliding=sliding,
+        max_context=max_context,
         norm_eps=fields.positive("rms_norm_eps"),
         swiglu_limit=fields.positive("swiglu_limit"),
         rope=_parse_rope(fields),
@@ -188,7 +191,8 @@ class _Fields:
         return CheckpointError(message + (f"; {advice}" if advice else ""))
 
     def size(self, key: str, other_spelling: str | None = None, maximum: int = MAX_SIZE) -> int:
-        if key not in self.raw and other_spelling is not None and other_spelling in self.raw:
+        other = None if other_spelling is None else self.raw.get(other_spelling)
+        if self.raw.get(key) is None and other_spelling is not None and other is not None:
             key = other_spelling
         value = self.raw.get(key)
         if type(value) is not int or not 1 <= value <= maximum:
@@ -219,7 +223,14 @@ def _check_architecture(fields: _Fields) -> None:
     fields.constant("attention_bias", True)
     fields.constant("hidden_act", "silu")
     fields.flag("tie_word_embeddings", default=False)
+    _check_rotary(fields)
     _check_head(fields)
+
+
+def _check_rotary(fields: _Fields) -> None:
+    """Every dimension of a head is rotated."""
+    if fields.raw.get("partial_rotary_factor") is not None:
+        fields.constant("partial_rotary_factor", 1.0)
 
 
 def _check_head(fields: _Fields) -> None:
@@ -266,6 +277,7 @@ def _parse_rope(fields: _Fields) -> RopeConfig:
     rope = _Fields(present | raw, f"{fields.source}: {key}")
     if rope.raw.get("rope_type") != "yarn":
         raise rope.error("rope_type", "'yarn' as in gpt-oss", "other kinds are not supported")
+    _check_rotary(rope)
     for override in ("attention_factor", "mscale", "mscale_all_dim"):
         if rope.raw.get(override) is not None:
             raise rope.error(override, "nothing (0.1 ln factor + 1)", "it is not supported")
@@ -295,7 +307,7 @@ def _check_sizes(fields: _Fields, config: ModelConfig) -> None:
         )
     if config.num_experts_per_token > config.num_experts:
         key = "num_experts_per_tok"
-        key = key if key in fields.raw else "experts_per_token"
+        key = key if fields.raw.get(key) is not None else "experts_per_token"
         raise fields.error(key, f"at most the number of experts, {config.num_experts}")
     if config.rope.factor < 1 or config.rope.theta <= 1:
         raise CheckpointError(

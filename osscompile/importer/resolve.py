@@ -22,6 +22,7 @@ from .forms.huggingface import check_metadata
 from .forms.ollama import find_in_store
 from .forms.shards import INDEX
 from .generation import GENERATION, TOKENIZER_CONFIG, read_eos
+from .stored import printable
 from .synthetic import synthetic_source
 
 NANO_CHECKPOINT = Path(__file__).parent.parent / "nano" / "checkpoint"
@@ -113,7 +114,7 @@ def find_model(model: str | Path) -> Found:
         return Found(str(model).replace("/", "-").replace(":", "-"), blob, digest=blob.name)
     if isinstance(model, str) and HUGGING_FACE_ID.fullmatch(model):
         return Found(model.rsplit("/", 1)[1], repo_id=model)
-    raise AbsentError(f"{model}: no such model; expected {ACCEPTED}")
+    raise AbsentError(f"{printable(str(model))}: no such model; expected {ACCEPTED}")
 
 
 def find_adapter(adapter: str | Path) -> Found:

@@ -1,9 +1,9 @@
 """Merge PEFT's LoRA adapters into a checkpoint while it is read: into attention, router, output
 layer and experts. DoRA scales the rows of what is merged; whole modules are replaced."""
 
-import math
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,26 +15,17 @@ from ...runtime.safetensors import FormatError, read_header
 from ..checkpoint import Opened
 from ..config import ModelConfig, read_json_object, refuse_pointer
 from ..encodings import ENCODINGS
-from ..stored import Rows, Stored
+from ..stored import MAX_FAULT, Rows, Stored, printable
+from .adapter_config import Scaling, check_fields
 from .assemble import FormSource
+from .shards import INDEX
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-# Fields that change what is computed in ways that are not merged here, and what they must be.
-NEEDED = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "layer_replication": (None,),
-    "alora_invocation_tokens": (None,),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False, None),
-    "arrow_config": (None,),
-    # Others change the base as well, so that the adapter alone says nothing.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
+# What PEFT, and the model around a language model, put into names.
+PREFIXES = (("base_model.model.", ""), ("model.language_model.", "model."))
+SAVED = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 LORA_KEY = re.compile(
     r"(?P<module>.*)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
 )
@@ -55,9 +46,13 @@ WHOLE_OF_LAYER = {
     "post_attention_layernorm.weight": "mlp_norm.weight",
     "mlp.router.weight": "router.weight",
     "mlp.router.bias": "router.bias",
+    "mlp.router.linear.weight": "router.weight",
+    "mlp.router.linear.bias": "router.bias",
     "self_attn.o_proj.weight": "out.weight",
     "self_attn.o_proj.bias": "out.bias",
 }
+# PEFT copies what it trains as a whole, so that these part, unless it is told to keep them tied.
+TIED = ("embed.weight", "lm_head.weight")
 
 
 @dataclass
@@ -97,17 +92,21 @@ class LowRank:
 
 
 def recognises(path: Path) -> bool:
-    """A folder with an adapter and no model."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
+    """A folder with an adapter and no model; training code may put the base's config beside it."""
+    if not (path / ADAPTER_CONFIG).is_file():
+        return False
+    has_model = (path / INDEX).exists() or any(path.glob("model*.safetensors"))
+    return not (has_model and (path / "config.json").exists())
 
 
 def open_form(path: Path) -> Opened:
     """Tell what it is, by a CheckpointError: an adapter alone is no model."""
     base = read_json_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-    base = base if isinstance(base, str) and base else "BASE"
+    base = shlex.quote(base) if isinstance(base, str) and base.isprintable() and base else "BASE"
+    folder = shlex.quote(str(path))
     raise CheckpointError(
-        f"{path}: expected a model, found an adapter for {base}; merge it while you compile: "
-        f"osscompile compile {base} --adapter {path}"
+        f"{path}: expected a model, found an adapter for {base:.200}; merge it while you compile: "
+        f"osscompile compile {base:.200} --adapter {folder}"
     )
 
 
@@ -123,66 +122,33 @@ def merge_adapter(source: FormSource, directory: Path) -> None:
             f"saves adapters, found no {ADAPTER_CONFIG}"
         )
     raw = read_json_object(config_path)
-    for key, values in NEEDED.items():
-        if raw.get(key) not in values:
-            _refuse(config_path, key, f"expected {values[0]!r}, found {raw.get(key)!r}")
-    scaling = _Scaling.of(raw, config_path)
+    check_fields(raw, config_path)
+    scaling = Scaling.of(raw, config_path)
     modules: dict[str, Lora] = {}
+    whole: dict[str, Stored] = {}
+    names: list[str] = []
     for key, stored in _open_weights(directory).items():
-        name = key.removeprefix("base_model.model.")
+        name = _plain_name(key)
         match = LORA_KEY.fullmatch(name)
         if match is not None:
-            modules.setdefault(match["module"], Lora()).parts[match["part"]] = stored
+            kept, place = modules.setdefault(match["module"], Lora()).parts, match["part"]
         else:
-            _replace(source, name, stored)
+            kept, place = whole, _canonical(source, name, stored)
+            names.append(name)
+        if place in kept:
+            _refuse_tensor(stored, f"it once, but {printable(kept[place].name)} is the same")
+        kept[place] = stored
+    _check_there(raw, config_path, names, modules)
+    embedding, output = (source.tensors[name] for name in TIED)
+    if raw.get("ensure_weight_tying") is True and embedding == output:
+        whole |= {name: stored for name in TIED for known, stored in whole.items() if known in TIED}
+    for name, stored in whole.items():  # first: of one adapter, the products come on top
+        source.replace(name, Rows((stored,)))
     one_expert: dict[tuple[int, str], dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     for module, lora in modules.items():
         _merge_module(source, module, lora, scaling, one_expert)
     for (layer, part), of_expert in one_expert.items():
         source.experts[f"layers.{layer}.{part}"].add(_by_expert(source, layer, part, of_expert))
-
-
-@dataclass(frozen=True)
-class _Scaling:
-    """By how much a module's product counts (PEFT: lora_alpha / r, rslora: / sqrt(r))."""
-
-    alpha: float
-    patterns: dict[str, float]
-    by_root: bool
-
-    @classmethod
-    def of(cls, raw: dict[str, Any], path: Path) -> "_Scaling":
-        alpha, patterns = raw.get("lora_alpha"), raw.get("alpha_pattern") or {}
-        numbers = [alpha, *patterns.values()] if isinstance(patterns, dict) else []
-        if not numbers or any(
-            type(n) not in (int, float) or not math.isfinite(n) or abs(n) > 1e6 for n in numbers
-        ):
-            _refuse(
-                path, "lora_alpha, alpha_pattern", f"expected numbers, found {numbers or patterns}"
-            )
-        assert isinstance(alpha, int | float)
-        for pattern in patterns:
-            if not _is_harmless(pattern):
-                _refuse(path, "alpha_pattern", f"expected names of modules, found {pattern!r}")
-        return cls(alpha, patterns, raw.get("use_rslora") is True)
-
-    def __call__(self, module: str, rank: int) -> float:
-        """The factor of B A; patterns match the end of the module's name, as in PEFT."""
-        alpha = next(
-            (a for p, a in self.patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)),
-            self.alpha,
-        )
-        return alpha / (math.sqrt(rank) if self.by_root else rank)
-
-
-def _is_harmless(pattern: str) -> bool:
-    """A regular expression that cannot take for ever: few repetitions, none of a group."""
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    repetitions = sum(pattern.count(sign) for sign in "*+{")
-    return len(pattern) < 200 and repetitions <= 4 and not re.search(r"\)[*+?{]", pattern)
 
 
 def _open_weights(directory: Path) -> dict[str, Stored]:
@@ -196,17 +162,51 @@ def _open_weights(directory: Path) -> dict[str, Stored]:
     try:
         header = read_header(path)
     except FormatError as error:
-        raise CheckpointError(f"{error}; download the file again") from error
+        raise CheckpointError(
+            f"{printable(str(error), MAX_FAULT)}; download the file again"
+        ) from error
     for name, entry in header.items():
         if entry.dtype not in ENCODINGS or entry.dtype == "U8" or not entry.shape:
             raise CheckpointError(
-                f"{path}: tensor {name}: expected BF16, F16 or F32, found {entry.dtype}"
+                f"{path}: tensor {printable(name)}: expected BF16, F16 or F32, found {entry.dtype}"
             )
     return {n: Stored(path, n, e.dtype, e.shape, e.offset) for n, e in header.items()}
 
 
-def _replace(source: FormSource, name: str, stored: Stored) -> None:
-    """A module that was trained as a whole (`modules_to_save`)."""
+def _plain_name(key: str) -> str:
+    """As transformers names the module."""
+    for prefix, plain in PREFIXES:
+        if key.startswith(prefix):
+            key = plain + key.removeprefix(prefix)
+    return SAVED.sub("", key, count=1)
+
+
+def _check_there(
+    raw: dict[str, Any], path: Path, names: Collection[str], modules: dict[str, Lora]
+) -> None:
+    """Refuse an adapter that lacks what its config says; `names` are those of whole tensors."""
+    if not names and not modules:
+        raise CheckpointError(
+            f"{path.with_name(ADAPTER_WEIGHTS)}: expected the tensors of an adapter, found none; "
+            "save it again with `save_pretrained()`"
+        )
+    saved = raw.get("modules_to_save") or []
+    if raw.get("ensure_weight_tying") is True:  # one of two may stand for both
+        saved = []
+    for module in saved if isinstance(saved, list) else [saved]:
+        if not any(f".{module}." in f".{name}" for name in names):
+            raise CheckpointError(
+                f"{path}: modules_to_save: expected tensors of {module!r:.200} in "
+                f"{ADAPTER_WEIGHTS}, found none; save the adapter again with `save_pretrained()`"
+            )
+    for lora in modules.values():
+        if raw.get("use_dora") is True and "lora_magnitude_vector" not in lora.parts:
+            any_part = next(iter(lora.parts.values()))
+            _refuse_tensor(any_part, "its lora_magnitude_vector too, as use_dora is true")
+
+
+def _canonical(source: FormSource, name: str, stored: Stored) -> str:
+    """The tensor that a module which was trained as a whole (`modules_to_save`) replaces."""
     match = LAYER.fullmatch(name)
     canonical = WHOLE.get(name)
     if match is not None and match[2] in WHOLE_OF_LAYER:
@@ -215,17 +215,14 @@ def _replace(source: FormSource, name: str, stored: Stored) -> None:
         _refuse_tensor(stored, "of whole modules embed_tokens, lm_head, norm, router or o_proj")
     if stored.shape != source.shape(canonical):
         _refuse_tensor(stored, f"{list(source.shape(canonical))}, as the model has")
-    shared = source.tensors[canonical]  # the output layer may be the embedding
-    for other, rows in source.tensors.items():
-        if rows == shared:
-            source.tensors[other] = (Rows((stored,)),)
+    return canonical
 
 
 def _merge_module(
     source: FormSource,
     module: str,
     lora: Lora,
-    scaling: _Scaling,
+    scaling: Scaling,
     one_expert: dict[tuple[int, str], dict[int, tuple[np.ndarray, np.ndarray]]],
 ) -> None:
     config = source.config
@@ -278,7 +275,7 @@ def _merge_output(config: ModelConfig, _: re.Match[str]) -> tuple[str, int, int,
 
 
 def _low_rank(
-    lora: Lora, module: str, scaling: _Scaling, first: int, shape: tuple[int, int]
+    lora: Lora, module: str, scaling: Scaling, first: int, shape: tuple[int, int]
 ) -> LowRank:
     """`shape`: rows and inputs of the matrix."""
     a, b = lora.parts["lora_A"], lora.parts["lora_B"]
@@ -306,7 +303,7 @@ def _expert_shape(config: ModelConfig, part: str) -> tuple[int, int]:
 
 
 def _merge_experts(
-    source: FormSource, layer: int, module: str, lora: Lora, scaling: _Scaling
+    source: FormSource, layer: int, module: str, lora: Lora, scaling: Scaling
 ) -> None:
     """All experts in two tensors: A [experts * rank, inputs], expert by expert, and B [rows, rank *
     experts], in which the expert changes fastest. PEFT gives the name of one of the two matrices to
@@ -351,13 +348,6 @@ def _by_expert(
         return b[half::halves], a
 
     return delta
-
-
-def _refuse(path: Path, key: str, problem: str) -> NoReturn:
-    raise CheckpointError(
-        f"{path}: {key}: {problem}; this kind of adapter is not merged here: merge it with PEFT's "
-        "`merge_and_unload()`, and compile the model that it saves"
-    )
 
 
 def _refuse_tensor(stored: Stored, expected: str) -> NoReturn:

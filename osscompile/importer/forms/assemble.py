@@ -105,6 +105,11 @@ class FormSource:
         """Change a matrix whenever rows of it are read; edits come in order."""
         self._edits.setdefault(name, []).append(edit)
 
+    def replace(self, name: str, rows: Rows) -> None:
+        """Another tensor in place of one; what has been changed of that one goes with it."""
+        self.tensors[name] = (rows,)
+        self._edits.pop(name, None)
+
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the leading axis, contiguous: see `Source`."""
         shape = self._shapes[name][0]
@@ -147,14 +152,14 @@ def _rows(parts: list[Stored], shape: tuple[int, ...], config: ModelConfig) -> R
     elif shape[0] == config.vocab_size and parts[0].shape[:1] > shape[:1]:
         counts = [parts[0].shape[0]]  # padded: the rows beyond the vocabulary are never read
     for part, count in zip(parts, counts, strict=True):
-        _check(part, (count, *shape[1:]))
+        _check(part, (count, *shape[1:]), config)
     return Rows(tuple(parts))
 
 
 def _stack(parts: list[Stored], shape: tuple[int, ...], config: ModelConfig) -> Rows:
     """A tensor an expert."""
     for part in parts:
-        _check(part, shape[1:])
+        _check(part, shape[1:], config)
     return Rows(tuple(part.with_leading_axis() for part in parts))
 
 
@@ -170,15 +175,17 @@ def _half(
     parts = [stored[name] for name in names.weights]
     if names.scales is not None:
         scales = stored[names.scales]
-        _check(parts[0], (*shape, BLOCK // 2), "U8")
-        _check(scales, shape, "U8")
+        _check(parts[0], (*shape, BLOCK // 2), config, "U8")
+        _check(scales, shape, config, "U8")
         return Half(Rows((parts[0],)), Rows((scales,)))
     matrix = (groups * BLOCK, rows) if names.transposed else (rows, groups * BLOCK)
     read = _stack if by_expert else _rows
     return Half(read(parts, (experts, *matrix), config), transposed=names.transposed)
 
 
-def _check(part: Stored, shape: tuple[int, ...], encoding: str | None = None) -> None:
+def _check(
+    part: Stored, shape: tuple[int, ...], config: ModelConfig, encoding: str | None = None
+) -> None:
     """Numbers of any type will do unless one is named; vectors have no blocks of them."""
     known = ENCODINGS.get(part.encoding)
     good = part.encoding == encoding if encoding else known is not None and part.encoding != "U8"
@@ -188,5 +195,17 @@ def _check(part: Stored, shape: tuple[int, ...], encoding: str | None = None) ->
         raise CheckpointError(
             f"{part}: expected {encoding or 'BF16, F16 or F32'} {list(shape)}, "
             f"found {part.encoding} {list(part.shape)}; "
-            "do config.json and the weights belong together?"
+            f"{_field_at_fault(part.shape, shape, config)}"
         )
+
+
+def _field_at_fault(found: tuple[int, ...], expected: tuple[int, ...], config: ModelConfig) -> str:
+    """What the config says otherwise, if the leading axis alone differs."""
+    if len(expected) > 1 and found[1:] == expected[1:]:
+        for field, size in (
+            ("vocab_size", config.vocab_size),
+            ("num_local_experts", config.num_experts),
+        ):
+            if expected[0] == size:
+                return f"{field}: expected {found[0]}, as the tensor has, found {size}"
+    return "do config.json and the weights belong together?"

@@ -16,6 +16,7 @@ from ..encodings import ENCODINGS
 from ..generation import check_chat_template, read_sampling
 from ..stored import Stored
 from .assemble import HalfNames, Plan, assemble
+from .beyond import refuse_beyond
 from .gguf_file import OTHER_TYPES, GgufFile, is_gguf, read_gguf
 from .gguf_tokenizer import generation_of, make_tokenizer
 
@@ -46,6 +47,26 @@ _ROPE_FIELDS = {
     "original_max_position_embeddings": ("rope.scaling.original_context_length", 4096),
     "rope_type": ("rope.scaling.type", "yarn"),
 }
+# What would change the result, and is not computed: key -> what has no effect.
+_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (1, -1),  # -1 stands for 1
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "expert_weights_scale": (0, 1),  # 0 stands for none
+    "expert_shared_count": (0,),
+    "leading_dense_block_count": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+}
+# Likewise; key -> key that it must equal.
+_EQUAL = {
+    "rope.dimension_count": "attention.key_length",
+    "attention.value_length": "attention.key_length",
+    "rope.dimension_count_swa": "attention.key_length",
+    "rope.freq_base_swa": "rope.freq_base",
+}
 _TRUNCATE = False
 _TEMPLATE = "tokenizer.chat_template"
 
@@ -62,6 +83,7 @@ _LAYER_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "router.bias": (("ffn_gate_inp.bias",),),
     "down.bias": (("ffn_down_exps.bias",),),
 }
+_LAYER = re.compile(r"blk\.(\d{1,9})\.")
 _GATE_AND_UP = ("ffn_gate_exps", "ffn_up_exps")  # apart; together their rows alternate
 _TOGETHER = "ffn_gate_up_exps"
 
@@ -81,6 +103,7 @@ def open_form(path: Path) -> Opened:
     plan = _plan(config, stored)
     for name in plan.names():
         _check_there(files[0].path, name, stored)
+    refuse_beyond(stored, _LAYER, config.num_layers, "block_count", files[0].path)
     _tell_lossy(files[0].path, plan, stored)
     generation = generation_of(files[0])
     template = files[0].scalar(_TEMPLATE)
@@ -128,8 +151,8 @@ def _all_tensors(files: list[GgufFile]) -> dict[str, Stored]:
         if (place, count) != (number, len(files)):
             raise CheckpointError(
                 f"{file.path}: expected file {number} of {len(files)} of a split, found "
-                f"split.no {place} of {count}; download the files of one split, and keep their "
-                "names"
+                f"split.no {place!r:.200} of {count!r:.200}; download the files of one "
+                "split, and keep their names"
             )
         for name, tensor in file.tensors.items():
             if name in stored:
@@ -142,17 +165,31 @@ def _all_tensors(files: list[GgufFile]) -> dict[str, Stored]:
 
 
 def _config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
+    kind = file.scalar("general.type")
+    if kind not in ("model", None):
+        advice = "give its base and the adapter of PEFT that it was made from with --adapter"
+        raise CheckpointError(
+            f"{file.path}: general.type: expected 'model', found {kind!r:.200}; "
+            f"{advice if kind == 'adapter' else 'give the GGUF of the language model'}"
+        )
     architecture = file.scalar("general.architecture")
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{file.path}: general.architecture: expected 'gpt-oss' or 'gptoss', found "
-            f"{architecture!r}; only gpt-oss models compile"
+            f"{architecture!r:.200}; only gpt-oss models compile"
         )
 
     def get(*keys: str) -> Any:
-        found = (file.scalar(f"{architecture}.{key}") for key in keys)
+        found = (_of_all_layers(file, f"{architecture}.{key}") for key in keys)
         return next((value for value in found if value is not None), None)
 
+    expected = _NEUTRAL | {key: (get(other),) for key, other in _EQUAL.items() if get(other)}
+    for key, values in expected.items():
+        if get(key) is not None and get(key) not in values:
+            raise CheckpointError(
+                f"{file.path}: {architecture}.{key}: expected {values[0]!r:.200} or nothing, as in "
+                f"gpt-oss, found {get(key)!r:.200}; this variant is not supported"
+            )
     raw = {field: get(*keys) for field, keys in _FIELDS.items()}
     raw = {field: value for field, value in raw.items() if value is not None} | _CONSTANTS
     embedding = stored.get("token_embd.weight")
@@ -166,6 +203,14 @@ def _config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
         kinds = ("full_attention", "sliding_attention")
         raw["layer_types"] = [kinds[bool(sliding)] for sliding in pattern]
     return parse_config(raw, f"{file.path}, metadata {architecture}.*")
+
+
+def _of_all_layers(file: GgufFile, key: str) -> Any:
+    """One value, which may be given for each layer."""
+    values = file.metadata.get(key)
+    if isinstance(values, np.ndarray) and len(values) and (values == values[0]).all():
+        return values[0].item()
+    return file.scalar(key)
 
 
 def _plan(config: ModelConfig, names: Collection[str]) -> Plan:

@@ -16,13 +16,15 @@ import numpy as np
 from ...errors import CheckpointError
 from ..config import refuse_pointer
 from ..encodings import ENCODINGS
-from ..stored import Stored
+from ..stored import Stored, printable
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # unless the metadata names another
 MAX_DIMENSIONS = 4
-MAX_STRINGS = 1 << 22  # of one list; each takes more memory here than there
+MAX_VALUES = 1 << 22  # of one list; each takes more memory here than there
+MAX_NAME = (1 << 16) - 1  # bytes of a key, as the format says, or of a tensor's name
+MAX_TEXT = 1 << 26  # bytes of another string; the longest that people write is a tokenizer.json
 MAX_ARRAYS_IN_ARRAYS = 4
 
 # Value types of the metadata: numpy's of scalars, by number; 8 is a string, 9 an array.
@@ -143,8 +145,11 @@ class _Reader:
         (value,) = struct.unpack(f"<{code}", self.take(struct.calcsize(code), what))
         return int(value)
 
-    def string(self, what: str) -> str:
-        return self.take(self.number("Q", what), what).decode("utf-8", "surrogateescape")
+    def string(self, what: str, limit: int = MAX_TEXT) -> str:
+        count = self.number("Q", what)
+        if count > limit:
+            self.fail(f"{what}: expected at most {limit} bytes, found {count}")
+        return self.take(count, what).decode("utf-8", "surrogateescape")
 
 
 def _read(reader: _Reader) -> GgufFile:
@@ -162,19 +167,20 @@ def _read(reader: _Reader) -> GgufFile:
     num_pairs = reader.number("Q", "metadata count")
     metadata: dict[str, Any] = {}
     for _ in range(num_pairs):
-        key = reader.string("a metadata key")
+        key = reader.string("a metadata key", MAX_NAME)
+        shown = printable(key)
         if key in metadata:
-            reader.fail(f"the metadata have {key!r} twice")
-        metadata[key] = _read_value(reader, reader.number("I", f"the type of {key!r}"), key)
+            reader.fail(f"the metadata have {shown} twice")
+        metadata[key] = _read_value(reader, reader.number("I", f"the type of {shown}"), shown)
     entries = [_read_entry(reader) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
-        reader.fail(f"general.alignment: expected a size, found {alignment!r}")
+        reader.fail(f"general.alignment: expected a size, found {alignment!r:.200}")
     start = -(-reader.position // alignment) * alignment
     tensors: dict[str, Stored] = {}
     for name, type_number, shape, offset in entries:
         if name in tensors:
-            reader.fail(f"tensor {name} is there twice")
+            reader.fail(f"tensor {printable(name)} is there twice")
         tensors[name] = _place(reader, name, type_number, shape, start + offset)
     return GgufFile(reader.path, metadata, tensors)
 
@@ -195,11 +201,11 @@ def _read_value(reader: _Reader, kind: int, key: str, depth: int = 0) -> Any:
 def _read_array(reader: _Reader, key: str, depth: int) -> Any:
     kind = reader.number("I", f"the type of {key}")
     count = reader.number("Q", f"the length of {key}")
+    if count > MAX_VALUES:
+        reader.fail(f"{key}: expected at most {MAX_VALUES} values, found {count}")
     if kind in SCALARS:
         dtype = SCALARS[kind]
         return np.frombuffer(reader.take(count * dtype.itemsize, key), dtype)
-    if count > MAX_STRINGS:
-        reader.fail(f"{key}: expected at most {MAX_STRINGS} values, found {count}")
     if kind == STRING:
         return [reader.string(key) for _ in range(count)]
     if kind != ARRAY or depth == MAX_ARRAYS_IN_ARRAYS:
@@ -209,13 +215,14 @@ def _read_array(reader: _Reader, key: str, depth: int) -> Any:
 
 def _read_entry(reader: _Reader) -> tuple[str, int, tuple[int, ...], int]:
     """Name, type, shape with the innermost axis last, and offset into the data."""
-    name = reader.string("a tensor's name")
-    dimensions = reader.number("I", f"the shape of {name}")
+    name = reader.string("a tensor's name", MAX_NAME)
+    shown = printable(name)
+    dimensions = reader.number("I", f"the shape of {shown}")
     if dimensions > MAX_DIMENSIONS:
-        reader.fail(f"tensor {name}: expected at most {MAX_DIMENSIONS} dimensions, {dimensions=}")
-    sizes = [reader.number("Q", f"the shape of {name}") for _ in range(dimensions)]
-    type_number = reader.number("I", f"the type of {name}")
-    return name, type_number, tuple(reversed(sizes)), reader.number("Q", f"the offset of {name}")
+        reader.fail(f"tensor {shown}: expected at most {MAX_DIMENSIONS} dimensions, {dimensions=}")
+    sizes = [reader.number("Q", f"the shape of {shown}") for _ in range(dimensions)]
+    type_number = reader.number("I", f"the type of {shown}")
+    return name, type_number, tuple(reversed(sizes)), reader.number("Q", f"the offset of {shown}")
 
 
 def _place(
@@ -227,10 +234,12 @@ def _place(
     encoding = ENCODINGS[TYPES[type_number]]
     if not shape or shape[-1] % encoding.numbers:
         reader.fail(
-            f"tensor {name}: expected rows of a multiple of {encoding.numbers} numbers, as "
-            f"{TYPES[type_number]} has, found {list(shape)}"
+            f"tensor {printable(name)}: expected rows of a multiple of {encoding.numbers} numbers, "
+            f"as {TYPES[type_number]} has, found {list(shape)}"
         )
     end = offset + math.prod(shape) // encoding.numbers * encoding.num_bytes
     if end > reader.size:
-        reader.fail(f"tensor {name} ends at byte {end}, the file at {reader.size}: it is cut off")
+        reader.fail(
+            f"tensor {printable(name)} ends at byte {end}, the file at {reader.size}: it is cut off"
+        )
     return Stored(reader.path, name, TYPES[type_number], shape, offset)

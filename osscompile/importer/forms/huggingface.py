@@ -8,8 +8,16 @@ from ...errors import CheckpointError
 from ..checkpoint import Opened
 from ..config import ModelConfig, has_file, parse_config, read_json_object
 from ..generation import GENERATION, read_chat_template, read_eos, read_generation
+from ..stored import printable
 from .assemble import HalfNames, Plan, assemble
-from .foreign import refuse_foreign_config, refuse_foreign_names
+from .beyond import refuse_beyond
+from .foreign import (
+    refuse_foreign_config,
+    refuse_foreign_files,
+    refuse_foreign_names,
+    refuse_foreign_types,
+    refuse_unknown_wrapper,
+)
 from .shards import INDEX, open_shards, read_index
 
 # Canonical name -> Hugging Face names, one below the other.
@@ -27,8 +35,12 @@ _LAYER_NAMES = {
     "out.bias": ("self_attn.o_proj.bias",),
     "mlp_norm.weight": ("post_attention_layernorm.weight",),
 }
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(?:gate_up_projs|down_projs)\.(\d{1,9})\.")
 # What wrappers put before the names of the model that they hold.
-_WRAPPERS = re.compile(r"(?:base_model\.model\.|module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")
+_WRAPPERS = re.compile(r"(?:base_model\.model\.|module\.)+")
+# What they put between them too.
+_INNER_WRAPPERS = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 _TEXT_MODELS = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
@@ -56,6 +68,7 @@ def open_form(path: Path) -> Opened:
         names = _plain_names(index, path / INDEX)
         plan = plan_names(config, tied, names, path / INDEX)
         stored = open_shards(path, {names[name] for name in plan.names()})
+    refuse_foreign_types(stored.values())
     renamed = {name: stored[names[name]] for name in plan.names()}
     tokenizer = path / "tokenizer.json"
     return Opened(
@@ -95,14 +108,32 @@ def plan_names(config: ModelConfig, tied: bool, names: Collection[str], where: P
         for name, stored in _LAYER_NAMES.items():
             plan.tensors[f"layers.{index}.{name}"] = (tuple(at + part for part in stored),)
         _plan_mlp(plan, config, f"layers.{index}", f"{at}mlp.", names)
+    refuse_foreign_names(names, where)
     for name in plan.names():
         if name not in names:
-            refuse_foreign_names(names, where)
+            refuse_unknown_wrapper(names, where)
             raise CheckpointError(
                 f"{where}: expected tensor {name}, found {len(names)} others; "
                 "the checkpoint is incomplete: download it again"
             )
+    refuse_beyond(names, _LAYER, config.num_layers, "num_hidden_layers", where)
+    refuse_beyond(names, _EXPERT, config.num_experts, "num_local_experts", where)
+    _refuse_two_kinds(names, where)
     return plan
+
+
+def _refuse_two_kinds(names: Collection[str], where: Path) -> None:
+    """Experts that are there twice, of which one kind may be left over."""
+    for name in names:
+        stem = name.removesuffix("_blocks")
+        each = f"{stem}s.0.weight"
+        twins = [twin for twin in (stem, f"{stem}_blocks", each) if twin in names]
+        if stem.endswith(("gate_up_proj", "down_proj")) and len(twins) > 1:
+            found = " and ".join(twins)
+            raise CheckpointError(
+                f"{where}: expected the experts in one form, found {found}; save the checkpoint "
+                "again with one of them"
+            )
 
 
 def _plan_mlp(plan: Plan, config: ModelConfig, layer: str, at: str, names: Collection[str]) -> None:
@@ -138,6 +169,7 @@ def _read_config(directory: Path) -> tuple[ModelConfig, bool]:
     if isinstance(text, dict) and text.get("model_type") == "gpt_oss":
         raw = text
     refuse_foreign_config(raw, path)
+    refuse_foreign_files(directory)
     return parse_config(raw, str(path)), raw.get("tie_word_embeddings") is True
 
 
@@ -145,13 +177,16 @@ def _plain_names(stored: Collection[str], where: Path) -> dict[str, str]:
     """Names as transformers gives them -> names as they are stored, in which wrappers show."""
     plain: dict[str, str] = {}
     for name in stored:
-        bare = _WRAPPERS.sub("", name, count=1) if _WRAPPERS.match(name) else name
+        bare = _INNER_WRAPPERS.sub("", name)
+        wrapper = _WRAPPERS.match(bare)
+        bare = bare[wrapper.end() :] if wrapper is not None else bare
         for wrapped, short in _TEXT_MODELS:
             if bare.startswith(wrapped):
                 bare = short + bare.removeprefix(wrapped)
         if bare in plain:
             raise CheckpointError(
-                f"{where}: expected every tensor once, found {plain[bare]} and {name}; "
+                f"{where}: expected every tensor once, found {printable(plain[bare])} and "
+                f"{printable(name)}; "
                 "save the checkpoint again without the wrapper around the model"
             )
         plain[bare] = name

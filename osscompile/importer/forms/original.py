@@ -1,5 +1,6 @@
 """OpenAI's own form, the `original` folder beside the Hugging Face files."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from ..checkpoint import Opened
 from ..config import ModelConfig, has_file, parse_config, read_json_object
 from ..generation import read_chat_template, read_generation
 from .assemble import HalfNames, Plan, assemble
+from .beyond import refuse_beyond
 from .shards import open_shards
 
 _MODEL_NAMES = {
@@ -28,6 +30,7 @@ _LAYER_NAMES = {
     "gate_up.bias": "mlp.mlp1_bias",
     "down.bias": "mlp.mlp2_bias",
 }
+_LAYER = re.compile(r"block\.(\d{1,9})\.")
 _EXPERTS = {"gate_up": "mlp.mlp1_weight", "down": "mlp.mlp2_weight"}
 
 # Its config.json says nothing of these, its code does (gpt_oss/torch/model.py).
@@ -55,6 +58,7 @@ def open_form(path: Path) -> Opened:
                 f"{path}: expected tensor {name}, found {len(stored)} others; "
                 "the checkpoint is incomplete: download it again"
             )
+    refuse_beyond(stored, _LAYER, config.num_layers, "num_hidden_layers", config_path)
     # The tokenizer lies with the Hugging Face files, one folder up.
     tokenizers = (path / "tokenizer.json", path.parent / "tokenizer.json")
     return Opened(

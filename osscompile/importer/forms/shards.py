@@ -1,5 +1,6 @@
 """Open the safetensors files of a folder: those that its index names, or all that lie in it."""
 
+import os
 import re
 import warnings
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -8,10 +9,11 @@ from typing import Any
 from ...errors import CheckpointError
 from ...runtime.safetensors import FormatError, TensorEntry, read_header
 from ..config import has_file, read_json_object, refuse_pointer
-from ..stored import Stored
+from ..stored import MAX_FAULT, Stored, printable
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MAX_NAME = 255  # letters, as file systems have it
 # OpenAI writes two hyphens.
 SHARD = re.compile(r"model-?-(\d{5})-of-(\d{5})\.safetensors")
 # What may lie there instead.
@@ -24,7 +26,8 @@ OTHER_FILES = {
 
 
 def read_index(directory: Path) -> dict[str, Path] | None:
-    """Tensor -> its file, or None if the folder has no index. Raises CheckpointError.
+    """Tensor -> its file, or None if the folder has no index, or only one that was left over beside
+    a whole model. Raises CheckpointError, also where either could be meant.
 
     The index is not trusted: it may not lead out of the directory.
     """
@@ -34,7 +37,22 @@ def read_index(directory: Path) -> dict[str, Path] | None:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: expected an object `weight_map`; download the file again")
-    return {name: _shard_path(index, name, file) for name, file in weight_map.items()}
+    files = {name: _shard_path(index, name, file) for name, file in weight_map.items()}
+    single = directory / SINGLE_FILE
+    if os.path.lexists(single) and single not in files.values():
+        shards = sorted(path.name for path in set(files.values()) if os.path.lexists(path))
+        if not shards:
+            return None
+        raise _two_models(directory, [INDEX, *shards])
+    return files
+
+
+def _two_models(directory: Path, others: list[str]) -> CheckpointError:
+    named = ", ".join(others[:4]) + (", .." if len(others) > 4 else "")
+    return CheckpointError(
+        f"{directory}: expected one checkpoint, found {SINGLE_FILE} and {named}, which may be of "
+        f"another; remove {SINGLE_FILE}, or all of the others, whichever is left over"
+    )
 
 
 def open_shards(directory: Path, needed: set[str] | None = None) -> dict[str, Stored]:
@@ -45,9 +63,11 @@ def open_shards(directory: Path, needed: set[str] | None = None) -> dict[str, St
     files = read_index(directory)
     if files is None:
         paths = sorted(p for p in directory.glob("model*.safetensors") if SHARD.fullmatch(p.name))
-        _check_complete(paths)
         single = directory / SINGLE_FILE
-        paths = [single] if single.exists() or not paths else paths
+        if paths and os.path.lexists(single):
+            raise _two_models(directory, [path.name for path in paths])
+        _check_complete(paths)
+        paths = paths or [single]
         headers = {path: _read_header(path) for path in paths}
         return {n: _stored(p, n, e) for p, h in headers.items() for n, e in h.items()}
     wanted = {n: path for n, path in files.items() if needed is None or n in needed}
@@ -55,8 +75,9 @@ def open_shards(directory: Path, needed: set[str] | None = None) -> dict[str, St
     for name, path in wanted.items():
         if name not in headers[path]:
             raise CheckpointError(
-                f"{path}: expected tensor {name}, as {INDEX} says, found {len(headers[path])} "
-                "others; the index or the file is of another checkpoint: download both again"
+                f"{path}: expected tensor {printable(name)}, as {INDEX} says, found "
+                f"{len(headers[path])} others; "
+                "the index or the file is of another checkpoint: download both again"
             )
     _check_total(directory / INDEX, headers, set(files.values()))
     _check_extra(directory, set(files.values()))
@@ -72,17 +93,19 @@ def _shard_path(index: Path, name: str, file: Any) -> Path:
         not isinstance(file, str)
         or not PurePosixPath(file).name
         or "\0" in file
+        or len(file) > MAX_NAME
         or PureWindowsPath(file).anchor  # a drive, or a leading slash of either kind
         or ".." in PureWindowsPath(file).parts
     ):
         raise CheckpointError(
-            f"{index}: tensor {name}: expected a file name inside {index.parent}, found {file!r}"
+            f"{index}: tensor {printable(name)}: expected a file name inside {index.parent}, "
+            f"found {file!r:.200}"
         )
     return index.parent / file
 
 
 def _read_header(path: Path) -> dict[str, TensorEntry]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # of pathlib, a name too long is an error
         _refuse_other_files(path.parent)
         named_by = "expected it, or an index" if path.name == SINGLE_FILE else f"{INDEX} names it"
         raise CheckpointError(f"{path}: no such file, but {named_by}; download the missing file")
@@ -90,13 +113,21 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         return read_header(path)
     except FormatError as error:
-        raise CheckpointError(f"{error}; download the file again") from error
+        raise CheckpointError(
+            f"{printable(str(error), MAX_FAULT)}; download the file again"
+        ) from error
 
 
 def _refuse_other_files(directory: Path) -> None:
     """Tell what lies in the folder instead of safetensors files."""
     if any(directory.glob("*.safetensors")):
         return
+    gguf = next(directory.glob("*.gguf"), None)
+    if gguf is not None:
+        raise CheckpointError(
+            f"{directory}: expected safetensors files beside config.json, found {gguf.name}; give "
+            f"the GGUF file itself: {gguf}"
+        )
     for pattern, kind in OTHER_FILES.items():
         found = next(directory.glob(pattern), None)
         if found is not None:
