@@ -204,6 +204,16 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"num_layers": 2, "sliding": (True, False)}, "layers, found one with 2"),
     "window": ({"window": 64}, "window, found one with 64"),
     "order": ({"sliding": TINY.sliding[::-1]}, "sliding layers, found one with"),
+    "chosen": ({"num_experts_per_token": 1}, "with 4 experts per token, found one with 1"),
+    "positions": ({"max_context": 64}, "positions, found one with 64"),
+    "theta": (
+        {"rope": dataclasses.replace(TINY.rope, theta=9999.0)},
+        "position [01], found one with another",
+    ),
+    "factor": (
+        {"rope": dataclasses.replace(TINY.rope, factor=16.0)},
+        "position [01], found one with another",
+    ),
     "experts": ({"num_experts": 4}, r"numbers in layers\.0\.router\.weight, found one with"),
 }
 
