@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,41 @@ def test_interrupted_or_failed_measurement_leaves_nothing(
         with pytest.raises(raised):
             measure_fidelity(tiny, "synthetic:tiny", num_tokens=16)
         assert listing(tmp_path) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_killed_measurement_left_is_removed(tiny: Path, tmp_path: Path) -> None:
+    before = listing(tmp_path)
+    (tmp_path / measure.WORKPLACE).mkdir()
+    (tmp_path / measure.WORKPLACE / "logits").write_bytes(bytes(100))
+    (tmp_path / f"{measure.WORKPLACE}.lock").touch()
+    measure_fidelity(tiny, "synthetic:tiny", num_tokens=8)
+    assert listing(tmp_path) == sorted([*before, f"{tiny.name}/{FIDELITY}"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", ["measure-fidelity", "compile", "run"])
+def test_ended_by_a_signal(
+    command: str,
+    number: signal.Signals,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by Ctrl-C: nothing half made is left, and the signal means again what it meant."""
+    monkeypatch.setenv("OSSCOMPILE_CACHE", str(tmp_path))
+    before = listing(tmp_path)
+
+    def end(*_: object, **__: object) -> None:
+        assert signal.getsignal(number) != former  # else it would end the tests
+        signal.raise_signal(number)
+
+    former = signal.getsignal(number)
+    monkeypatch.setattr(measure, "compile", end)
+    monkeypatch.setattr(importlib.import_module("osscompile.compiler"), "compile", end)
+    arguments = [str(tiny), "synthetic:tiny"] if command == "measure-fidelity" else ["nano"]
+    assert cli.main([command, *arguments]) == 130
+    assert listing(tmp_path) == before and signal.getsignal(number) == former
 
 
 @pytest.mark.parametrize("cause", [KeyboardInterrupt, OSError(28, "No space left on device")])

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from .. import targets
 from ..compiler import OTHER_FILES_BYTES, compile, open_model
 from ..importer.graph import weight_parameters
+from ..locks import only_holder
 from ..options import adapters_option, path_option, whole_number
 from ..runtime.artifact import read_manifest
 from ..runtime.fidelity import Fidelity, FidelityError, check_writable, write_fidelity
@@ -30,6 +30,7 @@ from .compare import Logits, compare_logits
 from .same import check_same_model
 from .text import scored_text
 
+WORKPLACE = ".osscompile-fidelity"
 NUM_TOKENS = 2048  # more than the dialogue has in the published vocabulary
 
 
@@ -119,24 +120,33 @@ def _compile_exact(
 
 @contextlib.contextmanager
 def _workplace(artifact: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder beside the artifact, which vanishes."""
+    """A folder beside the artifact, which vanishes. What one that was killed left there goes first;
+    another that measures there now is waited for."""
     parent = artifact.parent
+    folder = parent / WORKPLACE
     try:
-        with TemporaryDirectory(
-            prefix=".osscompile-fidelity-", dir=parent, ignore_cleanup_errors=True
-        ) as name:
-            free = shutil.disk_usage(name).free
+        with only_holder(folder.with_suffix(".lock"), _tell_busy):
+            shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(parent).free
             if free < needed_bytes:
                 raise FidelityError(
                     f"{parent}: expected {needed_bytes / 1e9:.1f} GB of free disk, found "
                     f"{free / 1e9:.1f} GB; make room, or measure a copy of the artifact elsewhere"
                 )
-            yield Path(name)
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise FidelityError(
             f"{parent}: expected a folder that can be written, found: {error}; measure a copy of "
             "the artifact elsewhere"
         ) from error
+
+
+def _tell_busy() -> None:
+    warnings.warn("another process measures beside it: waiting for that", stacklevel=2)
 
 
 def _logits(model: Model, ids: list[int], name: str, progress: bool) -> Iterator[Logits]:
