@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -222,7 +223,9 @@ def _from_hub(repo_id: str) -> Resolved:
             config = check_metadata(directory)  # another model stops here, not after gigabytes
             tokenizer = directory / "tokenizer.json"
             _check_tokenizer(tokenizer if has_file(tokenizer) else None, config.vocab_size)
-        elif not (directory / ADAPTER_CONFIG).exists():
+        elif (directory / ADAPTER_CONFIG).exists():
+            _refuse_adapter(directory, repo_id)
+        else:
             raise CheckpointError(
                 f"{repo_id}: expected a config.json in the repository, found none; if it holds "
                 f"GGUF files, get one with `hf download {repo_id} FILE` and give that file"
@@ -236,6 +239,15 @@ def _from_hub(repo_id: str) -> Resolved:
             f"{error} (HF_HUB_OFFLINE is set, and what the cache has of {repo_id} may be "
             "incomplete: unset it once to download the rest)"
         ) from error
+
+
+def _refuse_adapter(directory: Path, repo_id: str) -> NoReturn:
+    """Tell that it is one, by its id: the folder is the cache's, whose name changes."""
+    try:
+        open_checkpoint(directory)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(directory), repo_id)) from error
+    raise AssertionError(f"{directory}: an adapter opened as a model")
 
 
 def _fetch(repo_id: str, files: list[str]) -> Path:
