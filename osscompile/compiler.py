@@ -157,7 +157,7 @@ def compile(
             workspace_bytes=workspace_bytes,
             caches=tuple(Tensor(c.name, c.shape, c.dtype) for c in graph.caches),
             weights=weights,
-            decode_bytes=_decode_bytes(config, weights),
+            decode_bytes=decode_bytes(config, weights),
             gathered=tuple(w.name for w in weights if w.name.startswith(GATHERED)),
             eos_token_ids=resolved.eos_token_ids,
             sampling=resolved.sampling,
@@ -265,7 +265,7 @@ def _packed(parameter: Parameter, packing: tuple[int, int] | None) -> Tensor:
     return Tensor(parameter.name, shape, parameter.dtype)
 
 
-def _decode_bytes(config: ModelConfig, weights: tuple[Tensor, ...]) -> int:
+def decode_bytes(config: ModelConfig, weights: tuple[Tensor, ...]) -> int:
     """Bytes of weights that one decode step reads: of the experts only those chosen."""
     total = 0
     for weight in weights:

@@ -16,7 +16,7 @@ import osscompile
 from osscompile import cli
 from osscompile.bench import bandwidth, int8
 from osscompile.bench.limits import LIMITS
-from osscompile.compiler import GATHERED, _decode_bytes
+from osscompile.compiler import GATHERED, decode_bytes
 from osscompile.importer.graph import cache_parameters, weight_parameters
 from osscompile.importer.synthetic import TINY, gpt_oss_config
 from osscompile.runtime.artifact import read_manifest
@@ -54,7 +54,7 @@ def manifest_of_20b(other: Path, profile: str) -> Manifest:
         caches=caches,
         weights=weights,
         gathered=tuple(w.name for w in weights if w.name.startswith(GATHERED)),
-        decode_bytes=_decode_bytes(config, weights),
+        decode_bytes=decode_bytes(config, weights),
     )
 
 

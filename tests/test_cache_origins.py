@@ -31,6 +31,18 @@ def test_a_model_that_is_gone_is_run_as_it_was(
         compile_once("my model", profile="exact")
 
 
+def test_a_folder_that_is_gone_is_no_id(model: Path, hub: Hub, compiles: Compiler) -> None:
+    """Its path is spelt like one."""
+    folder = model.with_name("models") / "mine"
+    folder.parent.mkdir()
+    model.rename(folder)
+    first = compile_once("models/mine")
+    folder.rename(folder.with_name("other"))
+    with pytest.warns(UserWarning, match=r"models/mine: expected /.*/mine, .* found it gone; name"):
+        assert compile_once("models/mine") == first
+    assert hub.online == 0
+
+
 def test_an_adapter_that_is_gone(model: Path, adapter: Path, compiles: Compiler) -> None:
     first = compile_once(str(model), adapters=["adapter"])
     adapter.rename(adapter.with_name("other"))

@@ -13,12 +13,14 @@ from cached import adapter as adapter  # fixtures
 from cached import cache as cache
 from cached import compiles as compiles
 from cached import model as model
+from forms import write_original
 
 from osscompile import CheckpointError, CompileError
 from osscompile.cache import entries, facts
 from osscompile.cache.compile_once import compile_once
-from osscompile.cache.entries import list_entries, stale_entries
+from osscompile.cache.entries import checkpoint_state, list_entries, stale_entries
 from osscompile.errors import PlaceError
+from osscompile.importer.synthetic import TINY, SyntheticSource
 from osscompile.schedules.records import user_records_file
 from osscompile.targets import Target
 
@@ -166,6 +168,27 @@ def test_options(model: Path, adapter: Path, compiles: Compiler) -> None:
     assert len(set(found)) == 4
     assert [call["adapters"] for call in compiles.calls] == [(), (), [more], [more, more]]
     assert not stale_entries(list_entries())  # another request makes none older
+
+
+DECIDING = ("chat_template.jinja", "generation_config.json", "tokenizer.json")
+
+
+@pytest.mark.parametrize("form", ["hugging face", "openai"])
+@pytest.mark.parametrize("name", [*DECIDING, "tokenizer_config.json"])
+def test_a_changed_file_beside_the_weights(
+    name: str, form: str, model: Path, compiles: Compiler
+) -> None:
+    """OpenAI's form has it one folder up."""
+    openai = form == "openai"
+    given = write_original(model / "original", SyntheticSource(TINY)) if openai else model
+    before = compile_once(str(given))
+    for text in ("{}", "{ }"):
+        (model / name).write_text(text)
+        (entry,) = (entry for entry in list_entries() if entry.artifact == before)
+        assert checkpoint_state(entry) == "changed"
+        artifact = compile_once(str(given))
+        assert artifact != before
+        before = artifact
 
 
 def test_a_changed_adapter(model: Path, adapter: Path, compiles: Compiler) -> None:

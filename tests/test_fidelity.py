@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,16 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"num_layers": 2, "sliding": (True, False)}, "layers, found one with 2"),
     "window": ({"window": 64}, "window, found one with 64"),
     "order": ({"sliding": TINY.sliding[::-1]}, "sliding layers, found one with"),
+    "chosen": ({"num_experts_per_token": 1}, "with 4 experts per token, found one with 1"),
+    "positions": ({"max_context": 64}, "positions, found one with 64"),
+    "theta": (
+        {"rope": dataclasses.replace(TINY.rope, theta=9999.0)},
+        "position [01], found one with another",
+    ),
+    "factor": (
+        {"rope": dataclasses.replace(TINY.rope, factor=16.0)},
+        "position [01], found one with another",
+    ),
     "experts": ({"num_experts": 4}, r"numbers in layers\.0\.router\.weight, found one with"),
 }
 
@@ -277,6 +288,41 @@ def test_interrupted_or_failed_measurement_leaves_nothing(
         with pytest.raises(raised):
             measure_fidelity(tiny, "synthetic:tiny", num_tokens=16)
         assert listing(tmp_path) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_killed_measurement_left_is_removed(tiny: Path, tmp_path: Path) -> None:
+    before = listing(tmp_path)
+    (tmp_path / measure.WORKPLACE).mkdir()
+    (tmp_path / measure.WORKPLACE / "logits").write_bytes(bytes(100))
+    (tmp_path / f"{measure.WORKPLACE}.lock").touch()
+    measure_fidelity(tiny, "synthetic:tiny", num_tokens=8)
+    assert listing(tmp_path) == sorted([*before, f"{tiny.name}/{FIDELITY}"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", ["measure-fidelity", "compile", "run"])
+def test_ended_by_a_signal(
+    command: str,
+    number: signal.Signals,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by Ctrl-C: nothing half made is left, and the signal means again what it meant."""
+    monkeypatch.setenv("OSSCOMPILE_CACHE", str(tmp_path))
+    before = listing(tmp_path)
+
+    def end(*_: object, **__: object) -> None:
+        assert signal.getsignal(number) != former  # else it would end the tests
+        signal.raise_signal(number)
+
+    former = signal.getsignal(number)
+    monkeypatch.setattr(measure, "compile", end)
+    monkeypatch.setattr(importlib.import_module("osscompile.compiler"), "compile", end)
+    arguments = [str(tiny), "synthetic:tiny"] if command == "measure-fidelity" else ["nano"]
+    assert cli.main([command, *arguments]) == 130
+    assert listing(tmp_path) == before and signal.getsignal(number) == former
 
 
 @pytest.mark.parametrize("cause", [KeyboardInterrupt, OSError(28, "No space left on device")])

@@ -454,7 +454,9 @@ def test_repository_with_gguf_files_only(hub: Path) -> None:
 def test_repository_with_an_adapter(hub: Path) -> None:
     (hub / "config.json").unlink()
     (hub / "adapter_config.json").write_text('{"base_model_name_or_path": "openai/gpt-oss-20b"}')
-    with pytest.raises(CheckpointError, match=r"compile openai/gpt-oss-20b --adapter"):
+    with pytest.raises(
+        CheckpointError, match=r"^org/name: .*compile openai/gpt-oss-20b --adapter org/name$"
+    ):
         resolve_model("org/name")
 
 

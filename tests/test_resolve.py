@@ -304,6 +304,48 @@ def test_failing_download(
         resolve_model("org/name")
 
 
+def failing(cause: BaseException | None, error: BaseException) -> Any:
+    def download(repo_id: str, **patterns: Any) -> str:
+        raise error from cause
+
+    return download
+
+
+class Disabled(resolve.DisabledRepoError):
+    def __init__(self) -> None:  # the real one wants an HTTP response
+        pass
+
+
+NO_FILES = LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder")
+WHY_ABSENT: dict[str, tuple[bool, BaseException | None, BaseException, str]] = {
+    "network": (False, ConnectionError("no route"), NO_FILES, r"reached \(no route\).* network"),
+    "offline": (True, None, NO_FILES, "unset HF_HUB_OFFLINE or download it first"),
+    "disabled": (False, Disabled(), NO_FILES, "has disabled this repository"),
+    "page": (False, None, json.JSONDecodeError("Expecting value", "<", 0), "a proxy, or a portal"),
+    "other_json": (False, None, TypeError("string indices must be"), "a proxy, or a portal"),
+}
+
+
+@pytest.mark.parametrize("why", WHY_ABSENT)
+def test_why_nothing_could_be_fetched(
+    why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offline, cause, error, message = WHY_ABSENT[why]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resolve.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(resolve, "snapshot_download", failing(cause, error))
+    with pytest.raises(resolve.AbsentError, match=f"org/name: .*{message}"):
+        resolve_model("org/name")
+
+
+@pytest.mark.parametrize("address", ["https://huggingface.co/org/name", "https://hf.co/org/name/"])
+def test_address_of_a_page(address: str, hub: Hub) -> None:
+    assert resolve.find_model(address) == resolve.find_model("org/name")
+    assert resolve.find_adapter(address).repo_id == "org/name"
+    with pytest.raises(CheckpointError, match="no such model"):
+        resolve.find_model("https://example.org/org/name")
+
+
 def test_unknown_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class NotFound(resolve.RepositoryNotFoundError):
         def __init__(self) -> None:  # the real one wants an HTTP response

@@ -1,5 +1,6 @@
 """Compile a model for this machine, unless the cache has it."""
 
+import os
 import shutil
 import sys
 import time
@@ -50,7 +51,12 @@ def _compiled_entry(model: str, machine: Target, profile: str, adapters: Sequenc
             entry = Entry(cache_folder() / facts.entry_name(origin.name), facts)
             if entry.is_whole():
                 return entry
-        elif last_entry(model, adapters, machine.name, machine.variant, profile) is not None:
+        elif known := last_entry(model, adapters, machine.name, machine.variant, profile):
+            if known.facts.model != model and os.path.isabs(known.facts.model):
+                raise AbsentError(
+                    f"{model}: expected {known.facts.model}, which it was compiled of, found it "
+                    "gone; name its new place, if it was moved"
+                )
             raise AbsentError(f"{model}: expected it in Hugging Face's cache, found nothing of it")
     _compile(entry, model, machine, adapters)
     return entry

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..importer.forms import original
 from ..importer.forms.gguf import split_files
 from ..importer.forms.shards import read_index
+from ..importer.generation import GENERATION, TOKENIZER_CONFIG
 from ..importer.resolve import Found, find_adapter, find_model, find_revision
+from ..runtime.manifest import CHAT_TEMPLATE, TOKENIZER
 
-SUFFIXES = (".json", ".safetensors", ".gguf")  # of what a checkpoint is read from
+SUFFIXES = (".json", ".jinja", ".safetensors", ".gguf")  # of what a checkpoint is read from
+SHARED_FILES = (TOKENIZER, TOKENIZER_CONFIG, GENERATION, CHAT_TEMPLATE)  # of OpenAI's form, one up
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ def _state_of_files(path: Path) -> list[tuple[str, int, int]]:
         if path.is_dir():
             files = {file for file in path.iterdir() if file.suffix in SUFFIXES}
             files |= set((read_index(path) or {}).values())
+            if original.recognises(path):
+                files |= {path.parent / name for name in SHARED_FILES}
         else:
             files = set(split_files(path))
         known = [(str(file), file.stat()) for file in sorted(files) if file.is_file()]

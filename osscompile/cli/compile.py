@@ -3,6 +3,7 @@
 import argparse
 
 from ..runtime.cli.main import Commands
+from .ended import ended_like_interrupted
 
 
 def add_compile(commands: Commands) -> None:
@@ -57,16 +58,17 @@ def add_options_of_compile(command: argparse.ArgumentParser) -> None:
 def _compile(arguments: argparse.Namespace) -> None:
     from ..compiler import compile  # TVM takes seconds to import: only where it is needed
 
-    output = compile(
-        arguments.model,
-        arguments.target,
-        arguments.output,
-        variants=arguments.variants.split(",") if arguments.variants is not None else None,
-        profile="fast" if arguments.profile is None else arguments.profile,
-        context=arguments.context,
-        adapters=arguments.adapter,
-        dump=arguments.dump,
-        records=arguments.records,
-        progress=True,
-    )
+    with ended_like_interrupted():
+        output = compile(
+            arguments.model,
+            arguments.target,
+            arguments.output,
+            variants=arguments.variants.split(",") if arguments.variants is not None else None,
+            profile="fast" if arguments.profile is None else arguments.profile,
+            context=arguments.context,
+            adapters=arguments.adapter,
+            dump=arguments.dump,
+            records=arguments.records,
+            progress=True,
+        )
     print(f"wrote {output}; ask it something: osscompile run {output} 'What is 17 + 25?'")

@@ -6,6 +6,7 @@ from .. import targets
 from ..runtime.cli.main import Commands
 from ..runtime.cli.view import View
 from ..runtime.model import load
+from .ended import ended_like_interrupted
 
 QUESTION = "What is 17 + 25?"
 
@@ -21,9 +22,15 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     print("nano, a tiny gpt-oss that ships with osscompile, is compiled for this machine.")
     here = targets.of_this_machine()
-    output = compile(
-        "nano", here.name, arguments.output, variants=[here.variant], context=4096, progress=True
-    )
+    with ended_like_interrupted():
+        output = compile(
+            "nano",
+            here.name,
+            arguments.output,
+            variants=[here.variant],
+            context=4096,
+            progress=True,
+        )
     model = load(output)
     print(f"\n> {QUESTION}")
     View(model.context).show(model.chat([{"role": "user", "content": QUESTION}]), [])

@@ -6,6 +6,7 @@ from ..runtime.cli.main import Commands
 from ..runtime.cli.terminal import print_table
 from ..runtime.fidelity import fidelity_rows
 from .compile import add_model
+from .ended import ended_like_interrupted
 
 
 def add_measure_fidelity(commands: Commands) -> None:
@@ -23,12 +24,13 @@ def add_measure_fidelity(commands: Commands) -> None:
 def _measure(arguments: argparse.Namespace) -> None:
     from ..fidelity import measure_fidelity  # TVM takes seconds to import
 
-    fidelity = measure_fidelity(
-        arguments.artifact,
-        arguments.model,
-        adapters=arguments.adapter,
-        num_tokens=arguments.tokens,
-        progress=True,
-    )
+    with ended_like_interrupted():
+        fidelity = measure_fidelity(
+            arguments.artifact,
+            arguments.model,
+            adapters=arguments.adapter,
+            num_tokens=arguments.tokens,
+            progress=True,
+        )
     print_table(fidelity_rows(fidelity))
     print(f"\nkept in {arguments.artifact}, for `osscompile inspect {arguments.artifact}`")

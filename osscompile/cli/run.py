@@ -10,6 +10,7 @@ from ..runtime.cli.main import Commands
 from ..runtime.errors import ArtifactError
 from ..runtime.manifest import MANIFEST
 from .compile import add_adapter, add_options_of_compile
+from .ended import ended_like_interrupted
 
 ARTIFACT_SUFFIX = ".osc"  # what has it is no id of Hugging Face, which is not asked for it
 
@@ -65,7 +66,8 @@ def _compile(arguments: argparse.Namespace) -> Path:
     try:
         if missing:
             raise AbsentError(f"there is no {given}")
-        return compile_once(given, arguments.target, profile, arguments.adapter)
+        with ended_like_interrupted():
+            return compile_once(given, arguments.target, profile, arguments.adapter)
     except AbsentError as error:
         if not missing and _names_model(given):
             raise

@@ -5,7 +5,6 @@ the logits of the first lie on the disk, beside the artifact, where its like has
 """
 
 import contextlib
-import math
 import os
 import shutil
 import sys
@@ -13,24 +12,25 @@ import warnings
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from tqdm import tqdm
 
 from .. import targets
 from ..compiler import OTHER_FILES_BYTES, compile, open_model
-from ..importer.config import ModelConfig
 from ..importer.graph import weight_parameters
+from ..locks import only_holder
 from ..options import adapters_option, path_option, whole_number
 from ..runtime.artifact import read_manifest
 from ..runtime.fidelity import Fidelity, FidelityError, check_writable, write_fidelity
-from ..runtime.manifest import Manifest, Tensor
+from ..runtime.manifest import Tensor
 from ..runtime.model import Model, load
 from ..runtime.version import __version__
 from .compare import Logits, compare_logits
+from .same import check_same_model
 from .text import scored_text
 
+WORKPLACE = ".osscompile-fidelity"
 NUM_TOKENS = 2048  # more than the dialogue has in the published vocabulary
 
 
@@ -47,7 +47,7 @@ def measure_fidelity(
     `artifact`: one that runs here. `model` and `adapters`: as for `compile`. `num_tokens`: of the
     text, at most. What comes of it is written into the artifact too. The model is compiled for this
     CPU in the profile "exact", beside the artifact, and removed again. Raises ArtifactError,
-    CheckpointError, TargetError, CompileError, or FidelityError for a model of another shape, and
+    CheckpointError, TargetError, CompileError, or FidelityError for a model that is another, and
     where an artifact or the folder that it is in cannot be written; nothing is left behind.
     """
     targets.of_this_machine()  # raises now rather than after half of the work
@@ -62,7 +62,7 @@ def measure_fidelity(
     adapters = adapters_option(adapters)
     resolved = open_model(model, adapters)
     config = resolved.source.config
-    _check_same_shape(str(model), config, path, manifest)
+    check_same_model(str(model), config, path, manifest)
     tokenizer = measured.tokenizer
     text, ids = scored_text(manifest, tokenizer)
     ids = ids[:num_tokens]
@@ -118,50 +118,35 @@ def _compile_exact(
         )
 
 
-def _check_same_shape(model: str, config: ModelConfig, path: Path, manifest: Manifest) -> None:
-    """Raise FidelityError, naming the first thing that differs."""
-    sizes = {weight.name: math.prod(weight.shape) for weight in manifest.weights}
-    facts: list[tuple[str, object, object]] = [
-        ("ids in the vocabulary", manifest.vocab_size, config.vocab_size),
-        ("layers", len(manifest.sliding), config.num_layers),
-        ("as window", manifest.window, config.window),
-        ("as sliding layers", _sliding(manifest.sliding), _sliding(config.sliding)),
-    ]
-    for weight in weight_parameters(config, manifest.profile, manifest.context):
-        size = math.prod(weight.shape)
-        facts.append((f"numbers in {weight.name}", sizes.get(weight.name, 0), size))
-    for name, expected, found in facts:
-        if expected != found:
-            raise FidelityError(
-                f"{model}: expected the checkpoint that {path} was compiled from, with {expected} "
-                f"{name}, found one with {found}"
-            )
-
-
-def _sliding(layers: tuple[bool, ...]) -> str:
-    return ", ".join(str(i) for i, sliding in enumerate(layers) if sliding) or "none"
-
-
 @contextlib.contextmanager
 def _workplace(artifact: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder beside the artifact, which vanishes."""
+    """A folder beside the artifact, which vanishes. What one that was killed left there goes first;
+    another that measures there now is waited for."""
     parent = artifact.parent
+    folder = parent / WORKPLACE
     try:
-        with TemporaryDirectory(
-            prefix=".osscompile-fidelity-", dir=parent, ignore_cleanup_errors=True
-        ) as name:
-            free = shutil.disk_usage(name).free
+        with only_holder(folder.with_suffix(".lock"), _tell_busy):
+            shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(parent).free
             if free < needed_bytes:
                 raise FidelityError(
                     f"{parent}: expected {needed_bytes / 1e9:.1f} GB of free disk, found "
                     f"{free / 1e9:.1f} GB; make room, or measure a copy of the artifact elsewhere"
                 )
-            yield Path(name)
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise FidelityError(
             f"{parent}: expected a folder that can be written, found: {error}; measure a copy of "
             "the artifact elsewhere"
         ) from error
+
+
+def _tell_busy() -> None:
+    warnings.warn("another process measures beside it: waiting for that", stacklevel=2)
 
 
 def _logits(model: Model, ids: list[int], name: str, progress: bool) -> Iterator[Logits]:

@@ -1,13 +1,20 @@
 """Turn what the user names as a model into its weights, tokenizer and generation defaults."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from ..errors import AbsentError, CheckpointError
 from ..runtime.errors import ArtifactError
@@ -33,6 +40,9 @@ ACCEPTED = (
     "Ollama has, such as `gpt-oss:20b`"
 )
 HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+ADDRESS = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+?)/?")  # of its page
+# What the library raises for an answer that is not a hub's, such as the page of a portal.
+NO_ANSWER = (AssertionError, AttributeError, KeyError, TypeError, json.JSONDecodeError)
 
 CONFIG_FILES = ["config.json", ADAPTER_CONFIG]  # of a model, or an adapter
 METADATA_FILES = [
@@ -109,11 +119,13 @@ def find_model(model: str | Path) -> Found:
     path = _expanded(model)
     if _is_there(path):
         return Found(Path(path).resolve().name.removesuffix(".gguf"), Path(path))
+    if (repo_id := _repo_id(model)) and repo_id != model:
+        return Found(repo_id.rsplit("/", 1)[1], repo_id=repo_id)
     blob = find_in_store(model) if isinstance(model, str) else None
     if blob is not None:
         return Found(str(model).replace("/", "-").replace(":", "-"), blob, digest=blob.name)
-    if isinstance(model, str) and HUGGING_FACE_ID.fullmatch(model):
-        return Found(model.rsplit("/", 1)[1], repo_id=model)
+    if repo_id is not None:
+        return Found(repo_id.rsplit("/", 1)[1], repo_id=repo_id)
     raise AbsentError(f"{printable(str(model))}: no such model; expected {ACCEPTED}")
 
 
@@ -122,8 +134,8 @@ def find_adapter(adapter: str | Path) -> Found:
     path = _expanded(adapter)
     if _is_there(path) and os.path.isdir(path):
         return Found(Path(path).name, Path(path))
-    if isinstance(adapter, str) and HUGGING_FACE_ID.fullmatch(adapter):
-        return Found(adapter.rsplit("/", 1)[1], repo_id=adapter)
+    if (repo_id := _repo_id(adapter)) is not None:
+        return Found(repo_id.rsplit("/", 1)[1], repo_id=repo_id)
     raise AbsentError(
         f"adapters: expected a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, as PEFT saves "
         f"LoRA adapters, or the id of one on Hugging Face, found {str(adapter)!r:.200}"
@@ -141,6 +153,15 @@ def find_revision(repo_id: str, online: bool) -> str | None:
         return Path(folder).name
     except (OSError, ValueError):  # not there, or no name of a repository
         return None
+
+
+def _repo_id(name: str | Path) -> str | None:
+    """The id that is given, alone or as the address of its page."""
+    if not isinstance(name, str):
+        return None
+    address = ADDRESS.fullmatch(name)
+    found = address[1] if address is not None else name
+    return found if HUGGING_FACE_ID.fullmatch(found) else None
 
 
 def _expanded(name: str | Path) -> str:
@@ -203,7 +224,9 @@ def _from_hub(repo_id: str) -> Resolved:
             config = check_metadata(directory)  # another model stops here, not after gigabytes
             tokenizer = directory / "tokenizer.json"
             _check_tokenizer(tokenizer if has_file(tokenizer) else None, config.vocab_size)
-        elif not (directory / ADAPTER_CONFIG).exists():
+        elif (directory / ADAPTER_CONFIG).exists():
+            _refuse_adapter(directory, repo_id)
+        else:
             raise CheckpointError(
                 f"{repo_id}: expected a config.json in the repository, found none; if it holds "
                 f"GGUF files, get one with `hf download {repo_id} FILE` and give that file"
@@ -219,6 +242,15 @@ def _from_hub(repo_id: str) -> Resolved:
         ) from error
 
 
+def _refuse_adapter(directory: Path, repo_id: str) -> NoReturn:
+    """Tell that it is one, by its id: the folder is the cache's, whose name changes."""
+    try:
+        open_checkpoint(directory)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(directory), repo_id)) from error
+    raise AssertionError(f"{directory}: an adapter opened as a model")
+
+
 def _fetch(repo_id: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=files, ignore_patterns=SUBFOLDERS))
@@ -232,6 +264,14 @@ def _fetch(repo_id: str, files: list[str]) -> Path:
             f"{repo_id}: neither a directory here nor a repository on Hugging Face that you may "
             "read; check the spelling, or log in with `hf auth login`"
         ) from error
+    except LocalEntryNotFoundError as error:
+        raise AbsentError(f"{repo_id}: {_why_absent(error)}") from error
+    except NO_ANSWER as error:
+        raise AbsentError(
+            f"{repo_id}: its download failed: what the server answered is no answer of Hugging "
+            "Face; is a proxy, or a portal that wants a login, in between? Check HF_ENDPOINT and "
+            "the network, or give a directory that holds the checkpoint"
+        ) from error
     except Exception as error:  # each version's HTTP library raises other types
         reason = str(error).strip().splitlines()
         raise AbsentError(
@@ -239,3 +279,22 @@ def _fetch(repo_id: str, files: list[str]) -> Path:
             f"{reason[0] if reason else type(error).__name__}; run it again to continue, or give a "
             "directory that holds the checkpoint"
         ) from error
+
+
+def _why_absent(error: LocalEntryNotFoundError) -> str:
+    """Why Hugging Face's cache had to do, and what to do where it has not all."""
+    cause = error.__cause__
+    if isinstance(cause, DisabledRepoError):
+        return "Hugging Face has disabled this repository; choose another copy of the model"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            "its download failed: HF_HUB_OFFLINE is set, and Hugging Face's cache has nothing, or "
+            "not all, of it; unset HF_HUB_OFFLINE or download it first, or give a directory that "
+            "holds the checkpoint"
+        )
+    reason = (str(cause or error).strip() or type(cause).__name__).splitlines()[0]
+    return (
+        f"its download failed: Hugging Face cannot be reached ({reason}), "
+        "and its cache has nothing, or not all, of it; check the network and run it again, or give "
+        "a directory that holds the checkpoint"
+    )
