@@ -8,6 +8,8 @@ from typing import Any
 
 from .errors import CompileError
 
+MOST_SHOWN = 300  # characters of a name
+
 
 def path_option(name: str, value: str | os.PathLike[str]) -> Path:
     """A path that every library can be told, which take UTF-8."""
@@ -28,6 +30,12 @@ def path_option(name: str, value: str | os.PathLike[str]) -> Path:
     if not path:
         raise CompileError(f"{name}: expected a path, found an empty one")
     return Path(path)
+
+
+def shown(name: object) -> str:
+    """What a user named, as a message has it: printable, and cut."""
+    text = "".join(c if c.isprintable() else "_" for c in str(name))
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}.."
 
 
 def whole_number(name: str, value: object) -> int:

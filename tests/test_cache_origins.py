@@ -46,7 +46,9 @@ def test_a_folder_that_is_gone_is_no_id(model: Path, hub: Hub, compiles: Compile
 def test_an_adapter_that_is_gone(model: Path, adapter: Path, compiles: Compiler) -> None:
     first = compile_once(str(model), adapters=["adapter"])
     adapter.rename(adapter.with_name("other"))
-    with pytest.warns(UserWarning, match=r"adapters: expected a folder .*; my_model-.* is run,"):
+    with pytest.warns(
+        UserWarning, match=r"adapter: expected the folder of .*; my_model-.* is run,"
+    ):
         assert compile_once(str(model), adapters=["adapter"]) == first
 
 

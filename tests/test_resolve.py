@@ -211,7 +211,9 @@ def test_what_ends_a_text(checkpoint: Path, given: object, ids: tuple[int, ...])
 
 @pytest.mark.parametrize("adapter", ["nope", "", "\0", "~\0", "x" * 5000, Path("nope")], ids=repr)
 def test_adapter_that_is_none(checkpoint: Path, adapter: str | Path) -> None:
-    with pytest.raises(CheckpointError, match=r"adapters: expected a folder with adapter_config"):
+    with pytest.raises(
+        CheckpointError, match=r"expected the folder of an adapter, with adapter_config"
+    ):
         resolve_model(checkpoint, [adapter])
     with pytest.raises(CheckpointError, match=r"expected a folder with adapter_config.*found no"):
         resolve_model(checkpoint, [checkpoint])
@@ -379,6 +381,14 @@ def test_neither_of_these(model: str, hub: Hub) -> None:
     with pytest.raises(CheckpointError, match="no such model; expected `nano`, `synthetic:"):
         resolve_model(model)
     assert hub.requests == []
+
+
+def test_a_name_that_a_terminal_would_obey(hub: Hub) -> None:
+    for find in (resolve.find_model, resolve.find_adapter):
+        with pytest.raises(CheckpointError) as caught:
+            find("a\n\x1b[2J\udcff" + "x" * 5000)
+        message = str(caught.value)
+        assert message.isprintable() and len(message) < 1000 and "a__[2J_xxx" in message
 
 
 def test_neither_a_directory_nor_a_file(tmp_path: Path) -> None:

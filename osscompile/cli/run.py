@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import AbsentError, CompileError
+from ..options import shown
 from ..runtime.cli import run
 from ..runtime.cli.main import Commands
 from ..runtime.errors import ArtifactError
@@ -65,14 +66,14 @@ def _compile(arguments: argparse.Namespace) -> Path:
     missing = given.endswith(ARTIFACT_SUFFIX) and not os.path.exists(given)
     try:
         if missing:
-            raise AbsentError(f"there is no {given}")
+            raise AbsentError(f"there is no {shown(given)}")
         with ended_like_interrupted():
             return compile_once(given, arguments.target, profile, arguments.adapter)
     except AbsentError as error:
         if not missing and _names_model(given):
             raise
         raise AbsentError(
-            f"{given}: expected an artifact or a model, found neither: {error}; to make an "
+            f"{shown(given)}: expected an artifact or a model, found neither: {error}; to make an "
             "artifact: osscompile compile MODEL -o OUT"
         ) from error
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import AbsentError, CheckpointError
+from ..options import shown
 from ..runtime.errors import ArtifactError
 from ..runtime.manifest import CHAT_TEMPLATE
 from ..runtime.tokenizer import Tokenizer
@@ -29,7 +30,6 @@ from .forms.huggingface import check_metadata
 from .forms.ollama import find_in_store
 from .forms.shards import INDEX
 from .generation import GENERATION, TOKENIZER_CONFIG, read_eos
-from .stored import printable
 from .synthetic import synthetic_source
 
 NANO_CHECKPOINT = Path(__file__).parent.parent / "nano" / "checkpoint"
@@ -126,7 +126,7 @@ def find_model(model: str | Path) -> Found:
         return Found(str(model).replace("/", "-").replace(":", "-"), blob, digest=blob.name)
     if repo_id is not None:
         return Found(repo_id.rsplit("/", 1)[1], repo_id=repo_id)
-    raise AbsentError(f"{printable(str(model))}: no such model; expected {ACCEPTED}")
+    raise AbsentError(f"{shown(model)}: no such model; expected {ACCEPTED}")
 
 
 def find_adapter(adapter: str | Path) -> Found:
@@ -137,8 +137,8 @@ def find_adapter(adapter: str | Path) -> Found:
     if (repo_id := _repo_id(adapter)) is not None:
         return Found(repo_id.rsplit("/", 1)[1], repo_id=repo_id)
     raise AbsentError(
-        f"adapters: expected a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, as PEFT saves "
-        f"LoRA adapters, or the id of one on Hugging Face, found {str(adapter)!r:.200}"
+        f"{shown(adapter)}: expected the folder of an adapter, with {ADAPTER_CONFIG} and "
+        f"{ADAPTER_WEIGHTS} as PEFT saves LoRA, or the id of one on Hugging Face, found neither"
     )
 
 
@@ -184,8 +184,8 @@ def _is_there(path: str) -> bool:
 
 def _unreadable(model: str | Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"{model}: expected a checkpoint that can be read, found: {error}; check the permissions "
-        "of its folder and files"
+        f"{shown(model)}: expected a checkpoint that can be read, found: {error}; check the "
+        "permissions of its folder and files"
     )
 
 

@@ -59,13 +59,14 @@ def open_form(path: Path) -> Opened:
                 "the checkpoint is incomplete: download it again"
             )
     refuse_beyond(stored, _LAYER, config.num_layers, "num_hidden_layers", config_path)
-    # The tokenizer lies with the Hugging Face files, one folder up.
-    tokenizers = (path / "tokenizer.json", path.parent / "tokenizer.json")
+    # The tokenizer lies with the Hugging Face files, one folder up, wherever links lead from.
+    above = path.resolve().parent
+    tokenizers = (path / "tokenizer.json", above / "tokenizer.json")
     return Opened(
         assemble(config, plan, stored),
         next(filter(has_file, tokenizers), None),
-        *read_generation(path.parent),
-        read_chat_template(path.parent),
+        *read_generation(above),
+        read_chat_template(above),
     )
 
 
