@@ -33,8 +33,8 @@ def path_option(name: str, value: str | os.PathLike[str]) -> Path:
 
 
 def shown(name: object) -> str:
-    """What a user named, as a message has it: printable, and cut."""
-    text = "".join(c if c.isprintable() else "_" for c in str(name))
+    """A name that a user or a file gave, fit for one line of a message."""
+    text = "".join(c if c.isprintable() else "?" for c in str(name)[: MOST_SHOWN + 1])
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}.."
 
 

@@ -7,15 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError
+from ..options import shown
 from .encodings import ENCODINGS
 
-MAX_SHOWN = 200  # letters of a name
 MAX_FAULT = 1000  # of what is wrong with a file
-
-
-def printable(name: str, limit: int = MAX_SHOWN) -> str:
-    """What comes out of a file, fit for one line of a message."""
-    return "".join(c if c.isprintable() else "?" for c in name[:limit])
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Stored:
     offset: int
 
     def __str__(self) -> str:
-        return f"{self.path}: tensor {printable(self.name)}"
+        return f"{self.path}: tensor {shown(self.name)}"
 
     @property
     def row_bytes(self) -> int:

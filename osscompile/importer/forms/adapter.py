@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ...errors import CheckpointError
+from ...options import shown
 from ...runtime.safetensors import FormatError, read_header
 from ..checkpoint import Opened
 from ..config import ModelConfig, read_json_object, refuse_pointer
 from ..encodings import ENCODINGS
-from ..stored import MAX_FAULT, Rows, Stored, printable
+from ..stored import MAX_FAULT, Rows, Stored
 from .adapter_config import Scaling, check_fields
 from .assemble import FormSource
 from .shards import INDEX
@@ -136,7 +137,7 @@ def merge_adapter(source: FormSource, directory: Path) -> None:
             kept, place = whole, _canonical(source, name, stored)
             names.append(name)
         if place in kept:
-            _refuse_tensor(stored, f"it once, but {printable(kept[place].name)} is the same")
+            _refuse_tensor(stored, f"it once, but {shown(kept[place].name)} is the same")
         kept[place] = stored
     _check_there(raw, config_path, names, modules)
     embedding, output = (source.tensors[name] for name in TIED)
@@ -162,13 +163,11 @@ def _open_weights(directory: Path) -> dict[str, Stored]:
     try:
         header = read_header(path)
     except FormatError as error:
-        raise CheckpointError(
-            f"{printable(str(error), MAX_FAULT)}; download the file again"
-        ) from error
+        raise CheckpointError(f"{shown(str(error), MAX_FAULT)}; download the file again") from error
     for name, entry in header.items():
         if entry.dtype not in ENCODINGS or entry.dtype == "U8" or not entry.shape:
             raise CheckpointError(
-                f"{path}: tensor {printable(name)}: expected BF16, F16 or F32, found {entry.dtype}"
+                f"{path}: tensor {shown(name)}: expected BF16, F16 or F32, found {entry.dtype}"
             )
     return {n: Stored(path, n, e.dtype, e.shape, e.offset) for n, e in header.items()}
 

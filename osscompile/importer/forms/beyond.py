@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...errors import CheckpointError
-from ..stored import printable
+from ...options import shown
 
 
 def refuse_beyond(
@@ -19,6 +19,6 @@ def refuse_beyond(
     if found and max(found) >= count:
         name = found[max(found)]
         raise CheckpointError(
-            f"{where}: {field}: expected {max(found) + 1}, as tensor {printable(name)} has it, "
+            f"{where}: {field}: expected {max(found) + 1}, as tensor {shown(name)} has it, "
             f"found {count}: correct the config, or leave out the tensors that are too many"
         )

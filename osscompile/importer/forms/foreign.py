@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ...options import shown
 from ..config import has_file, read_json_object
-from ..stored import Stored, printable
+from ..stored import Stored
 
 READ = "osscompile reads MXFP4, bf16, fp16, fp32 and GGUF"
 GIVE = "give the checkpoint that it was made from"
@@ -75,19 +76,19 @@ def refuse_foreign_names(names: Collection[str], where: Path) -> None:
         name = next((name for name in names if name.endswith(end)), None)
         if name is not None:
             raise CheckpointError(
-                f"{where}: expected weights of transformers, found tensor {printable(name)}: this "
+                f"{where}: expected weights of transformers, found tensor {shown(name)}: this "
                 f"is {kind}; {READ}: {GIVE}"
             )
     for name in names:
         if any(part in name for part in UNMERGED):
             raise CheckpointError(
-                f"{where}: expected a whole model, found tensor {printable(name)}: its adapter "
+                f"{where}: expected a whole model, found tensor {shown(name)}: its adapter "
                 "is not merged; call `merge_and_unload()` before `save_pretrained()`, or give base "
                 "and adapter: osscompile compile BASE --adapter DIR"
             )
         if HEAD.fullmatch(name):
             raise CheckpointError(
-                f"{where}: expected a language model, found tensor {printable(name)}, the head of "
+                f"{where}: expected a language model, found tensor {shown(name)}, the head of "
                 "a classifier or reward model; only models that predict the next token compile"
             )
 
@@ -99,7 +100,7 @@ def refuse_unknown_wrapper(names: Collection[str], where: Path) -> None:
         prefix = embedding.removesuffix("embed_tokens.weight")
         raise CheckpointError(
             f"{where}: expected names that begin with `model.`, found "
-            f"`{printable(prefix)}` (of {printable(embedding)}); "
+            f"`{shown(prefix)}` (of {shown(embedding)}); "
             "save the language model alone, with transformers"
         )
 

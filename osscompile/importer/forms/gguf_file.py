@@ -14,9 +14,10 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from ...errors import CheckpointError
+from ...options import shown
 from ..config import refuse_pointer
 from ..encodings import ENCODINGS
-from ..stored import Stored, printable
+from ..stored import Stored
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -168,10 +169,10 @@ def _read(reader: _Reader) -> GgufFile:
     metadata: dict[str, Any] = {}
     for _ in range(num_pairs):
         key = reader.string("a metadata key", MAX_NAME)
-        shown = printable(key)
+        label = shown(key)
         if key in metadata:
-            reader.fail(f"the metadata have {shown} twice")
-        metadata[key] = _read_value(reader, reader.number("I", f"the type of {shown}"), shown)
+            reader.fail(f"the metadata have {label} twice")
+        metadata[key] = _read_value(reader, reader.number("I", f"the type of {label}"), label)
     entries = [_read_entry(reader) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
@@ -180,7 +181,7 @@ def _read(reader: _Reader) -> GgufFile:
     tensors: dict[str, Stored] = {}
     for name, type_number, shape, offset in entries:
         if name in tensors:
-            reader.fail(f"tensor {printable(name)} is there twice")
+            reader.fail(f"tensor {shown(name)} is there twice")
         tensors[name] = _place(reader, name, type_number, shape, start + offset)
     return GgufFile(reader.path, metadata, tensors)
 
@@ -216,13 +217,13 @@ def _read_array(reader: _Reader, key: str, depth: int) -> Any:
 def _read_entry(reader: _Reader) -> tuple[str, int, tuple[int, ...], int]:
     """Name, type, shape with the innermost axis last, and offset into the data."""
     name = reader.string("a tensor's name", MAX_NAME)
-    shown = printable(name)
-    dimensions = reader.number("I", f"the shape of {shown}")
+    label = shown(name)
+    dimensions = reader.number("I", f"the shape of {label}")
     if dimensions > MAX_DIMENSIONS:
-        reader.fail(f"tensor {shown}: expected at most {MAX_DIMENSIONS} dimensions, {dimensions=}")
-    sizes = [reader.number("Q", f"the shape of {shown}") for _ in range(dimensions)]
-    type_number = reader.number("I", f"the type of {shown}")
-    return name, type_number, tuple(reversed(sizes)), reader.number("Q", f"the offset of {shown}")
+        reader.fail(f"tensor {label}: expected at most {MAX_DIMENSIONS} dimensions, {dimensions=}")
+    sizes = [reader.number("Q", f"the shape of {label}") for _ in range(dimensions)]
+    type_number = reader.number("I", f"the type of {label}")
+    return name, type_number, tuple(reversed(sizes)), reader.number("Q", f"the offset of {label}")
 
 
 def _place(
@@ -234,12 +235,12 @@ def _place(
     encoding = ENCODINGS[TYPES[type_number]]
     if not shape or shape[-1] % encoding.numbers:
         reader.fail(
-            f"tensor {printable(name)}: expected rows of a multiple of {encoding.numbers} numbers, "
+            f"tensor {shown(name)}: expected rows of a multiple of {encoding.numbers} numbers, "
             f"as {TYPES[type_number]} has, found {list(shape)}"
         )
     end = offset + math.prod(shape) // encoding.numbers * encoding.num_bytes
     if end > reader.size:
         reader.fail(
-            f"tensor {printable(name)} ends at byte {end}, the file at {reader.size}: it is cut off"
+            f"tensor {shown(name)} ends at byte {end}, the file at {reader.size}: it is cut off"
         )
     return Stored(reader.path, name, TYPES[type_number], shape, offset)

@@ -5,10 +5,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ...errors import CheckpointError
+from ...options import shown
 from ..checkpoint import Opened
 from ..config import ModelConfig, has_file, parse_config, read_json_object
 from ..generation import GENERATION, read_chat_template, read_eos, read_generation
-from ..stored import printable
 from .assemble import HalfNames, Plan, assemble
 from .beyond import refuse_beyond
 from .foreign import (
@@ -185,8 +185,8 @@ def _plain_names(stored: Collection[str], where: Path) -> dict[str, str]:
                 bare = short + bare.removeprefix(wrapped)
         if bare in plain:
             raise CheckpointError(
-                f"{where}: expected every tensor once, found {printable(plain[bare])} and "
-                f"{printable(name)}; "
+                f"{where}: expected every tensor once, found {shown(plain[bare])} and "
+                f"{shown(name)}; "
                 "save the checkpoint again without the wrapper around the model"
             )
         plain[bare] = name

@@ -7,9 +7,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ...errors import CheckpointError
+from ...options import shown
 from ...runtime.safetensors import FormatError, TensorEntry, read_header
 from ..config import has_file, read_json_object, refuse_pointer
-from ..stored import MAX_FAULT, Stored, printable
+from ..stored import MAX_FAULT, Stored
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -75,7 +76,7 @@ def open_shards(directory: Path, needed: set[str] | None = None) -> dict[str, St
     for name, path in wanted.items():
         if name not in headers[path]:
             raise CheckpointError(
-                f"{path}: expected tensor {printable(name)}, as {INDEX} says, found "
+                f"{path}: expected tensor {shown(name)}, as {INDEX} says, found "
                 f"{len(headers[path])} others; "
                 "the index or the file is of another checkpoint: download both again"
             )
@@ -98,7 +99,7 @@ def _shard_path(index: Path, name: str, file: Any) -> Path:
         or ".." in PureWindowsPath(file).parts
     ):
         raise CheckpointError(
-            f"{index}: tensor {printable(name)}: expected a file name inside {index.parent}, "
+            f"{index}: tensor {shown(name)}: expected a file name inside {index.parent}, "
             f"found {file!r:.200}"
         )
     return index.parent / file
@@ -113,9 +114,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         return read_header(path)
     except FormatError as error:
-        raise CheckpointError(
-            f"{printable(str(error), MAX_FAULT)}; download the file again"
-        ) from error
+        raise CheckpointError(f"{shown(str(error), MAX_FAULT)}; download the file again") from error
 
 
 def _refuse_other_files(directory: Path) -> None:
