@@ -32,10 +32,9 @@ def path_option(name: str, value: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def shown(name: object) -> str:
-    """A name that a user or a file gave, fit for one line of a message."""
-    text = "".join(c if c.isprintable() else "?" for c in str(name)[: MOST_SHOWN + 1])
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}.."
+def shown(name: object, most: int = MOST_SHOWN) -> str:
+    """What a user or a file gave, cut and made fit for one line of a message."""
+    return "".join(c if c.isprintable() else "?" for c in str(name)[:most])
 
 
 def whole_number(name: str, value: object) -> int:

@@ -75,7 +75,7 @@ def test_neither_an_artifact_nor_a_model(name: str, hub: Hub, compiles: Compiler
     """Hugging Face is not asked for what is spelt like an artifact."""
     status, _, errors = run("run", name, QUESTION)
     assert status == 1 and hub.online == 0
-    named = name.replace("\0", "_")
+    named = name.replace("\0", "?")
     assert f"{named}: expected an artifact or a model, found neither: " in errors
     assert "osscompile compile MODEL -o OUT" in errors
 
