@@ -17,6 +17,7 @@ from .codegen.library import build_library
 from .codegen.opencl import build_opencl
 from .codegen.tools import end_tools
 from .errors import CheckpointError, CompileError
+from .importer.choice import with_choose
 from .importer.config import ModelConfig
 from .importer.graph import (
     DEFAULT_CHUNK,
@@ -24,7 +25,6 @@ from .importer.graph import (
     Parameter,
     build_graph,
     most_wanted,
-    with_choose,
 )
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import KeptScales, weight_pieces

@@ -60,7 +60,7 @@ class Engine:
         pieces. Raises InputError for bad arguments, OsscompileError once the engine is closed.
         """
         questions = self._questions
-        is_chat = not isinstance(prompt, str) and any(isinstance(m, Mapping) for m in prompt)
+        is_chat = isinstance(prompt, Sequence) and any(isinstance(m, Mapping) for m in prompt)
         question = (
             questions.of_messages(prompt, **options)  # type: ignore[arg-type]
             if is_chat

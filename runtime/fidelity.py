@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import OsscompileError
-from .fields import FieldError, parse_fields
+from .fields import FieldError, parse_fields, read_small
 
 FIDELITY = "fidelity.json"
 PARTIAL = "fidelity.json.partial"  # until all of it is written
@@ -61,11 +61,8 @@ def read_fidelity(artifact: Path) -> Fidelity | None:
     damaged: nobody vouches for it."""
     file = artifact / FIDELITY
     try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
-        fidelity: Fidelity = parse_fields(Fidelity, json.loads(content), "the measurement")
+        contents = json.loads(read_small(file, MAX_BYTES))
+        fidelity: Fidelity = parse_fields(Fidelity, contents, "the measurement")
         if not 0 < fidelity.tokens >= fidelity.agreeing:
             raise ValueError(f"{fidelity.agreeing} of {fidelity.tokens} tokens that agree")
         return fidelity

@@ -2,6 +2,7 @@
 
 import dataclasses
 import reprlib
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 MAX_NUMBER = 1 << 48  # far above any size in bytes; sums and products of such are no trouble
@@ -13,6 +14,15 @@ class FieldError(Exception):
     def __init__(self, expected: str, found: str) -> None:
         super().__init__(f"expected {expected}, found {found}")
         self.expected, self.found = expected, found
+
+
+def read_small(file: Path, most: int) -> bytes:
+    """All of a file. Raises OSError, or ValueError for one of more than so many bytes."""
+    with file.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most} bytes")
+    return content
 
 
 def parse_fields(kind: Any, value: Any, where: str) -> Any:

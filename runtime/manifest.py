@@ -37,6 +37,7 @@ RUNTIMES = ("tvm", "opencl", "cuda")
 CPU = "cpu"
 DEVICES = (CPU, "metal")  # of TVM's runtime
 DTYPES = ("float32", "float16", "uint8", "uint16", "uint32")  # of weights and caches
+ROPE = "rope"  # the weight of which a run reads a row for each position
 MAX_DIMENSIONS = 16
 MAX_TEMPLATE_BYTES = 256 << 10  # fifteen times what that of gpt-oss has
 
@@ -218,7 +219,7 @@ def _check(manifest: Manifest, file: Path) -> None:
         expect(name in weights, f"a weight named {name!r}, which is gathered", "none")
     # Kernels read the rows of positions and of token ids without a check.
     rows = {name: weight.shape[0] for name, weight in weights.items()}
-    expect(rows.get("rope") == m.context, f"{m.context} rows of rope", rows.get("rope"))
+    expect(rows.get(ROPE) == m.context, f"{m.context} rows of {ROPE}", rows.get(ROPE))
     embedded = [count for name, count in rows.items() if name.startswith("embed.")]
     expect(set(embedded) == {m.vocab_size}, f"{m.vocab_size} rows of embed", embedded)
 

@@ -3,14 +3,13 @@
 from .errors import OsscompileError
 from .kv_cache import page_counts
 from .machine import available_memory_bytes
-from .manifest import Manifest
+from .manifest import ROPE, Manifest
 from .step import FUNCTIONS
 
 # Python, numpy, tokenizers and TVM's runtime, without a vocabulary.
 PROCESS_BYTES = 60 << 20
 # Reading a row of a mapped file brings so much of its surroundings into memory.
 FAULT_BYTES = 64 << 10
-BY_POSITION = "rope"  # the weight of which a run reads a row for each position
 
 
 def memory_bytes(
@@ -26,7 +25,7 @@ def memory_bytes(
     for weight in manifest.weights:
         row = weight.num_bytes // weight.shape[0]
         needed = weight.num_bytes
-        if manifest.on_cpu and weight.name == BY_POSITION:  # one row after the other
+        if manifest.on_cpu and weight.name == ROPE:  # one row after the other
             needed = context * row + FAULT_BYTES
         elif manifest.on_cpu and weight.name in manifest.gathered:  # here and there
             needed = context * max(row, FAULT_BYTES)

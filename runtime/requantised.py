@@ -5,12 +5,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .fields import FieldError, parse_fields
+from .fields import FieldError, parse_fields, read_small
 from .manifest import REQUANTISED, Manifest, damaged
 
 HEADING = "experts were quantised to MXFP4; relative rms by which that changed their weights:"
-PARTS = {"gate_up": "gate/up", "down": "down"}
 MAX_BYTES = 1 << 20
+PARTS = {"gate_up": "gate/up", "down": "down"}
 
 
 def read_requantised(artifact: Path, manifest: Manifest) -> dict[str, float]:
@@ -21,10 +21,7 @@ def read_requantised(artifact: Path, manifest: Manifest) -> dict[str, float]:
         return {}
     file = artifact / REQUANTISED
     try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
+        content = read_small(file, MAX_BYTES)
         if hashlib.sha256(content).hexdigest() != expected.sha256:
             raise ValueError("another sha256 than the manifest's")
         changed = parse_fields(dict[str, float], json.loads(content), "its contents")

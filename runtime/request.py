@@ -1,6 +1,7 @@
 """What a caller of the engine holds: an answer that is told while it is computed."""
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -54,7 +55,8 @@ class Mailbox(Generic[Told]):
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            loop.call_soon_threadsafe(changed.set)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody reads
+                loop.call_soon_threadsafe(changed.set)
 
         with self._changed:
             self._waiters.append(wake)
@@ -66,8 +68,7 @@ class Mailbox(Generic[Told]):
                     yield self._told.popleft()
                 if ended:
                     break
-                if not self._ended and not self._told:
-                    await changed.wait()
+                await changed.wait()
         finally:
             with self._changed:
                 self._waiters.remove(wake)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TILE_ROWS = 16  # consecutive positions of a sequence that attention may compute together, at most
+# Consecutive positions of a sequence that attention may compute together, at most. Kernels are
+# compiled for it: another number is another format of the artifact.
+TILE_ROWS = 16
 ANY = "step"  # of any number of rows
 FEW = {n: f"step_{n}" for n in (1, 2, 4, 8)}  # of so many, whose logits are all wanted
 FUNCTIONS = (ANY, *FEW.values())

@@ -24,7 +24,8 @@ from osscompile.codegen.cuda import compile_cuda, cuda_source
 from osscompile.codegen.programs import build_programs
 from osscompile.codegen.tools import find_nvcc
 from osscompile.errors import CompileError
-from osscompile.importer.graph import build_graph, with_choose
+from osscompile.importer.choice import with_choose
+from osscompile.importer.graph import build_graph
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
 from osscompile.runtime.artifact import read_manifest

@@ -21,12 +21,14 @@ from osscompile.runtime import (
     Finish,
     GeneratedToken,
     InputError,
+    Model,
     OsscompileError,
     Request,
     load,
     scheduler,
 )
 from osscompile.runtime.bench.machine import process_bytes
+from osscompile.runtime.questions import Questions
 
 QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 PATIENCE = 60.0  # seconds, after which a test has hung
@@ -160,6 +162,30 @@ def test_an_abandoned_event_loop(engine: Engine) -> None:
     check_books(engine)
 
 
+def test_ids_of_any_iterable(engine: Engine) -> None:
+    """As `Model.generate` takes them."""
+    prompt = random_ids(9)
+    for ids in (prompt, iter(prompt), np.array(prompt)):
+        answer = list(engine.submit(ids, max_tokens=3, temperature=0))  # type: ignore[arg-type]
+        assert answer == list(engine.submit(prompt, max_tokens=3, temperature=0))
+
+
+def test_a_loop_that_was_closed_while_it_read_ends_no_other_request(engine: Engine) -> None:
+    """Its reader is not told that it has ended, as `asyncio.run` would."""
+    loop = asyncio.new_event_loop()
+    left = engine.submit(random_ids(20), stop_ids=[]).__aiter__()
+    loop.run_until_complete(left.__anext__())
+    other = engine.submit(random_ids(5), max_tokens=8, temperature=0)
+    loop.close()
+    assert list(other)[-1].finish_reason is not None
+    assert other.finish_reason != "error"
+
+
+def test_a_chat_has_the_defaults_of_a_model() -> None:
+    """`submit` takes those of Questions, a model those that its signature shows."""
+    assert Model.chat.__kwdefaults__ == Questions.of_messages.__kwdefaults__
+
+
 def test_a_long_prompt_does_not_stop_the_others(
     talker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +234,8 @@ def test_wrong_calls_are_refused(engine: Engine, talker: Path) -> None:
     for prompt, options in (
         ([], {}),
         ("text", {}),
+        (5, {}),
+        (None, {}),
         ([1], {"heat": 1}),
         ([{"role": "nobody", "content": "?"}], {}),
         ([{"role": "user", "content": "?"}], {"reasoning": "deep"}),

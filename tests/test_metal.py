@@ -31,7 +31,8 @@ import osscompile
 from osscompile import cli, targets
 from osscompile.bundle import bundle_runtime
 from osscompile.codegen.library import build_library
-from osscompile.importer.graph import build_graph, with_choose
+from osscompile.importer.choice import with_choose
+from osscompile.importer.graph import build_graph
 from osscompile.importer.resolve import resolve_model
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import SHARED_PASSES, VARIANT_PASSES, run_passes

@@ -33,7 +33,8 @@ import osscompile
 from osscompile import cli
 from osscompile.codegen.opencl import opencl_source
 from osscompile.codegen.programs import build_programs
-from osscompile.importer.graph import build_graph, with_choose
+from osscompile.importer.choice import with_choose
+from osscompile.importer.graph import build_graph
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
 from osscompile.runtime import load

@@ -15,10 +15,9 @@ from ..importer.config import ModelConfig
 from ..importer.graph import weight_parameters
 from ..importer.weights import rope_table
 from ..runtime.fidelity import FidelityError
-from ..runtime.manifest import WEIGHTS, Manifest
+from ..runtime.manifest import ROPE, WEIGHTS, Manifest
 from ..runtime.safetensors import read_header
 
-ROPE = "rope"
 ROPE_ERROR = 1e-5  # other machines' sines may differ in the last bit
 
 

@@ -7,17 +7,16 @@ and where its sequence's table begins; `tiles` [tiles, 2] which rows attention m
 (see `kernels/attention.py`); `wanted` which rows' logits are returned. Activations are float32
 [tokens, ...]. A cache is an array of pages, whose number is symbolic; the tables say which pages a
 sequence has, one for the layers that see everything and one for the sliding layers. Where the host
-does not share the device's memory, `choose` takes the logits on to the next token.
+does not share the device's memory, `choice.py` takes the logits on to the next token.
 """
 
-import math
 from dataclasses import dataclass
 
 from tvm import ir, relax, tirx
 from tvm.relax import BlockBuilder, TensorType
 from tvm.tirx import PrimFunc
 
-from ..kernels import attention, choose, experts, kv_cache, matmul, quantize, rows
+from ..kernels import attention, experts, kv_cache, matmul, quantize, rows
 from ..runtime.step import FEW
 from ..schedules.formats import BLOCK, DIGITS, FACTS, FP4_PER_WORD, INT8_PER_WORD, Index
 from .config import ModelConfig
@@ -29,7 +28,6 @@ WANTED = tirx.Var("wanted_rows", "int64")  # number of those whose logits are wa
 EXPERT_ROWS = tirx.Var("expert_rows", "int64")  # of rows of the experts' kernels: top_k a token
 TABLES = ("full_tables", "window_tables")  # which pages hold a sequence
 PROFILES = ("fast", "exact")
-CANDIDATES_PER_TASK = 24  # of the vocabulary, when a token is chosen
 
 
 @dataclass(frozen=True)
@@ -67,32 +65,6 @@ def build_graph(config: ModelConfig, profile: str, context: int, chunk: int) -> 
     for count, name in FEW.items():
         _emit_step(builder, name, config, profile, (caches, weights), count, chunk)
     return Graph(builder.get(), caches, weights)
-
-
-def with_choose(module: ir.IRModule, vocab: int) -> ir.IRModule:
-    """The module and the function `choose` (options [3] int32, logits [1, vocab] float32, mask
-    [vocab] float32) -> the token and its logit [1, 2] float32: see `kernels/choose.py`."""
-    builder = BlockBuilder(module)
-    options = relax.Var("options", TensorType((3,), "int32"))
-    logits = relax.Var("logits", TensorType((1, vocab), "float32"))
-    mask = relax.Var("mask", TensorType((vocab,), "float32"))
-
-    def call(kernel: PrimFunc, args: list[relax.Var], count: int) -> list[relax.Var]:
-        types = [TensorType((count,), "int32")] * 2  # scores and ids
-        name = builder.add_func(kernel, str(kernel.attrs["op"]))
-        results = builder.emit(relax.call_tir(name, args, types))
-        return [builder.emit(relax.TupleGetItem(results, i)) for i in (0, 1)]
-
-    parts = -(-vocab // CANDIDATES_PER_TASK)
-    fewer = math.isqrt(parts)
-    with builder.function("choose", [options, logits, mask], attrs={"num_input": 1}, pure=False):
-        left = call(choose.draw(vocab, parts), [options, logits, mask], parts)
-        left = call(choose.narrow(parts, fewer), left, fewer)
-        _, token = call(choose.narrow(fewer, 1), left, 1)
-        name = builder.add_func(choose.choice(vocab), "choice")
-        chosen = relax.call_tir(name, [token, logits], TensorType((1, 2), "float32"))
-        builder.emit_func_output(builder.emit(chosen))
-    return builder.get()
 
 
 def cache_parameters(config: ModelConfig, profile: str) -> tuple[Parameter, ...]:

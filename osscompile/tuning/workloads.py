@@ -12,8 +12,9 @@ from tvm.sym import Analyzer
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
+from ..importer.choice import with_choose
 from ..importer.config import ModelConfig
-from ..importer.graph import DEFAULT_CHUNK, TOKENS, build_graph, with_choose
+from ..importer.graph import DEFAULT_CHUNK, TOKENS, build_graph
 from ..kernels.attention import TILES
 from ..kernels.kv_cache import PAGES, TABLE_PAGES
 from ..passes.pack_weights import pack_weights
