@@ -261,14 +261,14 @@ def test_weights_are_mapped_not_read_or_copied(nano_artifact: Path, tmp_path: Pa
 
 
 def test_large_file_is_hashed_once_a_copy(
-    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nano_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact_module, "ALWAYS_HASHED_BYTES", 1 << 20)  # smaller than the weights
+    monkeypatch.setattr(artifact_module, "ALWAYS_HASHED_BYTES", 2 << 20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    copy = copy_artifact(tiny_artifact, tmp_path)
+    copy = copy_artifact(nano_artifact, tmp_path)
     files = read_manifest(copy).files
     weights, everything = files[WEIGHTS].num_bytes, sum(f.num_bytes for f in files.values())
-    assert weights > 1 << 20 > everything - weights
+    assert weights > 2 << 20 > everything - weights
 
     def hashed(path: Path, verify: bool = False) -> int:
         counts: list[int] = []

@@ -341,7 +341,7 @@ def test_nothing_left_to_sample_is_an_error() -> None:
         {"logit_bias": 5},
         {"logit_bias": [5]},
         {"logit_bias": [(5, 1.0)]},
-        {"logit_bias": {"5": 1.0}},
+        {"logit_bias": {"5.0": 1.0}},
         {"logit_bias": {-1: 1.0}},
         {"logit_bias": {True: 1.0}},
         {"logit_bias": {5: 100.5}},

@@ -1,10 +1,10 @@
 """Benchmark each kernel of the profile `fast` at the shapes of gpt-oss-20b, with fewer experts. It
-leaves out take_row, which copies one row.
+leaves out take_rows, which copies rows.
 
 This is not part of the ordinary tests: run `pytest tests/bench`, one kernel with `-k moe`.
 `extra_info` holds the rate: GMAC/s for matrix products and for attention in prefill; GB/s for all
 others, with all inputs and outputs counted once. Data that a run has in memory, not in a cache,
-comes from memory here too.
+comes from memory here too. The form `few_n` is the next tokens of n sequences.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import tvm
-from kernel_cases import DECODE, HERE, Form
+from kernel_cases import DECODE, FEW_FORMS, HERE, Form, row_facts, tiles_of
 from kernel_runner import Array, BuiltKernel, build, value_of
 from pytest_benchmark.fixture import BenchmarkFixture
 from tvm.tirx import PrimFunc
@@ -32,7 +32,8 @@ CONFIG = gpt_oss_config(num_layers=1, num_experts=4)
 HIDDEN, INNER, TOP_K = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_experts_per_token
 HEADS = (CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim)
 PREFILL = Form("prefill", TOKENS, 128)
-CONTEXT = 2048  # tokens in the cache, including the new ones
+CONTEXT = 2048  # tokens in the cache of each sequence, including the new ones
+TABLE_PAGES = CONTEXT // PAGE_TOKENS + 1  # one may be read in vain
 LM_HEAD_ROWS = 32768  # of 201,088
 SWEPT_BYTES = 128 << 20  # copies of the arguments take turns, so that no cache holds them
 
@@ -47,9 +48,22 @@ class Case:
     addresses: dict[str, Array] = field(default_factory=dict)
 
 
+def new_tokens(form: Form) -> dict[str, Array]:
+    """Return the rows of a step and the tables: the last tokens of one sequence for a symbolic
+    number of them, else the last token of each of so many sequences."""
+    at = np.arange(form.count)
+    one = form is PREFILL
+    positions, starts = (CONTEXT - form.count + at, 0) if one else (CONTEXT - 1, at * TABLE_PAGES)
+    num_pages = TABLE_PAGES * (1 if one else form.count)
+    return {
+        "rows": row_facts(positions, starts, ids=at),
+        "tables": np.arange(num_pages, dtype=np.int32),
+    }
+
+
 def embed(form: Form) -> Case:
-    ids = np.arange(form.count, dtype=np.int32)
-    return Case(rows.embed_q8(form.tokens, form.count, HIDDEN), addresses={"ids": ids})
+    facts = {"rows": new_tokens(form)["rows"]}
+    return Case(rows.embed_q8(form.tokens, form.count, HIDDEN), addresses=facts)
 
 
 def rms_norm(form: Form) -> Case:
@@ -78,25 +92,22 @@ def lm_head(form: Form) -> Case:
 
 
 def rotate_queries(form: Form) -> Case:
-    return Case(rows.rotate_queries(form.tokens, *HEADS, form.count))
+    facts = {"rows": new_tokens(form)["rows"]}
+    return Case(rows.rotate_queries(form.tokens, *HEADS, CONTEXT), addresses=facts)
 
 
 def append_kv(form: Form) -> Case:
-    kernel = kv_cache.append_kv(form.tokens, *HEADS, form.count, "float16")
-    return Case(kernel, addresses={"table": table()})
-
-
-def table() -> Array:
-    """Return the pages of the context, and one that may be read in vain."""
-    return np.arange(CONTEXT // PAGE_TOKENS + 1, dtype=np.int32)
+    kernel = kv_cache.append_kv(form.tokens, *HEADS, CONTEXT, "float16")
+    return Case(kernel, addresses=new_tokens(form))
 
 
 def attend(form: Form, window: int | None) -> Case:
     kernel = attention.attention(form.tokens, *HEADS, window, "float16")
-    first = CONTEXT - form.count
-    seen = sum(min(at + 1, window or CONTEXT) for at in range(first, CONTEXT))
-    position = np.array([first], np.int32)
-    return Case(kernel, 2 * CONFIG.q_size * seen, {"position": position, "table": table()})
+    facts = new_tokens(form)
+    seen = sum(min(int(at) + 1, window or CONTEXT) for _, at, _ in facts["rows"])
+    if form is PREFILL:
+        facts["tiles"] = tiles_of(form.count)
+    return Case(kernel, 2 * CONFIG.q_size * seen, facts)
 
 
 def attention_full(form: Form) -> Case:
@@ -141,9 +152,9 @@ def moe_down(form: Form) -> Case:
 
 
 def row_experts(form: Form) -> Array:
-    """Give every expert the same number of rows, side by side as `sort_by_expert` leaves them."""
-    each = form.count * TOP_K // CONFIG.num_experts
-    return np.repeat(np.arange(CONFIG.num_experts, dtype=np.int32), each)
+    """Give every expert as many rows, side by side as `sort_by_expert` leaves them."""
+    count = form.count * TOP_K
+    return np.sort(np.arange(count, dtype=np.int32) % CONFIG.num_experts).astype(np.int32)
 
 
 CASES = [
@@ -165,7 +176,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("form", [DECODE, PREFILL], ids=repr)
+@pytest.mark.parametrize("form", [DECODE, *FEW_FORMS, PREFILL], ids=repr)
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 def test_speed(make: Callable[[Form], Case], form: Form, benchmark: BenchmarkFixture) -> None:
     case = make(form)
@@ -176,16 +187,17 @@ def test_speed(make: Callable[[Form], Case], form: Form, benchmark: BenchmarkFix
     turns = itertools.cycle([[tvm.runtime.tensor(a) for a in arguments] for _ in range(copies)])
     benchmark(lambda: kernel.main(*next(turns)))
     if not benchmark.disabled:
-        compute = case.macs and form is not DECODE
+        compute = case.macs and form is PREFILL
         rate = (case.macs if compute else num_bytes) / benchmark.stats["median"] / 1e9
         benchmark.extra_info["GMAC/s" if compute else "GB/s"] = round(rate, 2)
 
 
 def bound(kernel: BuiltKernel, case: Case, form: Form) -> list[Array]:
     """Return all arguments in the target's layout."""
-    num_pages = CONTEXT // PAGE_TOKENS + 1
+    num_pages = len(new_tokens(form)["tables"])
     symbols = {"tokens": form.count, "expert_rows": form.count * TOP_K}
     symbols |= {"pages": num_pages, "table_pages": num_pages}
+    symbols |= {"tiles": len(tiles_of(form.count))}
     assert case.addresses.keys() <= {parameter.name for parameter in case.kernel.params}
     arrays = []
     for i, parameter in enumerate(case.kernel.params):
