@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .constraint import Constraint, is_allowed
 from .errors import ArtifactError
 from .sampling_options import SamplingOptions
 
@@ -20,7 +21,8 @@ class Sample:
     """A chosen token.
 
     logprob is its natural log-probability in the model's own distribution: softmax of the logits
-    without the reserved ids, before bias, penalties, temperature, top_k, top_p and min_p.
+    without the reserved ids, before bias, penalties, constraint, temperature, top_k, top_p and
+    min_p.
     top_logprobs are the most probable (id, logprob) of the same distribution, best first, as many
     as SamplingOptions.logprobs says; where it is None, so is logprob.
     """
@@ -35,11 +37,16 @@ class Sampler:
     choose themselves as well, but not the same as elsewhere.
 
     reserved: integer [n], the ids that are never chosen (see reserved_ids). They are left out of
-    every normalisation.
+    every normalisation. constraint: what else is not chosen; it is told what is.
     """
 
-    def __init__(self, options: SamplingOptions, reserved: NDArray[np.integer[Any]]) -> None:
-        self.options = options
+    def __init__(
+        self,
+        options: SamplingOptions,
+        reserved: NDArray[np.integer[Any]],
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.options, self.constraint = options, constraint
         self._reserved = np.asarray(reserved, dtype=np.int64)
         self._random = np.random.Generator(np.random.PCG64(options.seed))
         self._said: Counter[int] = Counter()  # for penalties
@@ -58,11 +65,16 @@ class Sampler:
         log_total, top = (
             self._normalise(scores, best, reported) if reported is not None else (0, ())
         )
-        if self.options.changes_logits:
+        mask = None if self.constraint is None else self.constraint.mask()
+        if self.options.changes_logits or mask is not None:
             self._change(scores)
+            if mask is not None:
+                scores[: logits.size][~is_allowed(mask, logits.size)] = -np.inf
             best = int(scores.argmax())
         token = best if self._is_greedy() else self._draw(scores, scores[best])
         self._said[token] += 1
+        if self.constraint is not None:
+            self.constraint.push(token)
         if reported is None:
             return Sample(token)
         return Sample(token, float(logits[token]) - log_total, top)
@@ -71,7 +83,7 @@ class Sampler:
         """How a device is to choose the next token: int32 [3], see `kernels/choose.py`; None for
         what it cannot: `sample` does."""
         options = self.options
-        if options.logprobs is not None or options.changes_logits:
+        if options.logprobs is not None or options.changes_logits or self.constraint is not None:
             return None
         if self._is_greedy():
             return np.zeros(3, np.int32)

@@ -1,0 +1,23 @@
+"""What an answer must be: which tokens may come next."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Constraint(Protocol):
+    """Told every token of an answer, it says which may follow."""
+
+    def mask(self) -> NDArray[np.uint32] | None:
+        """Bits [ceil(vocabulary / 32)], the lowest first: 1 for an id that may come next, of which
+        there is one at least that is not reserved. None: any may."""
+
+    def push(self, token_id: int) -> None:
+        """The token that came."""
+
+
+def is_allowed(mask: NDArray[np.uint32], vocab: int) -> NDArray[np.bool_]:
+    """bool [vocab]."""
+    octets: NDArray[Any] = mask.astype("<u4", copy=False).view(np.uint8)
+    return np.unpackbits(octets, bitorder="little", count=vocab).view(np.bool_)
