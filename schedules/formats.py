@@ -31,9 +31,22 @@ ID, POSITION, TABLE = range(FACTS)
 
 Index: TypeAlias = int | Expr
 
+# Kernels for a few rows, whose speed memory limits, are built for a known number or for these; the
+# extents of those for any number have other names.
+FEW_TOKENS = tirx.Var("few_tokens", "int64")
+FEW_EXPERT_ROWS = tirx.Var("few_expert_rows", "int64")
+_FEW = {FEW_TOKENS.name, FEW_EXPERT_ROWS.name}
+
 
 def const(value: int | float, dtype: str) -> Expr:
     return tirx.const(value, dtype)
+
+
+def is_few(rows: Index) -> bool:
+    """Whether a number of rows, the extent of a buffer, is one of a few."""
+    if isinstance(rows, tirx.Var):
+        return rows.name in _FEW
+    return isinstance(rows, int | tirx.IntImm)
 
 
 def extent(value: Index) -> Expr:

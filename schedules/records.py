@@ -44,12 +44,19 @@ def answering(record: Mapping[str, int]) -> Choose:
 
 
 def kernel_key(function: "PrimFunc") -> str:
-    """Return operation, dtypes and shapes; symbolic extents print as n."""
+    """Return operation, dtypes and shapes; symbolic extents print as n, or as few."""
     from tvm import tirx  # takes seconds to import, which whoever asks for a file only has not
+
+    from .formats import is_few
+
+    def told(extent: tirx.Expr) -> str:
+        if isinstance(extent, tirx.IntImm):
+            return str(extent.value)
+        return "few" if is_few(extent) else "n"
 
     parameters = []
     for parameter in function.params:
-        extents = (str(e.value) if isinstance(e, tirx.IntImm) else "n" for e in parameter.shape)
+        extents = map(told, parameter.shape)
         parameters.append(f"{parameter.dtype}[{','.join(extents)}]")
     if window := int(function.attrs.get("window", 0)):  # which no shape tells
         parameters.append(f"window={window}")

@@ -25,7 +25,13 @@ from osscompile.kernels import matmul, rows
 from osscompile.kernels.quantize import quantize
 from osscompile.runtime.machine import Machine
 from osscompile.runtime.step import FEW, TILE_ROWS
-from osscompile.schedules.formats import FP4_OFFSET, Index
+from osscompile.schedules.formats import (
+    FEW_EXPERT_ROWS,
+    FEW_TOKENS,
+    FP4_OFFSET,
+    Index,
+    is_few,
+)
 from osscompile.targets import Target
 
 try:
@@ -52,7 +58,9 @@ class Form:
     count: int
 
     def expert_rows(self, count: int) -> Index:
-        return count if isinstance(self.tokens, int) else EXPERT_ROWS
+        if isinstance(self.tokens, int):
+            return count
+        return FEW_EXPERT_ROWS if is_few(self.tokens) else EXPERT_ROWS
 
     def __repr__(self) -> str:
         return self.name
@@ -61,7 +69,7 @@ class Form:
 DECODE = Form("decode", 1, 1)
 PREFILL = Form("prefill", TOKENS, 21)
 FORMS = [DECODE, Form("prefill_of_one", TOKENS, 1), PREFILL]
-FEW_FORMS = [Form(f"few_{n}", n, n) for n in FEW if n > 1]
+FEW_FORMS = [Form(f"few_{n}", FEW_TOKENS, n) for n in FEW if n > 1]
 few_forms = pytest.mark.parametrize("form", FEW_FORMS, ids=repr)
 every_form = pytest.mark.parametrize("form", FORMS, ids=repr)
 

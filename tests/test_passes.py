@@ -35,6 +35,7 @@ from osscompile.schedules import records
 from osscompile.schedules.cpu import CPU_RULES
 from osscompile.schedules.cpu import rows as fallback
 from osscompile.schedules.cpu.loops import loops
+from osscompile.schedules.formats import is_few
 from osscompile.schedules.records import kernel_key, recorded
 from osscompile.schedules.rule import schedule
 from osscompile.targets import Target, TargetError
@@ -189,10 +190,12 @@ def test_no_matrix_product_of_gpt_oss_falls_back(profile: str) -> None:
     module = build_graph(gpt_oss_config(num_layers=1, num_experts=32), profile, 4096, 512).module
     module = pack_weights(module, AVX2)
     products = [k for k in kernels(module).values() if _is_product(k)]
-    assert len(products) >= 10  # qkv, out, router, gate_up and down, each in two forms
+    assert len(products) >= 15  # qkv, out, router, gate_up and down, each in three forms
     for kernel in products:
-        one_token = isinstance(kernel.params[0].shape[0], tirx.IntImm)
-        rule = "matvec" if one_token else "panel"
+        in_int8 = "xq" in {parameter.name for parameter in kernel.params}
+        rule = "panel"
+        if is_few(kernel.params[0].shape[0]):
+            rule = "few" if in_int8 else "matvec"
         assert schedule(kernel, AVX2).attrs["scheduled_by"] == rule, kernel.attrs["op"]
 
 

@@ -111,7 +111,7 @@ def test_offsets_belong_to_the_numbers(num_digits: int) -> None:
         inputs.Argument("xoffset", "int32", shape, (1,), "offsets", low, high),
     )
     arrays = [inputs.make_array(a, a.shape) for a in arguments]
-    inputs._set_offsets(arguments, arrays)
+    inputs._set_dependent(arguments, arrays)
     whole = arrays[0].astype(np.int64)
     if digits:
         whole = whole[:, :, 0] * DIGIT**2 + whole[:, :, 1] * DIGIT + whole[:, :, 2]

@@ -55,7 +55,7 @@ def _link(output: Path, objects: Sequence[Path], target: Target) -> None:
     """
     folder = objects[0].parent
     command = [sys.executable, "-m", "ziglang", "cc", "-target", target.link_triple]
-    command += ["-shared", "-nostdlib", *target.link_flags, "-o", output.name]
+    command += ["-shared", "-nostdlib", "-s", *target.link_flags, "-o", output.name]
     command += [file.relative_to(folder).as_posix() for file in objects]
     caches = {"ZIG_GLOBAL_CACHE_DIR": "cache", "ZIG_LOCAL_CACHE_DIR": "cache"}
     result = run_tool(command, folder, caches)

@@ -18,7 +18,16 @@ from tvm.tirx import PrimFunc
 
 from ..kernels import attention, experts, kv_cache, matmul, quantize, rows
 from ..runtime.step import FEW
-from ..schedules.formats import BLOCK, DIGITS, FACTS, FP4_PER_WORD, INT8_PER_WORD, Index
+from ..schedules.formats import (
+    BLOCK,
+    DIGITS,
+    FACTS,
+    FEW_EXPERT_ROWS,
+    FEW_TOKENS,
+    FP4_PER_WORD,
+    INT8_PER_WORD,
+    Index,
+)
 from .config import ModelConfig
 
 DEFAULT_CHUNK = 512  # tokens of one prefill call; longer prompts take several
@@ -191,13 +200,15 @@ class _Layers:
 
     @property
     def kernel_tokens(self) -> Index:
-        """Of kernels that are built for each number: those that read weights, keys and values."""
-        return self.tokens if isinstance(self.tokens, int) else TOKENS
+        """Of kernels that read weights, keys and values: one, few, or any number."""
+        if not isinstance(self.tokens, int):
+            return TOKENS
+        return self.tokens if self.tokens == 1 else FEW_TOKENS
 
     @property
     def row_tokens(self) -> Index:
         """Of kernels that go row by row: for one there are some of its own, for few none."""
-        return 1 if isinstance(self.tokens, int) and self.tokens == 1 else TOKENS
+        return self.tokens if isinstance(self.tokens, int) and self.tokens == 1 else TOKENS
 
     def embed(self) -> relax.Var:
         kernel = rows.embed_q8 if self.quantized else rows.embed_bf16
@@ -262,7 +273,8 @@ class _Layers:
         choices = (self.tokens, top_k)
         num_rows = self.tokens * top_k
         # Within the experts' kernels the number of rows is a symbol of its own.
-        symbol = num_rows if isinstance(num_rows, int) else EXPERT_ROWS
+        few = num_rows if self.tokens == 1 else FEW_EXPERT_ROWS
+        symbol = few if isinstance(num_rows, int) else EXPERT_ROWS
         row_symbol = num_rows if isinstance(tokens, int) else EXPERT_ROWS
 
         normed, *activation = self._norm(f"{layer}.mlp_norm", x, self.expert_activation)

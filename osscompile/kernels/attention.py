@@ -13,7 +13,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from ..runtime.kv_cache import KEYS_PER_TILE, PAGE_TOKENS
 from ..runtime.step import TILE_ROWS
-from ..schedules.formats import FACTS, POSITION, TABLE, Index, extent
+from ..schedules.formats import FACTS, POSITION, TABLE, Index, extent, is_few
 from .kv_cache import TABLE_PAGES, cache_shapes, page_of
 
 TILES = tirx.Var("tiles", "int64")  # of a step's rows
@@ -105,7 +105,7 @@ def attention(
                     out[task // heads, task % heads * head_dim + lane] / mass[0]
                 )
 
-    if isinstance(tokens, int):
+    if is_few(tokens):
 
         @T.prim_func(private=True, s_tir=True)
         def attend_few(

@@ -30,6 +30,7 @@ from ..schedules.formats import (
     fp4_offset_by_12,
     half_e8m0_to_float32,
     int8_of_word,
+    is_few,
     sum_of_digits,
 )
 from .experts import chosen
@@ -270,6 +271,8 @@ def _prim_func(
     names = {"words", "scales", "weight"}
     packed = [[i, row_axis] for i, t in enumerate(tensors) if t.op.name in names]
     attributes: dict[str, object] = {"op": op, "packed_params": packed}
+    if is_few(tensors[0].shape[0]):  # else the kernel for any number would seem the same
+        attributes["few_rows"] = True
     if columns_needed is not None:
         attributes["columns_needed"] = columns_needed
     return te.create_prim_func(tensors).with_attr(attributes)

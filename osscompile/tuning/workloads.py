@@ -20,8 +20,9 @@ from ..kernels.kv_cache import PAGES, TABLE_PAGES
 from ..passes.pack_weights import pack_weights
 from ..runtime.kv_cache import PAGE_TOKENS
 from ..runtime.manifest import CPU
-from ..runtime.step import TILE_ROWS
+from ..runtime.step import FEW, TILE_ROWS
 from ..runtime.trials.files import Argument
+from ..schedules.formats import FEW_EXPERT_ROWS, FEW_TOKENS
 from ..schedules.records import kernel_key
 from ..schedules.rule import schedule
 from ..targets import Target
@@ -139,6 +140,8 @@ def _arguments(function: PrimFunc, call: _Call, config: ModelConfig) -> tuple[Ar
     widest = max((math.prod(shape[1:]) for shape in shapes[num_inputs:]), default=1)
     rows = min(CHECKED_ROWS, room, max(1, CHECKED_ELEMENTS // widest))
     symbols = {e.name for p in function.params for e in p.shape if isinstance(e, tirx.Var)}
+    if FEW_TOKENS.name in symbols or FEW_EXPERT_ROWS.name in symbols:
+        rows = min(rows, max(FEW))
     checked = dict.fromkeys(symbols, rows) | dict.fromkeys(PAGE_SYMBOLS, _num_pages(config))
     checked[TILES.name] = -(-rows // TILE_ROWS)
     setting = Setting(sizes, rows, position, config)

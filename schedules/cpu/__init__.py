@@ -5,6 +5,7 @@ into registers. For larger ones, and for all of scope "local", TVM calls an allo
 """
 
 from .attention import attention
+from .few_int8 import few
 from .loops import loops
 from .matvec import matvec
 from .panel import panel
@@ -13,7 +14,8 @@ from .rows import rows
 CPU_RULES = (
     attention,
     loops,  # other kernels without blocks: no other rule can read them
-    panel,  # any number of rows of activations; `matvec` takes a few
-    matvec,
+    panel,  # any number of rows of activations
+    few,
+    matvec,  # takes what `few` does not
     rows,  # takes everything that is left
 )

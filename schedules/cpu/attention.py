@@ -127,7 +127,7 @@ def _parts(chunks: Chunks) -> Stmt:
     kv_heads, group, head_dim, lanes = chunks.kv_heads, chunks.group, chunks.head_dim, chunks.lanes
     sinks, out = (chunks.buffers[n] for n in ("sinks", "out"))
     heads, fact, column, extend = chunks.heads, chunks.fact, chunks.column, chunks.extend
-    num_tokens = int(chunks.num_tokens)
+    num_tokens = chunks.num_tokens
 
     # `slot` counts tokens and their parts
     def last_key(slot: Expr) -> Expr:
@@ -158,7 +158,7 @@ def _parts(chunks: Chunks) -> Stmt:
         partial = T.alloc_buffer((num_tokens * PARTS, heads * head_dim), "float32")
         largest = T.alloc_buffer((num_tokens * PARTS * kv_heads, group), "float32")
         total = T.alloc_buffer((num_tokens * PARTS * kv_heads, group), "float32")
-        for task in T.parallel(T.int64(num_tokens * PARTS * kv_heads)):
+        for task in T.parallel(num_tokens * PARTS * kv_heads):
             panel = T.alloc_buffer((KEYS * head_dim,), "float32")
             weight = T.alloc_buffer((group, KEYS), "float32")
             shrink = T.alloc_buffer((group,), "float32")

@@ -12,10 +12,10 @@ from operator import add
 from tvm import DataType
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, IntImm, PrimFunc
+from tvm.tirx import Buffer, PrimFunc
 
 from ...targets import Target
-from ..formats import const
+from ..formats import const, is_few
 from ..product import whole_parts
 from ..records import Choose
 from .prefetch import LINE_BYTES, fetch
@@ -44,7 +44,7 @@ class Chunks:
         self.dtype = str(buffers["keys"].dtype)
         # at least a tile: LLVM splits vectors where registers are narrower
         self.lanes = max(min(target.register_bits // 32, self.head_dim), self.tile)
-        self.single = isinstance(self.num_tokens, IntImm)  # a row a task: memory limits its speed
+        self.single = is_few(self.num_tokens)  # a row a task: memory limits its speed
         self.tokens_per_task = 1 if self.single else TOKENS_PER_TASK
 
     def choose(self, choose: Choose, target: Target) -> None:

@@ -4,7 +4,6 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from ..formats import BLOCK, FP4_PER_WORD
 from .vectors import FP4_UNSIGNED, LANES, VectorOf, broadcast_four, constant
 
 INT8_OFFSET = 128  # makes an int8 unsigned by flipping its highest bit
@@ -22,14 +21,9 @@ def lookup(table: tuple[int, ...], dtype: str, codes: Expr) -> Expr:
     return call("avx2.pshuf.b", dtype, constant(table * 2, dtype), nibbles)
 
 
-def fp4_unsigned(words: Buffer) -> list[Expr]:
-    """Unpack a block of 8 rows, words [4, 8], to 8 uint8x32 of 4 inputs each: 2 x fp4 + 12."""
-    vectors = []
-    for j in range(BLOCK // FP4_PER_WORD):
-        word = words.vload([j, 0], "uint32x8")
-        high = T.shift_right(word, T.broadcast(T.uint32(4), LANES))
-        vectors += [lookup(FP4_UNSIGNED, "uint8x32", codes) for codes in (word, high)]
-    return vectors
+def broadcast_activations(x: Buffer, row: tuple[Expr, ...], vector: Expr) -> Expr:
+    """Repeat the `vector`-th 4 of a block of activations, int8 [..., 32], in every 32-bit lane."""
+    return broadcast_four(x.vload([*row, vector * 4], "int8x4"), "int8x32")
 
 
 def fp4_vector(word_of: VectorOf, vector: Expr) -> Expr:
@@ -37,8 +31,3 @@ def fp4_vector(word_of: VectorOf, vector: Expr) -> Expr:
     shift = (vector % 2 * 4).astype("uint32")
     codes = T.shift_right(word_of(vector // 2), T.broadcast(shift, LANES))
     return lookup(FP4_UNSIGNED, "uint8x32", codes)
-
-
-def broadcast_signed(x: Buffer, *start: Expr) -> Expr:
-    """Repeat 4 neighbouring int8 in every 32-bit lane."""
-    return broadcast_four(x.vload(list(start), "int8x4"), "int8x32")

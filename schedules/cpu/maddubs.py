@@ -1,59 +1,20 @@
 """Byte products by `maddubs` of AVX2: unsigned x signed bytes, neighbours added in int16.
 
-Each 32-bit lane of a vector is one row of weights and holds 4 consecutive inputs of it. The sums of
-a block (`*_sums`) read packed words; those of a panel (`*_dot_part`) unpacked vectors (`*_vector`).
+Each 32-bit lane of a vector is one row of weights and holds 4 consecutive inputs of it. `*_vector`
+unpacks packed words; `*_dot_part` multiplies what was unpacked.
 """
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import Buffer
 
-from ..formats import BLOCK, DIGIT, DIGITS, INT8_PER_WORD
-from .avx2 import INT8_OFFSET, broadcast_signed, call, fp4_unsigned, fp4_vector
+from ..formats import BLOCK
+from .avx2 import INT8_OFFSET, call, fp4_vector
 from .vectors import LANES, VectorOf
 
 ROWS, INPUTS = 1, 4  # rows of activations a product takes; inputs of a column in a panel's vector
 Q8_OFFSET = INT8_OFFSET  # added to int8 weights in a panel
 Q8_VECTORS = 2 * BLOCK // 4  # that a block of int8 weights fills: low digits, then high ones
 MXFP4_PARTS = Q8_PARTS = 2  # that a block's sum is added up in
-
-
-def mxfp4_sums(weights: Buffer, x: Buffer) -> Expr:
-    """int32x8 sums of (2 x fp4 + 12) x int8: words [4, 8], x [32].
-
-    Four products of at most 24 x 127 x 2 fit in int16 before they are widened.
-    """
-    pairs = [_products(w, broadcast_signed(x, 4 * v)) for v, w in enumerate(fp4_unsigned(weights))]
-    return _widen(_total(pairs[:4])) + _widen(_total(pairs[4:]))
-
-
-def mxfp4_digits_sums(weights: Buffer, x: Buffer) -> Expr:
-    """int32x8 sums of (2 x fp4 + 12) x digits: words [4, 8], x [digits, 32].
-
-    Eight products of at most 24 x 64 x 2 fit in int16.
-    """
-    sums = None
-    for digit in range(DIGITS):
-        pairs = [
-            _products(w, broadcast_signed(x, digit, 4 * v))
-            for v, w in enumerate(fp4_unsigned(weights))
-        ]
-        scaled = _widen(_total(pairs), DIGIT ** (DIGITS - 1 - digit))
-        sums = scaled if sums is None else sums + scaled
-    return sums
-
-
-def q8_sums(weights: Buffer, x: Buffer) -> Expr:
-    """int32x8 sums of int8 x int8: words [8, 8], x [32].
-
-    It multiplies |w| by x with the sign of w: two products of at most 127 x 127 fit in int16.
-    """
-    sums = []
-    for j in range(BLOCK // INT8_PER_WORD):
-        w = T.reinterpret(weights.vload([j, 0], "uint32x8"), dtype="int8x32")
-        x_signed = call("avx2.psign.b", "int8x32", broadcast_signed(x, j * INT8_PER_WORD), w)
-        sums.append(_widen(_products(call("avx2.psign.b", "int8x32", w, w), x_signed)))
-    return _total(sums)
 
 
 mxfp4_vector = fp4_vector
@@ -63,7 +24,7 @@ def mxfp4_dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr)
     """Return `start` (int32x8) + the products of half of the 8 vectors of weights (uint8x32) and of
     activations (int8x32): four of at most 24 x 127 x 2 fit in int16."""
     vectors = [part * 4 + i for i in range(4)]
-    return start + _widen(_total([_products(weight_of(v), x_of(v)) for v in vectors]))
+    return start + widen(total([products(weight_of(v), x_of(v)) for v in vectors]))
 
 
 def q8_vector(word_of: VectorOf, vector: Expr) -> Expr:
@@ -79,19 +40,19 @@ def q8_dot_part(start: Expr, weight_of: VectorOf, x_of: VectorOf, part: Expr) ->
     """Return `start` (int32x8) + the products of 8 vectors (uint8x32) of the low, or of the high,
     digits of weights with 8 vectors of activations (int8x32): eight of at most 15 x 127 x 2 fit in
     int16."""
-    products = [_products(weight_of(part * 8 + i), x_of(T.int32(i))) for i in range(8)]
-    return start + _widen(_total(products), T.Select(part == 0, T.int16(1), T.int16(16)))
+    sums = total([products(weight_of(part * 8 + i), x_of(T.int32(i))) for i in range(8)])
+    return start + widen(sums, T.Select(part == 0, T.int16(1), T.int16(16)))
 
 
-def _products(unsigned: Expr, signed: Expr) -> Expr:
+def products(unsigned: Expr, signed: Expr) -> Expr:
     return call("avx2.pmadd.ub.sw", "int16x16", unsigned, signed)
 
 
-def _widen(pairs: Expr, factor: int | Expr = 1) -> Expr:
+def widen(pairs: Expr, factor: int | Expr = 1) -> Expr:
     """Add neighbouring int16, times a factor, to int32."""
     factor = T.int16(factor) if isinstance(factor, int) else factor
     return call("avx2.pmadd.wd", "int32x8", pairs, T.broadcast(factor, 16))
 
 
-def _total(terms: list[Expr]) -> Expr:
+def total(terms: list[Expr]) -> Expr:
     return sum(terms[1:], terms[0])

@@ -6,11 +6,11 @@ dense layer. It holds bytes where the target has a byte product (`panel_int8.py`
 (`panel_float.py`).
 """
 
-from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.tirx import PrimFunc
 
 from ...targets import Target
+from ..formats import is_few
 from ..product import OPS, Product
 from ..records import Choose
 from ..tail import split_tail
@@ -21,13 +21,13 @@ from .tail import with_tail
 
 
 def panel(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
-    """Schedule one of `OPS` with a symbolic number of rows of activations; declines others, and
+    """Schedule one of `OPS` with any number of rows of activations; declines others, and
     weights that do not fill vectors."""
     op = str(function.attrs["op"])
     if op not in OPS:
         return None
     product = Product(function)
-    if isinstance(product.num_rows, tirx.IntImm) or product.columns % target.vector_lanes:
+    if is_few(product.num_rows) or product.columns % target.vector_lanes:
         return None
     int8 = "xq" in product.tensors and target.int8_dot in INSTRUCTIONS
     panels = int8_panels if int8 else float_panels

@@ -1,5 +1,5 @@
 """Byte products by `smmla` of AArch64: in panels, two rows of activations x two columns at once,
-eights of products added exactly to int32. One row alone is multiplied by `sdot`.
+eights of products added exactly to int32.
 
 This file has the same functions as `maddubs.py`.
 """
@@ -23,8 +23,6 @@ _IN_SQUARES = [
 ]
 _IN_ROWS = [_IN_SQUARES.index(place) for place in range(ROWS * LANES)]
 _IN_COLUMNS = [place for column in range(LANES) for place in (column, LANES + column)]
-
-mxfp4_sums, mxfp4_digits_sums, q8_sums = sdot.mxfp4_sums, sdot.mxfp4_digits_sums, sdot.q8_sums
 
 
 def mxfp4_vector(word_of: VectorOf, vector: Expr) -> Expr:

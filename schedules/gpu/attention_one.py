@@ -14,10 +14,10 @@ import math
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, IntImm, PrimFunc, Stmt
+from tvm.tirx import Buffer, PrimFunc, Stmt
 
 from ...targets import Target
-from ..formats import const
+from ..formats import const, is_few
 from ..product import whole_parts
 from ..records import Choose
 from .reduce import num_slices, reduction
@@ -36,7 +36,7 @@ def attention_one(function: PrimFunc, target: Target, choose: Choose) -> Schedul
     than a subgroup has threads or shared memory for."""
     if str(function.attrs["op"]) != "attention":
         return None
-    if not isinstance(function.params[0].shape[0], IntImm):
+    if not is_few(function.params[0].shape[0]):
         return None
     tiles = TokenTiles(function, 1, target.subgroup_size)
     fitting = _fitting(tiles, target)
@@ -55,7 +55,7 @@ def _fitting(tiles: TokenTiles, target: Target) -> list[int]:
 
 
 def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt:
-    only, num_tokens = const(0, "int64"), int(tiles.num_tokens)  # a tile has one row
+    only, num_tokens = const(0, "int64"), tiles.num_tokens  # a tile has one row
     queries, sinks, out = tiles.queries, tiles.sinks, tiles.out
     heads, kv_heads, head_dim, group = tiles.heads, tiles.kv_heads, tiles.head_dim, tiles.group
     each = -(-head_dim // threads)  # elements of the output that a thread has
@@ -231,7 +231,7 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
 
         @T.prim_func(private=True, s_tir=True, check_well_formed=False)
         def in_one() -> None:
-            for token in T.thread_binding(T.int64(num_tokens), thread="blockIdx.z"):
+            for token in T.thread_binding(num_tokens, thread="blockIdx.z"):
                 for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
                     for member in T.thread_binding(T.int64(members), thread="threadIdx.y"):
                         for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
@@ -244,13 +244,13 @@ def _body(tiles: TokenTiles, threads: int, members: int, choose: Choose) -> Stmt
         partial = T.alloc_buffer((num_tokens * parts, heads, head_dim), "float32")
         largest = T.alloc_buffer((num_tokens * parts, heads), "float32")
         total = T.alloc_buffer((num_tokens * parts, heads), "float32")
-        for token in T.thread_binding(T.int64(num_tokens), thread="blockIdx.z"):
+        for token in T.thread_binding(num_tokens, thread="blockIdx.z"):
             for kv_head in T.thread_binding(T.int64(kv_heads), thread="blockIdx.x"):
                 for part in T.thread_binding(T.int64(parts), thread="blockIdx.y"):
                     for member in T.thread_binding(T.int64(members), thread="threadIdx.y"):
                         for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
                             attend(partial, largest, total, token, kv_head, part, member, thread)
-        for token in T.thread_binding(T.int64(num_tokens), thread="blockIdx.y"):
+        for token in T.thread_binding(num_tokens, thread="blockIdx.y"):
             for head in T.thread_binding(T.int64(heads), thread="blockIdx.x"):
                 for d in T.thread_binding(T.int64(head_dim), thread="threadIdx.x"):
                     merged = T.alloc_buffer((3,), "float32", scope="local")

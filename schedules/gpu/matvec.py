@@ -9,7 +9,7 @@ activations: they compute neighbouring columns of one row.
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, IntImm, PrimFunc, Stmt
+from tvm.tirx import Buffer, PrimFunc, Stmt
 
 from ...targets import Target
 from ..formats import (
@@ -19,6 +19,7 @@ from ..formats import (
     bf16_to_float32,
     const,
     half_e8m0_to_float32,
+    is_few,
     sum_of_digits,
 )
 from ..product import OPS, Product, whole_parts
@@ -35,11 +36,11 @@ VECTOR = 4  # elements: the most that a vector has everywhere
 
 
 def matvec(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
-    """Schedule one of `OPS` with a known number of rows of activations; declines others."""
+    """Schedule one of `OPS` with a few rows of activations; declines others."""
     if str(function.attrs["op"]) not in OPS:
         return None
     product = Product(function)
-    if not isinstance(product.num_rows, IntImm):
+    if not is_few(product.num_rows):
         return None
     return with_tail(function, _body(product, target, choose), target, choose)
 
@@ -60,7 +61,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     together = choose("columns_together", *whole_parts(columns, fitting, 4))
     wanted = WORDS_WANTED // (halves * loads * words)
     at_once = choose("turns_together", *whole_parts(turns, TURNS_TOGETHER, wanted))
-    groups, num_rows = columns // together, int(product.num_rows)
+    groups, num_rows = columns // together, product.num_rows
 
     def part_of(turn: Expr, thread: Expr) -> Expr:
         """Return a thread's part; turns past the last part repeat it, and it is not added."""
@@ -117,7 +118,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
         flat = T.decl_buffer((num_rows * parts * x_elements,), x_dtype, data=x.data)
-        for group in T.thread_binding(T.int64(num_rows * groups), thread="blockIdx.x"):
+        for group in T.thread_binding(num_rows * groups, thread="blockIdx.x"):
             for member in T.thread_binding(T.int64(together), thread="threadIdx.y"):
                 for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
                     expert = T.alloc_buffer((1,), "int64", scope="local")

@@ -13,10 +13,10 @@ from types import ModuleType
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import IntImm, PrimFunc, Stmt
+from tvm.tirx import PrimFunc, Stmt
 
 from ...targets import Target
-from ..formats import BLOCK
+from ..formats import BLOCK, is_few
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
 from . import fma, simdgroup, tf32
@@ -33,7 +33,7 @@ def tiles(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None
         return None
     product = Product(function)
     instruction = _instruction(product, target)
-    if isinstance(product.num_rows, IntImm) or instruction is None:
+    if is_few(product.num_rows) or instruction is None:
         return None
     return with_tail(function, _body(product, instruction, choose), target, choose)
 

@@ -12,10 +12,10 @@ holds.
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, IntImm, PrimFunc, Stmt
+from tvm.tirx import Buffer, PrimFunc, Stmt
 
 from ...targets import Target
-from ..formats import BLOCK, DIGIT, FP4_PER_WORD, INT8_PER_WORD, half_e8m0_to_float32
+from ..formats import BLOCK, DIGIT, FP4_PER_WORD, INT8_PER_WORD, half_e8m0_to_float32, is_few
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
 from . import dot4, mma
@@ -39,7 +39,7 @@ def tiles_int8(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
     product = Product(function)
     width = INSTRUCTIONS[target.int8_dot].TILE_COLUMNS
     fits = product.columns % (width * min(INSTRUCTIONS[target.int8_dot].COLUMNS_EACH)) == 0
-    if isinstance(product.num_rows, IntImm) or "xq" not in product.tensors or not fits:
+    if is_few(product.num_rows) or "xq" not in product.tensors or not fits:
         return None
     return with_tail(function, _body(product, target, choose), target, choose)
 

@@ -196,6 +196,7 @@ def bound(kernel: BuiltKernel, case: Case, form: Form) -> list[Array]:
     """Return all arguments in the target's layout."""
     num_pages = len(new_tokens(form)["tables"])
     symbols = {"tokens": form.count, "expert_rows": form.count * TOP_K}
+    symbols |= {f"few_{name}": count for name, count in symbols.items()}
     symbols |= {"pages": num_pages, "table_pages": num_pages}
     symbols |= {"tiles": len(tiles_of(form.count))}
     assert case.addresses.keys() <= {parameter.name for parameter in case.kernel.params}
