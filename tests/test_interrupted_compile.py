@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from artifacts import TINY_OPTIONS, leave_libraries_empty
+from artifacts import TINY_OPTIONS, leave_libraries_empty, run_python
 from checkpoints import write_checkpoint
 
 import osscompile
@@ -464,6 +464,34 @@ def is_running(process: int) -> bool:
         return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+AT_THE_END = """
+import atexit, sys, threading, time
+import osscompile
+from concurrent.futures import thread
+
+def compile_late():
+    while not thread._shutdown:
+        time.sleep(0.01)
+    try:
+        osscompile.compile("synthetic:tiny", sys.argv[2], "out")
+    except osscompile.OsscompileError as error:
+        print(error)
+
+if sys.argv[1] == "thread":
+    threading.Thread(target=compile_late).start()
+else:
+    atexit.register(compile_late)
+"""
+
+
+@pytest.mark.parametrize("caller", ["handler", "thread"])
+def test_compile_while_the_process_ends(tmp_path: Path, target: str, caller: str) -> None:
+    result = run_python(AT_THE_END, caller, target, cwd=tmp_path)
+    assert result.stdout.startswith("compile: expected a process in which threads can begin, found")
+    assert (result.stdout.count("\n"), result.stderr) == (1, "")
+    assert listing(tmp_path) == []
 
 
 def test_interrupt_of_a_compile_leaves_the_next_one_alone(

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from ..errors import OsscompileError
+from ..script import INTERRUPTED
 
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
-
-INTERRUPTED = 130  # the status that shells give to what Ctrl-C ended
 
 
 class Parser(argparse.ArgumentParser):
