@@ -122,7 +122,7 @@ def compile(
     with staged_directory(output, size + OTHER_FILES_BYTES) as folder:
         names = ", ".join(m.variant for m in machines)
         _say(progress, f"compiling its kernels for {machine.description}: {names}")
-        workspace_bytes = _build_libraries(module, machines, constants, folder, dump)
+        workspace_bytes = _build_libraries(module, machines, constants, folder, dump, progress)
         with tqdm(
             total=size, unit="B", unit_scale=True, desc="repacking weights", disable=not progress
         ) as bar:
@@ -220,20 +220,28 @@ def _build_libraries(
     constants: list[Records],
     folder: Path,
     dump: Path | None,
+    progress: bool,
 ) -> dict[str, int]:
     """Schedule and compile the packed module for each of them; returns the workspace of each
     function in bytes, which is the same for all."""
     passes, build = BUILDS[machines[0].runtime]
     lowered = []
-    for machine, records in zip(machines, constants, strict=True):
-        phases = dump / machine.variant if dump is not None else None
-        lowered.append(run_passes(module, machine, passes, phases, SHARED_PASSES, records))
-        if isinstance(records, WatchedRecords):
-            records.warn_of_unused()
     libraries = [folder / machine.library for machine in machines]
-    with worker_threads(os.cpu_count() or 1) as pool:  # LLVM works without Python's lock
+    with (
+        tqdm(total=2 * len(machines), unit="step", disable=not progress) as bar,
+        worker_threads(os.cpu_count() or 1) as pool,  # LLVM works without Python's lock
+    ):
+        for machine, records in zip(machines, constants, strict=True):
+            bar.set_description(f"scheduling kernels for {machine.variant}")
+            phases = dump / machine.variant if dump is not None else None
+            lowered.append(run_passes(module, machine, passes, phases, SHARED_PASSES, records))
+            if isinstance(records, WatchedRecords):
+                records.warn_of_unused()
+            bar.update()
+        bar.set_description(f"compiling {', '.join(library.name for library in libraries)}")
         try:
-            list(pool.map(build, lowered, machines, libraries))
+            for _ in pool.map(build, lowered, machines, libraries):
+                bar.update()
         except KeyboardInterrupt:
             end_tools(folder)
             raise
@@ -244,7 +252,9 @@ def _build_libraries(
 
 def _check_options(config: ModelConfig, profile: str, context: int | None, chunk: int) -> int:
     if profile not in PROFILES:
-        raise CompileError(f"profile: expected one of {', '.join(PROFILES)}, found {profile!r}")
+        raise CompileError(
+            f"profile: expected one of {', '.join(PROFILES)}, found {profile!r}"
+        )
     context = config.max_context if context is None else whole_number("context", context)
     if not 1 <= context <= config.max_context:
         raise CompileError(

@@ -494,6 +494,18 @@ def test_compile_while_the_process_ends(tmp_path: Path, target: str, caller: str
     assert listing(tmp_path) == []
 
 
+@pytest.mark.usefixtures("without_kernels")
+def test_progress_of_what_takes_long(
+    tmp_path: Path, this_machine: Target, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each library's kernels are scheduled, then it is compiled, then the weights come."""
+    compile_tiny(tmp_path / "out", this_machine.name, progress=True)
+    bars = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert any(f"scheduling kernels for {this_machine.variant}" in bar for bar in bars)
+    assert any(bar.startswith("compiling") and this_machine.library in bar for bar in bars)
+    assert any("2/2" in bar for bar in bars) and bars[-1].startswith("repacking")
+
+
 def test_interrupt_of_a_compile_leaves_the_next_one_alone(
     tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
