@@ -28,7 +28,7 @@ from .importer.graph import (
 )
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import KeptScales, weight_pieces
-from .options import adapters_option, names_option, path_option, whole_number
+from .options import adapters_option, names_option, path_option, shown, whole_number
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
@@ -173,7 +173,7 @@ def open_model(
 ) -> Resolved:
     """What `compile` compiles. Raises CheckpointError."""
     if not isinstance(model, str | os.PathLike):
-        raise CheckpointError(f"model: expected a name or a directory, found {model!r}")
+        raise CheckpointError(f"model: expected a name or a directory, found {model!r:.200}")
     merged = adapters_option(adapters)
     with worker_threads(1) as pool:  # a download that is interrupted waits for its own threads
         return pool.submit(resolve_model, model, merged).result()
@@ -193,7 +193,7 @@ def _choose_variants(target: str, names: str | Iterable[str] | None) -> tuple[Ta
     if unknown or (names is not None and not names):
         raise TargetError(
             f"variants of {target}: expected some of {', '.join(known)}, "
-            f"found {', '.join(unknown) if any(unknown) else 'none'}"
+            f"found {', '.join(map(shown, unknown)) if any(unknown) else 'none'}"
         )
     return tuple(v for v in variants if names is None or v.variant in names)
 
@@ -253,7 +253,7 @@ def _build_libraries(
 def _check_options(config: ModelConfig, profile: str, context: int | None, chunk: int) -> int:
     if profile not in PROFILES:
         raise CompileError(
-            f"profile: expected one of {', '.join(PROFILES)}, found {profile!r}"
+            f"profile: expected one of {', '.join(PROFILES)}, found {profile!r:.200}"
         )
     context = config.max_context if context is None else whole_number("context", context)
     if not 1 <= context <= config.max_context:
