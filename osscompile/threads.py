@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from .errors import CompileError
+from .errors import ThreadError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -16,7 +16,7 @@ def worker_threads(count: int) -> Iterator[Executor]:
     """So many threads, for the block; what they have not begun when it fails, they do not begin.
 
     They are waited for, unless the block is interrupted: what LLVM, a download or a slow disk is at
-    takes from seconds to minutes, and whoever gave up does not want it. CompileError where no
+    takes from seconds to minutes, and whoever gave up does not want it. ThreadError where no
     thread can begin.
     """
     pool, wait = _Workers(count), True
@@ -33,8 +33,5 @@ class _Workers(ThreadPoolExecutor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         try:
             return super().submit(fn, *args, **kwargs)
-        except RuntimeError as error:  # how Python tells that it ends, or has too many threads
-            raise CompileError(
-                f"compile: expected a process in which threads can begin, found: {error}; call it "
-                "before the process ends"
-            ) from error
+        except RuntimeError as error:
+            raise ThreadError(error) from error

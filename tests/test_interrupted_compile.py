@@ -469,24 +469,28 @@ def is_running(process: int) -> bool:
 AT_THE_END = """
 import atexit, sys, threading, time
 import osscompile
-from concurrent.futures import thread
 
 def compile_late():
-    while not thread._shutdown:
-        time.sleep(0.01)
     try:
         osscompile.compile("synthetic:tiny", sys.argv[2], "out")
     except osscompile.OsscompileError as error:
         print(error)
 
+def wait_and_compile():
+    while not thread._shutdown:
+        time.sleep(0.01)
+    compile_late()
+
+if sys.argv[1] != "handler that imports it":
+    from concurrent.futures import thread
 if sys.argv[1] == "thread":
-    threading.Thread(target=compile_late).start()
+    threading.Thread(target=wait_and_compile).start()
 else:
     atexit.register(compile_late)
 """
 
 
-@pytest.mark.parametrize("caller", ["handler", "thread"])
+@pytest.mark.parametrize("caller", ["handler", "handler that imports it", "thread"])
 def test_compile_while_the_process_ends(tmp_path: Path, target: str, caller: str) -> None:
     result = run_python(AT_THE_END, caller, target, cwd=tmp_path)
     assert result.stdout.startswith("compile: expected a process in which threads can begin, found")
