@@ -35,6 +35,12 @@ if not (_here / "runtime").is_dir():
 
 def __getattr__(name: str) -> Any:
     if name == "compile":
+        try:
+            from . import threads  # noqa: F401
+        except RuntimeError as error:  # nor can what makes them be imported while a process ends
+            from .errors import ThreadError
+
+            raise ThreadError(error) from error
         from .compiler import compile
 
         return compile

@@ -1,19 +1,18 @@
 """The command line, as `osscompile` and `python -m osscompile`."""
 
-import sys
 from typing import NoReturn
+
+from .runtime.script import run_script
 
 
 def script() -> NoReturn:
-    try:  # imports and options take half a second, in which an interrupt is answered too
-        from .cli import main
-        from .runtime.cli.main import end_process
+    run_script("osscompile", _main)
 
-        status = main()
-    except KeyboardInterrupt:
-        print("\nosscompile: interrupted", file=sys.stderr)
-        sys.exit(130)
-    end_process(status)
+
+def _main() -> int:
+    from .cli import main
+
+    return main()
 
 
 if __name__ == "__main__":

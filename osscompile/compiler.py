@@ -28,7 +28,7 @@ from .importer.graph import (
 )
 from .importer.resolve import Resolved, resolve_model
 from .importer.weights import KeptScales, weight_pieces
-from .options import adapters_option, names_option, path_option, whole_number
+from .options import adapters_option, names_option, path_option, shown, whole_number
 from .passes import LAUNCH_PASSES, SHARED_PASSES, VARIANT_PASSES, run_passes
 from .passes.pack_weights import PACKED_ROWS
 from .passes.plan_memory import WORKSPACE
@@ -122,7 +122,7 @@ def compile(
     with staged_directory(output, size + OTHER_FILES_BYTES) as folder:
         names = ", ".join(m.variant for m in machines)
         _say(progress, f"compiling its kernels for {machine.description}: {names}")
-        workspace_bytes = _build_libraries(module, machines, constants, folder, dump)
+        workspace_bytes = _build_libraries(module, machines, constants, folder, dump, progress)
         with tqdm(
             total=size, unit="B", unit_scale=True, desc="repacking weights", disable=not progress
         ) as bar:
@@ -173,7 +173,7 @@ def open_model(
 ) -> Resolved:
     """What `compile` compiles. Raises CheckpointError."""
     if not isinstance(model, str | os.PathLike):
-        raise CheckpointError(f"model: expected a name or a directory, found {model!r}")
+        raise CheckpointError(f"model: expected a name or a directory, found {model!r:.200}")
     merged = adapters_option(adapters)
     with worker_threads(1) as pool:  # a download that is interrupted waits for its own threads
         return pool.submit(resolve_model, model, merged).result()
@@ -193,7 +193,7 @@ def _choose_variants(target: str, names: str | Iterable[str] | None) -> tuple[Ta
     if unknown or (names is not None and not names):
         raise TargetError(
             f"variants of {target}: expected some of {', '.join(known)}, "
-            f"found {', '.join(unknown) if any(unknown) else 'none'}"
+            f"found {', '.join(map(shown, unknown)) if any(unknown) else 'none'}"
         )
     return tuple(v for v in variants if names is None or v.variant in names)
 
@@ -220,20 +220,28 @@ def _build_libraries(
     constants: list[Records],
     folder: Path,
     dump: Path | None,
+    progress: bool,
 ) -> dict[str, int]:
     """Schedule and compile the packed module for each of them; returns the workspace of each
     function in bytes, which is the same for all."""
     passes, build = BUILDS[machines[0].runtime]
     lowered = []
-    for machine, records in zip(machines, constants, strict=True):
-        phases = dump / machine.variant if dump is not None else None
-        lowered.append(run_passes(module, machine, passes, phases, SHARED_PASSES, records))
-        if isinstance(records, WatchedRecords):
-            records.warn_of_unused()
     libraries = [folder / machine.library for machine in machines]
-    with worker_threads(os.cpu_count() or 1) as pool:  # LLVM works without Python's lock
+    with (
+        tqdm(total=2 * len(machines), unit="step", disable=not progress) as bar,
+        worker_threads(os.cpu_count() or 1) as pool,  # LLVM works without Python's lock
+    ):
+        for machine, records in zip(machines, constants, strict=True):
+            bar.set_description(f"scheduling kernels for {machine.variant}")
+            phases = dump / machine.variant if dump is not None else None
+            lowered.append(run_passes(module, machine, passes, phases, SHARED_PASSES, records))
+            if isinstance(records, WatchedRecords):
+                records.warn_of_unused()
+            bar.update()
+        bar.set_description(f"compiling {', '.join(library.name for library in libraries)}")
         try:
-            list(pool.map(build, lowered, machines, libraries))
+            for _ in pool.map(build, lowered, machines, libraries):
+                bar.update()
         except KeyboardInterrupt:
             end_tools(folder)
             raise
@@ -244,7 +252,9 @@ def _build_libraries(
 
 def _check_options(config: ModelConfig, profile: str, context: int | None, chunk: int) -> int:
     if profile not in PROFILES:
-        raise CompileError(f"profile: expected one of {', '.join(PROFILES)}, found {profile!r}")
+        raise CompileError(
+            f"profile: expected one of {', '.join(PROFILES)}, found {profile!r:.200}"
+        )
     context = config.max_context if context is None else whole_number("context", context)
     if not 1 <= context <= config.max_context:
         raise CompileError(

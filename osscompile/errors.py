@@ -15,6 +15,16 @@ class CompileError(OsscompileError):
     """A compile cannot start or finish: its options, the disk, or the linker."""
 
 
+class ThreadError(CompileError):
+    """No thread can begin: the process ends, or has too many. `problem`: how Python tells it."""
+
+    def __init__(self, problem: RuntimeError) -> None:
+        super().__init__(
+            f"compile: expected a process in which threads can begin, found: {problem}; call it "
+            "before the process ends"
+        )
+
+
 class PlaceError(CompileError):
     """Where the artifact should be is no room for it, or nothing can be written. `problem` is the
     message without what to do."""

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CompileError
-
-MOST_SHOWN = 300  # characters of a name
+from .runtime.errors import shown as shown
 
 
 def path_option(name: str, value: str | os.PathLike[str]) -> Path:
@@ -20,21 +19,16 @@ def path_option(name: str, value: str | os.PathLike[str]) -> Path:
         absolute = os.path.realpath(path)
         absolute.encode()
     except TypeError:
-        raise CompileError(f"{name}: expected a path, found {value!r}") from None
+        raise CompileError(f"{name}: expected a path, found {value!r:.200}") from None
     except ValueError:  # bytes that are no UTF-8, or a zero byte
         raise CompileError(
-            f"{name}: expected a path of UTF-8 characters, found {path!a}; choose another"
+            f"{name}: expected a path of UTF-8 characters, found {path!a:.300}; choose another"
         ) from None
     except OSError as error:  # a loop of links
-        raise CompileError(f"{name}: {value}: {error.strerror}; choose another") from error
+        raise CompileError(f"{name}: {shown(value)}: {error.strerror}; choose another") from error
     if not path:
         raise CompileError(f"{name}: expected a path, found an empty one")
     return Path(path)
-
-
-def shown(name: object, most: int = MOST_SHOWN) -> str:
-    """What a user or a file gave, cut and made fit for one line of a message."""
-    return "".join(c if c.isprintable() else "?" for c in str(name)[:most])
 
 
 def whole_number(name: str, value: object) -> int:
@@ -44,7 +38,7 @@ def whole_number(name: str, value: object) -> int:
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise CompileError(f"{name}: expected a whole number, found {value!r}") from None
+        raise CompileError(f"{name}: expected a whole number, found {value!r:.200}") from None
 
 
 def names_option(name: str, value: str | Iterable[str]) -> list[str]:
@@ -53,7 +47,7 @@ def names_option(name: str, value: str | Iterable[str]) -> list[str]:
         return [value]
     names = list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(one, str) for one in names):
-        raise CompileError(f"{name}: expected names, found {value!r}")
+        raise CompileError(f"{name}: expected names, found {value!r:.200}")
     return names
 
 

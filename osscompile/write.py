@@ -22,6 +22,7 @@ import numpy as np
 
 from .errors import CompileError, PlaceError
 from .locks import only_holder
+from .options import shown
 from .runtime.artifact import ALIGNMENT, PADDING
 from .runtime.fidelity import FIDELITY, PARTIAL
 from .runtime.manifest import (
@@ -205,7 +206,7 @@ def _check_free_space(folder: Path, needed_bytes: int) -> None:
 
 
 def _not_writable(output: Path, error: OSError) -> PlaceError:
-    return PlaceError(f"{output}: cannot be written: {error}", "choose another -o")
+    return PlaceError(f"{shown(output)}: cannot be written: {shown(error)}", "choose another -o")
 
 
 def _disk_full(folder: Path, needed_bytes: int) -> PlaceError:

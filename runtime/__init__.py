@@ -1,13 +1,21 @@
 """From an artifact to tokens, without the compiler. This folder can be copied out and used alone:
-it needs tvm_ffi, numpy, tokenizers and libtvm_runtime, and imports nothing else of osscompile."""
+it needs tvm_ffi, numpy, tokenizers and libtvm_runtime, and imports nothing else of osscompile.
 
-from .engine import Engine
-from .errors import ArtifactError, InputError, OsscompileError
-from .generated import GeneratedToken
-from .harmony import Arguments, Finish, Piece, Reasoning, Text, ToolCall, as_messages
-from .model import Model, load
-from .request import Request
-from .usage import Usage
+Public names resolve on first use, because `python -m` runs this file before the command, which
+answers an interrupt while all else is imported.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .errors import ArtifactError, InputError, OsscompileError
+    from .generated import GeneratedToken
+    from .harmony import Arguments, Finish, Piece, Reasoning, Text, ToolCall, as_messages
+    from .model import Model, load
+    from .request import Request
+    from .usage import Usage
 
 __all__ = [
     "Arguments",
@@ -27,3 +35,22 @@ __all__ = [
     "as_messages",
     "load",
 ]
+
+# Public names that are defined elsewhere than in `harmony`.
+_PLACES = {
+    "ArtifactError": "errors",
+    "Engine": "engine",
+    "GeneratedToken": "generated",
+    "InputError": "errors",
+    "Model": "model",
+    "OsscompileError": "errors",
+    "Request": "request",
+    "Usage": "usage",
+    "load": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(f".{_PLACES.get(name, 'harmony')}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

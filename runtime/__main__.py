@@ -1,22 +1,25 @@
 """`python -m osscompile_runtime run | inspect | bench OUT`, where the runtime alone is."""
 
-import argparse
+from .script import run_script
 
-from .cli.bench import add_bench
-from .cli.inspect import add_inspect
-from .cli.main import CommandParser, Parser, end_process, run_command
-from .cli.run import add_run
-from .version import __version__
+PROG = f"python -m {__package__}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=f"python -m {__package__}", description="Run compiled gpt-oss models.")
+def main() -> int:
+    """Run the command that the command line names; its status: see `run_command`."""
+    from .cli.bench import add_bench
+    from .cli.inspect import add_inspect
+    from .cli.main import CommandParser, Parser, run_command
+    from .cli.run import add_run
+    from .version import __version__
+
+    parser = Parser(prog=PROG, description="Run compiled gpt-oss models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in (add_run, add_inspect, add_bench):
         add(commands)
-    return parser
+    return run_command(parser)
 
 
 if __name__ == "__main__":
-    end_process(run_command(_parser()))
+    run_script(PROG, main)

@@ -17,7 +17,7 @@ from typing import IO, BinaryIO
 
 import numpy as np
 
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError, InputError, shown
 from .machine import Machine
 from .manifest import (
     CHAT_TEMPLATE,
@@ -111,7 +111,7 @@ def read_manifest(path: Path) -> Manifest:
             content = stream.read(MAX_MANIFEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # a zero byte
         raise ArtifactError(
-            f"{path}: expected an artifact, found no {MANIFEST} there; "
+            f"{shown(path)}: expected an artifact, found no {MANIFEST} there; "
             "compile a model with `osscompile compile MODEL --target TARGET -o OUT`"
         ) from None
     except OSError as error:
@@ -150,8 +150,8 @@ def mark_verified(path: Path, sha256: str) -> None:
 
 def _unreadable(path: Path, error: OSError) -> ArtifactError:
     return ArtifactError(
-        f"{path}: expected an artifact, found files that cannot be read: {error}; check their "
-        "permissions and those of the folders above, or copy the artifact again"
+        f"{shown(path)}: expected an artifact, found files that cannot be read: {shown(error)}; "
+        "check their permissions and those of the folders above, or copy the artifact again"
     )
 
 

@@ -1,8 +1,13 @@
 """`python -m osscompile_runtime.measure DIR`: measure candidates where the runtime alone is."""
 
-import sys
+from .script import run_script
 
-from .trials.measure import main
+
+def main() -> int:
+    from .trials.measure import main as measure
+
+    return measure()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script("measure", main)

@@ -66,7 +66,7 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
     path = (folder or _shipped()) / f"{name}.toml"
     if name not in names(folder):
         raise TargetError(
-            f"target: expected one of {', '.join(names(folder))}, found {name!r}; "
+            f"target: expected one of {', '.join(names(folder))}, found {name!r:.200}; "
             "`osscompile targets` describes them"
         )
     try:

@@ -69,10 +69,65 @@ def test_config_of_more_experts_or_another_vocabulary(tmp_path: Path) -> None:
             open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_config_of_more_layers(tmp_path: Path, shards: int) -> None:
+    """It is not a checkpoint that lacks some."""
+    config = config_json(TINY) | {"num_hidden_layers": 6, "layer_types": None}
+    write_checkpoint(tmp_path, SOURCE, config=config, shards=shards)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers: expected 4, as .*3.*, found 6"):
+        open_checkpoint(tmp_path)
+
+
+SIZES = {
+    "vocab_size": (512, 544),
+    "hidden_size": (64, 96),
+    "intermediate_size": (96, 64),
+    "num_local_experts": (8, 16),
+    "num_attention_heads": (16, 8),
+    "num_key_value_heads": (2, 4),
+    "head_dim": (32, 64),
+}
+ORIGINAL_NAMES = {"num_local_experts": "num_experts"}
+
+
+@pytest.mark.parametrize("field", SIZES)
+def test_sizes_that_the_weights_do_not_have(tmp_path: Path, field: str) -> None:
+    """Whatever the form, the message names the field, what it says and what the weights have."""
+    right, wrong = SIZES[field]
+    assert config_json(TINY)[field] == right
+    message = rf"tensor .*: {field}: expected {right}, as the tensor has, found {wrong}: correct"
+    forms = {
+        "packed": hf_tensors(SOURCE),
+        "by_expert": by_expert(cast(dense_experts(hf_tensors(SOURCE)), np.float32)),
+    }
+    if field == "num_local_experts":  # the names of the experts tell
+        forms.pop("by_expert")
+    for name, tensors in forms.items():
+        config = config_json(TINY) | {field: wrong}
+        config = config if name == "packed" else plain_config(TINY) | {field: wrong}
+        write_checkpoint(tmp_path / name, SOURCE, tensors=tensors, config=config)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path / name)
+    original = write_original(tmp_path / "original", SOURCE)
+    config = json.loads((original / "config.json").read_text())
+    config[ORIGINAL_NAMES.get(field, field)] = wrong
+    (original / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(original)
+
+
 def test_other_forms_with_a_layer_beyond(tmp_path: Path) -> None:
     fields = gguf_fields(TINY) | {"block_count": 3}
     path = write_gguf(tmp_path / "m.gguf", TINY, gguf_tensors(SOURCE, Type.BF16), fields=fields)
     with pytest.raises(CheckpointError, match=r"block_count: expected 4, as .*blk\.3.*found 3"):
+        open_checkpoint(path)
+    fields = gguf_fields(TINY) | {"block_count": 5}
+    path = write_gguf(tmp_path / "m.gguf", TINY, gguf_tensors(SOURCE, Type.BF16), fields=fields)
+    with pytest.raises(CheckpointError, match=r"block_count: expected 4, as .*blk\.3.*found 5"):
+        open_checkpoint(path)
+    fields = gguf_fields(TINY) | {"feed_forward_length": 64, "expert_feed_forward_length": 64}
+    path = write_gguf(tmp_path / "m.gguf", TINY, gguf_tensors(SOURCE, Type.BF16), fields=fields)
+    with pytest.raises(CheckpointError, match=r"intermediate_size: expected 96, .* found 64"):
         open_checkpoint(path)
     original = write_original(tmp_path / "original", SOURCE)
     config = json.loads((original / "config.json").read_text()) | {"num_hidden_layers": 3}

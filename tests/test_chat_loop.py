@@ -75,6 +75,30 @@ def test_line_that_is_not_utf8(chat: PseudoTerminal) -> None:
     finish(chat)
 
 
+@pytest.mark.parametrize("line", [b"a\xc3(b", b"a\xc3", b"\xf0\x9f\x98 b", b"caf\xc3\xa9 \xe2\x82"])
+def test_bytes_that_only_begin_a_character(chat: PseudoTerminal, line: bytes) -> None:
+    """readline waits for the rest: what does not come is told, and is not in the next line."""
+    chat.send(line + b"\r")
+    assert "input: expected utf-8 text" in chat.wait_for("\n> ")
+    assert asked(chat.ask("caf\u00e9", until="}\n> ")) == ["caf\u00e9"]
+    finish(chat)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["", "set editing-mode vi", r'"\C-h": backward-kill-word', r'"\C-e": kill-whole-line'],
+)
+def test_return_leaves_the_line_as_it_is(tmp_path: Path, settings: str) -> None:
+    """Also amid the line while characters are overwritten, and for who has bound other keys."""
+    pytest.importorskip("readline")
+    (tmp_path / "inputrc").write_text(settings + "\n")
+    terminal = PseudoTerminal(SPEAKER, env={"INPUTRC": str(tmp_path / "inputrc")})
+    terminal.wait_for("> ")
+    terminal.send("two words\033[D\033[D\033[2~\r")
+    assert asked(terminal.wait_for("}\n> ")) == ["two words"]
+    finish(terminal)
+
+
 def test_full_context_and_odd_channels(chat: PseudoTerminal) -> None:
     shown = chat.ask("too long")
     assert "expected at most 4096 tokens" in shown and "/reset" in shown

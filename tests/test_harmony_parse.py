@@ -277,6 +277,38 @@ def test_header_of_a_call(tokenizer: Tokenizer, header: str) -> None:
             [thought("Let me"), final("Four."), STOP],
             id="text_then_start",
         ),
+        *(
+            pytest.param(
+                f"{text}{header}final<|message|>Four.<|return|>",
+                [thought(text), final("Four."), STOP],
+                id=f"{id}_that_begins_like_a_header_then_{where}",
+            )
+            for id, text in (
+                ("text", "final answer is near"),
+                ("thought", "analysis of it."),
+                ("assistant", "assistant commentary here"),
+            )
+            for where, header in (
+                ("channel", "<|channel|>"),
+                ("start", "<|start|>assistant<|channel|>"),
+                ("end", "<|end|><|start|>assistant<|channel|>"),
+            )
+        ),
+        pytest.param(
+            "final answer is near<|channel|>musing<|message|>Four.<|return|>",
+            [thought("final answer is near"), final("Four.", "musing"), STOP],
+            id="text_that_begins_like_a_header_then_an_unknown_channel",
+        ),
+        pytest.param(
+            "analysis of it.<|channel|>commentary to=f<|message|>{}<|call|>",
+            [thought("analysis of it."), *call("f", "{}"), CALLS],
+            id="text_that_begins_like_a_header_then_a_call",
+        ),
+        pytest.param(
+            "analysis of it.<|channel|><|message|>Four.<|return|>",
+            [thought("of it.Four."), STOP],
+            id="text_that_begins_like_a_header_then_no_channel",
+        ),
         pytest.param(
             "Let me<|message|>Four.<|return|>",
             [thought("Let me"), final("Four."), STOP],
@@ -488,6 +520,8 @@ def test_cut_off_at_every_token(tokenizer: Tokenizer) -> None:
         ("Hm.<|end|><|start|>assistant<|channel|>fi", [final("Hm."), LENGTH]),
         ("<|channel|>final The way to", [final("The way to"), LENGTH]),
         ("The way to", [final("The way to"), LENGTH]),
+        ("final answer is near<|channel|>", [final("final answer is near"), LENGTH]),
+        ("final answer is near<|channel|>fi", [final("final answer is near"), LENGTH]),
     ],
 )
 def test_cut_off_in_a_header(tokenizer: Tokenizer, text: str, pieces: list[Piece]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from artifacts import TINY_OPTIONS, leave_libraries_empty
+from artifacts import TINY_OPTIONS, leave_libraries_empty, run_python
 from checkpoints import write_checkpoint
 
 import osscompile
@@ -464,6 +464,50 @@ def is_running(process: int) -> bool:
         return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+AT_THE_END = """
+import atexit, sys, threading, time
+import osscompile
+
+def compile_late():
+    try:
+        osscompile.compile("synthetic:tiny", sys.argv[2], "out")
+    except osscompile.OsscompileError as error:
+        print(error)
+
+def wait_and_compile():
+    while not thread._shutdown:
+        time.sleep(0.01)
+    compile_late()
+
+if sys.argv[1] != "handler that imports it":
+    from concurrent.futures import thread
+if sys.argv[1] == "thread":
+    threading.Thread(target=wait_and_compile).start()
+else:
+    atexit.register(compile_late)
+"""
+
+
+@pytest.mark.parametrize("caller", ["handler", "handler that imports it", "thread"])
+def test_compile_while_the_process_ends(tmp_path: Path, target: str, caller: str) -> None:
+    result = run_python(AT_THE_END, caller, target, cwd=tmp_path)
+    assert result.stdout.startswith("compile: expected a process in which threads can begin, found")
+    assert (result.stdout.count("\n"), result.stderr) == (1, "")
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_progress_of_what_takes_long(
+    tmp_path: Path, this_machine: Target, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each library's kernels are scheduled, then it is compiled, then the weights come."""
+    compile_tiny(tmp_path / "out", this_machine.name, progress=True)
+    bars = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert any(f"scheduling kernels for {this_machine.variant}" in bar for bar in bars)
+    assert any(bar.startswith("compiling") and this_machine.library in bar for bar in bars)
+    assert any("2/2" in bar for bar in bars) and bars[-1].startswith("repacking")
 
 
 def test_interrupt_of_a_compile_leaves_the_next_one_alone(

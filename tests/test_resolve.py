@@ -166,6 +166,14 @@ def test_tokenizer_that_is_none_is_refused_before_the_weights(hub: Hub) -> None:
     assert len(hub.requests) == 1
 
 
+def test_weights_of_modelopt_are_refused_before_they_are_fetched(hub: Hub) -> None:
+    """Only this file tells, where config.json says nothing."""
+    (hub.folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: .*'FP8', of NVIDIA Model"):
+        resolve_model("org/my-model")
+    assert len(hub.requests) == 1
+
+
 OPTIONAL = ("tokenizer.json", "generation_config.json", "chat_template.jinja")
 
 

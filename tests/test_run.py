@@ -70,11 +70,13 @@ def test_arguments_that_are_none(words: list[str], capsys: pytest.CaptureFixture
 
 def test_options_reach_the_model() -> None:
     words = "--no-date --identity Me --system Rules --stop a --stop b --temperature 0 --seed 3"
+    words += " --template checkpoint"
     said = json.loads(speak("hi", *words.split()).stdout)
     assert said["options"] == {
         "reasoning": "medium",
         "current_date": None,
         "identity": "Me",
+        "template": "checkpoint",
         "stop": ["a", "b"],
         "temperature": 0.0,
         "seed": 3,
@@ -216,3 +218,32 @@ def test_interrupt_before_the_command_begins(
         script()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "\nosscompile: interrupted\n"
+
+
+INTERRUPTED = """
+import runpy, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == sys.argv[2]:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("imported", ["argparse", "numpy"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("osscompile", "osscompile"),
+        ("osscompile.runtime", "python -m osscompile.runtime"),
+        ("osscompile.runtime.measure", "measure"),
+    ],
+)
+def test_interrupt_while_a_command_is_imported(module: str, name: str, imported: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module, imported], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (130, f"\n{name}: interrupted\n")

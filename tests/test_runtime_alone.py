@@ -222,7 +222,7 @@ def ask_with_library(
 ) -> str:
     """Return the last line on stderr of a load with OSSCOMPILE_TVM_RUNTIME set. `remove` makes the
     bundle one without its own library."""
-    code = "import sys, osscompile_runtime\n"
+    code = "import sys, osscompile_runtime.devices.tvm_runtime\n"
     if remove:
         code += "osscompile_runtime.devices.tvm_runtime.RUNTIME_LIBRARY = 'libtvm_runtime.none'\n"
     code += "osscompile_runtime.load(sys.argv[1])"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import AbsentError, CompileError, PlaceError
 from ..here import target_here
+from ..options import shown
 from ..runtime.trials.files import write_json
 from ..targets import Target
 from .entries import CACHE, FACTS, Entry, cache_folder, last_entry, list_entries, stale_entries
@@ -54,10 +55,12 @@ def _compiled_entry(model: str, machine: Target, profile: str, adapters: Sequenc
         elif known := last_entry(model, adapters, machine.name, machine.variant, profile):
             if known.facts.model != model and os.path.isabs(known.facts.model):
                 raise AbsentError(
-                    f"{model}: expected {known.facts.model}, which it was compiled of, found it "
-                    "gone; name its new place, if it was moved"
+                    f"{shown(model)}: expected {shown(known.facts.model)}, which it was compiled "
+                    "of, found it gone; name its new place, if it was moved"
                 )
-            raise AbsentError(f"{model}: expected it in Hugging Face's cache, found nothing of it")
+            raise AbsentError(
+                f"{shown(model)}: expected it in Hugging Face's cache, found nothing of it"
+            )
     _compile(entry, model, machine, adapters)
     return entry
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import AbsentError, CheckpointError, CompileError
 from ..locks import is_held, only_holder
-from ..options import path_option
+from ..options import path_option, shown
 from ..runtime.manifest import MANIFEST
 from .facts import Facts
 from .origin import find_origin, is_named
@@ -165,9 +165,9 @@ def choose_entry(name: str) -> Entry:
         if name and (entry.name.startswith(name) or is_named(entry.facts.model, name))
     ]
     if len(found) != 1:
-        known = ", ".join(entry.name for entry in found or entries) or "nothing"
+        known = ", ".join(shown(entry.name) for entry in found or entries) or "nothing"
         raise CompileError(
-            f"{name!r}: expected the name of one entry of the cache, found "
+            f"{shown(name)!r}: expected the name of one entry of the cache, found "
             f"{len(found) or 'none'} of it; there {'are' if found else 'is'}: {known}"
         )
     return found[0]
@@ -178,7 +178,7 @@ def remove_entry(entry: Entry) -> None:
 
     def refuse() -> None:
         raise CompileError(
-            f"{entry.name}: expected an entry that nobody compiles, found one that is being "
+            f"{shown(entry.name)}: expected an entry that nobody compiles, found one that is being "
             "compiled; wait for that, or end it"
         )
 

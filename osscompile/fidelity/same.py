@@ -14,6 +14,7 @@ from ..compiler import decode_bytes
 from ..importer.config import ModelConfig
 from ..importer.graph import weight_parameters
 from ..importer.weights import rope_table
+from ..options import shown
 from ..runtime.fidelity import FidelityError
 from ..runtime.manifest import ROPE, WEIGHTS, Manifest
 from ..runtime.safetensors import read_header
@@ -48,8 +49,8 @@ def check_same_model(model: str, config: ModelConfig, path: Path, manifest: Mani
 
 def _refuse(model: str, path: Path, expected: str, found: str) -> NoReturn:
     raise FidelityError(
-        f"{model}: expected the checkpoint that {path} was compiled from, with {expected}, found "
-        f"one with {found}"
+        f"{shown(model)}: expected the checkpoint that {path} was compiled from, with {expected}, "
+        f"found one with {found}"
     )
 
 

@@ -26,6 +26,7 @@ from .config import has_file
 from .forms import open_checkpoint
 from .forms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapter
 from .forms.assemble import FormSource
+from .forms.foreign import MODELOPT
 from .forms.huggingface import check_metadata
 from .forms.ollama import find_in_store
 from .forms.shards import INDEX
@@ -47,6 +48,7 @@ NO_ANSWER = (AssertionError, AttributeError, KeyError, TypeError, json.JSONDecod
 CONFIG_FILES = ["config.json", ADAPTER_CONFIG]  # of a model, or an adapter
 METADATA_FILES = [
     *CONFIG_FILES,
+    MODELOPT,  # it tells what cannot be read before that is fetched
     GENERATION,
     "tokenizer.json",
     TOKENIZER_CONFIG,
@@ -102,7 +104,9 @@ def _resolve(model: str | Path, adapters: Sequence[str | Path]) -> Resolved:
         resolved = Resolved(source, name=found.name)
     for adapter in adapters:
         if not isinstance(resolved.source, FormSource):
-            raise CheckpointError(f"{model}: expected a checkpoint to merge {adapter} into")
+            raise CheckpointError(
+                f"{shown(model)}: expected a checkpoint to merge {shown(adapter)} into"
+            )
         place = find_adapter(adapter)
         folder = place.path or _fetch(str(place.repo_id), [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
         merge_adapter(resolved.source, folder)
@@ -273,11 +277,10 @@ def _fetch(repo_id: str, files: list[str]) -> Path:
             "the network, or give a directory that holds the checkpoint"
         ) from error
     except Exception as error:  # each version's HTTP library raises other types
-        reason = str(error).strip().splitlines()
+        reason = shown([*str(error).strip().splitlines(), type(error).__name__][0])
         raise AbsentError(
-            f"{repo_id}: not a directory here, and its download failed: "
-            f"{reason[0] if reason else type(error).__name__}; run it again to continue, or give a "
-            "directory that holds the checkpoint"
+            f"{repo_id}: not a directory here, and its download failed: {reason}; run it again to "
+            "continue, or give a directory that holds the checkpoint"
         ) from error
 
 
@@ -292,7 +295,7 @@ def _why_absent(error: LocalEntryNotFoundError) -> str:
             "not all, of it; unset HF_HUB_OFFLINE or download it first, or give a directory that "
             "holds the checkpoint"
         )
-    reason = (str(cause or error).strip() or type(cause).__name__).splitlines()[0]
+    reason = shown((str(cause or error).strip() or type(cause).__name__).splitlines()[0])
     return (
         f"its download failed: Hugging Face cannot be reached ({reason}), "
         "and its cache has nothing, or not all, of it; check the network and run it again, or give "

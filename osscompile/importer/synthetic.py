@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
+from ..options import shown
 from .checkpoint import canonical_shapes
 from .config import ModelConfig, RopeConfig
 
@@ -54,7 +55,7 @@ def synthetic_source(name: str) -> "SyntheticSource":
     }
     if name not in configs:
         raise CheckpointError(
-            f"synthetic:{name}: expected one of {', '.join(configs)}, found {name!r}"
+            f"synthetic:{shown(name)}: expected one of {', '.join(configs)}, found {name!r:.200}"
         )
     return SyntheticSource(configs[name])
 

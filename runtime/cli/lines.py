@@ -9,6 +9,17 @@ from .terminal import takes_codes
 
 QUOTES = '"""'
 PASTE_SECONDS = 0.05  # terminals pass on long pastes in portions
+# readline keeps bytes that may begin a character until others end it, and at the end of a line
+# drops them. So the key that ends a line types three characters first, which push out up to three
+# such bytes, and takes them away again. No terminal sends the names that the functions have here:
+# whoever has bound other keys to them, or others to these, keeps those.
+END_OF_LINE, BACKSPACE, ACCEPT = (rf"\e[990{number}~" for number in range(3))
+BINDINGS = (
+    f'"{END_OF_LINE}": end-of-line',
+    f'"{BACKSPACE}": backward-delete-char',
+    f'"{ACCEPT}": accept-line',
+    rf'"\C-m": "{END_OF_LINE}\303\251\303\251\303\251{BACKSPACE * 3}{ACCEPT}"',
+)
 
 
 def prepare_editing() -> None:
@@ -17,8 +28,13 @@ def prepare_editing() -> None:
         import readline
     except ImportError:
         return
-    if "libedit" not in (readline.__doc__ or "") and takes_codes(sys.stdout):
+    if "libedit" in (readline.__doc__ or ""):
+        return
+    if takes_codes(sys.stdout):
         readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one input
+    if (sys.stdin.encoding or "").lower() == "utf-8":
+        for binding in BINDINGS:
+            readline.parse_and_bind(binding)
 
 
 def read_message(notes: TextIO) -> str:

@@ -9,11 +9,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias
 
-from ..errors import OsscompileError
+from ..errors import OsscompileError, printable
+from ..script import INTERRUPTED
 
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
-
-INTERRUPTED = 130  # the status that shells give to what Ctrl-C ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +43,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
     """Run the command that `argv` names; 0, or 1 after an error of ours or of the system, which
     goes to stderr as one message, or INTERRUPTED."""
     _mend_streams()
-    warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+    warnings.showwarning = lambda message, *_: _say(printable(f"warning: {message}"))
     try:
         try:
             arguments = parser.parse_args(argv)
@@ -61,7 +60,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
         pass
     except OSError as error:  # without a file's name it comes from our own output
         what = "" if error.filename else "expected output that can be written, found: "
-        _say(f"{parser.prog}: {what}{error}")
+        _say(printable(f"{parser.prog}: {what}{error}"))
     _forget_output()
     return 1
 

@@ -14,7 +14,10 @@ from .transcript import Messages
 from .view import View
 
 # Those of `Model.chat` by the same names; what is not given is left to its defaults.
-OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "identity")
+OPTIONS = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop"),
+    *("identity", "template"),
+)
 
 
 def add_run(commands: Commands) -> argparse.ArgumentParser:
@@ -34,6 +37,11 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--identity", type=utf8_text, metavar="TEXT", help="who the model is told to be"
+    )
+    command.add_argument(
+        "--template",
+        metavar="harmony|checkpoint",
+        help="what writes prompts: harmony's rules (default), or the checkpoint's chat template",
     )
     command.add_argument("--no-date", action="store_true", help="do not tell it today's date")
     command.add_argument("--reasoning", default="medium", metavar="low|medium|high")

@@ -5,9 +5,12 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from ..errors import printable
+
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Rows of as many cells, each column as wide as it must be."""
+    """Rows of as many cells, each column as wide as it must be. Names in them may be anybody's."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         *cells, last = row

@@ -67,7 +67,9 @@ def read_header(segments: Sequence[Segment], is_whole: bool) -> Header:
     """is_whole: `<|message|>` ended it; else its text may already be the content.
 
     The first channel and recipient stand. The first known channel is the channel, wherever it is,
-    and only where there is none, a single unknown word.
+    and only where there is none, a single unknown word. A channel's name that begins a text before
+    any `<|channel|>` is a word of that text, unless `<|message|>` follows and nothing else names a
+    channel.
     """
     reader = _Reader(is_whole)
     for segment in segments:
@@ -76,6 +78,10 @@ def read_header(segments: Sequence[Segment], is_whole: bool) -> Header:
     if channel is None:
         found = re.search(rf"\b({'|'.join(CHANNELS)})\b", reader.rest)
         channel = found.group() if found else reader.odd_channel
+    if channel is None and is_whole:
+        channel = reader.doubtful_channel
+    elif reader.doubtful_channel is not None:
+        lead = plain_text(segments[:1]).lstrip()
     if reader.odd_channel not in (None, channel):
         lead = f"{lead}{reader.odd_channel}"
     recipient = None if reader.recipient in PEOPLE else reader.recipient
@@ -100,7 +106,8 @@ def without_cut_word(segments: Sequence[Segment]) -> Sequence[Segment]:
     words = (*CHANNELS, *CONTENT_TYPES, "to=", "assistant", *OTHER_ROLES)
     shorter = [*segments[:-1], Segment(last.opener, "".join(before))]
     header = read_header(shorter, is_whole=False)
-    is_text = header.rest or header.lead or not last.opener.startswith("<|")
+    begins_text = header.lead and len(segments) == 1
+    is_text = header.rest or begins_text or not last.opener.startswith("<|")
     return segments if is_text or not any(w.startswith(word) for w in words) else shorter
 
 
@@ -108,6 +115,7 @@ class _Reader:
     def __init__(self, is_whole: bool) -> None:
         self._is_whole = is_whole
         self.channel: str | None = None
+        self.doubtful_channel: str | None = None  # begins a text before any `<|channel|>`
         self.odd_channel: str | None = None
         self.recipient: str | None = None
         self.lead = ""
@@ -123,6 +131,8 @@ class _Reader:
             self.rest = left
         else:
             self.lead = left
+            if left and self.recipient is None:
+                self.channel, self.doubtful_channel = None, self.channel
 
     def _read_words(self, segment: Segment) -> str:
         """Take the words of a header from the beginning of a segment; the text after them."""

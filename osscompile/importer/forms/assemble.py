@@ -61,6 +61,7 @@ def assemble(config: ModelConfig, plan: Plan, stored: Mapping[str, Stored]) -> "
 
     Raises CheckpointError naming the tensor whose shape or type is not what it must be.
     """
+    _check_fields(config, plan, stored)
     shapes = canonical_shapes(config)
     tensors = {}
     for name, halves in plan.tensors.items():
@@ -144,6 +145,37 @@ class FormSource:
         return {name: value for name, value in changed.items() if value > 0}
 
 
+def _check_fields(config: ModelConfig, plan: Plan, stored: Mapping[str, Stored]) -> None:
+    """Raise CheckpointError naming the first size in the config that is not the tensors' outside of
+    the layers, or in the first one."""
+
+    def first(name: str, part: int = 0) -> Stored:
+        return stored[plan.tensors[name][0][part]]
+
+    fused = len(plan.tensors["layers.0.qkv.bias"][0]) == 1
+    k = first("layers.0.qkv.bias", 0 if fused else 1)
+    per_kv_head, queries = (2 * config.head_dim, config.q_size) if fused else (config.head_dim, 0)
+    gate_up = first("layers.0.gate_up.bias")
+    halves = 2 // len(plan.tensors["layers.0.gate_up.bias"])
+    sizes = (  # in the config's spelling; numbers of each unit along an axis, and others before
+        ("num_attention_heads", config.num_heads, first("layers.0.sinks"), 0, 1, 0),
+        ("hidden_size", config.hidden_size, first("norm.weight"), 0, 1, 0),
+        ("vocab_size", config.vocab_size, first("embed.weight"), 0, 1, 0),
+        ("head_dim", config.head_dim, first("layers.0.out.weight"), 1, config.num_heads, 0),
+        ("num_key_value_heads", config.num_kv_heads, k, 0, per_kv_head, queries),
+        ("num_local_experts", config.num_experts, first("layers.0.router.weight"), 0, 1, 0),
+        ("intermediate_size", config.intermediate_size, gate_up, -1, halves, 0),
+    )
+    for name, size, tensor, axis, unit, others in sizes:  # each takes those before it for granted
+        found, rest = divmod(sum(tensor.shape[axis:][:1]) - others, unit)
+        is_padded = name == "vocab_size" and found > size
+        if found > 0 and rest == 0 and found != size and not is_padded:
+            raise CheckpointError(
+                f"{tensor}: {name}: expected {found}, as the tensor has, found {size}: correct the "
+                "config, or give the weights that belong to it"
+            )
+
+
 def _rows(parts: list[Stored], shape: tuple[int, ...], config: ModelConfig) -> Rows:
     """Tensors one below the other, which together have this shape."""
     counts = [shape[0]]
@@ -152,14 +184,14 @@ def _rows(parts: list[Stored], shape: tuple[int, ...], config: ModelConfig) -> R
     elif shape[0] == config.vocab_size and parts[0].shape[:1] > shape[:1]:
         counts = [parts[0].shape[0]]  # padded: the rows beyond the vocabulary are never read
     for part, count in zip(parts, counts, strict=True):
-        _check(part, (count, *shape[1:]), config)
+        _check(part, (count, *shape[1:]))
     return Rows(tuple(parts))
 
 
 def _stack(parts: list[Stored], shape: tuple[int, ...], config: ModelConfig) -> Rows:
     """A tensor an expert."""
     for part in parts:
-        _check(part, shape[1:], config)
+        _check(part, shape[1:])
     return Rows(tuple(part.with_leading_axis() for part in parts))
 
 
@@ -175,17 +207,15 @@ def _half(
     parts = [stored[name] for name in names.weights]
     if names.scales is not None:
         scales = stored[names.scales]
-        _check(parts[0], (*shape, BLOCK // 2), config, "U8")
-        _check(scales, shape, config, "U8")
+        _check(parts[0], (*shape, BLOCK // 2), "U8")
+        _check(scales, shape, "U8")
         return Half(Rows((parts[0],)), Rows((scales,)))
     matrix = (groups * BLOCK, rows) if names.transposed else (rows, groups * BLOCK)
     read = _stack if by_expert else _rows
     return Half(read(parts, (experts, *matrix), config), transposed=names.transposed)
 
 
-def _check(
-    part: Stored, shape: tuple[int, ...], config: ModelConfig, encoding: str | None = None
-) -> None:
+def _check(part: Stored, shape: tuple[int, ...], encoding: str | None = None) -> None:
     """Numbers of any type will do unless one is named; vectors have no blocks of them."""
     known = ENCODINGS.get(part.encoding)
     good = part.encoding == encoding if encoding else known is not None and part.encoding != "U8"
@@ -194,18 +224,6 @@ def _check(
     if part.shape != shape or not good:
         raise CheckpointError(
             f"{part}: expected {encoding or 'BF16, F16 or F32'} {list(shape)}, "
-            f"found {part.encoding} {list(part.shape)}; "
-            f"{_field_at_fault(part.shape, shape, config)}"
+            f"found {part.encoding} {list(part.shape)}; do config.json and the weights belong "
+            "together?"
         )
-
-
-def _field_at_fault(found: tuple[int, ...], expected: tuple[int, ...], config: ModelConfig) -> str:
-    """What the config says otherwise, if the leading axis alone differs."""
-    if len(expected) > 1 and found[1:] == expected[1:]:
-        for field, size in (
-            ("vocab_size", config.vocab_size),
-            ("num_local_experts", config.num_experts),
-        ):
-            if expected[0] == size:
-                return f"{field}: expected {found[0]}, as the tensor has, found {size}"
-    return "do config.json and the weights belong together?"

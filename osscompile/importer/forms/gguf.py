@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckpointError
+from ...options import shown
 from ..checkpoint import Opened
 from ..config import ModelConfig, parse_config
 from ..encodings import ENCODINGS
 from ..generation import check_chat_template, read_sampling
 from ..stored import Stored
 from .assemble import HalfNames, Plan, assemble
-from .beyond import refuse_beyond
+from .counts import refuse_other_count
 from .gguf_file import OTHER_TYPES, GgufFile, is_gguf, read_gguf
 from .gguf_tokenizer import generation_of, make_tokenizer
 
@@ -101,9 +102,9 @@ def open_form(path: Path) -> Opened:
     stored = _all_tensors(files)
     config = _config(files[0], stored)
     plan = _plan(config, stored)
+    refuse_other_count(stored, _LAYER, config.num_layers, "block_count", files[0].path)
     for name in plan.names():
         _check_there(files[0].path, name, stored)
-    refuse_beyond(stored, _LAYER, config.num_layers, "block_count", files[0].path)
     _tell_lossy(files[0].path, plan, stored)
     generation = generation_of(files[0])
     template = files[0].scalar(_TEMPLATE)
@@ -121,9 +122,9 @@ def _only_model(directory: Path) -> Path:
     files = sorted(directory.glob("*.gguf"))
     firsts = [f for f in files if not (m := SPLIT.fullmatch(f.name)) or int(m[2]) == 1] or files
     if len(firsts) > 1:
+        found = ", ".join(shown(file.name) for file in firsts[:8])
         raise CheckpointError(
-            f"{directory}: expected one model, found {', '.join(f.name for f in firsts)}; "
-            "give the file that you mean"
+            f"{directory}: expected one model, found {found}; give the file that you mean"
         )
     return firsts[0]
 
@@ -157,7 +158,7 @@ def _all_tensors(files: list[GgufFile]) -> dict[str, Stored]:
         for name, tensor in file.tensors.items():
             if name in stored:
                 raise CheckpointError(
-                    f"{tensor}: expected it once, found it in {stored[name].path} too; "
+                    f"{tensor}: expected it once, found it in {shown(stored[name].path)} too; "
                     "do these files belong together?"
                 )
             stored[name] = tensor

@@ -10,7 +10,7 @@ from ..checkpoint import Opened
 from ..config import ModelConfig, has_file, parse_config, read_json_object
 from ..generation import GENERATION, read_chat_template, read_eos, read_generation
 from .assemble import HalfNames, Plan, assemble
-from .beyond import refuse_beyond
+from .counts import refuse_other_count
 from .foreign import (
     refuse_foreign_config,
     refuse_foreign_files,
@@ -109,6 +109,8 @@ def plan_names(config: ModelConfig, tied: bool, names: Collection[str], where: P
             plan.tensors[f"layers.{index}.{name}"] = (tuple(at + part for part in stored),)
         _plan_mlp(plan, config, f"layers.{index}", f"{at}mlp.", names)
     refuse_foreign_names(names, where)
+    refuse_other_count(names, _LAYER, config.num_layers, "num_hidden_layers", where)
+    refuse_other_count(names, _EXPERT, config.num_experts, "num_local_experts", where)
     for name in plan.names():
         if name not in names:
             refuse_unknown_wrapper(names, where)
@@ -116,8 +118,6 @@ def plan_names(config: ModelConfig, tied: bool, names: Collection[str], where: P
                 f"{where}: expected tensor {name}, found {len(names)} others; "
                 "the checkpoint is incomplete: download it again"
             )
-    refuse_beyond(names, _LAYER, config.num_layers, "num_hidden_layers", where)
-    refuse_beyond(names, _EXPERT, config.num_experts, "num_local_experts", where)
     _refuse_two_kinds(names, where)
     return plan
 
@@ -129,7 +129,7 @@ def _refuse_two_kinds(names: Collection[str], where: Path) -> None:
         each = f"{stem}s.0.weight"
         twins = [twin for twin in (stem, f"{stem}_blocks", each) if twin in names]
         if stem.endswith(("gate_up_proj", "down_proj")) and len(twins) > 1:
-            found = " and ".join(twins)
+            found = " and ".join(map(shown, twins))
             raise CheckpointError(
                 f"{where}: expected the experts in one form, found {found}; save the checkpoint "
                 "again with one of them"

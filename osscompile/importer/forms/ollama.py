@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from ...errors import AbsentError, CheckpointError
+from ...options import shown
 from ..config import read_json_object
 
 STORE = "OLLAMA_MODELS"  # names the folder, if it is not the usual one
@@ -29,8 +30,8 @@ def find_in_store(model: str) -> Path | None:
         if not match[3]:
             return None
         raise AbsentError(
-            f"{model}: expected it in Ollama's store, found no {manifest}; get it with "
-            f"`ollama pull {model}`, or name the store in {STORE}"
+            f"{shown(model)}: expected it in Ollama's store, found no {shown(manifest)}; get it "
+            f"with `ollama pull {shown(model)}`, or name the store in {STORE}"
         )
     return _blob(store, manifest)
 

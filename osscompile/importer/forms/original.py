@@ -9,7 +9,7 @@ from ..checkpoint import Opened
 from ..config import ModelConfig, has_file, parse_config, read_json_object
 from ..generation import read_chat_template, read_generation
 from .assemble import HalfNames, Plan, assemble
-from .beyond import refuse_beyond
+from .counts import refuse_other_count
 from .shards import open_shards
 
 _MODEL_NAMES = {
@@ -52,13 +52,13 @@ def open_form(path: Path) -> Opened:
     config = parse_config(_translate(read_json_object(config_path)), str(config_path))
     stored = open_shards(path)
     plan = _plan(config)
+    refuse_other_count(stored, _LAYER, config.num_layers, "num_hidden_layers", config_path)
     for name in plan.names():
         if name not in stored:
             raise CheckpointError(
                 f"{path}: expected tensor {name}, found {len(stored)} others; "
                 "the checkpoint is incomplete: download it again"
             )
-    refuse_beyond(stored, _LAYER, config.num_layers, "num_hidden_layers", config_path)
     # The tokenizer lies with the Hugging Face files, one folder up, wherever links lead from.
     above = path.resolve().parent
     tokenizers = (path / "tokenizer.json", above / "tokenizer.json")

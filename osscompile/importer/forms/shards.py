@@ -49,7 +49,7 @@ def read_index(directory: Path) -> dict[str, Path] | None:
 
 
 def _two_models(directory: Path, others: list[str]) -> CheckpointError:
-    named = ", ".join(others[:4]) + (", .." if len(others) > 4 else "")
+    named = ", ".join(map(shown, others[:4])) + (", .." if len(others) > 4 else "")
     return CheckpointError(
         f"{directory}: expected one checkpoint, found {SINGLE_FILE} and {named}, which may be of "
         f"another; remove {SINGLE_FILE}, or all of the others, whichever is left over"
@@ -109,7 +109,9 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     if not os.path.isfile(path):  # of pathlib, a name too long is an error
         _refuse_other_files(path.parent)
         named_by = "expected it, or an index" if path.name == SINGLE_FILE else f"{INDEX} names it"
-        raise CheckpointError(f"{path}: no such file, but {named_by}; download the missing file")
+        raise CheckpointError(
+            f"{shown(path, MAX_FAULT)}: no such file, but {named_by}; download the missing file"
+        )
     refuse_pointer(path)
     try:
         return read_header(path)
@@ -124,15 +126,16 @@ def _refuse_other_files(directory: Path) -> None:
     gguf = next(directory.glob("*.gguf"), None)
     if gguf is not None:
         raise CheckpointError(
-            f"{directory}: expected safetensors files beside config.json, found {gguf.name}; give "
-            f"the GGUF file itself: {gguf}"
+            f"{directory}: expected safetensors files beside config.json, found "
+            f"{shown(gguf.name)}; give the GGUF file itself: "
+            f"{shown(gguf, MAX_FAULT)}"
         )
     for pattern, kind in OTHER_FILES.items():
         found = next(directory.glob(pattern), None)
         if found is not None:
             raise CheckpointError(
-                f"{directory}: expected safetensors files, found {found.name}, {kind}; load it "
-                "with transformers and save it again with `save_pretrained()`"
+                f"{directory}: expected safetensors files, found {shown(found.name)}, {kind}; "
+                "load it with transformers and save it again with `save_pretrained()`"
             )
 
 
@@ -174,7 +177,7 @@ def _check_extra(directory: Path, files: set[Path]) -> None:
     extra = [p.name for p in directory.glob("model-*.safetensors") if p not in files]
     if extra:
         warnings.warn(
-            f"{directory}: {INDEX} does not name {', '.join(sorted(extra))}, which is not read: "
-            "left over from another checkpoint?",
+            f"{directory}: {INDEX} does not name {', '.join(map(shown, sorted(extra)[:8]))}, which "
+            "is not read: left over from another checkpoint?",
             stacklevel=2,
         )
