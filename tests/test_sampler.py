@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from osscompile.runtime.errors import ArtifactError, InputError
-from osscompile.runtime.sampler import Sampler, reserved_ids
+from osscompile.runtime.sampler import Sample, Sampler, reserved_ids, sample_rows
 from osscompile.runtime.sampling_options import SamplingOptions
 
 NO_IDS = np.empty(0, np.int64)
@@ -217,6 +217,41 @@ def test_logprobs_may_be_a_truth_value(given: Any, kept: int | None, kind: Any) 
     sample = Sampler(options, NO_IDS).sample(random_logits(6))
     assert (sample.logprob is None) == (kept is None)
     assert len(sample.top_logprobs) == (kept or 0)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_what_is_drawn_is_the_same_whatever_is_told_and_whoever_else_is_there(
+    filters: dict[str, Any],
+) -> None:
+    rows = np.stack([random_logits(seed) for seed in range(6)])
+    options = {"temperature": 1.0, "seed": 3, **filters}
+    alone = Sampler(SamplingOptions(**options), NO_IDS)
+    told = Sampler(SamplingOptions(**options, logprobs=2), NO_IDS)
+    for row in range(5):
+        others = [Sampler(SamplingOptions(seed=i), NO_IDS) for i in range(2)]
+        samples = sample_rows(rows[[row, 5, row]], [alone, others[0], told])
+        first, _, last = (s.token_id for s in samples if isinstance(s, Sample))
+        assert first == last
+
+
+def test_a_row_that_is_not_a_number_fails_alone() -> None:
+    rows = np.stack([random_logits(seed) for seed in range(4)])
+    rows[1, 7] = np.nan
+    rows[2] = -np.inf
+    samplers = [Sampler(SamplingOptions(temperature=0), NO_IDS) for _ in range(3)]
+    first, second, third = sample_rows(rows, samplers)  # a step may compute more rows
+    assert isinstance(first, Sample) and first.token_id == rows[0].argmax()
+    assert isinstance(second, ArtifactError) and "nan at token 7" in str(second)
+    assert isinstance(third, ArtifactError) and "-inf" in str(third)
+
+
+def test_bias_of_what_was_said_is_one_change() -> None:
+    options = SamplingOptions(temperature=0, logit_bias={2: 1.5, 7: 1}, frequency_penalty=0.5)
+    sampler = Sampler(options, NO_IDS)
+    for token in (7, 9, 7):
+        sampler.accept(token, 0.0, None)
+    ids, amounts = sampler.changes()
+    assert dict(zip(ids.tolist(), amounts.tolist(), strict=True)) == {2: 1.5, 7: 0.0, 9: -0.5}
 
 
 def test_bias_moves_the_choice_and_not_the_logprobs() -> None:
