@@ -78,7 +78,7 @@ class Chooser:
         samples: list[Sample | ArtifactError] = []
         for i, sampler in enumerate(samplers):
             token, logit = int(chosen[i, 0]), float(chosen[i, 1])
-            error = logit_error(logit, token)
+            error = logit_error(logit if token >= 0 else -np.inf, token)
             if error is not None:
                 samples.append(error)
                 continue

@@ -272,7 +272,7 @@ class Asked:
 
     def __init__(self, model: Model, prompts: list[list[int]], limit: int) -> None:
         self.told: list[list[GeneratedToken]] = [[] for _ in prompts]
-        self.errors: list[BaseException | None | str] = ["none yet"] * len(prompts)
+        self.errors: list[BaseException | str | None] = ["none yet"] * len(prompts)
         self.scheduler = Scheduler(model._runner, CHUNK, len(prompts))
         self.answers = []
         for i, prompt in enumerate(prompts):

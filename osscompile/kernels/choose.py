@@ -131,8 +131,8 @@ def narrow(count: int, parts: int) -> PrimFunc:
 @cache
 def choice(vocab: int) -> PrimFunc:
     """scores and ids [rows, 1] int32 of what is left, and logits -> the id and its logit, both
-    float32, [rows, 2]. A logit that is not finite means that none was better: -inf, that there was
-    nothing to choose from."""
+    float32, [rows, 2]. A logit that is not finite won because it is no number; an id of -1 means
+    that there was nothing to choose from."""
 
     @T.prim_func(private=True, s_tir=True)
     def choice(
@@ -146,7 +146,7 @@ def choice(vocab: int) -> PrimFunc:
             chosen[task, 0] = T.Cast("float32", ids[task, 0])
             chosen[task, 1] = logits[task, ids[task, 0]]
             if scores[task, 0] == HIDDEN:
-                chosen[task, 1] = T.reinterpret("float32", T.int32(_MINUS_INFINITY))
+                chosen[task, 0] = T.float32(-1)
 
     return choice
 

@@ -63,7 +63,8 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
         structural_map(s.body, (tirx.Var, lambda v, s=s: group if v.same_as(s.loop_var) else v))
         for s in statements
     ]
-    loop = bound(group, statements[0].extent, "blockIdx.x", SeqStmt(bodies))
+    body = SeqStmt(bodies) if len(bodies) > 1 else bodies[0]
+    loop = bound(group, statements[0].extent, "blockIdx.x", body)
     return Schedule(function.with_body(rooted([loop], buffers)))
 
 
