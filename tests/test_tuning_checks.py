@@ -251,7 +251,7 @@ def test_kernels_that_only_devices_have(
 ) -> None:
     quick(Launched(OPENCL.runtime))
     ops = ("draw", "narrow", "choice", "append_kv", "take_logits", "change_logits", "best_logits")
-    ops += ("limit_sums", "limit_decide", "limit_finish", "best_of", "masses", "report")
+    ops += ("limit_sums", "limit_decide", "limit_finish", "best_of", "masses", "tell_report")
     assert cli.main(["tune", "--measure", str(emit_small(tmp_path, OPENCL, ops))]) == 0
 
 

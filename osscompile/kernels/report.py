@@ -156,7 +156,7 @@ def report(vocab: int) -> PrimFunc:
         masses: T.Buffer((ROWS, T.int64(parts)), "float32"),
         told: T.Buffer((ROWS, T.int64(2 + 2 * REPORTED)), "float32"),
     ) -> None:
-        T.func_attr({"op": "report", "tirx.noalias": True})
+        T.func_attr({"op": "tell_report", "tirx.noalias": True})
         for task in range(ROWS):
             told[task, 0] = logits[task, ids[task, 0, 0]]
             told[task, 1] = T.float32(0)
