@@ -257,8 +257,8 @@ def try_manifest(random: Random, folder: Path) -> None:
 
 
 def try_programs(random: Random, folder: Path) -> None:
-    (folder / "lib.launches").write_text(json.dumps(mutated(PROGRAMS_TEXT, random)))
-    programs = read_programs(Artifact(folder, LAUNCHED, LAUNCHED.variants[0], ()))
+    contents = {"lib.launches": json.dumps(mutated(PROGRAMS_TEXT, random)).encode()}
+    programs = read_programs(Artifact(folder, LAUNCHED, LAUNCHED.variants[0], (), contents))
     for program in programs.values():
         for number in range(1, max(program.symbols.values(), default=1) + 1):
             values = {symbol: min(number, most) for symbol, most in program.symbols.items()}
