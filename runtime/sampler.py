@@ -132,8 +132,10 @@ class Sampler:
             said = np.fromiter(self._said.keys(), np.int64, len(self._said))
             counts = np.fromiter(self._said.values(), np.float64, len(self._said))
             penalties = options.frequency_penalty * counts + options.presence_penalty
+            parts = np.concatenate([amounts, -penalties])
             ids, places = np.unique(np.concatenate([ids, said]), return_inverse=True)
-            amounts = np.bincount(places, np.concatenate([amounts, -penalties]), ids.size)
+            amounts = np.zeros(ids.size)
+            np.add.at(amounts, places, parts)
         return ids, amounts.astype(np.float32)
 
     def scale_bits(self) -> int:

@@ -8,8 +8,7 @@ the steps of the graph, which take their logits on; `runtime/chooser.py` calls t
 """
 
 import math
-from contextlib import AbstractContextManager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tvm import ir, relax, tirx
 from tvm.relax import BlockBuilder, TensorType
@@ -121,10 +120,8 @@ class _Choice:
     def _lists(self, parts: int) -> list[Result]:
         return [((self.rows, parts, REPORTED), "int32")] * 2
 
-    def _function(
-        self, inputs: list[relax.Var], bound: list[relax.Var], **most: int
-    ) -> AbstractContextManager[object]:
-        """Begin the function, whose symbols stand for so much at most."""
+    def _function(self, inputs: list[relax.Var], bound: list[relax.Var], **most: int) -> Any:
+        """Begin the function, whose symbols stand for so much at most; for a `with` statement."""
         attributes = {"num_input": len(inputs), "tir_var_upper_bound": most}
         return self.builder.function(self.name, [*inputs, *bound], attrs=attributes, pure=False)
 
