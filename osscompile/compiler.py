@@ -111,7 +111,7 @@ def compile(
     graph = build_graph(config, profile, context, prefill_chunk)
     module = graph.module
     if machine.device != CPU:  # its logits are not in the host's memory
-        module = with_choose(module, config.vocab_size)
+        module = with_choose(module, config.vocab_size, most_wanted(prefill_chunk))
     module = run_passes(module, machine, SHARED_PASSES, dump)
 
     packing = {name: (int(v[0]), int(v[1])) for name, v in module.attrs[PACKED_ROWS].items()}

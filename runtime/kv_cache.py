@@ -37,8 +37,8 @@ class CacheMemory(Protocol):
     def copy(self, array: Any, source: int, target: int) -> None:
         """Set one element along axis 0 to what another is."""
 
-    def clear(self, array: Any, count: int) -> None:
-        """Set the first `count` along axis 0 to zero."""
+    def clear(self, array: Any, count: int, start: int = 0) -> None:
+        """Set `count` elements along axis 0 to zero, from `start` on."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,22 @@ class KVCache:
             for array in arrays:
                 self._memory.clear(array, most_used)
 
+    def drop(self, sequence: "CachedSequence") -> None:
+        """Forget what a sequence holds that gave no numbers, but for what other running sequences
+        hold: they tell themselves whether that is right. Its pages are set to zero, because kernels
+        multiply by zero what they do not use. It is empty then."""
+        others = {id(n) for other in self.running if other is not sequence for n in other.path}
+        spoiled = next((node for node in sequence.path if id(node) not in others), None)
+        if spoiled is not None:
+            assert spoiled.parent is not None
+            spoiled.parent.children.remove(spoiled)  # and all that goes on from there
+        sequence.restart()
+        self._count()
+        for arrays, pages in zip(self._arrays, self._pages.free_again(), strict=True):
+            for start, count in pages:
+                for array in arrays:
+                    self._memory.clear(array, count, start)
+
     def _count(self) -> None:
         self._pages.count(self.root, [sequence.held() for sequence in self.running])
 
@@ -203,6 +219,11 @@ class CachedSequence:
         self._path: list[Node] = []
         self._ahead: list[tuple[int, int]] = []  # pages of what is being written
         self._ready: tuple[int, int] | None = None  # after so many pages, that those are there
+
+    @property
+    def path(self) -> Sequence[Node]:
+        """The nodes that it has, from the beginning on."""
+        return self._path
 
     @property
     def length(self) -> int:

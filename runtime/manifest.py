@@ -23,7 +23,7 @@ from .machine import Machine
 from .sampling_options import Sampling
 from .step import FUNCTIONS
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"

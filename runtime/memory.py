@@ -4,7 +4,6 @@ from .errors import OsscompileError
 from .kv_cache import page_counts
 from .machine import available_memory_bytes
 from .manifest import ROPE, Manifest
-from .step import FUNCTIONS
 
 # Python, numpy, tokenizers and TVM's runtime, without a vocabulary.
 PROCESS_BYTES = 60 << 20
@@ -33,7 +32,7 @@ def memory_bytes(
     return {
         "weights": weights,
         "KV cache": page_counts(manifest, context, kv_memory, None, sequences).num_bytes(manifest),
-        "workspace": sum(manifest.workspace_bytes[f] for f in FUNCTIONS),
+        "workspace": sum(manifest.workspace_bytes.values()),
         "process": PROCESS_BYTES,
     }
 

@@ -332,6 +332,8 @@ class Model:
     def _sample(self, sampler: Sampler, logits: Any) -> Sample:
         try:
             (sample,) = self._runner.sample(logits, [sampler])
+            if isinstance(sample, ArtifactError):
+                raise sample
         except ArtifactError:  # not a number: what the cache holds would spoil the next answer
             self._forget()
             raise

@@ -1,7 +1,7 @@
 """Which pages of the KV cache are free, and which are taken from old prefixes when none is."""
 
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .prefix_tree import Node
@@ -47,6 +47,14 @@ class Pages:
         )
         self._free = free_full, free_window
 
+    def free_again(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Free pages of both kinds that were taken before, by (first, how many)."""
+        full, window = (
+            _runs(page for page in free if page < most)
+            for free, most in zip(self._free, self.most_used, strict=True)
+        )
+        return full, window
+
     def take(self, count: int, root: Node, running: Sequence[Held]) -> list[tuple[int, int]]:
         """Free pages of both kinds, of old prefixes if no others are left: whole pages that end a
         prefix, and window pages of points that nobody kept first. Raises NoPages, and takes
@@ -65,6 +73,17 @@ class Pages:
         for kind in (0, 1):
             self.most_used[kind] = max(self.most_used[kind], *(page[kind] + 1 for page in taken))
         return taken
+
+
+def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Whole numbers, as (first, how many) of those that follow each other."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if runs and sum(runs[-1]) == number:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((number, 1))
+    return runs
 
 
 def _all_nodes(root: Node, running: Sequence[Held]) -> Iterator[Node]:

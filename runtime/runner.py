@@ -16,9 +16,10 @@ from .devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
 from .devices.program import read_programs
 from .devices.tvm_cpu import Device
 from .devices.tvm_device import TensorDevice
+from .errors import ArtifactError
 from .kv_cache import CachedSequence, KVCache, page_counts
 from .memory import PROCESS_BYTES, memory_bytes
-from .sampler import Sample, Sampler, check_logit
+from .sampler import Sample, Sampler, sample_rows
 from .step import Part, step_inputs
 
 
@@ -59,7 +60,8 @@ class Runner:
             self._bound.append(self.device.tensor(array))
         self.chooser: Chooser | None = None  # where the logits are in the host's memory
         if not isinstance(self.device, Device):
-            self.chooser = Chooser(self.device, manifest.vocab_size, reserved)
+            most = manifest.most_wanted
+            self.chooser = Chooser(self.device, manifest.vocab_size, reserved, most)
 
     def step(self, rows: Sequence[Rows]) -> Any:
         """Append tokens -> the device's logits, of which the first are those of the wanted rows, in
@@ -74,18 +76,13 @@ class Runner:
             some.sequence.append(some.ids)
         return logits
 
-    def sample(self, logits: Any, samplers: Sequence[Sampler]) -> list[Sample]:
-        """A token for each row of logits. A single one is chosen by the device where it can, so
-        that its logits stay there. Raises ArtifactError for what is not a number."""
-        options = None
-        if self.chooser is not None and len(samplers) == 1:
-            options = samplers[0].device_options()
-        if self.chooser is None or options is None:
-            rows = self.device.numpy(logits)
-            return [sampler.sample(row) for sampler, row in zip(samplers, rows, strict=False)]
-        token, logit = self.chooser.choose(logits, options)
-        check_logit(logit, token)
-        return [Sample(token)]
+    def sample(self, logits: Any, samplers: Sequence[Sampler]) -> list[Sample | ArtifactError]:
+        """A token for each of the first rows of logits, which are spent then: chosen by the device
+        where they are; an error for a row whose logits are not numbers. Raises ArtifactError for a
+        device that cannot do it."""
+        if self.chooser is not None:
+            return self.chooser.choose(logits, samplers)
+        return sample_rows(self.device.numpy(logits), samplers)
 
 
 def _open_device(

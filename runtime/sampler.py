@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +33,38 @@ class Sample:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Report:
+    """What the model's own distribution is: what to subtract from a logit for its log-probability,
+    and the most probable (id, logprob), best first."""
+
+    log_total: float
+    top: tuple[tuple[int, float], ...]
+
+    @staticmethod
+    def of(
+        best: float, total: float, ids: NDArray[np.integer[Any]], logits: NDArray[np.float32]
+    ) -> "Report":
+        """Of the highest logit, the sum of e^(logit - it), and the most probable ids and logits."""
+        log_total = best + math.log(total)
+        pairs = zip(ids.tolist(), logits.tolist(), strict=True)
+        return Report(log_total, tuple((id, logit - log_total) for id, logit in pairs))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Which tokens are drawn: the `count` best, or if that is 0 the fewest best whose probabilities
+    come to a `share` of all; of these, those with at least the `least` share of the best's."""
+
+    count: int
+    share: float
+    least: float
+
+
 class Sampler:
-    """Chooses tokens for one answer. The same seed and logits give the same tokens, on devices that
-    choose themselves as well, but not the same as elsewhere.
+    """Chooses tokens for one answer. The same seed and logits give the same tokens, whatever is
+    told of them and whichever other rows there are, on devices that choose themselves as well, but
+    not the same as elsewhere.
 
     reserved: integer [n], the ids that are never chosen (see reserved_ids). They are left out of
     every normalisation. constraint: what else is not chosen; it is told what is.
@@ -61,37 +91,75 @@ class Sampler:
         scores = self._masked(logits)
         best = int(scores.argmax())  # the first NaN if there is one
         check_logit(float(scores[best]), best)
-        reported = self.options.logprobs
-        log_total, top = (
-            self._normalise(scores, best, reported) if reported is not None else (0, ())
-        )
-        mask = None if self.constraint is None else self.constraint.mask()
-        if self.options.changes_logits or mask is not None:
-            self._change(scores)
+        report = self._report(scores, best) if self.options.logprobs is not None else None
+        ids, amounts = self.changes()
+        mask = self.mask()
+        if ids.size or mask is not None:
+            scores[ids] += amounts  # -inf stays what it is
             if mask is not None:
                 scores[: logits.size][~is_allowed(mask, logits.size)] = -np.inf
             best = int(scores.argmax())
+            check_logit(float(scores[best]), best)
         token = best if self._is_greedy() else self._draw(scores, scores[best])
+        return self.accept(token, float(logits[token]), report)
+
+    def report(self, logits: NDArray[np.float32]) -> Report:
+        """What the model's own distribution is."""
+        scores = self._masked(logits)
+        return self._report(scores, int(scores.argmax()))
+
+    def accept(self, token: int, logit: float, report: Report | None) -> Sample:
+        """The sample of a token that was chosen, with its own logit; what comes after knows of it.
+        Without a report nothing is told of its probability."""
         self._said[token] += 1
         if self.constraint is not None:
             self.constraint.push(token)
-        if reported is None:
+        if report is None:
             return Sample(token)
-        return Sample(token, float(logits[token]) - log_total, top)
+        return Sample(token, logit - report.log_total, report.top[: self.options.logprobs])
 
-    def device_options(self) -> NDArray[np.int32] | None:
-        """How a device is to choose the next token: int32 [3], see `kernels/choose.py`; None for
-        what it cannot: `sample` does."""
+    def mask(self) -> NDArray[np.uint32] | None:
+        """Which tokens may come next: see Constraint."""
+        return None if self.constraint is None else self.constraint.mask()
+
+    def changes(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """What is added to logits, biases less penalties: ids [n], each once, and amounts [n]."""
         options = self.options
-        if options.logprobs is not None or options.changes_logits or self.constraint is not None:
-            return None
+        bias = options.logit_bias
+        ids = np.fromiter(bias.keys(), np.int64, len(bias))
+        amounts = np.fromiter(bias.values(), np.float64, len(bias))
+        if options.frequency_penalty or options.presence_penalty:
+            said = np.fromiter(self._said.keys(), np.int64, len(self._said))
+            counts = np.fromiter(self._said.values(), np.float64, len(self._said))
+            penalties = options.frequency_penalty * counts + options.presence_penalty
+            parts = np.concatenate([amounts, -penalties])
+            ids, places = np.unique(np.concatenate([ids, said]), return_inverse=True)
+            amounts = np.zeros(ids.size)
+            np.add.at(amounts, places, parts)
+        return ids, amounts.astype(np.float32)
+
+    def scale_bits(self) -> int:
+        """The bits of the float32 1 / temperature, 0 for the most probable token."""
         if self._is_greedy():
-            return np.zeros(3, np.int32)
-        if options.top_k or options.top_p < 1 or options.min_p > 0:
-            return None
-        scale = np.array([1 / options.temperature], np.float32).view(np.int32)
-        seed = self._random.integers(-(1 << 31), 1 << 31, 2).astype(np.int32)
-        return np.concatenate([scale, seed])
+            return 0
+        return int(np.array(1 / self.options.temperature, np.float32).view(np.int32))
+
+    def draw_options(self) -> tuple[int, int, int]:
+        """How a device is to draw the next token: the scale, and 64 random bits, int32 each. What
+        is random is the same whatever else is asked for."""
+        scale = self.scale_bits()
+        low, high = self._random.integers(-(1 << 31), 1 << 31, 2).tolist() if scale else (0, 0)
+        return scale, low, high
+
+    def limits(self) -> list[Limit]:
+        """Which tokens a device is to draw from: one limit after the other."""
+        options = self.options
+        if self._is_greedy() or not (options.top_k or options.top_p < 1 or options.min_p > 0):
+            return []
+        if options.top_k and options.top_p < 1:
+            by_count = Limit(options.top_k, 1.0, 0.0)
+            return [by_count, Limit(0, options.top_p, options.min_p)]
+        return [Limit(options.top_k, options.top_p, options.min_p)]
 
     def _is_greedy(self) -> bool:
         return self.options.temperature < GREEDY_BELOW or self.options.top_k == 1
@@ -107,23 +175,12 @@ class Sampler:
         self._scores[self._reserved] = -np.inf
         return self._scores
 
-    def _normalise(
-        self, scores: NDArray[np.float32], best: int, num_top: int
-    ) -> tuple[float, tuple[tuple[int, float], ...]]:
-        """What to subtract from a logit for its log-probability, and the most probable tokens."""
+    def _report(self, scores: NDArray[np.float32], best: int) -> Report:
         weights = _exp_into(self._weights, scores, scores[best], 1.0)
-        log_total = float(scores[best]) + math.log(weights.sum(dtype=np.float64))
-        ids = _top_ids(scores, num_top).tolist() if num_top else []
-        return log_total, tuple((id, float(scores[id]) - log_total) for id in ids)
-
-    def _change(self, scores: NDArray[np.float32]) -> None:
-        """Add the bias, subtract the penalties; -inf stays what it is."""
-        options = self.options
-        for id, bias in options.logit_bias.items():
-            scores[id] += bias
-        said = np.fromiter(self._said.keys(), np.int64)
-        counts = np.fromiter(self._said.values(), np.float32)
-        scores[said] -= options.frequency_penalty * counts + options.presence_penalty
+        number = self.options.logprobs
+        ids = _top_ids(scores, number) if number else np.empty(0, np.int64)
+        total = float(weights.sum(dtype=np.float64))
+        return Report.of(float(scores[best]), total, ids, scores[ids])
 
     def _draw(self, scores: NDArray[np.float32], best: np.float32) -> int:
         """Narrow the ids down as cheaply as the options allow, then draw from what is left."""
@@ -160,13 +217,35 @@ class Sampler:
         return block * BLOCK + _pick(blocks[block], max(within, 0.0))
 
 
+def sample_rows(
+    logits: NDArray[np.float32], samplers: Sequence[Sampler]
+) -> list[Sample | ArtifactError]:
+    """Choose a token for each of the first rows of float32 [n, vocab] logits; an error for a row
+    whose logits are not numbers."""
+    samples: list[Sample | ArtifactError] = []
+    for sampler, row in zip(samplers, logits, strict=False):
+        try:
+            samples.append(sampler.sample(row))
+        except ArtifactError as error:
+            samples.append(error)
+    return samples
+
+
 def check_logit(logit: float, token: int) -> None:
     """Raises ArtifactError unless the logit of the token that was chosen is finite."""
-    if not math.isfinite(logit):
-        raise ArtifactError(
-            f"logits: expected finite numbers, found {logit} at token {token}; "
-            "are the weights damaged, or compiled for another machine?"
-        )
+    error = logit_error(logit, token)
+    if error is not None:
+        raise error
+
+
+def logit_error(logit: float, token: int) -> ArtifactError | None:
+    """What is wrong with the logit of a token that was chosen."""
+    if math.isfinite(logit):
+        return None
+    return ArtifactError(
+        f"logits: expected finite numbers, found {logit} at token {token}; "
+        "are the weights damaged, or compiled for another machine?"
+    )
 
 
 def reserved_ids(

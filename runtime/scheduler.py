@@ -9,7 +9,7 @@ computed again when another has ended.
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from .errors import OsscompileError
+from .errors import ArtifactError, OsscompileError
 from .generated import GeneratedToken
 from .kv_cache import CachedSequence
 from .pages import NoPages
@@ -91,12 +91,16 @@ class Scheduler:
             told = [answer for answer, row in rows if row.wanted]
             samples = self._runner.sample(logits, [a.sampler for a in told]) if told else []
         except OsscompileError as error:
-            # a device that does not work, or no numbers: what the cache holds would spoil others
+            # a device that does not work: what the cache holds may be wrong
             self.end_all(error)
             self._runner.cache.clear()
             return
         for answer, sample in zip(told, samples, strict=True):
             assert answer.sequence is not None
+            if isinstance(sample, ArtifactError):  # no numbers: what it wrote would spoil others
+                self._runner.cache.drop(answer.sequence)
+                self._leave(answer, sample)
+                continue
             if answer.stream.count == 0:  # a turn begins here
                 answer.sequence.keep()
             token = answer.stream.push(sample)

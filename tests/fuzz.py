@@ -228,8 +228,16 @@ def small_programs() -> dict[str, Program]:
             name: Program(sizes, (one,), {}, INPUTS[name], 1, (count, vocab))
             for count, name in FEW.items()
         },
-        "choose": Program((64, 8), (), {}, INPUTS["choose"], 1, (1, 2)),
+        "choose": of_logits("choose", {"wanted_rows": 16}, "wanted_rows", 2),
+        "limit": of_logits("limit", {"wanted_rows": 16}, 16, 2),
+        "report": of_logits("report", {"wanted_rows": 16}, "wanted_rows", 42),
+        "change": of_logits("change", {"changes": 4096}, "changes", 1),
     }
+
+
+def of_logits(name: str, symbols: dict[str, int], rows: int | str, columns: int) -> Program:
+    launch = Launch("pick", (("bound", 0), ("input", 0), ("storage", 1)), (4,), (64,))
+    return Program((64, 16384), (launch,), symbols, INPUTS[name], 1, (rows, columns))
 
 
 MANIFEST_TEXT = manifest_text(small_manifest("tvm"))

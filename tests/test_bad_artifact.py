@@ -149,12 +149,12 @@ def test_manifest_is_no_json_object(copy: Path, text: str) -> None:
 # Whole, but not for us
 
 
-@pytest.mark.parametrize("version", [0, 5, 7, "6", None, [6]])
+@pytest.mark.parametrize("version", [0, 6, 8, "7", None, [7]])
 def test_other_format_version(copy: Path, version: object) -> None:
     """Another version is told apart from damage: no other field is read."""
     fields = {"format_version": version, "something": "new"}
     (copy / MANIFEST).write_text(json.dumps(fields))
-    refuse(copy, f"expected format version 6, found {version!r}", "compile the model again")
+    refuse(copy, f"expected format version 7, found {version!r}", "compile the model again")
 
 
 def test_cpu_features_that_this_machine_lacks(copy: Path) -> None:

@@ -44,7 +44,7 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs CUDA's compil
 def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
     """Two layers contain every kernel."""
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)
-    module = with_choose(build_graph(config, profile, 131072, 512).module, config.vocab_size)
+    module = with_choose(build_graph(config, profile, 131072, 512).module, config.vocab_size, 64)
     module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
     source = cuda_source(module, H100)
     for program in build_programs(module).values():
@@ -57,7 +57,7 @@ def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
 def test_compile_20b_for_sm_90a(tmp_path: Path) -> None:
     """Every kernel of the profile fast compiles, and none spills registers."""
     config = gpt_oss_config(num_layers=2, num_experts=32)
-    module = with_choose(build_graph(config, "fast", 131072, 512).module, config.vocab_size)
+    module = with_choose(build_graph(config, "fast", 131072, 512).module, config.vocab_size, 64)
     module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
     (tmp_path / "kernels.cu").write_text(cuda_source(module, H100))
     command = [str(find_nvcc()), f"-arch={H100.tvm['arch']}", "-fatbin", "-Xptxas=-v"]

@@ -12,7 +12,11 @@ import cuda_device
 import pytest
 import reference
 from cuda_device import H100, compile_here
-from device_choices import check_logits_stay, every_temperature
+from device_choices import (
+    check_logits_stay,
+    check_rows_of_all_kinds,
+    every_option_of_the_sampler,
+)
 from device_models import check_exact, check_nano
 from metal_device import needs_gxx
 from random_model import read_checkpoint
@@ -66,9 +70,13 @@ def test_exact_is_the_reference(tmp_path: Path) -> None:
     check_exact(H100.name, tmp_path)
 
 
-@every_temperature
-def test_logits_stay_on_the_device(nano: Path, temperature: float) -> None:
-    check_logits_stay(nano, temperature)
+@every_option_of_the_sampler
+def test_logits_stay_on_the_device(nano: Path, option: dict[str, Any]) -> None:
+    check_logits_stay(nano, option)
+
+
+def test_rows_of_all_kinds(nano: Path) -> None:
+    check_rows_of_all_kinds(nano)
 
 
 def test_bench(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ class Memory:
     def copy(self, array: np.ndarray, source: int, target: int) -> None:
         array[target] = array[source]
 
-    def clear(self, array: np.ndarray, count: int) -> None:
-        array[:count] = 0
+    def clear(self, array: np.ndarray, count: int, start: int = 0) -> None:
+        array[start : start + count] = 0
 
 
 def manifest(sliding: tuple[bool, ...] = (True, False)) -> Any:

@@ -19,9 +19,8 @@ from artifacts import copy_artifact, flip_byte, reseal, run_python
 from device_choices import (
     check_broken_weights_show,
     check_logits_stay,
-    check_sampler_does_the_rest,
+    check_rows_of_all_kinds,
     every_option_of_the_sampler,
-    every_temperature,
 )
 from device_models import check_exact
 from opencl_device import MISSING, OPENCL, needs_opencl
@@ -84,15 +83,14 @@ def test_command_line(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_opencl
-@every_temperature
-def test_logits_stay_on_the_device(nano: Path, temperature: float) -> None:
-    check_logits_stay(nano, temperature)
+@every_option_of_the_sampler
+def test_logits_stay_on_the_device(nano: Path, option: dict[str, Any]) -> None:
+    check_logits_stay(nano, option)
 
 
 @needs_opencl
-@every_option_of_the_sampler
-def test_what_a_device_does_not_choose_the_sampler_does(nano: Path, option: dict[str, Any]) -> None:
-    check_sampler_does_the_rest(nano, option)
+def test_rows_of_all_kinds(nano: Path) -> None:
+    check_rows_of_all_kinds(nano)
 
 
 @needs_opencl
@@ -166,7 +164,7 @@ def test_forgetting_sets_the_cache_to_zero(talker: Path) -> None:
 def test_kernels_of_gpt_oss(num_experts: int, profile: str) -> None:
     """Two layers contain every kernel. If there is a device, its compiler takes the source."""
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)
-    module = with_choose(build_graph(config, profile, 131072, 512).module, config.vocab_size)
+    module = with_choose(build_graph(config, profile, 131072, 512).module, config.vocab_size, 64)
     module = run_passes(module, OPENCL, SHARED_PASSES + LAUNCH_PASSES)
     source, programs = opencl_source(module, OPENCL), build_programs(module)
     launched = {launch.kernel for program in programs.values() for launch in program.launches}

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from osscompile.runtime.errors import ArtifactError, InputError
-from osscompile.runtime.sampler import Sampler, reserved_ids
+from osscompile.runtime.sampler import Limit, Sample, Sampler, reserved_ids, sample_rows
 from osscompile.runtime.sampling_options import SamplingOptions
 
 NO_IDS = np.empty(0, np.int64)
@@ -219,6 +219,41 @@ def test_logprobs_may_be_a_truth_value(given: Any, kept: int | None, kind: Any) 
     assert len(sample.top_logprobs) == (kept or 0)
 
 
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_what_is_drawn_is_the_same_whatever_is_told_and_whoever_else_is_there(
+    filters: dict[str, Any],
+) -> None:
+    rows = np.stack([random_logits(seed) for seed in range(6)])
+    options = {"temperature": 1.0, "seed": 3, **filters}
+    alone = Sampler(SamplingOptions(**options), NO_IDS)
+    told = Sampler(SamplingOptions(**options, logprobs=2), NO_IDS)
+    for row in range(5):
+        others = [Sampler(SamplingOptions(seed=i), NO_IDS) for i in range(2)]
+        samples = sample_rows(rows[[row, 5, row]], [alone, others[0], told])
+        first, _, last = (s.token_id for s in samples if isinstance(s, Sample))
+        assert first == last
+
+
+def test_a_row_that_is_not_a_number_fails_alone() -> None:
+    rows = np.stack([random_logits(seed) for seed in range(4)])
+    rows[1, 7] = np.nan
+    rows[2] = -np.inf
+    samplers = [Sampler(SamplingOptions(temperature=0), NO_IDS) for _ in range(3)]
+    first, second, third = sample_rows(rows, samplers)  # a step may compute more rows
+    assert isinstance(first, Sample) and first.token_id == rows[0].argmax()
+    assert isinstance(second, ArtifactError) and "nan at token 7" in str(second)
+    assert isinstance(third, ArtifactError) and "-inf" in str(third)
+
+
+def test_bias_of_what_was_said_is_one_change() -> None:
+    options = SamplingOptions(temperature=0, logit_bias={2: 1.5, 7: 1}, frequency_penalty=0.5)
+    sampler = Sampler(options, NO_IDS)
+    for token in (7, 9, 7):
+        sampler.accept(token, 0.0, None)
+    ids, amounts = sampler.changes()
+    assert dict(zip(ids.tolist(), amounts.tolist(), strict=True)) == {2: 1.5, 7: 0.0, 9: -0.5}
+
+
 def test_bias_moves_the_choice_and_not_the_logprobs() -> None:
     logits = random_logits(5)
     plain = Sampler(SamplingOptions(temperature=0, logprobs=3), NO_IDS).sample(logits)
@@ -403,61 +438,28 @@ def test_reserved_ids_are_unused_specials_and_padding() -> None:
         ({"temperature": 9, "top_k": 1}, 0),
     ],
 )
-def test_options_that_a_device_takes(options: dict[str, Any], scale: float) -> None:
-    sampler, again = (Sampler(SamplingOptions(seed=0, **options), NO_IDS) for _ in range(2))
-    found = [sampler.device_options() for _ in range(2)]
-    for taken in found:
-        assert taken is not None and taken.dtype == np.int32 and taken.shape == (3,)
-        assert taken[:1].view(np.float32) == scale
-    first, second = (taken.tolist() for taken in found if taken is not None)
-    assert (first == second) == (scale == 0)  # other random bits for every token
-    repeated = again.device_options()
-    assert repeated is not None and repeated.tolist() == first
+def test_what_a_device_is_told_of_a_draw(options: dict[str, Any], scale: float) -> None:
+    """Other random bits for every token; the same again, whatever else is asked for."""
+    more = {"logprobs": 2, "logit_bias": {1: 1}}
+    sampler, again = (Sampler(SamplingOptions(seed=0, **options, **o), NO_IDS) for o in ({}, more))
+    first, second = sampler.draw_options(), sampler.draw_options()
+    assert np.array(first[:1], np.int32).view(np.float32) == scale
+    assert (first == second) == (scale == 0)
+    assert again.draw_options() == first
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("options", "limits"),
     [
-        {"top_p": 0.9},
-        {"top_k": 2},
-        {"min_p": 0.1},
-        {"logprobs": 1},
-        {"logprobs": 0},
-        {"logit_bias": {1: 1}},
-        {"frequency_penalty": 0.1},
-        {"presence_penalty": -0.1},
+        ({}, []),
+        ({"temperature": 0, "top_k": 9, "top_p": 0.5}, []),
+        ({"top_k": 1, "top_p": 0.5}, []),
+        ({"top_k": 9}, [Limit(9, 1.0, 0.0)]),
+        ({"top_p": 0.5}, [Limit(0, 0.5, 0.0)]),
+        ({"min_p": 0.5}, [Limit(0, 1.0, 0.5)]),
+        ({"top_k": 9, "min_p": 0.5}, [Limit(9, 1.0, 0.5)]),
+        ({"top_k": 9, "top_p": 0.5, "min_p": 0.1}, [Limit(9, 1.0, 0.0), Limit(0, 0.5, 0.1)]),
     ],
-    ids=str,
 )
-def test_options_that_a_device_does_not_take(option: dict[str, Any]) -> None:
-    assert Sampler(SamplingOptions(temperature=1.0, **option), NO_IDS).device_options() is None
-
-
-class Only:
-    """Allows these ids."""
-
-    def __init__(self, *ids: int) -> None:
-        self.told: list[int] = []
-        self._mask = np.zeros(-(-VOCAB // 32), np.uint32)
-        for id in ids:
-            self._mask[id // 32] |= np.uint32(1 << id % 32)
-
-    def mask(self) -> NDArray[np.uint32]:
-        return self._mask
-
-    def push(self, token_id: int) -> None:
-        self.told.append(token_id)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_constraint_leaves_only_what_it_allows(temperature: float) -> None:
-    logits = np.arange(VOCAB, dtype=np.float32)  # the allowed ones are not the best
-    only = Only(0, 31, 32, VOCAB - 1)
-    options = SamplingOptions(temperature=temperature, seed=0, logprobs=1, logit_bias={32: 100})
-    sampler = Sampler(options, np.array([VOCAB - 1]), only)
-    drawn = [sampler.sample(logits) for _ in range(200)]
-    assert only.told == [sample.token_id for sample in drawn]
-    assert set(only.told) == {32}
-    flat = Sampler(SamplingOptions(temperature=1.0, seed=0), np.array([VOCAB - 1]), only)
-    assert {flat.sample(np.zeros(VOCAB, np.float32)).token_id for _ in range(200)} == {0, 31, 32}
-    assert drawn[0].logprob is not None and drawn[0].logprob < -1  # the model's own
+def test_limits_that_a_device_is_told(options: dict[str, Any], limits: list[Limit]) -> None:
+    assert Sampler(SamplingOptions(**options), NO_IDS).limits() == limits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +246,91 @@ def test_an_error_of_the_device_ends_all(model: Model, monkeypatch: pytest.Monke
         with pytest.raises(ArtifactError, match="does not work"):
             model.generate_batch([[1], [2]], max_tokens=3)
     assert len(model.generate_batch([[1], [2]], max_tokens=3)) == 2
+
+
+# --- What is not a number ---------------------------------------------------------------------
+
+
+def spoil(model: Model, sequence: CachedSequence, page: int) -> None:
+    """Keys and values of a page, as a fault of the weights or the device may leave them."""
+    node = sequence.path[page]
+    for i, array in enumerate(model._runner.cache.arrays):
+        array[node.window if model.manifest.sliding[i // 2] else node.full] = np.nan
+
+
+def check_no_page_is_spoiled(model: Model) -> None:
+    cache = model._runner.cache
+    assert not any(np.isnan(array).any() for array in cache.arrays)
+    cache._count()
+    free = cache._pages._free[0]
+    held = [node.full for node in cache.root.below()]
+    assert sorted([*free, *held]) == list(range(cache._pages._counts[0]))
+
+
+class Asked:
+    """Answers that a scheduler computes, what each is told, and how it ended."""
+
+    def __init__(self, model: Model, prompts: list[list[int]], limit: int) -> None:
+        self.told: list[list[GeneratedToken]] = [[] for _ in prompts]
+        self.errors: list[BaseException | str | None] = ["none yet"] * len(prompts)
+        self.scheduler = Scheduler(model._runner, CHUNK, len(prompts))
+        self.answers = []
+        for i, prompt in enumerate(prompts):
+            question = model._questions.of_ids(prompt, max_tokens=limit, temperature=0)
+            sampler = model._questions.sampler(question)
+            end = partial(self.errors.__setitem__, i)
+            self.answers.append(Answer(question, sampler, self.told[i].append, end))
+            self.scheduler.add(self.answers[-1])
+
+    def finish(self) -> None:
+        while self.scheduler.has_work:
+            self.scheduler.step()
+
+
+def test_what_is_not_a_number_ends_its_answer_alone(model: Model, talker: Path) -> None:
+    fresh, prompts = load(talker), [random_ids(70 + i, seed=i) for i in range(3)]
+    alone = [ids_of(fresh.generate(prompt, max_tokens=20)) for prompt in prompts]
+
+    def work() -> None:
+        asked = Asked(model, prompts, 20)
+        while not all(len(told) > 3 for told in asked.told):
+            asked.scheduler.step()
+        middle = asked.answers[1].sequence
+        assert middle is not None
+        spoil(model, middle, 1)
+        said = len(asked.told[1])
+        asked.finish()
+        assert len(asked.told[1]) == said and texts_of(asked.told)[1] == alone[1][:said]
+        assert isinstance(asked.errors[1], ArtifactError) and "nan" in str(asked.errors[1])
+        assert asked.errors[::2] == [None, None]
+        assert texts_of(asked.told)[::2] == alone[::2]
+        check_no_page_is_spoiled(model)
+
+    on_device(model, work)
+    assert texts_of(model.generate_batch(prompts, max_tokens=20)) == alone
+
+
+def test_a_spoiled_page_that_answers_share_is_forgotten_with_the_last(
+    model: Model, talker: Path
+) -> None:
+    """It came from an answer that ended before anybody saw what it is."""
+    begin = random_ids(64)
+    prompts = [[*begin, *random_ids(9, seed=i)] for i in range(1, 4)]
+    alone = [ids_of(load(talker).generate(prompt, max_tokens=4)) for prompt in prompts]
+    other = random_ids(80, seed=9)
+
+    def work() -> None:
+        sequence = model._runner.cache.start()
+        model._runner.step([Rows(sequence, begin[:32])])
+        model._runner.step([Rows(sequence, begin[32:])])
+        sequence.keep()
+        spoil(model, sequence, 0)
+        model._runner.cache.leave(sequence)
+        asked = Asked(model, [*prompts, other], 4)
+        asked.finish()
+        assert all(isinstance(error, ArtifactError) for error in asked.errors[:3])
+        assert asked.errors[3] is None and len(asked.told[3]) == 4
+        check_no_page_is_spoiled(model)
+
+    on_device(model, work)
+    assert texts_of(model.generate_batch(prompts, max_tokens=4)) == alone

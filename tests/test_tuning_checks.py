@@ -250,7 +250,8 @@ def test_kernels_that_only_devices_have(
     quick: Callable[[TrialMachine], None], tmp_path: Path
 ) -> None:
     quick(Launched(OPENCL.runtime))
-    ops = ("draw", "narrow", "choice", "append_kv")
+    ops = ("draw", "narrow", "choice", "append_kv", "take_logits", "change_logits", "best_logits")
+    ops += ("limit_sums", "limit_decide", "limit_finish", "best_of", "masses", "tell_report")
     assert cli.main(["tune", "--measure", str(emit_small(tmp_path, OPENCL, ops))]) == 0
 
 

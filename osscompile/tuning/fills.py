@@ -45,8 +45,6 @@ def fill_of(parameter: tirx.Buffer, setting: Setting) -> Fill:
         return "bits", 0, 0
     if dtype == "uint16":
         return "bfloat16", -5, 0  # so that the router's logits are near 1 too
-    if name == "mask":
-        return "integers", 0, 2  # tokens whose number is not 0 are never chosen
     if name == "sinks":
         return "integers", 3, 10  # scores: each counts like several of a window or the context
     if name == "xs" and len(setting.sizes["xq"]) == 4:
@@ -78,14 +76,20 @@ def _whole_numbers(name: str, setting: Setting) -> Fill:
             return "experts", 0, config.num_experts
         case "xoffset":
             return "offsets", DIGIT, FP4_OFFSET
-        case "options":
+        case "options" | "amounts":
             return "integers", 0x3F000000, 0x3F800000  # bits of 0.5 to 1: 1 / temperature
+        case "mask_rows":
+            return "indices", 0, sizes["masks"][0]
+        case "places":
+            return "permutation", 0, sizes["places"][0]
+        case "state":
+            return "integers", 0, 1  # no digit is known
         case "scores":
             return "integers", -4, 4  # many are equal
-        case "ids" if "scores" in sizes:  # in `narrow`
-            return "integers", 0, config.vocab_size
         case "ids" if "logits" in sizes:  # in `choice`: small, because they come out beside a logit
             return "indices", 1, 4
+        case "ids" if "scores" in sizes:  # in `narrow`
+            return "integers", 0, config.vocab_size
         case "ids":  # in `sort_by_expert`
             return "integers", 0, config.num_experts
     raise AssertionError(f"{name}: say here which int32 values it may hold")

@@ -14,8 +14,9 @@ from tvm_ffi import structural_map
 
 from ..importer.choice import with_choose
 from ..importer.config import ModelConfig
-from ..importer.graph import DEFAULT_CHUNK, TOKENS, build_graph
+from ..importer.graph import DEFAULT_CHUNK, MOST_WANTED, TOKENS, WANTED, build_graph
 from ..kernels.attention import TILES
+from ..kernels.choose import ROWS
 from ..kernels.kv_cache import PAGES, TABLE_PAGES
 from ..passes.pack_weights import pack_weights
 from ..runtime.kv_cache import PAGE_TOKENS
@@ -56,7 +57,7 @@ def collect_workloads(config: ModelConfig, profile: str, target: Target) -> list
     config = dataclasses.replace(config, num_layers=len(kinds), sliding=tuple(kinds))
     module = build_graph(config, profile, config.max_context, DEFAULT_CHUNK).module
     if target.device != CPU:
-        module = with_choose(module, config.vocab_size)
+        module = with_choose(module, config.vocab_size, MOST_WANTED)
     module = pack_weights(module, target)
     workloads = []
     num_pages = _num_pages(config)
@@ -82,7 +83,8 @@ def _calls_by_kernel(module: ir.IRModule, num_pages: int) -> dict[str, list[_Cal
     for _, function in module.functions_items():
         if isinstance(function, relax.Function):
             bounds = function.attrs.get("tir_var_upper_bound", {}) if function.attrs else {}
-            sizes = {str(symbol): int(bound) for symbol, bound in bounds.items()}
+            sizes = {WANTED.name: MOST_WANTED}  # also where no input says how many
+            sizes |= {str(symbol): int(bound) for symbol, bound in bounds.items()}
             sizes |= dict.fromkeys(("full_pages", "window_pages", "table_pages"), num_pages)
             for block in function.body.blocks:
                 for binding in block.bindings:
@@ -144,6 +146,7 @@ def _arguments(function: PrimFunc, call: _Call, config: ModelConfig) -> tuple[Ar
         rows = min(rows, max(FEW))
     checked = dict.fromkeys(symbols, rows) | dict.fromkeys(PAGE_SYMBOLS, _num_pages(config))
     checked[TILES.name] = -(-rows // TILE_ROWS)
+    checked[ROWS.name] = min(rows, MOST_WANTED)
     setting = Setting(sizes, rows, position, config)
     arguments = []
     for i, (parameter, shape) in enumerate(zip(function.params, shapes, strict=True)):

@@ -97,10 +97,11 @@ class DeviceMemory:
         size = array.element_bytes
         self._copy(array.memory, target * size, source * size, size)
 
-    def clear(self, array: DeviceArray, count: int) -> None:
-        """Set the first `count` along axis 0 to zero."""
+    def clear(self, array: DeviceArray, count: int, start: int = 0) -> None:
+        """Set `count` elements along axis 0 to zero, from `start` on."""
         if count:
-            self._zero(array.memory, 0, count * array.element_bytes)
+            size = array.element_bytes
+            self._zero(array.memory, start * size, count * size)
 
     def own_memory(self, name: str) -> dict[str, Sequence[Memory]]:
         """What a program has beside the memory that it is bound to, by the kind of a launch's

@@ -15,12 +15,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..artifact import Artifact
+from ..chooser import MOST_CHANGES, OPTIONS, REPORTED
 from ..errors import ArtifactError
 from ..manifest import Manifest
 from ..step import ANY, FEW
 
 Expression: TypeAlias = Any  # int | symbol | [operator, Expression, Expression]
-TOKENS, TILES, WANTED_ROWS = SYMBOLS = ("tokens", "tiles", "wanted_rows")
+TOKENS, TILES, WANTED_ROWS, CHANGES = SYMBOLS = ("tokens", "tiles", "wanted_rows", "changes")
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -91,7 +92,25 @@ class Program(Launches):
         return values
 
 
-# The inputs of each function, see `step.py`; `choose` takes the result of others on.
+@dataclass(frozen=True)
+class OfLogits:
+    """A function that takes the logits of a step on, see `chooser.py`: its inputs, to how many
+    arrays it is bound, and the shape of its result; rows None: the most that a step has."""
+
+    inputs: tuple[Input, ...]
+    num_bound: int
+    rows: str | None
+    columns: int
+
+
+_OPTIONS, _MASK_ROWS = Input("options", (WANTED_ROWS, OPTIONS)), Input("mask_rows", (WANTED_ROWS,))
+OF_LOGITS = {
+    "choose": OfLogits((_OPTIONS, _MASK_ROWS), 3, WANTED_ROWS, 2),
+    "limit": OfLogits((_OPTIONS, _MASK_ROWS), 3, None, 2),
+    "report": OfLogits((_MASK_ROWS,), 2, WANTED_ROWS, 2 + 2 * REPORTED),
+    "change": OfLogits((Input("places", (CHANGES,)), Input("amounts", (CHANGES,))), 1, CHANGES, 1),
+}
+# The inputs of each function, see `step.py`.
 INPUTS = {
     ANY: (
         Input("rows", (TOKENS, 3)),
@@ -99,7 +118,7 @@ INPUTS = {
         Input("wanted", (WANTED_ROWS,)),
     ),
     **{name: (Input("rows", (count, 3)),) for count, name in FEW.items()},
-    "choose": (Input("options", (3,)),),
+    **{name: function.inputs for name, function in OF_LOGITS.items()},
 }
 
 
@@ -149,22 +168,25 @@ def parse_launches(
 
 
 def _program(name: str, fields: dict[str, Any], manifest: Manifest) -> Program:
-    num_bound = NUM_TABLES + len(manifest.caches) + len(manifest.weights)
-    most = (manifest.chunk, manifest.chunk, manifest.most_wanted)
-    symbols = dict(zip(SYMBOLS, most, strict=True)) if name == ANY else {}
+    most = (manifest.chunk, manifest.chunk, manifest.most_wanted, MOST_CHANGES)
+    extents = {extent for i in INPUTS[name] for extent in i.shape}
+    symbols = {s: n for s, n in zip(SYMBOLS, most, strict=True) if s in extents}
     inputs = tuple(Input(i["name"], tuple(i["shape"])) for i in fields["inputs"])
     if (fields["symbols"], inputs) != (symbols, INPUTS[name]):
         raise ValueError(
             f"{name}: expected the inputs {INPUTS[name]} with {symbols} at most, found {inputs} "
             f"with {fields['symbols']}"
         )
-    parsed = parse_launches(
-        name, fields, 2 if name == "choose" else num_bound, len(inputs), symbols
-    )
+    rows: int | str = WANTED_ROWS if name == ANY else INPUTS[name][0].shape[0]
+    num_bound = NUM_TABLES + len(manifest.caches) + len(manifest.weights)
+    columns = manifest.vocab_size
+    if name in OF_LOGITS:
+        function = OF_LOGITS[name]
+        num_bound, columns = function.num_bound, function.columns
+        rows = manifest.most_wanted if function.rows is None else function.rows
+    parsed = parse_launches(name, fields, num_bound, len(inputs), symbols)
     sizes, shape = parsed.storages, tuple(fields["result_shape"])
     result = _number(fields["result"], 0, f"{name}, the result's storage", len(sizes))
-    rows = WANTED_ROWS if name == ANY else 1 if name == "choose" else INPUTS[name][0].shape[0]
-    columns = 2 if name == "choose" else manifest.vocab_size
     needed = evaluate(rows, symbols) * columns * ITEM_BYTES
     if shape != (rows, columns) or needed > sizes[result]:
         raise ValueError(f"{name}: a result of shape {shape} in {sizes[result]} bytes")

@@ -54,9 +54,9 @@ class Device:
         """Set one element along axis 0 to what another is."""
         array[target] = array[source]
 
-    def clear(self, array: np.ndarray, count: int) -> None:
-        """Set the first `count` along axis 0 to zero."""
-        array[:count] = 0
+    def clear(self, array: np.ndarray, count: int, start: int = 0) -> None:
+        """Set `count` elements along axis 0 to zero, from `start` on."""
+        array[start : start + count] = 0
 
     def run(self, function: str, inputs: Sequence[np.ndarray], bound: Sequence[Any]) -> Any:
         """Call a function with small inputs, which are copied, and tensors bound before. Raises

@@ -17,7 +17,7 @@ from .tvm_cpu import CPU, POOLED, aligned_copy, tensor
 from .tvm_memory import TensorMemory
 from .tvm_runtime import load_function
 
-MOST_INPUTS = 4  # of calls that nobody waited for: of a prefill, and of the choice of a token
+MOST_INPUTS = 12  # of calls that nobody waited for: of a step, and of the choice of its tokens
 
 
 class TensorDevice(TensorMemory):

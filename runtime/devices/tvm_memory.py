@@ -88,12 +88,12 @@ class TensorMemory:
         held, copied = (self.view(array, shape, dtype, i * size) for i in (source, target))
         self._copy(held, copied)
 
-    def clear(self, array: Any, count: int) -> None:
-        """Set the first `count` along axis 0 to zero."""
-        num_bytes = count * _element_bytes(array)
-        zeros = np.zeros(min(num_bytes, PIECE_BYTES), np.uint8)
-        for begin, size in _pieces(num_bytes):
-            self._write_bytes(array, begin, zeros[:size])
+    def clear(self, array: Any, count: int, start: int = 0) -> None:
+        """Set `count` elements along axis 0 to zero, from `start` on."""
+        element = _element_bytes(array)
+        zeros = np.zeros(min(count * element, PIECE_BYTES), np.uint8)
+        for begin, size in _pieces(count * element):
+            self._write_bytes(array, start * element + begin, zeros[:size])
 
     def numpy(self, result: Any) -> np.ndarray:
         """A copy of a tensor, after all that the device was told."""

@@ -23,7 +23,8 @@ from .threads import is_sum
 
 
 def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
-    """Schedule kernels with several stages that agree in their first axis; declines others."""
+    """Schedule kernels with several stages that agree in their first axis, or with one that is a
+    sum; declines others."""
     sch = Schedule(function)
     root = sch.get_sblock("root")
     results = {sch.get(block).name_hint for block in sch.get_output_blocks(root)}
@@ -32,7 +33,7 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
             sch.compute_inline(block)
     stages = sch.get_child_blocks(root)
     prefix = _common_prefix([_axes(sch, block) for block in stages])
-    if len(stages) == 1 or prefix == 0:
+    if prefix == 0 or (len(stages) == 1 and not is_sum(sch, stages[0])):
         return None
     while prefix > 1 and _most(sch, stages, prefix) < target.subgroup_size:
         prefix -= 1  # threads without work are worse than fewer groups
@@ -62,7 +63,8 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
         structural_map(s.body, (tirx.Var, lambda v, s=s: group if v.same_as(s.loop_var) else v))
         for s in statements
     ]
-    loop = bound(group, statements[0].extent, "blockIdx.x", SeqStmt(bodies))
+    body = SeqStmt(bodies) if len(bodies) > 1 else bodies[0]
+    loop = bound(group, statements[0].extent, "blockIdx.x", body)
     return Schedule(function.with_body(rooted([loop], buffers)))
 
 
