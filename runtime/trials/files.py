@@ -31,7 +31,8 @@ DTYPES = ("float32", "float16", "int8", "int32", "uint8", "uint16", "uint32")
 # integers that say where a kernel reads or writes in other arguments; "normal", "bfloat16": random
 # numbers times 2 to the power `low`; "experts": one of `high` experts for each row; "offsets": see
 # `inputs._set_dependent`; "output": nothing yet (digits will have the base `low`);
-# "permutation": the numbers below its size in random order; "zeros": zeros, of which a kernel overwrites some.
+# "permutation": the numbers below its size in random order; "zeros": zeros, of which a kernel
+# overwrites some.
 FILLS = (
     "bits",
     "bfloat16",
