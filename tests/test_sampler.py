@@ -436,6 +436,8 @@ def test_options_that_a_device_does_not_take(option: dict[str, Any]) -> None:
 class Only:
     """Allows these ids."""
 
+    error = None
+
     def __init__(self, *ids: int) -> None:
         self.told: list[int] = []
         self._mask = np.zeros(-(-VOCAB // 32), np.uint32)
