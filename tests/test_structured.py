@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from walks import of_schema
 from osscompile.runtime import (
     Engine,
     Finish,
+    GeneratedToken,
     InputError,
     Model,
     OsscompileError,
@@ -74,15 +75,19 @@ def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
+OTHERS = ("<|end|>", "}", "0", '"')
+
+
 class Wish:
     """A network that wants to say `text`, whatever came before, and then `last` for ever. Where it
-    must not say what it wants, it says the token with the lowest id and wishes on."""
+    must not say what it wants, it says the first of OTHERS that it may, and wishes on."""
 
     def __init__(self, model: Model, text: str, last: str, patch: pytest.MonkeyPatch) -> None:
         assert model.tokenizer is not None
         self._vocab_size = model.vocab_size
         self._wanted = spelled(model.tokenizer, text)
         (self._last,) = spelled(model.tokenizer, last)
+        self._others = [id for text in OTHERS for id in spelled(model.tokenizer, text)]
         self.prompts: list[list[int]] = []
         self._count = 0
         patch.setattr(model, "_prefill", self._start)
@@ -96,7 +101,8 @@ class Wish:
     def _next(self, _: object = None) -> NDArray[np.float32]:
         logits = np.zeros((1, self._vocab_size), np.float32)
         wanted = self._wanted[self._count :]
-        logits[0, wanted[0] if wanted else self._last] = 1
+        logits[0, self._others] = np.linspace(2, 1, len(self._others))
+        logits[0, wanted[0] if wanted else self._last] = 3
         self._count += 1
         return logits
 
@@ -128,6 +134,13 @@ def texts(pieces: Sequence[Piece]) -> dict[str, str]:
         assert channel not in said  # nothing is said twice
         said[channel] = content
     return said
+
+
+def text_of(tokens: Iterable[GeneratedToken]) -> str:
+    """Without the token that ends it."""
+    *said, last = tokens
+    assert last.finish_reason == "stop"
+    return "".join(token.text for token in said)
 
 
 def analysis(text: str) -> str:
@@ -263,7 +276,10 @@ def test_without_strict_arguments_are_what_the_model_says(ask: Ask) -> None:
     assert said == {"final": "Any text."} and end.reason == "stop"
 
 
-def test_builtin_tools_stay_possible(ask: Ask) -> None:
+def test_builtin_tools_stay_possible(
+    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model._questions, "_context", 4096)  # the tools are described at length
     options = {"response_format": DIGITS, "builtin_tools": ["python", "browser"]}
     call = "<|channel|>analysis to=python code<|message|>print(1)<|call|>"
     assert ask(call, **options)[0] == {"python": "print(1)"}
@@ -288,8 +304,7 @@ def test_grammars(ask: Ask, definition: dict[str, str], answer: str, tokenizer: 
 def test_generate_obeys_in_all_of_its_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     Wish(model, "Ann<|return|>", "<|return|>", monkeypatch)
     tokens = list(model.generate([1, 2, 3], response_format=of_schema(ANN)))
-    jsonschema.validate(json.loads("".join(token.text for token in tokens)), ANN)
-    assert tokens[-1].finish_reason == "stop"
+    jsonschema.validate(json.loads(text_of(tokens)), ANN)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -302,7 +317,7 @@ def test_answers_of_a_batch_and_of_an_engine(talker: Path, seed: int) -> None:
         [[1, 2], [3]], response_format=of_schema(colours), max_tokens=200, **options
     )
     for tokens in told:
-        jsonschema.validate(json.loads("".join(token.text for token in tokens)), colours)
+        jsonschema.validate(json.loads(text_of(tokens)), colours)
     with Engine(talker, sequences=3) as engine:
         requests = [
             engine.submit([7, 8, 9], response_format=of_schema(schema), **options)
@@ -310,9 +325,7 @@ def test_answers_of_a_batch_and_of_an_engine(talker: Path, seed: int) -> None:
         ]
         free = engine.submit([7, 8, 9], max_tokens=5)
         for schema, request in zip(schemas, requests, strict=True):
-            text = "".join(token.text for token in request)
-            assert request.finish_reason == "stop"
-            jsonschema.validate(json.loads(text), schema)
+            jsonschema.validate(json.loads(text_of(request)), schema)
         assert len(list(free)) == 5
 
 
@@ -327,7 +340,7 @@ def test_a_grammar_that_proves_too_large_ends_its_answer_alone(
         with pytest.raises(OsscompileError, match="grammar: "):
             list(request)
         assert request.finish_reason == "error"
-        jsonschema.validate(json.loads("".join(token.text for token in other)), ANN)
+        jsonschema.validate(json.loads(text_of(other)), ANN)
     with pytest.raises(OsscompileError, match="grammar: "):
         list(load(talker).generate([1, 2], response_format=large))
 
@@ -362,7 +375,6 @@ def test_a_grammar_that_proves_too_large_ends_its_answer_alone(
         ({"response_format": of_schema({"$ref": "https://a.b/c"})}, "a.b/c"),
         ({"response_format": of_schema({"$ref": "#/$defs/none"})}, "none"),
         ({"response_format": of_schema({"minProperties": 2})}, "minProperties"),
-        ({"response_format": of_schema({"type": "array", "minItems": 10**7})}, "response_format"),
         ({"response_format": of_schema({"enum": []})}, "response_format"),
         ({"response_format": of_schema({"pattern": "x" * (1 << 18)})}, "letters"),
         ({"response_format": DIGITS, "stop": "3"}, "stop: expected none beside response_format"),
