@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Sequence, Set
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ MOST_DIGITS = 64  # in a row, where JSON may go on without: such models write di
 # Grammars may come from anybody. A state takes 1 to 2 kB; other limits are llguidance's own.
 MOST_LEXER_STATES = 50_000
 
+# Keywords of JSON Schema by what stands there.
+SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+VALUES = ("const", "enum", "multipleOf", *LIMITS)
+REMARKS = ("default", "examples")
+
 # In Lark: strings, regular expressions and comments, and names of special tokens outside of them.
 _SPECIAL_IN_LARK = re.compile(
     r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])+/|(?:#|//)[^\n]*|(?P<name><[^<>\s]+>)'
@@ -30,8 +37,8 @@ _SPECIAL_IN_LARK = re.compile(
 def grammar_of(where: str, asked: ResponseFormat) -> Grammar:
     """Raises InputError, which `where` begins."""
     if asked.syntax == "json":
-        _check_properties(where, asked.schema)
-        return {"json_schema": {**asked.schema, "x-guidance": {"whitespace_pattern": BLANKS}}}
+        _check_schema(where, asked.schema)
+        return {"json_schema": {**asked.schema, "x-guidance": {"whitespace_pattern": BLANKS, "json_allow_general_unicode_escapes": True}}}
     if asked.syntax == "lark":
         names = [found["name"] for found in _SPECIAL_IN_LARK.finditer(asked.definition)]
         if any(names):
@@ -71,6 +78,7 @@ class Grammars:
         made = GrammarConstraint(matcher, vocabulary)
         for token_id in begun:
             made.push(token_id)
+        made.mask()  # of what nothing can obey nothing may come
         if made.fault:
             raise InputError(f"{where}: expected what llguidance supports, found: {made.fault}")
         return made
@@ -143,22 +151,56 @@ class _Vocabulary:
         return bool(mask[self._letter // 32] >> np.uint32(self._letter % 32) & 1)
 
 
-def _check_properties(where: str, schema: Any) -> None:
-    """llguidance counts a property as often as it is written, readers once."""
+def _check_schema(where: str, schema: Any) -> None:
+    """Refuse what llguidance accepts and takes for something else."""
     if isinstance(schema, list):
         for below in schema:
-            _check_properties(where, below)
+            _check_schema(where, below)
     if not isinstance(schema, dict):
         return
     least, required = schema.get("minProperties", 0), schema.get("required", [])
     if isinstance(least, int | float) and least > max(1, len(required)):
+        # It counts a property as often as it is written, and readers once.
         raise InputError(
             f"{where}: expected minProperties of at most 1, or as many required properties, found "
             f"{least}; name those that are required"
         )
+    step, limits = schema.get("multipleOf", 1), [schema.get(key, 0) for key in LIMITS]
+    if not _is_whole(step) and not all(map(_is_whole, limits)):
+        # It knows no number within such limits.
+        raise InputError(
+            f"{where}: expected whole numbers as limits beside multipleOf {step}, found {limits}"
+        )
     for key, below in schema.items():
-        if key not in ("const", "enum", "default", "examples"):
-            _check_properties(where, below)
+        if key in SCHEMAS_BY_NAME and isinstance(below, dict):
+            _check_schema(where, [*below.values()])
+        elif key in VALUES:
+            _check_numbers(where, below)
+        elif key not in REMARKS:
+            _check_schema(where, below)
+
+
+def _check_numbers(where: str, value: Any) -> None:
+    """llguidance writes others than it was given."""
+    if isinstance(value, dict | list):
+        for below in value.values() if isinstance(value, dict) else value:
+            _check_numbers(where, below)
+    elif isinstance(value, int | float) and not _is_exact(value):
+        raise InputError(
+            f"{where}: expected whole numbers up to 2**53, and others of at most 15 digits, of "
+            f"which none is beyond the 22nd after the point, found {value!r:.100}"
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return not isinstance(value, float) or value.is_integer()
+
+
+def _is_exact(number: int | float) -> bool:
+    """Whether it is read and written without being rounded."""
+    _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
+    is_whole = isinstance(number, int)
+    return abs(number) <= 1 << 53 and (is_whole or (len(digits) <= 15 and int(exponent) >= -22))
 
 
 def _llguidance() -> Any:
