@@ -198,9 +198,10 @@ def _is_whole(value: object) -> bool:
 
 def _is_exact(number: int | float) -> bool:
     """Whether it is read and written without being rounded."""
+    if isinstance(number, int):
+        return abs(number) <= 1 << 53
     _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
-    is_whole = isinstance(number, int)
-    return abs(number) <= 1 << 53 and (is_whole or (len(digits) <= 15 and int(exponent) >= -22))
+    return abs(number) <= 1 << 53 and len(digits) <= 15 and int(exponent) >= -22
 
 
 def _llguidance() -> Any:
