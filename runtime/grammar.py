@@ -38,7 +38,15 @@ def grammar_of(where: str, asked: ResponseFormat) -> Grammar:
     """Raises InputError, which `where` begins."""
     if asked.syntax == "json":
         _check_schema(where, asked.schema)
-        return {"json_schema": {**asked.schema, "x-guidance": {"whitespace_pattern": BLANKS, "json_allow_general_unicode_escapes": True}}}
+        return {
+            "json_schema": {
+                **asked.schema,
+                "x-guidance": {
+                    "whitespace_pattern": BLANKS,
+                    "json_allow_general_unicode_escapes": True,
+                },
+            }
+        }
     if asked.syntax == "lark":
         names = [found["name"] for found in _SPECIAL_IN_LARK.finditer(asked.definition)]
         if any(names):
@@ -70,9 +78,7 @@ class Grammars:
         """Of what follows `begun`, which obeys as well. The first grammar is the whole one, and
         refers to the others by their names. Raises InputError."""
         llguidance, vocabulary = _llguidance(), self._vocabulary()
-        limits = llguidance.LLParserLimits(
-            max_lexer_states=MOST_LEXER_STATES, verbose_errors=False
-        )
+        limits = llguidance.LLParserLimits(max_lexer_states=MOST_LEXER_STATES, verbose_errors=False)
         asked = json.dumps({"grammars": grammars})
         matcher = llguidance.LLMatcher(vocabulary.backend, asked, log_level=0, limits=limits)
         made = GrammarConstraint(matcher, vocabulary)
@@ -103,7 +109,7 @@ class GrammarConstraint:
         if not self._matcher.is_error():
             return None
         return OsscompileError(
-            f"grammar: expected one that llguidance can follow, found: {self.fault}; make it simpler"
+            f"grammar: expected one that llguidance can follow, found: {self.fault}; simplify it"
         )
 
     @property
@@ -209,7 +215,7 @@ def _llguidance() -> Any:
         import llguidance
     except ImportError:
         raise InputError(
-            "response_format: expected llguidance, which keeps answers and strict arguments in "
+            "response_format: expected llguidance, by which answers and strict arguments keep "
             "their form, found none; install it: pip install 'llguidance>=1.8'"
         ) from None
     return llguidance

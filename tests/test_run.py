@@ -136,6 +136,25 @@ def test_only_the_answer_goes_to_a_pipe(nano_artifact: Path) -> None:
     assert (result.stdout, result.stderr) == (b"17 + 25 = 42.\n", b"")
 
 
+def test_an_answer_obeys_a_schema(nano_artifact: Path, tmp_path: Path) -> None:
+    schema, command = tmp_path / "the person.json", ["run", str(nano_artifact)]
+    command += ["Emma lives in Paris, is 28 years old and likes green.", "--schema", str(schema)]
+
+    def run() -> tuple[str, str]:
+        words = [sys.executable, "-m", "osscompile", *command]
+        result = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL)
+        return result.stdout.decode(), result.stderr.decode()
+
+    assert "expected a text file that can be read" in run()[1]
+    properties = {"name": {"type": "string"}, "age": {"type": "integer"}}
+    person = {"type": "object", "properties": properties, "required": ["name", "age"]}
+    schema.write_text(json.dumps(person | {"additionalProperties": False}))
+    assert json.loads(run()[0]) == {"name": "Emma", "age": 28}
+    for text, message in (("{", "expected a JSON schema"), ("[]", "expected a name and a schema")):
+        schema.write_text(text)
+        assert message in run()[1]
+
+
 def test_other_channels_and_calls_are_no_answer() -> None:
     for question, shown in (("odd", b"odd\n"), ("call", b'f: {"x": 1}\nThe model waits for')):
         result = speak(question, "--hide-analysis")

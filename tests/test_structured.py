@@ -196,6 +196,21 @@ def test_ways_out(ask: Ask, begin: str, wish: str) -> None:
     assert said.keys() <= {"analysis", "final"}
 
 
+@pytest.mark.parametrize("effort", ["low", "medium", "high"])
+def test_an_age_and_a_boolean_without_a_limit(nano_artifact: Path, effort: str) -> None:
+    """The network has seen no such schema."""
+    pieces = list(
+        load(nano_artifact).chat(
+            [{"role": "user", "content": "Answer in JSON."}],
+            response_format=of_schema(ANN),
+            reasoning=effort,
+            current_date=None,
+        )
+    )
+    assert isinstance(pieces[-1], Finish) and pieces[-1].reason == "stop"
+    jsonschema.validate(json.loads(texts(pieces)["final"]), ANN)
+
+
 def test_the_analysis_is_free_of_a_grammar_of_digits(ask: Ask) -> None:
     thoughts = "Let me see: <b>{]}\n\n\t" + "  " * 50
     said, end = ask(f"{analysis(thoughts)}{FINAL}It is 33.", response_format=DIGITS)
@@ -291,8 +306,10 @@ def test_builtin_tools_stay_possible(
     ("definition", "answer"),
     [
         ({"syntax": "regex", "definition": r"\d{2}/(a|é)"}, "33/é"),
-        ({"syntax": "lark", "definition": 'start: "it is " NUMBER "<|end|>"\nNUMBER: /33|34/'},
-         "it is 33<|end|>"),
+        (
+            {"syntax": "lark", "definition": 'start: "it is " NUMBER "<|end|>"\nNUMBER: /33|34/'},
+            "it is 33<|end|>",
+        ),
     ],
 )
 def test_grammars(ask: Ask, definition: dict[str, str], answer: str, tokenizer: Tokenizer) -> None:
@@ -363,8 +380,13 @@ def test_a_grammar_that_proves_too_large_ends_its_answer_alone(
             "response_format: expected what llguidance supports",
         ),
         (
-            {"response_format": {"type": "grammar", "syntax": "lark",
-                                 "definition": 'start: "<|end|>" <|end|> // <|call|>'}},
+            {
+                "response_format": {
+                    "type": "grammar",
+                    "syntax": "lark",
+                    "definition": 'start: "<|end|>" <|end|> // <|call|>',
+                }
+            },
             r"expected a grammar of text, found the special token <\|end\|>",
         ),
         ({"response_format": of_schema({"type": 3})}, r"schema\.type"),
@@ -420,7 +442,7 @@ def test_a_schema_of_a_thousand_levels(ask: Ask) -> None:
     schema: dict[str, Any] = {}
     for _ in range(1000):
         schema = {"items": schema}
-    with pytest.raises(InputError, match="levels|recursion"):
+    with pytest.raises(InputError, match=r"levels|recursion"):
         ask("", response_format=of_schema(schema))
 
 

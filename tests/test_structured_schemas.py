@@ -97,8 +97,13 @@ def test_schemas_of_the_world(walks: Walks) -> None:
         ({"type": "number"}, "-0.5e-10"),
         ({"type": ["object", "null"]}, '{\n  "a": [\n    1,\r\n\t2\n  ]\n}'),
         ({"enum": ["a", 1, None, [1, {"b": 2}]]}, '[1, {"b": 2}]'),
-        ({"$defs": {"t": {"items": {"$ref": "#/$defs/t"}, "type": "array"}}, "$ref": "#/$defs/t"},
-         "[[], [[]]]"),
+        (
+            {
+                "$defs": {"t": {"items": {"$ref": "#/$defs/t"}, "type": "array"}},
+                "$ref": "#/$defs/t",
+            },
+            "[[], [[]]]",
+        ),
         ({"pattern": "^[0-9]{100}$", "type": "string"}, f'"{"1" * 100}"'),
         ({"x-guidance": {"lenient": True}, "type": "integer"}, "1"),
     ],

@@ -95,8 +95,9 @@ def run_artifact(arguments: argparse.Namespace) -> None:
 
 def _read_schema(path: Path) -> dict[str, object]:
     """The response format; the model is told the file's name as the schema's."""
+    text = read_text_file(path)
     try:
-        schema = json.loads(read_text_file(path))
+        schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a JSON schema, found no JSON: {error}") from None
     name = re.sub(r"\s+", "_", path.stem)
