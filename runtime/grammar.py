@@ -4,13 +4,13 @@ import json
 import re
 import threading
 from collections.abc import Sequence, Set
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError, OsscompileError
+from .exact_schema import check_exact
 from .harmony.answer_grammar import Grammar
 from .harmony.structured import ResponseFormat
 from .tokenizer import Tokenizer
@@ -19,14 +19,9 @@ from .tokenizer import Tokenizer
 # models that have nothing to say any more would write it until the context is full.
 BLANKS = r" |\r?\n[ \t]{0,64}"
 MOST_DIGITS = 64  # in a row, where JSON may go on without: such models write digits as well
-# Grammars may come from anybody. A state takes 1 to 2 kB; other limits are llguidance's own.
-MOST_LEXER_STATES = 50_000
-
-# Keywords of JSON Schema by what stands there.
-SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
-LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-VALUES = ("const", "enum", "multipleOf", *LIMITS)
-REMARKS = ("default", "examples")
+# Grammars may come from anybody. Other limits are llguidance's own.
+MOST_LEXER_STATES = 50_000  # a state takes 1 to 2 kB
+MOST_ITEMS, MOST_ITEMS_OF_BYTE = 300_000, 20_000  # a token: the first take 15 ms
 
 # In Lark: strings, regular expressions and comments, and names of special tokens outside of them.
 _SPECIAL_IN_LARK = re.compile(
@@ -37,7 +32,7 @@ _SPECIAL_IN_LARK = re.compile(
 def grammar_of(where: str, asked: ResponseFormat) -> Grammar:
     """Raises InputError, which `where` begins."""
     if asked.syntax == "json":
-        _check_schema(where, asked.schema)
+        check_exact(where, asked.schema)
         return {
             "json_schema": {
                 **asked.schema,
@@ -78,7 +73,12 @@ class Grammars:
         """Of what follows `begun`, which obeys as well. The first grammar is the whole one, and
         refers to the others by their names. Raises InputError."""
         llguidance, vocabulary = _llguidance(), self._vocabulary()
-        limits = llguidance.LLParserLimits(max_lexer_states=MOST_LEXER_STATES, verbose_errors=False)
+        limits = llguidance.LLParserLimits(
+            max_lexer_states=MOST_LEXER_STATES,
+            step_max_items=MOST_ITEMS,
+            max_items_in_row=MOST_ITEMS_OF_BYTE,
+            verbose_errors=False,
+        )
         asked = json.dumps({"grammars": grammars})
         matcher = llguidance.LLMatcher(vocabulary.backend, asked, log_level=0, limits=limits)
         made = GrammarConstraint(matcher, vocabulary)
@@ -155,59 +155,6 @@ class _Vocabulary:
     def has_letter(self, mask: NDArray[np.uint32]) -> bool:
         """Whether a letter may come next: then no number is being written."""
         return bool(mask[self._letter // 32] >> np.uint32(self._letter % 32) & 1)
-
-
-def _check_schema(where: str, schema: Any) -> None:
-    """Refuse what llguidance accepts and takes for something else."""
-    if isinstance(schema, list):
-        for below in schema:
-            _check_schema(where, below)
-    if not isinstance(schema, dict):
-        return
-    least, required = schema.get("minProperties", 0), schema.get("required", [])
-    if isinstance(least, int | float) and least > max(1, len(required)):
-        # It counts a property as often as it is written, and readers once.
-        raise InputError(
-            f"{where}: expected minProperties of at most 1, or as many required properties, found "
-            f"{least}; name those that are required"
-        )
-    step, limits = schema.get("multipleOf", 1), [schema.get(key, 0) for key in LIMITS]
-    if not _is_whole(step) and not all(map(_is_whole, limits)):
-        # It knows no number within such limits.
-        raise InputError(
-            f"{where}: expected whole numbers as limits beside multipleOf {step}, found {limits}"
-        )
-    for key, below in schema.items():
-        if key in SCHEMAS_BY_NAME and isinstance(below, dict):
-            _check_schema(where, [*below.values()])
-        elif key in VALUES:
-            _check_numbers(where, below)
-        elif key not in REMARKS:
-            _check_schema(where, below)
-
-
-def _check_numbers(where: str, value: Any) -> None:
-    """llguidance writes others than it was given."""
-    if isinstance(value, dict | list):
-        for below in value.values() if isinstance(value, dict) else value:
-            _check_numbers(where, below)
-    elif isinstance(value, int | float) and not _is_exact(value):
-        raise InputError(
-            f"{where}: expected whole numbers up to 2**53, and others of at most 15 digits, of "
-            f"which none is beyond the 22nd after the point, found {value!r:.100}"
-        )
-
-
-def _is_whole(value: object) -> bool:
-    return not isinstance(value, float) or value.is_integer()
-
-
-def _is_exact(number: int | float) -> bool:
-    """Whether it is read and written without being rounded."""
-    if isinstance(number, int):
-        return abs(number) <= 1 << 53
-    _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
-    return abs(number) <= 1 << 53 and len(digits) <= 15 and int(exponent) >= -22
 
 
 def _llguidance() -> Any:

@@ -65,3 +65,31 @@ def test_multiples_that_llguidance_does_not_find_are_refused(walks: Walks) -> No
     for nested in (schema, {"type": "array", "items": schema}):
         with pytest.raises(InputError, match=r"whole numbers as limits beside multipleOf 0\.1"):
             walks.constraint(of_schema(nested))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"multipleOf": 99990000},
+        {"multipleOf": 0.9999},
+        {"properties": {f"p{i}": {} for i in range(1001)}},
+    ],
+)
+def test_schemas_that_would_take_too_long_are_refused(walks: Walks, schema: Any) -> None:
+    with pytest.raises(InputError, match=r"expected (multipleOf up to|at most 1000 properties)"):
+        walks.constraint(of_schema({"$defs": {"x": {"anyOf": [schema]}}, "$ref": "#/$defs/x"}))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {f"property{i}": {} for i in range(1000)}},
+        {"multipleOf": 65536, "type": "integer"},
+        {"type": "array", "items": {"type": "array", "maxItems": 10**5}, "maxItems": 10**6},
+        {"type": "string", "maxLength": 10**6},
+    ],
+)
+def test_large_schemas(walks: Walks, schema: Any) -> None:
+    text = walks.walk(walks.constraint(of_schema(schema)), Random(0), 1000)
+    assert text is not None
+    jsonschema.validate(json.loads(text), schema)
