@@ -196,21 +196,6 @@ def test_ways_out(ask: Ask, begin: str, wish: str) -> None:
     assert said.keys() <= {"analysis", "final"}
 
 
-@pytest.mark.parametrize("effort", ["low", "medium", "high"])
-def test_an_age_and_a_boolean_without_a_limit(nano_artifact: Path, effort: str) -> None:
-    """The network has seen no such schema."""
-    pieces = list(
-        load(nano_artifact).chat(
-            [{"role": "user", "content": "Answer in JSON."}],
-            response_format=of_schema(ANN),
-            reasoning=effort,
-            current_date=None,
-        )
-    )
-    assert isinstance(pieces[-1], Finish) and pieces[-1].reason == "stop"
-    jsonschema.validate(json.loads(texts(pieces)["final"]), ANN)
-
-
 def test_the_analysis_is_free_of_a_grammar_of_digits(ask: Ask) -> None:
     thoughts = "Let me see: <b>{]}\n\n\t" + "  " * 50
     said, end = ask(f"{analysis(thoughts)}{FINAL}It is 33.", response_format=DIGITS)
