@@ -89,21 +89,23 @@ class Wish:
         (self._last,) = spelled(model.tokenizer, last)
         self._others = [id for text in OTHERS for id in spelled(model.tokenizer, text)]
         self.prompts: list[list[int]] = []
-        self._count = 0
+        self.said: list[int] = []  # but the last, which nothing follows
         patch.setattr(model, "_prefill", self._start)
         patch.setattr(model, "_decode", self._next)
 
     def _start(self, prompt: list[int]) -> NDArray[np.float32]:
         self.prompts.append(prompt)
-        self._count = 0
-        return self._next()
+        return self._logits()
 
-    def _next(self, _: object = None) -> NDArray[np.float32]:
+    def _next(self, token_id: int) -> NDArray[np.float32]:
+        self.said.append(token_id)
+        return self._logits()
+
+    def _logits(self) -> NDArray[np.float32]:
         logits = np.zeros((1, self._vocab_size), np.float32)
-        wanted = self._wanted[self._count :]
+        wanted = self._wanted[len(self.said) :]
         logits[0, self._others] = np.linspace(2, 1, len(self._others))
         logits[0, wanted[0] if wanted else self._last] = 3
-        self._count += 1
         return logits
 
 
@@ -115,10 +117,16 @@ def ask(model: Model, monkeypatch: pytest.MonkeyPatch) -> Ask:
     """Ask a model that wishes for a text, and then for `last`: what it says by channel, and how it
     ends."""
 
+    assert model.tokenizer is not None
+    special = model.tokenizer.special
+
     def asked(text: str, last: str = "<|return|>", **options: Any) -> tuple[dict[str, str], Finish]:
-        Wish(model, text, last, monkeypatch)
+        wish = Wish(model, text, last, monkeypatch)
         pieces = list(model.chat(QUESTION, **options))
         assert isinstance(pieces[-1], Finish)
+        if pieces[-1].reason == "tool_calls":  # only `<|call|>` ends one, and then nothing follows
+            arguments = wish.said[::-1][: wish.said[::-1].index(special["<|message|>"])]
+            assert not {*arguments} & {*special.values()}
         return texts(pieces), pieces[-1]
 
     return asked
@@ -210,15 +218,16 @@ def test_an_analysis_does_not_end_the_answer(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("last", [" ", "\n", "1", "0", "\t"])
+@pytest.mark.parametrize("first", ['{"age": ', "{\n", '{"age": 3'])
 @pytest.mark.parametrize(
     "response_format",
     [{"type": "json_object"}, of_schema({"type": "object", "required": ["n"]}), of_schema(ANN)],
 )
 def test_blanks_and_digits_without_an_end(
-    ask: Ask, last: str, response_format: dict[str, Any]
+    ask: Ask, first: str, last: str, response_format: dict[str, Any]
 ) -> None:
     """There is no limit but the context's."""
-    said, end = ask(f'{FINAL}{{"age": ', last, response_format=response_format, logit_bias={})
+    said, end = ask(FINAL + first, last, response_format=response_format)
     assert isinstance(json.loads(said["final"]), dict)
     assert end.reason == "stop" and end.usage.completion_tokens < 120
 
