@@ -82,11 +82,17 @@ class Grammars:
         asked = json.dumps({"grammars": grammars})
         matcher = llguidance.LLMatcher(vocabulary.backend, asked, log_level=0, limits=limits)
         made = GrammarConstraint(matcher, vocabulary)
-        for token_id in begun:
-            made.push(token_id)
-        made.mask()  # of what nothing can obey nothing may come
+        made.mask()  # where nothing can obey, nothing may come
         if made.fault:
             raise InputError(f"{where}: expected what llguidance supports, found: {made.fault}")
+        for token_id in begun:
+            made.push(token_id)
+        if made.fault:
+            text = self._tokenizer.decode(begun)
+            raise InputError(
+                f"{where}: expected a template that begins an answer which obeys, "
+                f"found {text!r:.100} at its end; chat without it"
+            )
         return made
 
     def _vocabulary(self) -> "_Vocabulary":
@@ -115,7 +121,10 @@ class GrammarConstraint:
     @property
     def fault(self) -> str:
         """What llguidance found; "" for nothing."""
-        return f"{' '.join(self._matcher.get_error().split()):.300}"
+        found = self._matcher.get_error().replace("<non-verbose/>", "")
+        if found.startswith("NoExtension"):
+            return "one that no text obeys"
+        return f"{' '.join(found.split()):.300}"
 
     def mask(self) -> NDArray[np.uint32]:
         size = self._vocabulary.digits.size  # what llguidance gives may be a word longer

@@ -297,6 +297,27 @@ def test_builtin_tools_stay_possible(
 
 
 @pytest.mark.parametrize(
+    ("begun", "wish"),
+    [
+        ("<|channel|>", "commentary"),
+        ("<|channel|>analysis<|message|>", "Hm.<|return|>"),
+        (f"{analysis('Hm.')}<|channel|>final <|constrain|>json<|message|>{{", "Ann"),
+    ],
+)
+def test_an_answer_that_the_template_began(
+    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch, begun: str, wish: str
+) -> None:
+    options = {"response_format": of_schema(ANN), "template": "checkpoint"}
+    monkeypatch.setattr(model._questions, "_template", f"<|start|>assistant{begun}")
+    said, end = ask(wish, **options)
+    jsonschema.validate(json.loads(("{" if begun.endswith("{") else "") + said["final"]), ANN)
+    assert end.reason == "stop"
+    monkeypatch.setattr(model._questions, "_template", f"<|start|>assistant{begun}<|call|>")
+    with pytest.raises(InputError, match="expected a template that begins an answer which obeys"):
+        ask(wish, **options)
+
+
+@pytest.mark.parametrize(
     ("definition", "answer"),
     [
         ({"syntax": "regex", "definition": r"\d{2}/(a|é)"}, "33/é"),
@@ -392,6 +413,7 @@ def test_a_grammar_that_proves_too_large_ends_its_answer_alone(
         ({"response_format": of_schema({"$ref": "#/$defs/none"})}, "none"),
         ({"response_format": of_schema({"minProperties": 2})}, "minProperties"),
         ({"response_format": of_schema({"enum": []})}, "response_format"),
+        ({"response_format": of_schema({"$ref": "#"})}, "one that no text obeys"),
         ({"response_format": of_schema({"pattern": "x" * (1 << 18)})}, "letters"),
         ({"response_format": DIGITS, "stop": "3"}, "stop: expected none beside response_format"),
         ({"response_format": DIGITS, "stop_ids": [3]}, "stop_ids: expected none"),
