@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from talker import TOKENIZER
 from walks import of_schema
+from wishes import ANN, ANSWER, DIGITS, FINAL, LOOKUP, QUESTION, Ask, Wish, analysis, asker, text_of
 
-from osscompile.runtime import (
-    Engine,
-    Finish,
-    GeneratedToken,
-    InputError,
-    Model,
-    OsscompileError,
-    Piece,
-    as_messages,
-    grammar,
-    load,
-)
+from osscompile.runtime import Engine, InputError, Model, OsscompileError, grammar, load
 from osscompile.runtime.harmony import render_chat
 from osscompile.runtime.tokenizer import Tokenizer
-
-QUESTION = [{"role": "user", "content": "How old is Ann, 33, and is she happy?"}]
-ANN: dict[str, Any] = {
-    "type": "object",
-    "properties": {"age": {"type": "integer"}, "happy": {"type": "boolean"}},
-    "required": ["age", "happy"],
-    "additionalProperties": False,
-}
-LOOKUP: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "lookup",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Bern", "Rome"]}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-        "strict": True,
-    },
-}
-DIGITS = {"type": "grammar", "syntax": "regex", "definition": "[0-9]{1,3}"}
 
 
 @pytest.fixture
@@ -58,105 +22,14 @@ def model(talker: Path) -> Model:
     return load(talker)
 
 
+@pytest.fixture
+def ask(model: Model, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    return asker(model, monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(TOKENIZER)
-
-
-def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of text, in which names of special tokens stand for them."""
-    ids: list[int] = []
-    while text:
-        found = {text.find(name): name for name in tokenizer.special if name in text}
-        at = min(found, default=len(text))
-        name = found.get(at, "")
-        ids += [*tokenizer.encode(text[:at]), *([tokenizer.special[name]] if name else [])]
-        text = text[at + len(name) :]
-    return ids
-
-
-OTHERS = ("<|end|>", "}", "0", '"')
-
-
-class Wish:
-    """A network that wants to say `text`, whatever came before, and then `last` for ever. Where it
-    must not say what it wants, it says the first of OTHERS that it may, and wishes on."""
-
-    def __init__(self, model: Model, text: str, last: str, patch: pytest.MonkeyPatch) -> None:
-        assert model.tokenizer is not None
-        self._vocab_size = model.vocab_size
-        self._wanted = spelled(model.tokenizer, text)
-        (self._last,) = spelled(model.tokenizer, last)
-        self._others = [id for text in OTHERS for id in spelled(model.tokenizer, text)]
-        self.prompts: list[list[int]] = []
-        self.said: list[int] = []  # but the last, which nothing follows
-        patch.setattr(model, "_prefill", self._start)
-        patch.setattr(model, "_decode", self._next)
-
-    def _start(self, prompt: list[int]) -> NDArray[np.float32]:
-        self.prompts.append(prompt)
-        return self._logits()
-
-    def _next(self, token_id: int) -> NDArray[np.float32]:
-        self.said.append(token_id)
-        return self._logits()
-
-    def _logits(self) -> NDArray[np.float32]:
-        logits = np.zeros((1, self._vocab_size), np.float32)
-        wanted = self._wanted[len(self.said) :]
-        logits[0, self._others] = np.linspace(2, 1, len(self._others))
-        logits[0, wanted[0] if wanted else self._last] = 3
-        return logits
-
-
-Ask = Callable[..., tuple[dict[str, str], Finish]]
-
-
-@pytest.fixture
-def ask(model: Model, monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Ask a model that wishes for a text, and then for `last`: what it says by channel, and how it
-    ends."""
-
-    assert model.tokenizer is not None
-    special = model.tokenizer.special
-
-    def asked(text: str, last: str = "<|return|>", **options: Any) -> tuple[dict[str, str], Finish]:
-        wish = Wish(model, text, last, monkeypatch)
-        pieces = list(model.chat(QUESTION, **options))
-        assert isinstance(pieces[-1], Finish)
-        if pieces[-1].reason == "tool_calls":  # only `<|call|>` ends one, and then nothing follows
-            arguments = wish.said[::-1][: wish.said[::-1].index(special["<|message|>"])]
-            assert not {*arguments} & {*special.values()}
-        return texts(pieces), pieces[-1]
-
-    return asked
-
-
-def texts(pieces: Sequence[Piece]) -> dict[str, str]:
-    """By channel; of a call its arguments by its name."""
-    said: dict[str, str] = {}
-    for message in as_messages(pieces):
-        channel, content = str(message["channel"]), str(message["content"])
-        for call in message.get("tool_calls", ()):  # type: ignore[attr-defined]
-            channel, content = call["function"]["name"], call["function"]["arguments"]
-        assert channel not in said  # nothing is said twice
-        said[channel] = content
-    return said
-
-
-def text_of(tokens: Iterable[GeneratedToken]) -> str:
-    """Without the token that ends it."""
-    *said, last = tokens
-    assert last.finish_reason == "stop"
-    return "".join(token.text for token in said)
-
-
-def analysis(text: str) -> str:
-    return f"<|channel|>analysis<|message|>{text}<|end|><|start|>assistant"
-
-
-ANSWER = '{"age": 33, "happy": true}'
-FINAL = "<|channel|>final<|message|>"
 
 
 @pytest.mark.parametrize(
@@ -375,98 +248,6 @@ def test_a_grammar_that_proves_too_large_ends_its_answer_alone(
         jsonschema.validate(json.loads(text_of(other)), ANN)
     with pytest.raises(OsscompileError, match="grammar: "):
         list(load(talker).generate([1, 2], response_format=large))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"response_format": {"type": "json"}}, r"response_format: expected .*json_object"),
-        ({"response_format": {"type": "grammar", "syntax": "gbnf"}}, "syntax: expected one of"),
-        (
-            {"response_format": {"type": "grammar", "syntax": "regex", "definition": ""}},
-            "definition: expected a regex",
-        ),
-        (
-            {"response_format": {"type": "grammar", "syntax": "regex", "definition": "("}},
-            "response_format: expected what llguidance supports",
-        ),
-        (
-            {"response_format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}},
-            "response_format: expected what llguidance supports",
-        ),
-        (
-            {
-                "response_format": {
-                    "type": "grammar",
-                    "syntax": "lark",
-                    "definition": 'start: "<|end|>" <|end|> // <|call|>',
-                }
-            },
-            r"expected a grammar of text, found the special token <\|end\|>",
-        ),
-        ({"response_format": of_schema({"type": 3})}, r"schema\.type"),
-        ({"response_format": of_schema({"not": {}})}, "not"),
-        ({"response_format": of_schema({"if": {}, "then": False})}, "if"),
-        ({"response_format": of_schema({"uniqueItems": True})}, "uniqueItems"),
-        ({"response_format": of_schema({"type": "string", "format": "colour"})}, "colour"),
-        ({"response_format": of_schema({"$ref": "https://a.b/c"})}, "a.b/c"),
-        ({"response_format": of_schema({"$ref": "#/$defs/none"})}, "none"),
-        ({"response_format": of_schema({"minProperties": 2})}, "minProperties"),
-        ({"response_format": of_schema({"enum": []})}, "response_format"),
-        ({"response_format": of_schema({"$ref": "#"})}, "one that no text obeys"),
-        ({"response_format": of_schema({"pattern": "x" * (1 << 18)})}, "letters"),
-        ({"response_format": DIGITS, "stop": "3"}, "stop: expected none beside response_format"),
-        ({"response_format": DIGITS, "stop_ids": [3]}, "stop_ids: expected none"),
-        ({"tools": [LOOKUP], "stop_ids": [3]}, "stop_ids: expected none beside strict"),
-    ],
-)
-def test_what_is_not_supported_is_named_before_anything_is_computed(
-    model: Model, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
-) -> None:
-    wish = Wish(model, "", "<|return|>", monkeypatch)
-    with pytest.raises(InputError, match=message):
-        list(model.chat(QUESTION, **options))
-    if "tools" not in options:
-        with pytest.raises(InputError, match=message):
-            list(model.generate([1], **options))
-    assert wish.prompts == []
-
-
-def test_strict_is_a_truth_value_or_its_text(ask: Ask) -> None:
-    for strict in (True, "true"):
-        tools = [{"type": "function", "function": LOOKUP["function"] | {"strict": strict}}]
-        call = "<|channel|>commentary to=functions.lookup<|message|>Bern<|call|>"
-        assert ask(call, tools=tools)[0]["lookup"].startswith("{")
-    for strict in ("yes", 1, [True]):
-        tools = [{"type": "function", "function": LOOKUP["function"] | {"strict": strict}}]
-        with pytest.raises(InputError, match=r"tools\[0\]\.function\.strict: expected true or"):
-            ask("", tools=tools)
-        schema = of_schema(ANN)
-        schema["json_schema"]["strict"] = strict
-        with pytest.raises(InputError, match=r"json_schema\.strict: expected true or false"):
-            ask("", response_format=schema)
-
-
-def test_schemas_of_strict_tools_are_checked_by_name(ask: Ask) -> None:
-    function = LOOKUP["function"] | {"parameters": {"not": {}}}
-    with pytest.raises(InputError, match="parameters of lookup: expected"):
-        ask("", tools=[{"type": "function", "function": function}])
-    ask(FINAL, tools=[{"type": "function", "function": function | {"strict": False}}])
-
-
-def test_a_schema_of_a_thousand_levels(ask: Ask) -> None:
-    schema: dict[str, Any] = {}
-    for _ in range(1000):
-        schema = {"items": schema}
-    with pytest.raises(InputError, match=r"levels|recursion"):
-        ask("", response_format=of_schema(schema))
-
-
-def test_without_llguidance(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(InputError, match=r"pip install 'llguidance"):
-        model.chat(QUESTION, response_format={"type": "json_object"})
-    model.chat(QUESTION, response_format={"type": "text"})
 
 
 def test_the_model_is_told_that_json_is_wanted(tokenizer: Tokenizer) -> None:
