@@ -5,9 +5,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import OsscompileError
+
 
 class Constraint(Protocol):
     """Told every token of an answer, it says which may follow."""
+
+    @property
+    def error(self) -> OsscompileError | None:
+        """Why the answer cannot go on, if so: what `mask` said last is then of no use."""
 
     def mask(self) -> NDArray[np.uint32] | None:
         """Bits [ceil(vocabulary / 32)], the lowest first: 1 for an id that may come next, of which

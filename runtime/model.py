@@ -118,7 +118,12 @@ class Model:
         return self._serve(lambda: np.concatenate([*self._score(ids)]))
 
     def generate(
-        self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
+        self,
+        token_ids: Sequence[int],
+        *,
+        response_format: Mapping[str, object] | None = None,
+        max_tokens: int | None = None,
+        **options: object,
     ) -> Iterator[GeneratedToken]:
         """Continue a prompt, one token at a time, until a stop id, a stop string or `max_tokens`.
 
@@ -127,16 +132,22 @@ class Model:
         given. The first four are otherwise the checkpoint's own, `manifest.sampling`. The stop id,
         or the token that completes a stop string, is the last one yielded. Without `max_tokens` the
         context is the limit. The KV cache is kept: a prompt that begins like the one before
-        continues there. Another call ends this one: to go on with it then raises InputError. Raises
-        InputError for bad arguments, before anything is computed.
+        continues there. Another call ends this one: to go on with it then raises InputError.
+
+        `response_format`: what all of the text must be, in the shapes of `chat`. It ends with a
+        stop id where the text is whole, or with reason length. Raises InputError for bad arguments,
+        before anything is computed, and OsscompileError for a grammar that proves too large later.
         """
-        question = self._questions.of_ids(token_ids, max_tokens=max_tokens, **options)
+        question = self._questions.of_ids(
+            token_ids, response_format=response_format, max_tokens=max_tokens, **options
+        )
         return Stream(self._generate(question))
 
     def generate_batch(
         self,
         prompts: Iterable[Sequence[int]],
         *,
+        response_format: Mapping[str, object] | None = None,
         max_tokens: int | None = None,
         **options: object,
     ) -> list[list[GeneratedToken]]:
@@ -146,7 +157,10 @@ class Model:
         computed once if it came before. With a seed, every answer has it. Raises InputError.
         """
         questions = [
-            self._questions.of_ids(ids, max_tokens=max_tokens, **options) for ids in prompts
+            self._questions.of_ids(
+                ids, response_format=response_format, max_tokens=max_tokens, **options
+            )
+            for ids in prompts
         ]
         told: list[list[GeneratedToken]] = [[] for _ in questions]
         answers = [
@@ -175,17 +189,23 @@ class Model:
         `messages`: as in OpenAI's chat API, {"role": system, developer, user, assistant or tool,
         "content": text}, with tool_calls, tool_call_id, reasoning; also what `as_messages` makes of
         the pieces of an answer. `reasoning`: low, medium or high; `current_date`: YYYY-MM-DD, today
-        or None; `identity`: who the model is told to be. `tools` (functions) and `response_format`
-        have OpenAI's shapes; `builtin_tools`: of browser and python. No tool is run here.
+        or None; `identity`: who the model is told to be. `tools` (functions) have OpenAI's shapes;
+        `builtin_tools`: of browser and python. No tool is run here.
         `template`: harmony, the format that the models were trained on, or checkpoint, to render
         the prompt with the chat template that the checkpoint came with (it needs jinja2).
+
+        `response_format`: what the text on channel final must be, in OpenAI's shapes: {"type":
+        "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": ...,
+        "schema": ...}}, strict or not, or {"type": "grammar", "syntax": "regex" or "lark",
+        "definition": ...}. The arguments of a function with "strict": true are what its parameters
+        say. Only tokens that obey are chosen, and none ends such a text before it is whole; what is
+        cut off has the reason length. The analysis is free. It needs llguidance.
 
         Every piece has a channel and a text, which is "" where there is none: Reasoning and Text,
         ToolCall and Arguments, and last Finish, with the reason and what it took; with `logprobs`
         each has those of its tokens. `max_tokens` and `options` as in `generate`, but `<|return|>`,
         `<|call|>` and `<|endoftext|>` end an answer, whatever ends other texts of the checkpoint,
-        and `stop` is looked for in the text of channel final alone. Raises InputError, before
-        anything is computed.
+        and `stop` is looked for in the text of channel final alone. Raises InputError as there.
         """
         question = self._questions.of_messages(
             messages,
@@ -337,6 +357,8 @@ class Model:
         except ArtifactError:  # not a number: what the cache holds would spoil the next answer
             self._forget()
             raise
+        if sampler.error is not None:
+            raise sampler.error
         return sample
 
     def _prefill(self, ids: list[int]) -> Any:

@@ -9,8 +9,11 @@ import numpy as np
 
 from .arguments import prompt_ids, sampling_options, whole_number
 from .artifact import Artifact
+from .constrained import constrain_chat, constrain_text
+from .constraint import Constraint
 from .errors import InputError
 from .generated import PieceMaker, TokenStream
+from .grammar import Grammars
 from .harmony import IDENTITY, begun_answer, render_chat, render_template, stop_ids
 from .sampler import Sampler, reserved_ids
 from .sampling_options import SamplingOptions
@@ -21,7 +24,8 @@ from .tokenizer import Tokenizer
 class Question:
     """A prompt of `ids` and how to answer it: with at most `limit` tokens, until one of `stops`.
 
-    `begun`: for a chat, ids of the answer that the prompt has already.
+    `begun`: for a chat, ids of the answer that the prompt has already. `constraint`: what the
+    answer must be, which is told of one answer.
     """
 
     ids: list[int]
@@ -30,6 +34,7 @@ class Question:
     limit: int
     tokenizer: Tokenizer | None
     begun: Sequence[int] | None = None
+    constraint: Constraint | None = None
 
     def token_stream(self) -> TokenStream:
         stop = self.options.stop if self.begun is None else ()  # a chat looks in its final text
@@ -55,17 +60,28 @@ class Questions:
             size = self.tokenizer.vocab_size
             self.reserved = reserved_ids(self.tokenizer.special, self._manifest.vocab_size, size)
             self._stops |= stop_ids(self.tokenizer)
+            ends = self._stops - {self.tokenizer.special["<|call|>"]}  # it ends calls alone
+            self._grammars = Grammars(self.tokenizer, self._manifest.vocab_size, ends)
 
     def sampler(self, question: Question) -> Sampler:
-        return Sampler(question.options, self.reserved)
+        return Sampler(question.options, self.reserved, question.constraint)
 
     def of_ids(
-        self, token_ids: Sequence[int], *, max_tokens: int | None = None, **options: object
+        self,
+        token_ids: Sequence[int],
+        *,
+        response_format: Mapping[str, object] | None = None,
+        max_tokens: int | None = None,
+        **options: object,
     ) -> Question:
         """Continue a prompt: see `Model.generate`. Raises InputError."""
         ids = self.check_ids(token_ids)
-        sampling = self._sampling(options, ("max_tokens",))
-        return Question(ids, sampling, self._stops, self._limit(ids, max_tokens), self.tokenizer)
+        sampling = self._sampling(options, Questions.of_ids.__kwdefaults__ or ())
+        limit, constraint = self._limit(ids, max_tokens), None
+        if response_format is not None:
+            self.need_tokenizer("response_format")
+            constraint = constrain_text(self._grammars, response_format, sampling)
+        return Question(ids, sampling, self._stops, limit, self.tokenizer, None, constraint)
 
     def of_messages(
         self,
@@ -101,7 +117,10 @@ class Questions:
         sampling = self._sampling(options, Questions.of_messages.__kwdefaults__ or ())
         limit = self._limit(ids, max_tokens)
         begun = begun_answer(prompt, tokenizer)
-        return Question(ids, sampling, stop_ids(tokenizer), limit, tokenizer, begun)
+        constraint = constrain_chat(
+            self._grammars, tokenizer, response_format, tools, builtin_tools, sampling, begun
+        )
+        return Question(ids, sampling, stop_ids(tokenizer), limit, tokenizer, begun, constraint)
 
     def check_ids(self, token_ids: Sequence[int]) -> list[int]:
         """Raises InputError for ids that are none, and for more than the context holds."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .constraint import Constraint, is_allowed
-from .errors import ArtifactError
+from .errors import ArtifactError, OsscompileError
 from .sampling_options import SamplingOptions
 
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy: dividing logits by it could overflow
@@ -82,6 +82,11 @@ class Sampler:
         self._said: Counter[int] = Counter()  # for penalties
         self._scores = np.empty(0, np.float32)  # both are scratch, [vocab up to a whole block]
         self._weights = np.empty(0, np.float32)
+
+    @property
+    def error(self) -> OsscompileError | None:
+        """Why the last token is none, and the answer cannot go on."""
+        return None if self.constraint is None else self.constraint.error
 
     def sample(self, logits: NDArray[np.float32]) -> Sample:
         """Choose from float32 [vocab] logits, which are not changed; -inf is never chosen.

@@ -103,6 +103,9 @@ class Scheduler:
                 continue
             if answer.stream.count == 0:  # a turn begins here
                 answer.sequence.keep()
+            if answer.sampler.error is not None:
+                self._leave(answer, answer.sampler.error)
+                continue
             token = answer.stream.push(sample)
             answer.tokens.append(token.token_id)
             has_ended = answer.tell(token)

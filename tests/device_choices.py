@@ -74,6 +74,8 @@ def check_logprobs(model: Model, ids: list[int], told: list[Any]) -> None:
 class _OneOf:
     """A constraint: some ids, and no others."""
 
+    error = None
+
     def __init__(self, ids: list[int]) -> None:
         self.ids, self.told = ids, list[int]()
 

@@ -173,7 +173,8 @@ def test_what_is_no_path(wrong: Any) -> None:
 def test_option_that_there_is_not(model: osscompile.Model) -> None:
     """The message names those that there are."""
     known = "max_tokens, temperature, .*stop, logit_bias, frequency_penalty, presence_penalty"
-    with pytest.raises(InputError, match=f"^options: expected {known}, found 'top'"):
+    text = f"^options: expected response_format, {known}, found 'top'"
+    with pytest.raises(InputError, match=text):
         model.generate([1], top=5)
     with pytest.raises(InputError, match=f"^options: expected reasoning, .*{known}, found 'top'"):
         model.chat([{"role": "user", "content": "Hello"}], top=5)

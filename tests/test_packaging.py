@@ -27,7 +27,7 @@ FOLDERS = ("osscompile", "targets", "schedules", "runtime")
 ENTRIES = {*FOLDERS, "tests", "pyproject.toml", "README.md"}
 BESIDE = {".ci", ".gitignore", "LICENSE"}
 # pyopencl is for OpenCL only, jinja2 for templates of checkpoints.
-RUNTIME_NEEDS = {"jinja2", "numpy", "pyopencl", "tokenizers", "tvm_ffi"}
+RUNTIME_NEEDS = {"jinja2", "llguidance", "numpy", "pyopencl", "tokenizers", "tvm_ffi"}
 
 
 # The wheel

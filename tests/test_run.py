@@ -138,6 +138,30 @@ def test_only_the_answer_goes_to_a_pipe(nano_artifact: Path) -> None:
     assert (result.stdout, result.stderr) == (b"17 + 25 = 42.\n", b"")
 
 
+def test_an_answer_obeys_a_schema(nano_artifact: Path, tmp_path: Path) -> None:
+    file = tmp_path / "the person.json"
+
+    def run(schema: object, *words: str) -> tuple[str, str]:
+        file.write_text(schema if isinstance(schema, str) else json.dumps(schema))
+        command = [sys.executable, "-m", "osscompile", "run", str(nano_artifact), *words]
+        command += ["--schema", str(file)]
+        result = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+        return result.stdout.decode(), result.stderr.decode()
+
+    question = "Emma lives in Paris, is 28 years old and likes green."
+    properties = {"name": {"type": "string"}, "age": {"type": "integer"}}
+    closed = {"type": "object", "additionalProperties": False}
+    person = {**closed, "properties": properties, "required": ["name", "age"]}
+    assert json.loads(run(person, question)[0]) == {"name": "Emma", "age": 28}
+    for effort in ("low", "medium", "high"):  # it has seen no boolean; there is no limit
+        properties = {"age": {"type": "integer"}, "happy": {"type": "boolean"}}
+        asked = {**closed, "properties": properties, "required": ["age", "happy"]}
+        said = json.loads(run(asked, "Answer in JSON.", "--reasoning", effort)[0])
+        assert {key: type(value) for key, value in said.items()} == {"age": int, "happy": bool}
+    assert "expected a JSON schema" in run("{", question)[1]
+    assert "expected a name and a schema" in run([], question)[1]
+
+
 def test_other_channels_and_calls_are_no_answer() -> None:
     for question, shown in (("odd", b"odd\n"), ("call", b'f: {"x": 1}\nThe model waits for')):
         result = speak(question, "--hide-analysis")

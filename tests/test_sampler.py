@@ -463,3 +463,35 @@ def test_what_a_device_is_told_of_a_draw(options: dict[str, Any], scale: float) 
 )
 def test_limits_that_a_device_is_told(options: dict[str, Any], limits: list[Limit]) -> None:
     assert Sampler(SamplingOptions(**options), NO_IDS).limits() == limits
+
+
+class Only:
+    """Allows these ids."""
+
+    error = None
+
+    def __init__(self, *ids: int) -> None:
+        self.told: list[int] = []
+        self._mask = np.zeros(-(-VOCAB // 32), np.uint32)
+        for id in ids:
+            self._mask[id // 32] |= np.uint32(1 << id % 32)
+
+    def mask(self) -> NDArray[np.uint32]:
+        return self._mask
+
+    def push(self, token_id: int) -> None:
+        self.told.append(token_id)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_constraint_leaves_only_what_it_allows(temperature: float) -> None:
+    logits = np.arange(VOCAB, dtype=np.float32)  # the allowed ones are not the best
+    only = Only(0, 31, 32, VOCAB - 1)
+    options = SamplingOptions(temperature=temperature, seed=0, logprobs=1, logit_bias={32: 100})
+    sampler = Sampler(options, np.array([VOCAB - 1]), only)
+    drawn = [sampler.sample(logits) for _ in range(200)]
+    assert only.told == [sample.token_id for sample in drawn]
+    assert set(only.told) == {32}
+    flat = Sampler(SamplingOptions(temperature=1.0, seed=0), np.array([VOCAB - 1]), only)
+    assert {flat.sample(np.zeros(VOCAB, np.float32)).token_id for _ in range(200)} == {0, 31, 32}
+    assert drawn[0].logprob is not None and drawn[0].logprob < -1  # the model's own

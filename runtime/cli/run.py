@@ -1,14 +1,17 @@
 """`run`: ask a compiled model, or chat with it."""
 
 import argparse
+import json
+import re
 from pathlib import Path
 
 from ..artifact import ALWAYS_HASHED_BYTES, read_manifest
+from ..errors import InputError
 from ..model import Model, load
 from .chat import converse
 from .main import Commands
 from .options import add_kv_memory, utf8_text
-from .prompt import STDIN, read_prompt
+from .prompt import STDIN, read_prompt, read_text_file
 from .terminal import say_stage
 from .transcript import Messages
 from .view import View
@@ -58,6 +61,9 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
         metavar="TEXT",
         help="ends an answer (repeat for several)",
     )
+    command.add_argument(
+        "--schema", type=Path, metavar="FILE.json", help="a JSON schema, which answers obey"
+    )
     command.add_argument("--temperature", type=float, help="0: greedy (default: the checkpoint's)")
     command.add_argument("--top-p", type=float, metavar="P")
     command.add_argument("--top-k", type=int, metavar="K")
@@ -71,10 +77,13 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
 def run_artifact(arguments: argparse.Namespace) -> None:
     """Answer the prompt that the arguments give, or chat."""
     prompt = read_prompt(arguments.prompt, arguments.file)
+    response_format = _read_schema(arguments.schema) if arguments.schema else None
     model = _load(arguments)
     options = {name: getattr(arguments, name) for name in OPTIONS}
     options = {name: value for name, value in options.items() if value is not None}
     options["reasoning"] = arguments.reasoning
+    if response_format is not None:
+        options["response_format"] = response_format
     if arguments.no_date:
         options["current_date"] = None
     messages: Messages = []
@@ -90,6 +99,17 @@ def run_artifact(arguments: argparse.Namespace) -> None:
         converse(model, messages, options, view)
     else:
         view.show(model.chat([*messages, {"role": "user", "content": prompt}], **options), [])
+
+
+def _read_schema(path: Path) -> dict[str, object]:
+    """The response format; the model is told the file's name as the schema's."""
+    text = read_text_file(path)
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected a JSON schema, found no JSON: {error}") from None
+    name = re.sub(r"\s+", "_", path.stem)
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
 
 
 def _load(arguments: argparse.Namespace) -> Model:

@@ -12,7 +12,8 @@ from ..errors import InputError
 from ..tokenizer import Tokenizer
 from .checks import need_text
 from .messages import Message, read_messages
-from .tools import functions_text, read_builtin_tools, read_tools, response_format_text
+from .structured import response_format_text
+from .tools import functions_text, read_builtin_tools, read_tools
 from .typescript import Namespace, tools_text
 
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."

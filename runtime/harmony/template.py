@@ -12,7 +12,8 @@ from .marks import Marks, choose_mark
 from .messages import Message, read_messages
 from .render import IDENTITY, check_effort
 from .sandbox import run_template
-from .tools import read_builtin_tools, read_tools, response_format_text
+from .structured import response_format_text
+from .tools import read_builtin_tools, read_tools
 from .typescript import Function
 
 SPECIAL_NAMES = {

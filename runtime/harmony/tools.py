@@ -1,4 +1,4 @@
-"""Tools and response formats in OpenAI's shapes -> what the renderer tells the model of them."""
+"""Tools in OpenAI's shapes -> what the renderer tells the model of them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ from ..errors import InputError
 from .builtin_tools import BUILTIN_TOOLS
 from .checks import read_json, read_text, read_word
 from .schema import check_schema
-from .typescript import Function, Namespace, compact_json, tools_text
+from .typescript import Function, Namespace, tools_text
 
 
 def read_tools(tools: object) -> tuple[Function, ...]:
@@ -45,35 +45,6 @@ def functions_text(functions: Sequence[Function]) -> str:
         raise InputError(
             "tools: expected schemas nested a hundred levels at most, found more"
         ) from None
-
-
-def response_format_text(response_format: object) -> str:
-    """The section of a developer message that asks for JSON; "" for {"type": "text"} and None.
-
-    response_format: {"type": "json_schema", "json_schema": {"name": ..., "description": ...,
-    "schema": ...}}, the description optional. Raises InputError that names the field.
-    """
-    where = "response_format"
-    if response_format is None:
-        return ""
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if kind == "text":
-        return ""
-    described = response_format.get("json_schema") if isinstance(response_format, Mapping) else None
-    if kind != "json_schema" or not isinstance(described, Mapping):
-        raise InputError(
-            f'{where}: expected {{"type": "text"}} or {{"type": "json_schema", "json_schema": '
-            f'{{"name": ..., "schema": ...}}}}, found {response_format!r:.100}'
-        )
-    where = f"{where}.json_schema"
-    name = read_word(f"{where}.name", described.get("name"))
-    description = read_text(f"{where}.description", described.get("description"))
-    schema = read_json(f"{where}.schema", described.get("schema"))
-    if name is None or not isinstance(schema, Mapping):
-        raise InputError(f"{where}: expected a name and a schema, found {described!r:.100}")
-    check_schema(f"{where}.schema", schema)
-    remark = "".join(f"// {line}\n" for line in (description or "").splitlines())
-    return f"# Response Formats\n\n## {name}\n\n{remark}{compact_json(schema)}"
 
 
 def _read_tool(where: str, tool: object) -> Function:
