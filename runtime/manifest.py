@@ -98,6 +98,9 @@ class Manifest:
     context: int  # positions
     window: int  # of the sliding layers, in positions
     sliding: tuple[bool, ...]  # of each layer
+    experts_per_token: int
+    norm_eps: float  # this and the next are in the kernels; they tell which checkpoint it is of
+    swiglu_limit: float
     chunk: int  # tokens of one prefill, at most
     most_wanted: int  # rows of a step whose logits are wanted, at most
     workspace_bytes: dict[str, int]  # of each function's activations

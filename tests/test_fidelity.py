@@ -206,6 +206,8 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"window": 64}, "window, found one with 64"),
     "order": ({"sliding": TINY.sliding[::-1]}, "sliding layers, found one with"),
     "chosen": ({"num_experts_per_token": 1}, "with 4 experts per token, found one with 1"),
+    "eps": ({"norm_eps": 2e-5}, "1e-05 as rms_norm_eps, found one with 2e-05"),
+    "clamp": ({"swiglu_limit": 0.05}, "7.0 as swiglu_limit, found one with 0.05"),
     "positions": ({"max_context": 64}, "positions, found one with 64"),
     "theta": (
         {"rope": dataclasses.replace(TINY.rope, theta=9999.0)},
