@@ -16,6 +16,9 @@ from osscompile.runtime.runner import Rows
 from osscompile.runtime.scheduler import Answer, Scheduler
 
 CLOSE = 1e-5  # relative rms of logits, of the profile `exact`
+# Of `fast`: sums in another order round a few activations to another int8. As much comes between a
+# sequence that is computed alone token by token and all at once (2.6e-3 on nano).
+CLOSE_IN_INT8 = 1e-2
 
 
 @pytest.fixture
@@ -36,7 +39,10 @@ class Sequences:
     """Sequences of random tokens that a runner computes together; every logit that it gives is
     compared with that of the sequence alone."""
 
-    def __init__(self, model: Model, reference: Model, lengths: list[int]) -> None:
+    def __init__(
+        self, model: Model, reference: Model, lengths: list[int], close: float = CLOSE
+    ) -> None:
+        self.close = close
         self.model, self.runner = model, model._runner
         self.tokens = [random_ids(length, seed=i) for i, length in enumerate(lengths)]
         self.expected = [reference.logits(tokens) for tokens in self.tokens]
@@ -57,7 +63,7 @@ class Sequences:
             expected.append(self.expected[i][end - number : end])
         wanted = sum(row.wanted for row in rows)
         logits = self.runner.device.numpy(self.runner.step(rows))[:wanted]
-        assert relative_rms(logits, np.concatenate(expected)) < CLOSE
+        assert relative_rms(logits, np.concatenate(expected)) < self.close
 
     def leave(self, i: int) -> None:
         self.runner.cache.leave(self.running.pop(i))
@@ -98,6 +104,22 @@ def test_sequences_that_share_pages(model: Model, talker: Path) -> None:
         assert sequences.running[0]._path[0] is sequences.running[1]._path[0]
         for _ in range(15):
             sequences.step({0: 1, 1: 2})
+
+    on_device(model, work)
+
+
+def test_logits_among_others_in_int8(nano_artifact: Path) -> None:
+    model = load(nano_artifact, context=512, kv_memory=64 << 20)
+    sequences = Sequences(model, load(nano_artifact), [130, 90, 40, 5], CLOSE_IN_INT8)
+
+    def work() -> None:
+        for i in range(4):
+            sequences.start(i)
+        sequences.step({0: 16, 1: 1, 2: 15, 3: 1})
+        sequences.step({0: 100, 1: 1, 2: 2})
+        for _ in range(3):
+            sequences.step({0: 1, 1: 1, 2: 1, 3: 1})
+        sequences.step({0: 1, 1: 70, 2: 1})
 
     on_device(model, work)
 
