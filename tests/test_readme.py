@@ -89,13 +89,14 @@ def test_lines_run_one_after_the_other(this_machine: Target, tmp_path: Path) -> 
 
 
 def test_python_runs(this_machine: Target, tmp_path: Path) -> None:
-    """As it stands, but for the model and the machine."""
-    (block,) = blocks("python")
+    """As it stands, one block after the other, but for the model and the machine."""
+    block = "\n".join(blocks("python"))
     there = 'compile("openai/gpt-oss-20b", target="x86")'
     here = f'compile("nano", target={this_machine.name!r}, variants=[{this_machine.variant!r}])'
     assert there in block
     shown = run([sys.executable, "-c", block.replace(there, here)], tmp_path)
     assert "17 + 25 = 42" in shown
+    assert '{"name":"Emma","age":28}' in shown
 
 
 def run(command: list[str], folder: Path) -> str:
