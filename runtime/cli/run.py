@@ -1,6 +1,7 @@
 """`run`: ask a compiled model, or chat with it."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from ..artifact import ALWAYS_HASHED_BYTES, read_manifest
@@ -10,6 +11,7 @@ from .main import Commands
 from .options import add_kv_memory, utf8_text
 from .prompt import STDIN, read_prompt
 from .terminal import say_stage
+from .tool_file import read_functions
 from .transcript import Messages
 from .view import View
 
@@ -34,6 +36,12 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--identity", type=utf8_text, metavar="TEXT", help="who the model is told to be"
+    )
+    command.add_argument(
+        "--tools",
+        type=Path,
+        metavar="FILE.py",
+        help="Python whose public functions the model may call; they run here, as you",
     )
     command.add_argument("--no-date", action="store_true", help="do not tell it today's date")
     command.add_argument("--reasoning", default="medium", metavar="low|medium|high")
@@ -63,7 +71,9 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
 def run_artifact(arguments: argparse.Namespace) -> None:
     """Answer the prompt that the arguments give, or chat."""
     prompt = read_prompt(arguments.prompt, arguments.file)
+    tools = [] if arguments.tools is None else read_functions(arguments.tools)
     model = _load(arguments)
+    answer = partial(model.run_tools, tools=tools) if tools else model.chat
     options = {name: getattr(arguments, name) for name in OPTIONS}
     options = {name: value for name, value in options.items() if value is not None}
     options["reasoning"] = arguments.reasoning
@@ -79,9 +89,9 @@ def run_artifact(arguments: argparse.Namespace) -> None:
         verbose=arguments.verbose,
     )
     if prompt is None:
-        converse(model, messages, options, view)
+        converse(answer, messages, options, view)
     else:
-        view.show(model.chat([*messages, {"role": "user", "content": prompt}], **options), [])
+        view.show(answer([*messages, {"role": "user", "content": prompt}], **options), [])
 
 
 def _load(arguments: argparse.Namespace) -> Model:
