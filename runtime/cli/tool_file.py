@@ -4,6 +4,8 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import wraps
 from pathlib import Path
 
 from ..errors import InputError
@@ -12,7 +14,7 @@ MODULE = "osscompile_tools"  # the name that the file gets as a module
 
 
 def read_functions(path: Path) -> list[Callable[..., object]]:
-    """The public functions that a file defines, in its order; it is run, as `python FILE` would.
+    """The public functions that a file defines, in its order; it is run, as an import would run it.
     Raises InputError."""
     specification = importlib.util.spec_from_file_location(MODULE, path)
     if specification is None or specification.loader is None or not path.is_file():
@@ -26,11 +28,22 @@ def read_functions(path: Path) -> list[Callable[..., object]]:
         raise InputError(
             f"{path}: expected Python that runs, found {type(error).__name__}: {error}"
         ) from error
-    functions = [
+    functions = dict.fromkeys(  # of several names for one, the first
         value
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == MODULE and not name.startswith("_")
-    ]
+    )
     if not functions:
         raise InputError(f"{path}: expected public functions, found none that it defines")
-    return functions
+    return [_printing_aside(function) for function in functions]
+
+
+def _printing_aside(function: Callable[..., object]) -> Callable[..., object]:
+    """The function, but what it prints goes to stderr: stdout has answers alone."""
+
+    @wraps(function)
+    def run(*arguments: object, **named: object) -> object:
+        with redirect_stdout(sys.stderr):
+            return function(*arguments, **named)
+
+    return run
