@@ -222,6 +222,15 @@ def test_it_sees_no_other_processes_and_kills_none(safe: PythonSandbox) -> None:
     assert "ProcessLookupError" in told
 
 
+def test_it_is_no_root_and_cannot_become_it(safe: PythonSandbox) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("who is not root has nothing to give up")
+    assert safe("import os\nos.getresuid(), os.getgroups()") == "((65534, 65534, 65534), [])"
+    assert "PermissionError" in safe("os.setuid(0)") and "PermissionError" in safe(
+        "os.chroot('/usr')"
+    )
+
+
 def test_processes_are_limited() -> None:
     with open_sandbox(seconds=30.0) as sandbox:
         told = sandbox(

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Collection
+from itertools import pairwise
 
 # Sections of Google's and numpy's style; the text before the first one is told.
 _SECTION = re.compile(
@@ -37,7 +38,7 @@ class _Reader:
 
     def read(self, text: str) -> tuple[str, dict[str, str]]:
         lines = text.splitlines()
-        for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        for line, following in pairwise([*lines, ""]):
             self._read(line, following)
         texts = {name: " ".join(filter(None, found)) for name, found in self._texts.items()}
         told = {name: text for name, text in texts.items() if text}

@@ -16,7 +16,8 @@ PART = 1 << 16  # bytes that are read or written at once
 
 class Interpreter:
     """The program of `interpreter.py` in a process group of its own, started by a command. `home`:
-    what it knows `folder` as. All methods are for one thread at a time."""
+    what it knows `folder` as; `limits`, `user`: see there. All methods are for one thread at a
+    time."""
 
     def __init__(
         self,
@@ -28,7 +29,7 @@ class Interpreter:
     ) -> None:
         program = Path(__file__).with_name("interpreter.py").read_text("utf-8")
         self._done, done = os.pipe()
-        arguments = [*command, "-I", "-c", program, str(done), json.dumps(limits)]
+        arguments = [*command, "-I", "-c", program, *map(json.dumps, (done, limits, user))]
         environment = {
             "PATH": "/usr/bin:/bin",
             "HOME": home,
@@ -48,9 +49,6 @@ class Interpreter:
                 cwd=folder,
                 env=environment,
                 start_new_session=True,
-                user=user,
-                group=user,
-                extra_groups=None if user is None else [],
             )
 
         try:

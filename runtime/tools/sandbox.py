@@ -13,7 +13,7 @@ from ..harmony.builtin_tools import python_description
 from .process import PIPE_BYTES, Interpreter
 
 DRIVE = "/mnt/data"  # where the models were trained to keep files
-NOBODY = 65534  # the user of a sandbox that root makes: of root's processes none are limited
+NOBODY = 65534  # whom root's sandboxes run as: the processes of root are not limited
 SECONDS_TO_START = 60.0
 MB = 1_000_000
 
@@ -116,8 +116,8 @@ class PythonSandbox:
             interpreter.kill()
             raise OsscompileError(
                 f"PythonSandbox: expected an interpreter that starts in bubblewrap, found: "
-                f"{said.strip() or ended:.500}; allow unprivileged user namespaces here, use a "
-                "Python that every user may read, or pass unsafe=True and read what that means"
+                f"{said.strip() or ended:.500}; allow namespaces "
+                "here, or pass unsafe=True and read what that means"
             )
         self._running.append(interpreter)
         return interpreter
@@ -137,18 +137,29 @@ def _bubblewrap(folder: Path) -> list[str]:
             "PythonSandbox: expected bubblewrap (`bwrap`), found none; install it (on Debian and "
             "Ubuntu: apt install bubblewrap), or pass unsafe=True and read what that means"
         )
-    command = [program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    command = [program, "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    if os.geteuid() == 0:  # it needs no namespace of users, in which it could not become another
+        command += [f"--unshare-{kind}" for kind in ("ipc", "pid", "net", "uts", "cgroup-try")]
+        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        command += ["--unshare-all"]
     command += ["--ro-bind", "/usr", "/usr"]
     for link in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):  # folders of older systems
         if os.path.islink(link):
             command += ["--symlink", os.readlink(link), link]
         elif os.path.exists(link):
             command += ["--ro-bind", link, link]
+    command += ["--dir", "/etc"]
     for file in ("/etc/ld.so.cache", "/etc/alternatives"):
         command += ["--ro-bind-try", file, file]
     for prefix in dict.fromkeys((sys.base_prefix, sys.base_exec_prefix, sys.prefix)):
         if not Path(prefix).is_relative_to("/usr"):
-            command += ["--ro-bind", prefix, prefix]
+            command += [*_folders_above(prefix), "--ro-bind", prefix, prefix]
     command += ["--dev", "/dev", "--remount-ro", "/dev"]
-    command += ["--bind", str(folder), DRIVE, "--chdir", DRIVE, "--remount-ro", "/"]
+    command += [*_folders_above(DRIVE), "--bind", str(folder), DRIVE, "--remount-ro", "/"]
     return [*command, "--", sys.executable]
+
+
+def _folders_above(path: str) -> list[str]:
+    """What makes the folders above a path; by itself bubblewrap would make them for root alone."""
+    return [word for folder in [*Path(path).parents][-2::-1] for word in ("--dir", str(folder))]
