@@ -31,7 +31,6 @@ from osscompile.runtime import (
 from osscompile.runtime.tokenizer import Tokenizer
 
 TOKENS = Tokenizer(TOKENIZER)
-ADD = "commentary to=functions.add <|constrain|>json"
 Script = Callable[..., list[list[int]]]
 
 
@@ -327,8 +326,15 @@ def test_call_that_is_cut_off_is_not_run(model: Model, script: Script) -> None:
     assert results(pieces) == [] and pieces[-1] == Finish("length")
 
 
-def test_forced_choice_is_for_the_first_answer(model: Model, script: Script) -> None:
-    script([call('{"a": 2, "b": 3}')], final("5"))
+def test_forced_choice_is_for_the_first_answer(
+    model: Model, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script()
+    special, encode = TOKENS.special, TOKENS.encode
+    forced = [special["<|channel|>"], *encode("commentary to=functions.add ")]
+    forced += [special["<|constrain|>"], *encode("json"), special["<|message|>"]]
+    forced += [*encode('{"a": 2, "b": 3}'), special["<|call|>"]]
+    say_each(model, [forced, answer_ids(TOKENS, *final("5"))], monkeypatch)
     pieces = list(run(model, add, tool_choice="required"))
     assert results(pieces) == [("5", False)] and pieces[-1] == Finish("stop")
 
@@ -337,11 +343,11 @@ def test_loop_that_is_left_early_runs_nothing_more(model: Model, script: Script)
     def explode() -> None:
         raise AssertionError("it ran")
 
-    script([("analysis", "Hm", "<|end|>"), call("{}", "functions.explode")])
+    script([("analysis", "H", "<|end|>"), call("{}", "functions.explode")])
     loop = run(model, explode)
     first = next(loop)
     loop.close()
-    assert first == Reasoning("analysis", "Hm") and list(loop) == []
+    assert first == Reasoning("analysis", "H") and list(loop) == []
     assert loop.messages[1:] == as_messages([first])
 
 
