@@ -187,7 +187,7 @@ def test_reasoning_is_dim_and_nothing_after_it(chat: PseudoTerminal) -> None:
 
 
 def test_calls_are_dim_and_the_beginning_of_their_results(chat: PseudoTerminal) -> None:
-    shown = chat.ask("tool")
+    shown = chat.ask("tool", until="\n> ")
     assert '\033[2mf: \033[0m\033[2m{"x": 1}\033[0m\n\033[2m-> y' in shown
     assert "y...\033[0m\nIt is y.\n" in shown and 300 < shown.count("y") < 500
     assert [message["content"] for message in saved_by(chat)][-2:] == ["y" * 1000, "It is y."]

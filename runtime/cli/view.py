@@ -64,7 +64,6 @@ class View:
                 waiting.end()
                 self._show(piece)
                 if isinstance(piece, Finish) and self._verbose:
-                    self._end_line()
                     self._warn(pace.describe(piece.usage, piece.reason))
                 if isinstance(piece, ToolResult):
                     pace = Pace()  # of the next answer
@@ -91,6 +90,7 @@ class View:
             print(json.dumps(_event(piece)), flush=True)
             return
         if isinstance(piece, Finish):
+            self._end_line()  # what a tool prints is no part of it
             return
         if self._last is not None and _begins_a_line(piece, self._last):
             self._end_line()

@@ -205,7 +205,7 @@ def _class(where: str, annotation: Any) -> Kind:
         # Where annotations are text, the class took all keys for required.
         optional = {name for name, hint in hints.items() if get_origin(hint) is NotRequired}
         return _object(where, hints, annotation.__required_keys__ - optional, dict)
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         hints = type_hints(where, annotation)
         fields = [field for field in dataclasses.fields(annotation) if field.init]
         none = dataclasses.MISSING

@@ -142,7 +142,7 @@ def _read_tools(tools: Sequence[Callable[..., object]]) -> dict[str, PythonTool]
                 f"{where}: expected a function to run, found {function!r:.100}; to run calls of "
                 "other tools yourself, use chat"
             )
-        if inspect.iscoroutinefunction(function):
+        if inspect.iscoroutinefunction(inspect.unwrap(function)):
             raise InputError(
                 f"{where}: expected a function that returns its result, found a coroutine; wrap it "
                 "in one that runs it"
