@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from .events import Arguments, Piece, ToolCall
+from ..errors import InputError
+from .events import Arguments, Piece, ToolCall, checked_pieces
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,17 @@ class Call:
 
 
 def calls_of(pieces: Iterable[Piece]) -> list[Call]:
-    """The calls among the pieces of an answer, in their order."""
+    """The calls among the pieces of an answer or of a loop, in their order. Raises InputError for
+    what are no such pieces."""
     calls: dict[str, Call] = {}
-    for piece in pieces:
+    for piece in checked_pieces(pieces):
         if isinstance(piece, ToolCall):
             calls[piece.id] = Call(piece.id, piece.name, "")
         elif isinstance(piece, Arguments):
-            call = calls[piece.id]
-            calls[piece.id] = Call(call.id, call.name, call.text + piece.delta)
+            call = calls.get(piece.id)
+            if call is None:
+                raise InputError("pieces: expected a call before its arguments, found none")
+            calls[piece.id] = replace(call, text=call.text + piece.delta)
     return list(calls.values())
 
 

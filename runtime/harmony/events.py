@@ -84,7 +84,7 @@ def as_messages(pieces: Iterable[Piece]) -> list[dict[str, object]]:
     the conversation, each with its channel. Raises InputError for what are no such pieces."""
     messages: list[dict[str, object]] = []
     function: dict[str, str] | None = None
-    for piece in _checked(pieces):
+    for piece in checked_pieces(pieces):
         last = messages[-1] if messages else {}
         if isinstance(piece, ToolCall):
             function = {"name": piece.name, "arguments": ""}
@@ -114,7 +114,7 @@ def _goes_on(piece: Piece, last: Mapping[str, object]) -> bool:
     return is_text and last["channel"] == piece.channel and not piece.begins
 
 
-def _checked(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def checked_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Pieces one by one, since they may come from a model that still generates them."""
     if not isinstance(pieces, Iterable):
         raise InputError(f"pieces: expected those of an answer, found {pieces!r:.100}")

@@ -107,17 +107,16 @@ class _Messages:
         self._next = [((*start, *header), ends) for header, ends in headers.items()]
         # Within a header: what may be left of it, with the ends of its message; else empty.
         self._left = list(headers.items())
-        self._ends: Ids = ()
         self._end = tokenizer.special["<|end|>"]
         self._vocab_size = vocab_size
         text = np.ones(vocab_size, np.bool_)
         text[[id for id in tokenizer.special.values() if id < vocab_size]] = False
-        self._text = _mask_of(text)
+        self._text = self._content = _mask_of(text)
 
     def mask(self) -> NDArray[np.uint32]:
         if self._left:
             return self._only(ids[0] for ids, _ in self._left)
-        return self._text | self._only(self._ends)
+        return self._content
 
     def push(self, token_id: int) -> None:
         if not self._left:
@@ -126,7 +125,7 @@ class _Messages:
         self._left = [(ids[1:], ends) for ids, ends in self._left if ids[0] == token_id]
         whole = next((ends for ids, ends in self._left if not ids), None)
         if whole is not None:  # `<|message|>`, with which no other header goes on
-            self._left, self._ends = [], whole
+            self._left, self._content = [], self._text | self._only(whole)
 
     def _only(self, ids: Iterable[int]) -> NDArray[np.uint32]:
         allowed = np.zeros(self._vocab_size, np.bool_)

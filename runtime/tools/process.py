@@ -1,5 +1,6 @@
 """A process that runs cells of Python, one after the other, each for a limited time."""
 
+import contextlib
 import json
 import os
 import selectors
@@ -28,6 +29,7 @@ class Interpreter:
         user: int | None,
     ) -> None:
         program = Path(__file__).with_name("interpreter.py").read_text("utf-8")
+        self._killed = threading.Event()
         self._done, done = os.pipe()
         arguments = [*command, "-I", "-c", program, *map(json.dumps, (done, limits, user))]
         environment = {
@@ -52,7 +54,7 @@ class Interpreter:
             )
 
         try:
-            _in_lasting_thread(start, lambda: self._process.wait())
+            _in_lasting_thread(start, self._killed)
         except BaseException:
             os.close(self._done)
             raise
@@ -92,17 +94,18 @@ class Interpreter:
                     is_done = bool(os.read(self._done, 1))
                     ended = "" if is_done else "the interpreter ended"
         # What it wrote before it was done; more may come for ever.
-        while output.num_bytes < most + PIPE_BYTES and output.take(self._told):
+        limit_bytes = output.num_bytes + PIPE_BYTES
+        while output.num_bytes < limit_bytes and output.take(self._told):
             pass
         return output.text(), ended
 
     def kill(self) -> None:
-        """End the process and those that it started."""
-        try:
+        """End the process and those that it started. Call it once, also when it has ended: until
+        then nobody else gets its number."""
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
+        self._killed.set()
         for descriptor in (self._process.stdin, self._process.stdout):
             assert descriptor is not None
             descriptor.close()
@@ -143,9 +146,9 @@ def _write(descriptor: int, content: bytes) -> int:
         return len(content)
 
 
-def _in_lasting_thread(start: Callable[[], None], wait: Callable[[], object]) -> None:
-    """Start a process in a thread that lasts as long: bubblewrap ends what it runs when the thread
-    that started it ends. Raises what `start` raises."""
+def _in_lasting_thread(start: Callable[[], None], end: threading.Event) -> None:
+    """Start a process in a thread that lasts until `end`: bubblewrap ends what it runs when the
+    thread that started it ends. Raises what `start` raises."""
     started = threading.Event()
     errors: list[BaseException] = []
 
@@ -154,9 +157,9 @@ def _in_lasting_thread(start: Callable[[], None], wait: Callable[[], object]) ->
             start()
         except BaseException as error:  # raised where it is waited for
             errors.append(error)
+            end.set()
         started.set()
-        if not errors:
-            wait()
+        end.wait()
 
     threading.Thread(target=run, name="osscompile sandbox", daemon=True).start()
     started.wait()
