@@ -54,7 +54,9 @@ def test_sum_of_the_readme(nano: Model, reasoning: str) -> None:
     assert "42" in "".join(piece.text for piece in pieces if piece.channel == "final")
 
 
-@pytest.mark.parametrize("category", ["arithmetic", "tool_call", "tool_result", "json", "recall"])
+@pytest.mark.parametrize(
+    "category", ["arithmetic", "tool_call", "tool_result", "tool_loop", "json", "recall"]
+)
 def test_held_out_cases(
     nano: Model, backend: Tokenizer, category: str, record_property: Callable[[str, object], None]
 ) -> None:

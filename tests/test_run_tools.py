@@ -443,3 +443,14 @@ def test_nano_calls_a_function_and_words_its_result(nano_artifact: Path) -> None
     assert "".join(p.text for p in pieces if p.channel == "final") == "The result is 132."
     with Engine(nano_artifact, context=2048) as engine:
         assert list(engine.run_tools(question, [multiply], **options)) == pieces
+
+
+@pytest.mark.parametrize("reasoning", ["low", "medium", "high"])
+def test_nano_runs_a_loop_of_two_calls(nano_artifact: Path, reasoning: str) -> None:
+    question = [user("What is 12 times 11 and 7 times 8?")]
+    loop = load(nano_artifact).run_tools(
+        question, [multiply], current_date=DATE, reasoning=reasoning
+    )
+    pieces = list(loop)
+    assert [call.arguments for call in calls_of(pieces)] == [{"a": 12, "b": 11}, {"a": 7, "b": 8}]
+    assert loop.messages[-1]["content"] == "The result is 132. The result is 56."
