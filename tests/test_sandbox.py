@@ -92,6 +92,15 @@ def test_long_code_and_long_output(sandbox: PythonSandbox) -> None:
     assert sandbox("1") == "1"
 
 
+def test_nothing_of_an_output_is_left_for_the_next(
+    sandbox: PythonSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read byte by byte, most of it is still in the pipe when the cell is done."""
+    monkeypatch.setattr("osscompile.runtime.tools.process.PART", 1)
+    assert sandbox("print('y' * 9000)") == "y" * 9000
+    assert sandbox("1") == "1"
+
+
 def test_files_stay_in_the_scratch_folder_until_it_is_closed(sandbox: PythonSandbox) -> None:
     assert sandbox("open('a.txt', 'w').write('kept')") == "4"
     assert (sandbox.folder / "a.txt").read_text() == "kept"
@@ -215,6 +224,8 @@ def test_it_writes_only_into_the_scratch_folder(safe: PythonSandbox) -> None:
     for folder in ("/", "/usr", "/dev", "/mnt", str(prefix)):
         told = safe(f"open({folder + '/osscompile-x'!r}, 'w')")
         assert "Read-only file system" in told or "Permission denied" in told, (folder, told)
+    code = "import os\n[name for name in ('/', '/usr', '/dev') if not os.statvfs(name).f_flag & 1]"
+    assert safe(code) == "[]"
 
 
 def test_it_sees_no_other_processes_and_kills_none(safe: PythonSandbox) -> None:

@@ -92,7 +92,7 @@ def test_model_is_told_of_a_function_as_it_was_trained_to_read() -> None:
         "Sums.\n\nArgs:\n    a: first\n      one\n    b (int, optional): second\n\n"
         "Returns:\n    c: x",
         "Sums.\n\na: first one\nb: second",
-        "Sums.\n\nParameters\n----------\na : int\n    first\n    one\nb\n    second\n\n"
+        "Sums.\n\nParameters\n----------\na : int\n    first\n\n    one\nb\n    second\n\n"
         "Returns\n-------\nc : int\n    x",
         "Sums.\n\n:param a: first one\n:param int b: second\n:type b: int\n:returns: c\n"
         ":raises ValueError: x",
@@ -222,19 +222,28 @@ def test_arguments_become_values_of_their_types() -> None:
     ("arguments", "message"),
     [
         ({}, "arguments: expected a value of n, found none"),
-        ({"n": 1, "m": 2}, 'arguments: expected n, names, unit, span, found "m"'),
+        ({"n": 1, "m": 2}, 'arguments: expected n, names, unit, x, level, span, found "m"'),
         ({"n": "1"}, 'arguments.n: expected a whole number, found "1"'),
         ({"n": 1.5}, "arguments.n: expected a whole number, found 1.5"),
         ({"n": True}, "arguments.n: expected a whole number, found true"),
         ({"n": None}, "arguments.n: expected a whole number, found null"),
         ({"n": 1, "names": ["a", 2]}, "arguments.names[1]: expected text, found 2"),
         ({"n": 1, "unit": "x"}, 'arguments.unit: expected one of "c", "k", found "x"'),
+        ({"n": 1, "x": True}, "arguments.x: expected a number, found true"),
+        ({"n": 1, "level": True}, "arguments.level: expected one of 1, 2, found true"),
         ({"n": 1, "span": {}}, "arguments.span: expected a value of low, found none"),
         ({"n": 1, "span": 5}, "arguments.span: expected an object, found 5"),
     ],
 )
 def test_arguments_that_do_not_fit_are_told_where(arguments: dict[str, Any], message: str) -> None:
-    def f(n: int, names: list[str] = [], unit: Unit = Unit.KELVIN, span: Range | None = None): ...  # type: ignore[no-untyped-def] # noqa: B006
+    def f(
+        n: int,
+        names: Sequence[str] = (),
+        unit: Unit = Unit.KELVIN,
+        x: float = 0.0,
+        level: Literal[1, 2] = 1,
+        span: Range | None = None,
+    ) -> None: ...
 
     if "span" in arguments:  # of a union it is told what may be there instead
         message = (
