@@ -397,25 +397,25 @@ async def later(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("tools", "options"),
+    ("tools", "options", "message"),
     [
-        ("add", {}),
-        ([{"type": "function", "function": {"name": "f"}}], {}),
-        ([add, add], {}),
-        ([later], {}),
-        ([lambda x: x], {}),
-        ([add], {"max_rounds": 0}),
-        ([add], {"builtin_tools": ["browser"]}),
-        ([add], {"python": "exec"}),
-        ([add], {"tool_choice": "any"}),
-        ([add], {"temperature": -1}),
+        ("add", {}, "tools: expected a list of functions"),
+        ([{"type": "function", "function": {"name": "f"}}], {}, "expected a function to run"),
+        ([add, add], {}, "found 'add' twice"),
+        ([later], {}, "found a coroutine"),
+        ([lambda x: x], {}, "expected a function with a name"),
+        ([add], {"max_rounds": 0}, "max_rounds: expected a whole number from 1"),
+        ([add], {"builtin_tools": ["browser"]}, "builtin_tools: expected what runs them"),
+        ([add], {"python": "exec"}, "python: expected a function of code"),
+        ([add], {"tool_choice": "any"}, "tool_choice: expected auto"),
+        ([], {"temperature": -1}, "temperature"),
     ],
 )
 def test_bad_arguments_raise_before_anything_is_computed(
-    model: Model, monkeypatch: pytest.MonkeyPatch, tools: Any, options: Any
+    model: Model, monkeypatch: pytest.MonkeyPatch, tools: Any, options: Any, message: str
 ) -> None:
     monkeypatch.setattr(model._runner.device, "run", None)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=message):
         model.run_tools([user("?")], tools, **options)
 
 

@@ -193,20 +193,20 @@ def test_one_call_ends_an_answer_that_may_not_make_several(
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"tool_choice": "required"},
-        {"tool_choice": "add"},
-        {"parallel_tool_calls": "no"},
-        {"tools": [named("python")], "builtin_tools": ["python"]},
-        {"tools": [named("browser.find")], "builtin_tools": ["browser"]},
-        {"builtin_tools": {"ruby": None}},
-        {"builtin_tools": {"python": 5}},
+        ({"tool_choice": "required"}, "tool_choice: expected tools"),
+        ({"tool_choice": "add"}, "tool_choice: expected auto, none"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls: expected True or False"),
+        ({"tools": [named("python")], "builtin_tools": ["python"]}, "found 'python'; rename"),
+        ({"tools": [named("browser.a")], "builtin_tools": ["browser"]}, "'browser.a'; rename"),
+        ({"builtin_tools": {"ruby": None}}, "builtin_tools: expected some of browser, python"),
+        ({"builtin_tools": {"python": 5}}, "builtin_tools.python: expected text"),
     ],
 )
 def test_bad_options_of_tools_raise_before_anything_is_computed(
-    model: Model, monkeypatch: pytest.MonkeyPatch, options: Any
+    model: Model, monkeypatch: pytest.MonkeyPatch, options: Any, message: str
 ) -> None:
     monkeypatch.setattr(model._runner.device, "run", None)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=message):
         model.chat([user("?")], **options)

@@ -42,6 +42,7 @@ MIXTURES = (
     (7008, {"arithmetic": 10, "tools": 50, "json": 8, "recall": 28, "chat": 4}),
     (7904, {"arithmetic": 8, "tools": 22, "json": 14, "recall": 54, "chat": 2}),
     (8416, {"arithmetic": 10, "tools": 22, "loops": 38, "json": 10, "recall": 18, "chat": 2}),
+    (8800, {"arithmetic": 8, "tools": 36, "loops": 36, "json": 8, "recall": 11, "chat": 1}),
 )
 EFFORT_WEIGHTS = (40, 33, 27)
 
@@ -59,6 +60,8 @@ LEARNING_RATES = (
     (8400, 1e-5),
     (8430, 8e-4),
     (8800, 1e-5),
+    (8820, 8e-4),
+    (9100, 1e-5),
 )
 LAST_STAGE = 8400
 NUM_STEPS = LEARNING_RATES[-1][0]
