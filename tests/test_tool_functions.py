@@ -90,7 +90,7 @@ def test_model_is_told_of_a_function_as_it_was_trained_to_read() -> None:
     "text",
     [
         "Sums.\n\nArgs:\n    a: first\n      one\n    b (int, optional): second\n\n"
-        "Returns:\n    c: x",
+        "Returns:\n    a: x",
         "Sums.\n\na: first one\nb: second",
         "Sums.\n\nParameters\n----------\na : int\n    first\n\n    one\nb\n    second\n\n"
         "Returns\n-------\nc : int\n    x",

@@ -76,4 +76,6 @@ class _Reader:
             found = _GOOGLE.fullmatch(words)
             is_entry = found is not None
             name, text = (found[1], found[2]) if found else (None, "")
-        return (name, text or "") if is_entry and name in self._parameters else None
+        # Once: what is returned may be called like a parameter.
+        is_new = name in self._parameters and name not in self._texts
+        return (name, text or "") if is_entry and is_new else None
