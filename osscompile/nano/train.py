@@ -43,6 +43,7 @@ MIXTURES = (
     (7904, {"arithmetic": 8, "tools": 22, "json": 14, "recall": 54, "chat": 2}),
     (8416, {"arithmetic": 10, "tools": 22, "loops": 38, "json": 10, "recall": 18, "chat": 2}),
     (8800, {"arithmetic": 8, "tools": 36, "loops": 36, "json": 8, "recall": 11, "chat": 1}),
+    (9120, {"arithmetic": 6, "tools": 28, "loops": 46, "json": 8, "recall": 11, "chat": 1}),
 )
 EFFORT_WEIGHTS = (40, 33, 27)
 
@@ -62,6 +63,8 @@ LEARNING_RATES = (
     (8800, 1e-5),
     (8820, 8e-4),
     (9100, 1e-5),
+    (9120, 1e-3),
+    (9600, 1e-5),
 )
 LAST_STAGE = 8400
 NUM_STEPS = LEARNING_RATES[-1][0]
