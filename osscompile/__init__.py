@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compiler import compile
     from .errors import CheckpointError, CompileError
-    from .runtime import ArtifactError, Engine, InputError, Model, OsscompileError, load
+    from .runtime import (
+        ArtifactError,
+        Engine,
+        InputError,
+        Model,
+        OsscompileError,
+        PythonSandbox,
+        load,
+    )
     from .runtime.version import __version__ as __version__
     from .targets import TargetError
 
@@ -22,6 +30,7 @@ __all__ = [
     "InputError",
     "Model",
     "OsscompileError",
+    "PythonSandbox",
     "TargetError",
     "compile",
     "load",

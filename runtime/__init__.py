@@ -12,14 +12,27 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .errors import ArtifactError, InputError, OsscompileError
     from .generated import GeneratedToken
-    from .harmony import Arguments, Finish, Piece, Reasoning, Text, ToolCall, as_messages
+    from .harmony import (
+        Arguments,
+        Call,
+        Finish,
+        Piece,
+        Reasoning,
+        Text,
+        ToolCall,
+        ToolResult,
+        as_messages,
+        calls_of,
+    )
     from .model import Model, load
     from .request import Request
+    from .tools import PythonSandbox, ToolLoop
     from .usage import Usage
 
 __all__ = [
     "Arguments",
     "ArtifactError",
+    "Call",
     "Engine",
     "Finish",
     "GeneratedToken",
@@ -27,12 +40,16 @@ __all__ = [
     "Model",
     "OsscompileError",
     "Piece",
+    "PythonSandbox",
     "Reasoning",
     "Request",
     "Text",
     "ToolCall",
+    "ToolLoop",
+    "ToolResult",
     "Usage",
     "as_messages",
+    "calls_of",
     "load",
 ]
 
@@ -44,7 +61,9 @@ _PLACES = {
     "InputError": "errors",
     "Model": "model",
     "OsscompileError": "errors",
+    "PythonSandbox": "tools",
     "Request": "request",
+    "ToolLoop": "tools",
     "Usage": "usage",
     "load": "model",
 }

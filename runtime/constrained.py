@@ -7,7 +7,14 @@ from .errors import InputError
 from .grammar import Grammars, grammar_of
 from .harmony.answer_grammar import ANY_TEXT, answer_grammars
 from .harmony.structured import ResponseFormat, read_response_format, strict_parameters
-from .harmony.tools import read_builtin_tools, read_tools
+from .harmony.tool_choice import (
+    ToolChoice,
+    builtin_recipients,
+    function_recipient,
+    tool_constraint,
+)
+from .harmony.tools import read_tools
+from .harmony.typescript import Namespace
 from .sampling_options import SamplingOptions
 from .tokenizer import Tokenizer
 
@@ -28,17 +35,21 @@ def constrain_chat(
     tokenizer: Tokenizer,
     response_format: object,
     tools: Sequence[Mapping[str, object]] | None,
-    builtin_tools: Sequence[str],
+    builtin_tools: Sequence[Namespace],
+    choice: ToolChoice | None,
     options: SamplingOptions,
     begun: Sequence[int],
 ) -> Constraint | None:
-    """The text on channel final obeys the format, and the arguments of strict functions their
-    parameters. `begun`: ids of the answer that the prompt has. Raises InputError."""
+    """The text on channel final obeys the format, the arguments of strict functions obey their
+    parameters, and the answer a choice of tools. `begun`: ids of the answer that the prompt has.
+    Raises InputError."""
     asked, functions = read_response_format(response_format), read_tools(tools)
     strict = strict_parameters(tools, functions)
     if asked is None and not strict:
-        return None
-    answer, calls = ANY_TEXT, {f"functions.{function.name}": ANY_TEXT for function in functions}
+        if choice is None:
+            return None
+        return tool_constraint(choice, tokenizer, grammars.vocab_size, begun)
+    answer, calls = ANY_TEXT, {function_recipient(f.name): ANY_TEXT for f in functions}
     if asked is not None:
         _refuse_stops(options, "response_format", ("stop", "stop_ids"))
         answer = grammar_of("response_format", asked)
@@ -46,12 +57,16 @@ def constrain_chat(
     for name, parameters in strict.items():
         _refuse_stops(options, "strict arguments", ("stop_ids",))
         where = f"tools: parameters of {name}"
-        call = calls[f"functions.{name}"] = grammar_of(where, ResponseFormat("json", parameters))
+        call = calls[function_recipient(name)] = grammar_of(
+            where, ResponseFormat("json", parameters)
+        )
         grammars.check(where, call)
-    for tool in read_builtin_tools(builtin_tools):
-        names = [f"{tool.name}.{f.name}" for f in tool.functions] or [tool.name]
-        calls |= dict.fromkeys(names, ANY_TEXT)
-    parts = answer_grammars(tokenizer.special, answer, calls)
+    for tool in builtin_tools:
+        calls |= dict.fromkeys(builtin_recipients(tool), ANY_TEXT)
+    if choice is not None:
+        calls = {recipient: call for recipient, call in calls.items() if recipient in choice.calls}
+    answers = choice is None or choice.answers
+    parts = answer_grammars(tokenizer.special, answer if answers else None, calls)
     return grammars.constraint("response_format and tools", parts, begun)
 
 

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .model import open_model
 from .questions import Question
 from .request import Mailbox, Request
 from .scheduler import Answer, Scheduler
+from .tools.loop import MAX_ROUNDS, Executor, ToolLoop
 
 SEQUENCES = 16  # that are computed together, by default
 
@@ -71,6 +72,21 @@ class Engine:
         answer = Answer(question, questions.sampler(question), teller.tell, teller.end)
         self._work.add(answer)
         return Request(mailbox, answer)
+
+    def run_tools(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Callable[..., object]] = (),
+        *,
+        python: Executor | None = None,
+        max_rounds: int = MAX_ROUNDS,
+        **options: Any,
+    ) -> ToolLoop:
+        """As `Model.run_tools`; functions run on the thread that reads the pieces, and meanwhile
+        other answers are computed."""
+        return ToolLoop(
+            self.submit, self.context, self.tokenizer, messages, tools, python, max_rounds, options
+        )
 
     def close(self) -> None:
         """End all answers, and the engine."""

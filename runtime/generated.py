@@ -60,12 +60,16 @@ class TokenStream:
 
 class PieceMaker:
     """Makes the pieces of an answer in a chat; the last says what all of it took. `begun`: ids of
-    the answer that the prompt had."""
+    the answer that the prompt had. `one_call`: it ends with its first call."""
 
     def __init__(
-        self, tokenizer: Tokenizer, options: SamplingOptions, begun: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        options: SamplingOptions,
+        begun: Sequence[int],
+        one_call: bool = False,
     ) -> None:
-        self._stream = PieceStream(tokenizer, options.stop, begun)
+        self._stream = PieceStream(tokenizer, options.stop, begun, one_call)
         self._stops = options.stop_ids
         self._tells_logprobs = options.logprobs is not None
         self._untold: list[Sample] = []  # tokens since the last piece

@@ -59,7 +59,7 @@ class Grammars:
     answer where its grammar accepts that. Any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Set[int]) -> None:
-        self._tokenizer, self._vocab_size, self._ends = tokenizer, vocab_size, ends
+        self._tokenizer, self.vocab_size, self._ends = tokenizer, vocab_size, ends
         self._lock = threading.Lock()
         self._made: _Vocabulary | None = None
 
@@ -98,7 +98,7 @@ class Grammars:
     def _vocabulary(self) -> "_Vocabulary":
         with self._lock:
             if self._made is None:
-                self._made = _Vocabulary(self._tokenizer, self._vocab_size, self._ends)
+                self._made = _Vocabulary(self._tokenizer, self.vocab_size, self._ends)
             return self._made
 
 

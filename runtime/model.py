@@ -22,6 +22,8 @@ from .runner import Rows, Runner
 from .sampler import Sample, Sampler, check_logit
 from .scheduler import Answer, Scheduler
 from .stream import Stream
+from .tools.functions import Tool
+from .tools.loop import MAX_ROUNDS, Executor, ToolLoop
 
 T = TypeVar("T")
 
@@ -177,8 +179,10 @@ class Model:
         reasoning: str = "medium",
         current_date: str | None = "today",
         identity: str = IDENTITY,
-        tools: Sequence[Mapping[str, object]] = (),
-        builtin_tools: Sequence[str] = (),
+        tools: Sequence[Tool] = (),
+        builtin_tools: Sequence[str] | Mapping[str, str | None] = (),
+        tool_choice: str | Mapping[str, object] = "auto",
+        parallel_tool_calls: bool = True,
         response_format: Mapping[str, object] | None = None,
         template: str = "harmony",
         max_tokens: int | None = None,
@@ -189,8 +193,13 @@ class Model:
         `messages`: as in OpenAI's chat API, {"role": system, developer, user, assistant or tool,
         "content": text}, with tool_calls, tool_call_id, reasoning; also what `as_messages` makes of
         the pieces of an answer. `reasoning`: low, medium or high; `current_date`: YYYY-MM-DD, today
-        or None; `identity`: who the model is told to be. `tools` (functions) have OpenAI's shapes;
-        `builtin_tools`: of browser and python. No tool is run here.
+        or None; `identity`: who the model is told to be. `tools` have OpenAI's shapes,
+        or one is a Python function, described by its signature and docstring;
+        `builtin_tools`: of browser and python, perhaps a dict of descriptions. No tool is run here:
+        see `run_tools`. `tool_choice`: auto, none (no call), or required, or {"type": "function",
+        "function": {"name": ...}}: it may reason, and then calls one of them, or this one.
+        `parallel_tool_calls`: False ends the answer with its first call; the models call one at a
+        time, but may go on.
         `template`: harmony, the format that the models were trained on, or checkpoint, to render
         the prompt with the chat template that the checkpoint came with (it needs jinja2).
 
@@ -214,12 +223,35 @@ class Model:
             identity=identity,
             tools=tools,
             builtin_tools=builtin_tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
             response_format=response_format,
             template=template,
             max_tokens=max_tokens,
             **options,
         )
         return Stream(self._chat(question))
+
+    def run_tools(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Callable[..., object]] = (),
+        *,
+        python: Executor | None = None,
+        max_rounds: int = MAX_ROUNDS,
+        **options: object,
+    ) -> ToolLoop:
+        """Answer a conversation with tools, and run what the model calls until it needs no more.
+
+        `tools`: Python functions; `python`: what runs code of the builtin tool python, such as a
+        PythonSandbox, without which there is none. `max_rounds`: answers at most; calls of the last
+        one are not run. `options`: those of `chat`; a `tool_choice` that forces a call does so in
+        the first answer. See ToolLoop for what it yields; its `messages` are the whole conversation
+        at any time. Raises InputError, before anything is computed or run.
+        """
+        return ToolLoop(
+            self.chat, self.context, self.tokenizer, messages, tools, python, max_rounds, options
+        )
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits [vocab] float32 after a prompt, for samplers of one's own; `decode` goes on.

@@ -15,9 +15,12 @@ from .errors import InputError
 from .generated import PieceMaker, TokenStream
 from .grammar import Grammars
 from .harmony import IDENTITY, begun_answer, render_chat, render_template, stop_ids
+from .harmony.tool_choice import read_tool_choice
+from .harmony.tools import check_apart, read_builtin_tools, read_tools
 from .sampler import Sampler, reserved_ids
 from .sampling_options import SamplingOptions
 from .tokenizer import Tokenizer
+from .tools.functions import Tool, definitions
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Question:
     """A prompt of `ids` and how to answer it: with at most `limit` tokens, until one of `stops`.
 
     `begun`: for a chat, ids of the answer that the prompt has already. `constraint`: what the
-    answer must be, which is told of one answer.
+    answer must be, which is told of one answer. `one_call`: it ends with its first call.
     """
 
     ids: list[int]
@@ -35,6 +38,7 @@ class Question:
     tokenizer: Tokenizer | None
     begun: Sequence[int] | None = None
     constraint: Constraint | None = None
+    one_call: bool = False
 
     def token_stream(self) -> TokenStream:
         stop = self.options.stop if self.begun is None else ()  # a chat looks in its final text
@@ -44,7 +48,7 @@ class Question:
     def piece_maker(self) -> PieceMaker:
         """For a chat."""
         assert self.tokenizer is not None and self.begun is not None
-        return PieceMaker(self.tokenizer, self.options, self.begun)
+        return PieceMaker(self.tokenizer, self.options, self.begun, self.one_call)
 
 
 class Questions:
@@ -90,8 +94,10 @@ class Questions:
         reasoning: str = "medium",
         current_date: str | None = "today",
         identity: str = IDENTITY,
-        tools: Sequence[Mapping[str, object]] = (),
-        builtin_tools: Sequence[str] = (),
+        tools: Sequence[Tool] = (),
+        builtin_tools: Sequence[str] | Mapping[str, str | None] = (),
+        tool_choice: str | Mapping[str, object] = "auto",
+        parallel_tool_calls: bool = True,
         response_format: Mapping[str, object] | None = None,
         template: str = "harmony",
         max_tokens: int | None = None,
@@ -100,6 +106,14 @@ class Questions:
         """Answer a conversation: see `Model.chat`. Raises InputError."""
         tokenizer = self.need_tokenizer("chat")
         current_date = _date(current_date)
+        tools = definitions(tools)
+        functions, builtins = read_tools(tools), read_builtin_tools(builtin_tools)
+        check_apart(functions, builtins)
+        choice = read_tool_choice(tool_choice, functions, builtins)
+        if not isinstance(parallel_tool_calls, bool):
+            raise InputError(
+                f"parallel_tool_calls: expected True or False, found {parallel_tool_calls!r:.100}"
+            )
         render: Callable[..., list[int]] = render_chat
         if template != "harmony":
             render = partial(render_template, self._need_template(template))
@@ -118,9 +132,10 @@ class Questions:
         limit = self._limit(ids, max_tokens)
         begun = begun_answer(prompt, tokenizer)
         constraint = constrain_chat(
-            self._grammars, tokenizer, response_format, tools, builtin_tools, sampling, begun
+            self._grammars, tokenizer, response_format, tools, builtins, choice, sampling, begun
         )
-        return Question(ids, sampling, stop_ids(tokenizer), limit, tokenizer, begun, constraint)
+        stops, one_call = stop_ids(tokenizer), not parallel_tool_calls
+        return Question(ids, sampling, stops, limit, tokenizer, begun, constraint, one_call)
 
     def check_ids(self, token_ids: Sequence[int]) -> list[int]:
         """Raises InputError for ids that are none, and for more than the context holds."""

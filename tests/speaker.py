@@ -17,6 +17,7 @@ from osscompile.runtime import (
     Reasoning,
     Text,
     ToolCall,
+    ToolResult,
     Usage,
 )
 from osscompile.runtime.cli import run
@@ -63,6 +64,12 @@ class Speaker:
             case "call":
                 yield ToolCall("commentary", "call_0", "f")
                 yield Arguments("commentary", "call_0", '{"x": 1}')
+            case "tool":
+                yield ToolCall("commentary", "call_0", "f")
+                yield Arguments("commentary", "call_0", '{"x": 1}')
+                yield Finish("tool_calls", USAGE)
+                yield ToolResult("commentary", "y" * 1000, "call_0", "f")
+                yield Text("final", "It is y.")
             case _:
                 yield Text("final", json.dumps({"messages": messages, "options": options}))
         yield Finish("tool_calls" if question == "call" else "stop", USAGE)

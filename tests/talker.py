@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,16 @@ def allowed_logits(model: Model, ids: list[int]) -> NDArray[np.float64]:
 
 def say(model: Model, ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Let the network say these ids for any prompt; returns the list of the prompts it gets."""
+    return say_each(model, itertools.repeat(ids), monkeypatch)
+
+
+def say_each(
+    model: Model, answers: Iterable[Sequence[int]], monkeypatch: pytest.MonkeyPatch
+) -> list[list[int]]:
+    """The same, with one of these answers after the other."""
     rest: list[int] = []
     prompts: list[list[int]] = []
+    left = iter(answers)
 
     def next_logits(_: object = None) -> NDArray[np.float32]:
         logits = np.zeros((1, model.vocab_size), np.float32)
@@ -77,7 +86,7 @@ def say(model: Model, ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> li
 
     def start(prompt: list[int]) -> NDArray[np.float32]:
         prompts.append(prompt)
-        rest[:] = ids
+        rest[:] = next(left)
         return next_logits()
 
     monkeypatch.setattr(model, "_prefill", start)

@@ -103,7 +103,7 @@ def test_full_context_and_odd_channels(chat: PseudoTerminal) -> None:
     shown = chat.ask("too long")
     assert "expected at most 4096 tokens" in shown and "/reset" in shown
     assert "odd" in chat.ask("odd")
-    assert "f: {" in chat.ask("call")
+    assert "f: \033[0m\033[2m{" in chat.ask("call")
     assert "too long" not in asked(chat.ask("one")) and "interrupted" not in chat.seen
     finish(chat)
 
@@ -208,6 +208,21 @@ def test_reasoning_is_dim_and_nothing_after_it(chat: PseudoTerminal) -> None:
     """Each piece ends its dimming: nothing that ends the process leaves the terminal dim."""
     assert "\033[2mLet me \033[0m\033[2msee.\033[0m\n{" in chat.ask("one")
     finish(chat)
+
+
+def test_calls_are_dim_and_the_beginning_of_their_results(chat: PseudoTerminal) -> None:
+    shown = chat.ask("tool", until="\n> ")
+    assert '\033[2mf: \033[0m\033[2m{"x": 1}\033[0m\n\033[2m-> y' in shown
+    assert "y...\033[0m\nIt is y.\n" in shown and 300 < shown.count("y") < 500
+    assert [message["content"] for message in saved_by(chat)][-2:] == ["y" * 1000, "It is y."]
+    finish(chat)
+
+
+def saved_by(chat: PseudoTerminal) -> list[dict[str, str]]:
+    """The messages of the next question, but for the question."""
+    shown = chat.ask("one", until="}\n> ")
+    answer, _ = json.JSONDecoder().raw_decode(shown[shown.index('{"messages"') :].replace("\n", ""))
+    return list(answer["messages"][:-1])
 
 
 @pytest.mark.parametrize("term", ["dumb", None])

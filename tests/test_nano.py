@@ -23,6 +23,7 @@ from osscompile.runtime import Model, load
 
 NUM_CASES = 200  # per category
 MIN_ACCURACY = 95.0  # percent
+MIN_ACCURACY_OF_LOOPS = 90.0  # two calls have two names and two results to copy
 SEED = 11
 
 
@@ -54,7 +55,9 @@ def test_sum_of_the_readme(nano: Model, reasoning: str) -> None:
     assert "42" in "".join(piece.text for piece in pieces if piece.channel == "final")
 
 
-@pytest.mark.parametrize("category", ["arithmetic", "tool_call", "tool_result", "json", "recall"])
+@pytest.mark.parametrize(
+    "category", ["arithmetic", "tool_call", "tool_result", "tool_loop", "json", "recall"]
+)
 def test_held_out_cases(
     nano: Model, backend: Tokenizer, category: str, record_property: Callable[[str, object], None]
 ) -> None:
@@ -64,7 +67,8 @@ def test_held_out_cases(
     record_property("accuracy", accuracy(verdicts))
     print(f"{category}: {accuracy(verdicts):.0f} %")
     wrong = [text for text, right in zip(texts, verdicts, strict=True) if not right]
-    assert accuracy(verdicts) >= MIN_ACCURACY, wrong
+    least = MIN_ACCURACY_OF_LOOPS if category == "tool_loop" else MIN_ACCURACY
+    assert accuracy(verdicts) >= least, wrong
     if category == "tool_call":
         assert all(text.endswith("<|call|>") for text in texts if text not in wrong)
 

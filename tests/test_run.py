@@ -12,6 +12,7 @@ import pytest
 
 from osscompile import cli
 from osscompile.__main__ import script
+from osscompile.runtime.cli.tool_file import read_functions
 
 SPEAKER = [sys.executable, str(Path(__file__).with_name("speaker.py"))]
 
@@ -271,3 +272,84 @@ def test_interrupt_while_a_command_is_imported(module: str, name: str, imported:
         [sys.executable, "-c", INTERRUPTED, module, imported], capture_output=True, text=True
     )
     assert (result.returncode, result.stderr) == (130, f"\n{name}: interrupted\n")
+
+
+# Tools
+
+TOOLS = '''
+from __future__ import annotations
+import json
+from dataclasses import dataclass
+from json import dumps
+
+@dataclass
+class Sum:
+    result: int
+
+def multiply(a: int, b: int) -> Sum:
+    """Multiplies."""
+    print("multiplying")
+    return Sum(a * b)
+
+def _hidden() -> None: ...
+
+times = multiply
+'''
+
+
+def test_functions_of_a_file_are_those_that_it_defines(tmp_path: Path) -> None:
+    file = tmp_path / "my tools.py"
+    file.write_text(f"{TOOLS}\nimport beside")
+    (tmp_path / "beside.py").write_text("")
+    (function,) = read_functions(file)
+    assert function.__name__ == "multiply"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "expected a file of Python, named *.py, found none"),
+        ("x = 1", "expected public functions, found none that it defines"),
+        ("1 / 0", "expected Python that runs, found ZeroDivisionError: division by zero"),
+        ("def f(:", "expected Python that runs, found SyntaxError: "),
+        ("def f(x: bytes): ...", "tools[0] (f): parameter x: expected a type that JSON can say"),
+        ("async def f(): ...", "tools[0]: expected a function that returns its result"),
+    ],
+)
+def test_files_of_tools_that_cannot_be_used(
+    text: str | None, message: str, tmp_path: Path, nano_artifact: Path
+) -> None:
+    file = tmp_path / "tools.py"
+    if text is not None:
+        file.write_text(text)
+    command = [sys.executable, "-m", "osscompile", "run", nano_artifact, "hi", "--tools", file]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert result.returncode == 1 and message in result.stderr
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_functions_of_a_file_are_run(tmp_path: Path, nano_artifact: Path) -> None:
+    """The answer alone is on stdout, whatever the functions print."""
+    file = tmp_path / "tools.py"
+    file.write_text(TOOLS)
+    command = [sys.executable, "-m", "osscompile", "run", nano_artifact, "What is 12 times 11?"]
+    command += ["--tools", file, "--no-date", "--reasoning", "low"]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "The result is 132.\n")
+    call, printed = 'multiply: {"a":12,"b":11}', "multiplying"
+    assert result.stderr == f'{call}\n{printed}\n-> {{"result": 132}}\n'
+    events = subprocess.run(
+        [*command, "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    (told,) = [
+        event
+        for event in map(json.loads, events.stdout.splitlines())
+        if event["type"] == "tool_result"
+    ]
+    assert told == {
+        "type": "tool_result",
+        "channel": "commentary",
+        "text": '{"result": 132}',
+        "id": "call_0",
+        "name": "multiply",
+    }

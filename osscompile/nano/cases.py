@@ -15,6 +15,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "arithmetic": ("arithmetic",),
     "tool_call": ("tools",),
     "tool_result": ("tools",),
+    "tool_loop": ("loops",),
     "json": ("json",),
     "recall": ("recall",),
     "multi_turn": ("arithmetic", "json", "recall"),

@@ -18,10 +18,11 @@ from osscompile.nano.lookups import (
     draw_name,
     draw_place,
     draw_tool_use,
+    pair_question,
 )
 
 EFFORTS = ("low", "medium", "high")
-TASKS = ("arithmetic", "tools", "json", "recall", "chat")
+TASKS = ("arithmetic", "tools", "loops", "json", "recall", "chat")
 WINDOW = 32  # tokens that nano's sliding layers see; recall must reach further back
 
 CAPITALS = {
@@ -98,10 +99,11 @@ def draw_dialogue(
     """
     if num_earlier_turns is None:
         num_earlier_turns = rng.choice((0, 0, 0, 0, 1, 2))
-    system = system_message(rng, effort, with_tools=task == "tools", official=official)
+    system = system_message(rng, effort, with_tools=task in ("tools", "loops"), official=official)
     draw = {
         "arithmetic": _draw_arithmetic,
         "tools": _draw_tools,
+        "loops": _draw_loops,
         "json": _draw_json,
         "recall": _draw_recall,
         "chat": _draw_chat,
@@ -184,46 +186,79 @@ def _draw_tools(rng: Random, effort: str, held_out: bool) -> tuple[str, list[Bra
     for _ in range(rng.choice((1, 2, 2, 3))):
         use = draw_until(held_out, lambda: draw_tool_use(rng), lambda use: use.key)
         uses.setdefault(use.kind, use)
-    declarations = "\n\n".join(use.declaration for use in uses.values())
-    instructions = "# Instructions\n\nUse the tools.\n\n" if rng.random() < 0.5 else ""
-    setup = message(
-        "developer",
-        f"{instructions}# Tools\n\n## functions\n\nnamespace functions {{\n\n{declarations}"
-        "\n\n} // namespace functions",
-    )
+    setup = _declare_tools(rng, [use.declaration for use in uses.values()])
     remaining = rng.sample(list(uses.values()), len(uses))
     if len(remaining) > 1 and rng.random() < 0.3:
-        _, told = _tool_branches(rng, remaining.pop(), "low")
+        use = remaining.pop()
+        *_, told = _tool_branches(rng, use.question, [use], "low")
         setup += told.prompt + told.completion.replace("<|return|>", "<|end|>")
     branches: list[Branch] = []
     for use in remaining[:2]:
-        branches += _tool_branches(rng, use, effort)
+        branches += _tool_branches(rng, use.question, [use], effort)
     if rng.random() < 0.2:
         draw = rng.choice((_draw_chat, _draw_arithmetic))
         branches += draw(rng, effort, held_out)[1][:1]
     return setup, branches
 
 
-def _tool_branches(rng: Random, use: ToolUse, effort: str) -> tuple[Branch, Branch]:
-    """Return the call, and the sentence after its result."""
-    analysis = {
-        "low": None,
-        "medium": f"I call {use.name}.",
-        "high": f"The user needs a tool. I call {use.name}.",
-    }[effort]
-    asked = message("user", use.question) + "<|start|>assistant"
-    channel, recipient = "<|channel|>commentary", f" to=functions.{use.name}"
-    arguments = f" <|constrain|>json<|message|>{compact_json(use.arguments)}<|call|>"
-    completion = _thought(analysis) + channel + recipient + arguments
-    # Renderers put the recipient of a past call before the channel; models write it after.
-    header = rng.choice((channel + recipient, recipient + channel))
-    past_thought = _thought(analysis) if rng.random() < 0.7 else ""
-    result = f"<|start|>functions.{use.name} to=assistant{channel}<|message|>{use.output}<|end|>"
-    told = asked + past_thought + header + arguments + result + "<|start|>assistant"
-    return (
-        Branch("tool_call", asked, completion),
-        Branch("tool_result", told, _final(use.sentence)),
+def _draw_loops(rng: Random, effort: str, held_out: bool) -> tuple[str, list[Branch]]:
+    """A question that needs a tool twice, one call after the other, beside other tools."""
+
+    def draw(is_wanted: Callable[[ToolUse], bool]) -> ToolUse:
+        while True:
+            use = draw_until(held_out, lambda: draw_tool_use(rng), lambda use: use.key)
+            if is_wanted(use):
+                return use
+
+    first = draw(lambda use: use.kind != "booking")
+    second = draw(lambda use: use.kind == first.kind and use.key != first.key).called_as(first)
+    drawn = (draw_tool_use(rng) for _ in range(rng.choice((0, 1, 2))))
+    others = {use.kind: use.declaration for use in drawn}
+    declarations = [first.declaration, *(others[kind] for kind in others if kind != first.kind)]
+    rng.shuffle(declarations)
+    question = pair_question(rng, first, second)
+    branches = _tool_branches(rng, question, [first, second], effort)
+    return _declare_tools(rng, declarations), branches
+
+
+def _declare_tools(rng: Random, declarations: list[str]) -> str:
+    """The developer message that declares tools, in half of the draws with instructions."""
+    instructions = "# Instructions\n\nUse the tools.\n\n" if rng.random() < 0.5 else ""
+    text = "\n\n".join(declarations)
+    return message(
+        "developer",
+        f"{instructions}# Tools\n\n## functions\n\nnamespace functions {{\n\n{text}"
+        "\n\n} // namespace functions",
     )
+
+
+def _tool_branches(rng: Random, question: str, uses: list[ToolUse], effort: str) -> list[Branch]:
+    """Return each call, after the results of those before, and the sentences after the last."""
+    category = "tool_loop" if len(uses) > 1 else "tool_call"
+    asked = message("user", question) + "<|start|>assistant"
+    channel = "<|channel|>commentary"
+    branches: list[Branch] = []
+    for use in uses:
+        analysis = {
+            "low": None,
+            "medium": f"I call {use.name}.",
+            "high": f"The user needs a tool. I call {use.name}.",
+        }[effort]
+        recipient = f" to=functions.{use.name}"
+        arguments = f" <|constrain|>json<|message|>{compact_json(use.arguments)}<|call|>"
+        branches.append(
+            Branch(category, asked, _thought(analysis) + channel + recipient + arguments)
+        )
+        # Renderers put the recipient of a past call before the channel; models write it after.
+        header = rng.choice((channel + recipient, recipient + channel))
+        past_thought = _thought(analysis) if rng.random() < 0.7 else ""
+        result = (
+            f"<|start|>functions.{use.name} to=assistant{channel}<|message|>{use.output}<|end|>"
+        )
+        asked += past_thought + header + arguments + result + "<|start|>assistant"
+    category = "tool_loop" if len(uses) > 1 else "tool_result"
+    sentences = " ".join(use.sentence for use in uses)
+    return [*branches, Branch(category, asked, _final(sentences))]
 
 
 def compact_json(value: object) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 NAMES = (
@@ -58,6 +58,27 @@ class ToolUse:
     def key(self) -> str:
         """The key that tells this use from those trained on."""
         return f"{self.kind} {list(self.arguments.values())}"
+
+    def called_as(self, other: "ToolUse") -> "ToolUse":
+        """The same use of the tool as another of its kind declares it."""
+        arguments = dict(zip(other.arguments, self.arguments.values(), strict=True))
+        return replace(self, name=other.name, declaration=other.declaration, arguments=arguments)
+
+
+# Questions that need a tool twice: the kind's own first, then that of whatever a person has.
+PAIRS = {
+    "weather": ("What is the weather in {} and in {}?", "How is the weather in {} and in {}?"),
+    "time": ("What time is it in {} and in {}?", "Tell me the time in {} and in {}."),
+    "multiply": ("What is {} times {} and {} times {}?", "Multiply {} and {}, then {} and {}."),
+}
+PAIRS_OF_PEOPLE = ("What is the {kind} of {} and of {}?", "Find the {kind} of {} and of {}.")
+
+
+def pair_question(rng: Random, first: ToolUse, second: ToolUse) -> str:
+    """A question that needs both uses of one tool, in this order."""
+    forms = PAIRS.get(first.kind, PAIRS_OF_PEOPLE)
+    values = (*first.arguments.values(), *second.arguments.values())
+    return rng.choice(forms).format(*values, kind=first.kind)
 
 
 def draw_tool_use(rng: Random) -> ToolUse:

@@ -1,8 +1,10 @@
 """Train nano from scratch: `python -m osscompile.nano.train --out DIR`; run again to resume.
+With `--start CHECKPOINT` only the last stage, from an exported checkpoint.
 
 The run of 8,400 steps read 22 million tokens, about 100 minutes on two busy cores. It was stopped
 at step 6400 and resumed with a faster decay, and the later mixtures were added when step 7000 still
 erred in calls and step 7900 in recall; the constants below describe what the run did in the end.
+Loops of two calls came later: the steps from LAST_STAGE on began with the exported checkpoint.
 
 Two processes of one thread each see different dialogues and average their gradients; on a busy
 machine this is much faster than one process of two threads. All draws follow from the step, so
@@ -10,6 +12,7 @@ that a resumed run equals an uninterrupted one.
 """
 
 import argparse
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from osscompile.nano.dialogues import EFFORTS, Dialogue, draw_dialogue
+from osscompile.nano.export import load_checkpoint
 from osscompile.nano.network import Nano, NanoConfig
 from osscompile.nano.tokenizer import build_tokenizer
 
@@ -37,6 +41,9 @@ MIXTURES = (
     (0, {"arithmetic": 36, "tools": 22, "json": 14, "recall": 24, "chat": 4}),
     (7008, {"arithmetic": 10, "tools": 50, "json": 8, "recall": 28, "chat": 4}),
     (7904, {"arithmetic": 8, "tools": 22, "json": 14, "recall": 54, "chat": 2}),
+    (8416, {"arithmetic": 10, "tools": 22, "loops": 38, "json": 10, "recall": 18, "chat": 2}),
+    (8800, {"arithmetic": 8, "tools": 36, "loops": 36, "json": 8, "recall": 11, "chat": 1}),
+    (9120, {"arithmetic": 6, "tools": 28, "loops": 46, "json": 8, "recall": 11, "chat": 1}),
 )
 EFFORT_WEIGHTS = (40, 33, 27)
 
@@ -52,7 +59,14 @@ LEARNING_RATES = (
     (7900, 1e-5),
     (7930, 1.2e-3),
     (8400, 1e-5),
+    (8430, 8e-4),
+    (8800, 1e-5),
+    (8820, 8e-4),
+    (9100, 1e-5),
+    (9120, 1e-3),
+    (9600, 1e-5),
 )
+LAST_STAGE = 8400
 NUM_STEPS = LEARNING_RATES[-1][0]
 WEIGHT_DECAY = 0.05  # for matrices; 0.01 elsewhere
 BALANCE_WEIGHT = 0.005
@@ -83,14 +97,18 @@ class Batch:
     targets: Tensor
 
 
-def train(out: Path, last_step: int) -> None:
-    """Train up to `last_step`; `out` then holds tokenizer.json and state.pt."""
+def train(out: Path, last_step: int, start: Path | None = None) -> None:
+    """Train up to `last_step`; `out` then holds tokenizer.json and state.pt. `start`: a checkpoint
+    with which the last stage begins."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.json").exists():
-        build_tokenizer().save(str(out / "tokenizer.json"))
+        if start is None:
+            build_tokenizer().save(str(out / "tokenizer.json"))
+        else:
+            shutil.copyfile(start / "tokenizer.json", out / "tokenizer.json")
     rendezvous = out / "rendezvous"
     rendezvous.unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_work, (out, last_step), nprocs=NUM_WORKERS)
+    torch.multiprocessing.spawn(_work, (out, last_step, start), nprocs=NUM_WORKERS)
     rendezvous.unlink(missing_ok=True)
 
 
@@ -162,7 +180,7 @@ def batches(tokenizer: Tokenizer, worker: int, first_step: int) -> Iterator[Batc
         bucket, skipped = bucket + 1, 0
 
 
-def _work(worker: int, out: Path, last_step: int) -> None:
+def _work(worker: int, out: Path, last_step: int, start: Path | None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     dist.init_process_group(
@@ -172,9 +190,9 @@ def _work(worker: int, out: Path, last_step: int) -> None:
         world_size=NUM_WORKERS,
     )
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    model = Nano(NanoConfig())
+    model = Nano(NanoConfig()) if start is None else load_checkpoint(start)
     optimizer = torch.optim.AdamW(_parameter_groups(model), betas=(0.9, 0.98), fused=True)
-    step, tokens, state_file = 0, 0, out / "state.pt"
+    step, tokens, state_file = 0 if start is None else LAST_STAGE, 0, out / "state.pt"
     if state_file.exists():
         state = torch.load(state_file)
         model.load_state_dict(state["model"])
@@ -245,8 +263,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the training state")
     parser.add_argument("--last-step", type=int, default=NUM_STEPS)
+    parser.add_argument("--start", type=Path, help="a checkpoint; only the last stage is trained")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.last_step)
+    train(arguments.out, arguments.last_step, arguments.start)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -11,7 +11,6 @@ from typing import NoReturn
 from ..errors import InputError, OsscompileError
 from ..harmony import Piece, as_messages
 from ..harmony.render import REASONING_EFFORTS
-from ..model import Model
 from .lines import prepare_editing, read_message
 from .transcript import Messages, load_messages, save_messages
 from .view import View
@@ -26,13 +25,17 @@ HELP = """\
 Ctrl-C ends an answer. Lines pasted at once are one message, and so are lines between \"\"\"."""
 
 
-def converse(model: Model, messages: Messages, options: Mapping[str, object], view: View) -> None:
+# Messages and options -> the pieces of the answer.
+Answer = Callable[..., Iterator[Piece]]
+
+
+def converse(answer: Answer, messages: Messages, options: Mapping[str, object], view: View) -> None:
     """Answer questions, each in the light of those before, until the chat is ended. `messages` are
-    those that a conversation begins with, `options` those of `Model.chat`."""
+    those that a conversation begins with; `answer` and its `options` are those of `Model.chat`."""
     before = signal.signal(signal.SIGTERM, _exit)
     try:
         prepare_editing()
-        _Chat(model, messages, options, view).run()
+        _Chat(answer, messages, options, view).run()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -44,9 +47,9 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
 
 class _Chat:
     def __init__(
-        self, model: Model, messages: Messages, options: Mapping[str, object], view: View
+        self, answer: Answer, messages: Messages, options: Mapping[str, object], view: View
     ) -> None:
-        self._model, self._options, self._view = model, dict(options), view
+        self._ask, self._options, self._view = answer, dict(options), view
         self._first, self._messages = messages, messages
         # While an answer is under way: the conversation up to its question, and what was said.
         self._pending: tuple[Messages, list[Piece]] | None = None
@@ -89,8 +92,7 @@ class _Chat:
         said: list[Piece] = []
         self._pending = conversation, said
         try:
-            pieces = self._model.chat(conversation, **self._options)  # type: ignore[arg-type]
-            self._view.show(pieces, said)
+            self._view.show(self._ask(conversation, **self._options), said)
         except OsscompileError as error:
             self._pending = None
             self._say(f"{error}")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 from ..artifact import ALWAYS_HASHED_BYTES, read_manifest
@@ -13,6 +14,7 @@ from .main import Commands
 from .options import add_kv_memory, utf8_text
 from .prompt import STDIN, read_prompt, read_text_file
 from .terminal import say_stage
+from .tool_file import read_functions
 from .transcript import Messages
 from .view import View
 
@@ -46,6 +48,12 @@ def add_run(commands: Commands) -> argparse.ArgumentParser:
         metavar="harmony|checkpoint",
         help="what writes prompts: harmony's rules (default), or the checkpoint's chat template",
     )
+    command.add_argument(
+        "--tools",
+        type=Path,
+        metavar="FILE.py",
+        help="Python whose public functions the model may call; they run here, as you",
+    )
     command.add_argument("--no-date", action="store_true", help="do not tell it today's date")
     command.add_argument("--reasoning", default="medium", metavar="low|medium|high")
     command.add_argument("--hide-analysis", action="store_true", help="show answers only")
@@ -78,7 +86,9 @@ def run_artifact(arguments: argparse.Namespace) -> None:
     """Answer the prompt that the arguments give, or chat."""
     prompt = read_prompt(arguments.prompt, arguments.file)
     response_format = _read_schema(arguments.schema) if arguments.schema else None
+    tools = [] if arguments.tools is None else read_functions(arguments.tools)
     model = _load(arguments)
+    answer = partial(model.run_tools, tools=tools) if tools else model.chat
     options = {name: getattr(arguments, name) for name in OPTIONS}
     options = {name: value for name, value in options.items() if value is not None}
     options["reasoning"] = arguments.reasoning
@@ -96,9 +106,9 @@ def run_artifact(arguments: argparse.Namespace) -> None:
         verbose=arguments.verbose,
     )
     if prompt is None:
-        converse(model, messages, options, view)
+        converse(answer, messages, options, view)
     else:
-        view.show(model.chat([*messages, {"role": "user", "content": prompt}], **options), [])
+        view.show(answer([*messages, {"role": "user", "content": prompt}], **options), [])
 
 
 def _read_schema(path: Path) -> dict[str, object]:

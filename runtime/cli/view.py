@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from ..harmony import Arguments, Finish, Piece, Reasoning, Text, ToolCall
+from ..harmony import Arguments, Finish, Piece, Reasoning, Text, ToolCall, ToolResult
 from .pace import Pace
 from .terminal import dims_text
 from .waiting import Waiting
@@ -16,11 +16,14 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"}
 CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
+MOST_SHOWN = 400  # characters of a tool's result
+
 KINDS = {
     Reasoning: "reasoning",
     Text: "text",
     ToolCall: "tool_call",
     Arguments: "arguments",
+    ToolResult: "tool_result",
     Finish: "finish",
 }
 
@@ -28,10 +31,11 @@ KINDS = {
 class View:
     """Where answers are shown.
 
-    A terminal gets everything, reasoning dimmed. Else stdout gets the text of channel final, and
-    stderr what else was said; with `events` stdout gets a line of JSON for each piece. `notes` is
-    where what is no part of an answer belongs. That an answer was cut off is told on stderr, and
-    if `verbose` what it took. `context`: the model's, in positions.
+    A terminal gets everything, dimmed what is not for the user: reasoning, calls of tools, and the
+    beginning of their results. Else stdout gets the text of channel final, and stderr what else was
+    said; with `events` stdout gets a line of JSON for each piece. `notes` is where what is no part
+    of an answer belongs. That an answer was cut off is told on stderr, and if `verbose` what it
+    took. `context`: the model's, in positions.
     """
 
     def __init__(
@@ -59,29 +63,34 @@ class View:
                     continue
                 waiting.end()
                 self._show(piece)
+                if isinstance(piece, Finish) and self._verbose:
+                    self._warn(pace.describe(piece.usage, piece.reason))
+                if isinstance(piece, ToolResult):
+                    pace = Pace()  # of the next answer
         finally:
             waiting.end()
             self._end_line()
         if said and isinstance(said[-1], Finish):
-            self._tell_end(said[-1], pace)
+            self._tell_end(said[-1])
 
-    def _tell_end(self, finish: Finish, pace: Pace) -> None:
+    def _tell_end(self, finish: Finish) -> None:
         usage = finish.usage
         if finish.reason == "tool_calls":
             self._warn("The model waits for the result of a call, and no tool is run here.")
+        elif finish.reason == "max_rounds":
+            self._warn("The model still calls tools, which are not run any more.")
         elif finish.reason == "length":
             is_full = usage.prompt_tokens + usage.completion_tokens > self._context
             full = f"because the context of {self._context} positions is full: run with a larger "
             full += "--context, or /reset a chat"
             self._warn(f"The answer is cut off {full if is_full else 'by --max-tokens'}.")
-        if self._verbose:
-            self._warn(pace.describe(usage, finish.reason))
 
     def _show(self, piece: Piece) -> None:
         if self._events:
             print(json.dumps(_event(piece)), flush=True)
             return
         if isinstance(piece, Finish):
+            self._end_line()  # what a tool prints is no part of it
             return
         if self._last is not None and _begins_a_line(piece, self._last):
             self._end_line()
@@ -89,7 +98,7 @@ class View:
         text = _shown_text(piece)
         if stream.isatty():
             text = text.translate(CONTROLS)
-        if isinstance(piece, Reasoning) and dims_text(stream):
+        if not isinstance(piece, Text) and dims_text(stream):
             # The end goes with every piece: whatever ends the process, the terminal is undimmed.
             text = f"{DIM}{text}{PLAIN}"
         print(text, end="", file=stream, flush=True)
@@ -110,12 +119,15 @@ def _begins_a_line(piece: Piece, last: Piece) -> bool:
     if isinstance(piece, Arguments):
         return False
     same = type(piece) is type(last) and piece.channel == last.channel and not piece.begins
-    return isinstance(piece, ToolCall) or not same
+    return isinstance(piece, ToolCall | ToolResult) or not same
 
 
 def _shown_text(piece: Piece) -> str:
     if isinstance(piece, ToolCall):
         return f"{piece.name}: "
+    if isinstance(piece, ToolResult):
+        more = "..." if len(piece.text) > MOST_SHOWN else ""
+        return f"-> {piece.text[:MOST_SHOWN]}{more}"
     return piece.delta if isinstance(piece, Arguments) else piece.text
 
 

@@ -47,6 +47,22 @@ _FIND = Function(
     _parameters("pattern", pattern={"type": "string"}, cursor=_optional("number", -1)),
 )
 
+
+def python_description(seconds: float = 120.0, drive: str = "/mnt/data") -> str:
+    """What the model is told of the tool python, with the limit and the folder of its training."""
+    return (
+        "Use this tool to execute Python code in your chain of thought. The code will not be "
+        "shown to the user. This tool should be used for internal reasoning, but not for code "
+        "that is intended to be visible to the user (e.g. when creating plots, tables, or "
+        "files).\n\n"
+        "When you send a message containing Python code to python, it will be executed in a "
+        "stateful Jupyter notebook environment. python will respond with the output of the "
+        f"execution or time out after {seconds:.1f} seconds. The drive at '{drive}' can be used "
+        "to save and persist user files. Internet access for this session is UNKNOWN. Depends on "
+        "the cluster."
+    )
+
+
 BUILTIN_TOOLS = {
     "browser": Namespace(
         "browser",
@@ -58,18 +74,7 @@ BUILTIN_TOOLS = {
         "sources=web (default: web)",
         (_SEARCH, _OPEN, _FIND),
     ),
-    "python": Namespace(
-        "python",
-        "Use this tool to execute Python code in your chain of thought. The code will not be "
-        "shown to the user. This tool should be used for internal reasoning, but not for code "
-        "that is intended to be visible to the user (e.g. when creating plots, tables, or "
-        "files).\n\n"
-        "When you send a message containing Python code to python, it will be executed in a "
-        "stateful Jupyter notebook environment. python will respond with the output of the "
-        "execution or time out after 120.0 seconds. The drive at '/mnt/data' can be used to save "
-        "and persist user files. Internet access for this session is UNKNOWN. Depends on the "
-        "cluster.",
-    ),
+    "python": Namespace("python", python_description()),
 }
 
 

@@ -56,11 +56,22 @@ class Arguments(Piece):
 
 
 @dataclass(frozen=True)
+class ToolResult(Piece):
+    """What the model is told of the call with this id. is_error: an error of the call, or of the
+    tool."""
+
+    id: str
+    name: str
+    is_error: bool = False
+
+
+@dataclass(frozen=True)
 class Finish(Piece):
-    """The answer has ended, the last event. reason: tool_calls (it waits for their results), stop
+    """The answer has ended, its last event. reason: tool_calls (it waits for their results), stop
     (it is whole, or has come to a stop string or id), or length (it was cut off by max_tokens or
-    the context's end, perhaps within a call). usage: what it took; answers that say the same are
-    equal, whatever they took."""
+    the context's end, perhaps within a call); of a loop that ends with calls that are not run,
+    max_rounds, or length if the context has no room for their results. usage: what the answer took;
+    answers that say the same are equal, whatever they took."""
 
     channel: str = field(default="", init=False)
     text: str = field(default="", init=False)
@@ -69,11 +80,11 @@ class Finish(Piece):
 
 
 def as_messages(pieces: Iterable[Piece]) -> list[dict[str, object]]:
-    """What was said, as messages that go on with the conversation, each with its channel. Raises
-    InputError for what are no pieces of one answer."""
+    """What was said in an answer, or in a loop of answers and results, as messages that go on with
+    the conversation, each with its channel. Raises InputError for what are no such pieces."""
     messages: list[dict[str, object]] = []
     function: dict[str, str] | None = None
-    for piece in _checked(pieces):
+    for piece in checked_pieces(pieces):
         last = messages[-1] if messages else {}
         if isinstance(piece, ToolCall):
             function = {"name": piece.name, "arguments": ""}
@@ -84,8 +95,11 @@ def as_messages(pieces: Iterable[Piece]) -> list[dict[str, object]]:
             if function is None:
                 raise InputError("pieces: expected a call before its arguments, found none")
             function["arguments"] += piece.delta
+        elif isinstance(piece, ToolResult):
+            result = {"tool_call_id": piece.id, "content": piece.text}
+            messages.append({"role": "tool", **result})
         elif isinstance(piece, Finish):
-            break
+            function = None
         elif _goes_on(piece, last):
             last["content"] = f"{last['content']}{piece.text}"
         else:
@@ -96,11 +110,11 @@ def as_messages(pieces: Iterable[Piece]) -> list[dict[str, object]]:
 
 def _goes_on(piece: Piece, last: Mapping[str, object]) -> bool:
     """Whether a piece of text belongs to the last message."""
-    is_text = last.get("content") is not None
+    is_text = last.get("role") == "assistant" and last["content"] is not None
     return is_text and last["channel"] == piece.channel and not piece.begins
 
 
-def _checked(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def checked_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Pieces one by one, since they may come from a model that still generates them."""
     if not isinstance(pieces, Iterable):
         raise InputError(f"pieces: expected those of an answer, found {pieces!r:.100}")

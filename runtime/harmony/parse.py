@@ -211,12 +211,18 @@ class AnswerParser:
 
 
 class PieceStream:
-    """What the ids of an answer tell, up to one of the strings `stop` on channel final."""
+    """What the ids of an answer tell, up to one of the strings `stop` on channel final, or with
+    `one_call` to the end of a call."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), begun: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        begun: Sequence[int] = (),
+        one_call: bool = False,
     ) -> None:
         self._parser, self._search = AnswerParser(tokenizer, begun), StopSearch(stop)
+        self._one_call, self._has_called = one_call, False
         self._begins = False  # with the final text that is shown next
 
     @property
@@ -233,6 +239,9 @@ class PieceStream:
     def _shown(self, pieces: list[Piece]) -> list[Piece]:
         shown: list[Piece] = []
         for piece in pieces:
+            if self._has_called and not isinstance(piece, Arguments | Finish):
+                return [*shown, self._parser.stop()]
+            self._has_called = self._one_call and isinstance(piece, ToolCall | Arguments)
             is_searched = isinstance(piece, Text) and piece.channel == "final"
             if not is_searched or piece.begins:  # another message: what was held back is none
                 shown += self._final(self._search.flush())

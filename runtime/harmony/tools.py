@@ -1,6 +1,7 @@
 """Tools in OpenAI's shapes -> what the renderer tells the model of them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..errors import InputError
 from .builtin_tools import BUILTIN_TOOLS
@@ -25,14 +26,32 @@ def read_tools(tools: object) -> tuple[Function, ...]:
 
 
 def read_builtin_tools(names: object) -> tuple[Namespace, ...]:
-    """Those of browser and python that `names` holds, in this order. Raises InputError."""
-    found = _read_list("builtin_tools", names)
+    """Those of browser and python that `names` holds, in this order; a dict gives each a
+    description of its own, or None for that of the training. Raises InputError."""
+    found = names if isinstance(names, Mapping) else _read_list("builtin_tools", names)
     for name in found:
         if not isinstance(name, str) or name not in BUILTIN_TOOLS:
             raise InputError(
                 f"builtin_tools: expected some of {', '.join(BUILTIN_TOOLS)}, found {name!r}"
             )
-    return tuple(tool for name, tool in BUILTIN_TOOLS.items() if name in found)
+    tools = [tool for name, tool in BUILTIN_TOOLS.items() if name in found]
+    if not isinstance(names, Mapping):
+        return tuple(tools)
+    described = {name: read_text(f"builtin_tools.{name}", text) for name, text in names.items()}
+    return tuple(
+        replace(tool, description=described[tool.name] or tool.description) for tool in tools
+    )
+
+
+def check_apart(functions: Sequence[Function], builtin_tools: Sequence[Namespace]) -> None:
+    """Raises InputError for a function whose calls nobody could tell from a builtin tool's."""
+    taken = {tool.name for tool in builtin_tools}
+    for function in functions:
+        if function.name.partition(".")[0] in taken:
+            raise InputError(
+                f"tools: expected other names than the builtin tools', found {function.name!r}; "
+                "rename the function, or leave the builtin tool out"
+            )
 
 
 def functions_text(functions: Sequence[Function]) -> str:
