@@ -65,6 +65,14 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     def run(self, answers: Iterable[Answer]) -> None:
         """Compute answers until all have ended. Raises the error of the first that one ended."""
         asked = list(answers)

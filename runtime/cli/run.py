@@ -6,7 +6,7 @@ from pathlib import Path
 from ..artifact import ALWAYS_HASHED_BYTES, read_manifest
 from ..model import Model, load
 from .chat import converse
-from .main import Commands
+from .main import CommandParser, Commands
 from .options import add_kv_memory, utf8_text
 from .prompt import STDIN, read_prompt
 from .terminal import say_stage
@@ -17,7 +17,7 @@ from .view import View
 OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "identity")
 
 
-def add_run(commands: Commands) -> argparse.ArgumentParser:
+def add_run(commands: Commands) -> CommandParser:
     command = commands.add_parser("run", help="ask a compiled model, or chat with it")
     command.add_argument("artifact", metavar="OUT")
     command.add_argument(

@@ -1,0 +1,54 @@
+"""The server before judges that others wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from serving import serving
+
+from osscompile.runtime import Engine
+from osscompile.runtime.serve.app import make_app
+from osscompile.runtime.serve.service import make_service
+
+# Tests of llm-comply that fail, and why.
+EXCEPTIONS = {
+    "openai-chat": {
+        "chat-image-input": "gpt-oss reads text only, and an image is refused",
+        "chat-tool-calling": "tool_choice is not there yet",
+    },
+    "open-responses": {
+        "image-input": "gpt-oss reads text only, and an image is refused",
+        "tool-calling": "tool_choice is not there yet",
+    },
+}
+# OpenAI's own client knows the reasoning of gpt-oss by this name, Open Responses by another.
+EVENTS = "response.reasoning_text"
+
+
+@pytest.fixture(scope="module")
+def url(nano_artifact: Path) -> Iterator[str]:
+    with (
+        Engine(nano_artifact) as engine,
+        serving(make_app(make_service(engine, "nano", 100))) as url,
+    ):
+        yield url
+
+
+@pytest.mark.parametrize("suite", EXCEPTIONS)
+def test_llm_comply(url: str, suite: str) -> None:
+    if importlib.util.find_spec("llm_comply") is None:
+        pytest.skip("needs llm-comply")
+    command = [sys.executable, "-m", "llm_comply", "--format", suite, "-u", f"{url}/v1"]
+    options = ["-k", "none", "-m", "nano", "-i", EVENTS, "--json"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True)
+    report = json.loads(result.stdout)
+    failed = {
+        test["id"]: test["errors"] for test in report["results"] if test["status"] == "failed"
+    }
+    assert failed.keys() == EXCEPTIONS[suite].keys(), failed
