@@ -245,3 +245,20 @@ def test_an_error_of_the_device_ends_all(model: Model, monkeypatch: pytest.Monke
         with pytest.raises(ArtifactError, match="does not work"):
             model.generate_batch([[1], [2]], max_tokens=3)
     assert len(model.generate_batch([[1], [2]], max_tokens=3)) == 2
+
+
+@pytest.mark.parametrize(
+    ("missing", "rows"),
+    [
+        ([1, 1], [1, 1]),
+        ([100, 1], [31, 1]),  # CHUNK is 32
+        ([100, 5], [27, 5]),  # a short prompt beside a long one, which loses no more than it takes
+        ([100, 90], [16, 16]),
+        ([100, 90, 5], [16, 11, 5]),
+        ([90, 90, 90], [32, 0, 0]),  # of equals the oldest
+        ([3, 2], [3, 2]),
+        ([1, 2, 40, 1], [1, 2, 28, 1]),
+    ],
+)
+def test_rows_of_a_step(model: Model, missing: list[int], rows: list[int]) -> None:
+    assert Scheduler(model._runner, CHUNK, 16)._share(missing) == rows

@@ -101,7 +101,7 @@ def test_logprobs_are_those_of_the_content(client: Any) -> None:
     assert b"".join(bytes(t.bytes) for t in tokens).decode() == choice.message.content
     for token in tokens:
         assert token.logprob <= 0
-        assert [t.token for t in token.top_logprobs][0] == token.token  # it was greedy
+        assert token.top_logprobs[0].token == token.token  # it was greedy
         assert sum(math.exp(t.logprob) for t in token.top_logprobs) <= 1 + 1e-6
     streamed = [
         token

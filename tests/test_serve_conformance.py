@@ -52,3 +52,12 @@ def test_llm_comply(url: str, suite: str) -> None:
         test["id"]: test["errors"] for test in report["results"] if test["status"] == "failed"
     }
     assert failed.keys() == EXCEPTIONS[suite].keys(), failed
+
+
+def test_no_request_that_fits_the_description_fails_the_server(url: str, tmp_path: Path) -> None:
+    pytest.importorskip("schemathesis")
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"]
+    options = ["--checks", "not_a_server_error", "--max-examples", "25", "--no-color"]
+    options += ["--phases", "examples,coverage,fuzzing", "--generation-deterministic"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-5000:]

@@ -4,9 +4,9 @@ their reader goes away."""
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
 
 from ..usage import Usage
 from .errors import ApiError
@@ -15,6 +15,8 @@ from .metrics import Metrics
 
 LONG_BODY = 16 << 10  # bytes of a request that takes longer than a millisecond to tokenise
 
+T = TypeVar("T")
+Work = ParamSpec("Work")
 Prompt: TypeAlias = Sequence[int] | Sequence[Mapping[str, object]]
 _Mailbox: TypeAlias = "asyncio.Queue[tuple[int, Any] | Exception | None]"
 
@@ -53,11 +55,7 @@ class Desk:
         asked: list[Asked] = []
         try:
             for prompt, options in questions:
-                if size < LONG_BODY:
-                    asked.append(self.engine.submit(prompt, **options))
-                else:  # others are told their tokens meanwhile
-                    submit = asyncio.to_thread(self.engine.submit, prompt, **options)
-                    asked.append(await submit)
+                asked.append(await beside(size, self.engine.submit, prompt, **options))
         except BaseException:
             for request in asked:
                 request.cancel()
@@ -76,6 +74,16 @@ class Desk:
         """Whoever still waits is told that this server ends."""
         for answers in self._open:
             answers.cancel()
+
+
+async def beside(
+    size: int, work: Callable[Work, T], *arguments: Work.args, **options: Work.kwargs
+) -> T:
+    """Do work on a body of `size` bytes; if it is long, beside the event loop, so that others are
+    told their tokens meanwhile."""
+    if size < LONG_BODY:
+        return work(*arguments, **options)
+    return await asyncio.to_thread(work, *arguments, **options)
 
 
 class Answers:

@@ -19,7 +19,7 @@ from .chat import create_chat
 from .chat_body import ChatBody
 from .completion_body import CompletionBody
 from .completions import create_completion
-from .errors import ApiError, respond_with_error
+from .errors import ApiError, ErrorReply, respond_with_error
 from .replies import CLIENT_WENT_AWAY, json_reply
 from .response_body import ResponseBody
 from .responses import create_response
@@ -48,7 +48,13 @@ def make_app(
 ) -> ASGIApp:
     """Of what a server serves. `api_key`: what callers must show; `allowed_origins`: of pages whose
     scripts may ask from a browser."""
-    app = FastAPI(title="osscompile", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="osscompile",
+        version=__version__,
+        docs_url=None,  # a page that loads scripts from elsewhere
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
+    )
     _add_api(app, service)
     _add_about(app, service)
     for error in (ApiError, OsscompileError, RequestValidationError, HTTPException, Exception):

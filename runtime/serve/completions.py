@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from ..errors import InputError
 from ..generated import GeneratedToken
-from .answers import Answers
+from .answers import Answers, beside
 from .chat import usage_object
 from .completion_body import CompletionBody
 from .logprobs import CompletionLogprobs
@@ -24,11 +24,12 @@ async def create_completion(service: Service, body: CompletionBody, request: Req
         raise InputError(
             "echo: expected no logprobs beside it, found some; those of a prompt are not told"
         )
-    prompts = [service.prompt_ids(prompt) for prompt in _prompts(body)]
+    size = len(await request.body())
+    prompts = [await beside(size, service.prompt_ids, prompt) for prompt in _prompts(body)]
     completion = _Completion(service, body, prompts)
     choices = range(body.n or 1)
     questions = [(ids, body.options(choice)) for ids in prompts for choice in choices]
-    answers = await service.desk.ask(questions, len(await request.body()))
+    answers = await service.desk.ask(questions, size)
     if body.stream:
         return StreamedReply(with_error(completion.events(answers)), answers)
     return await whole_reply(request, answers, completion.whole(answers))

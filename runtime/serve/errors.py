@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -18,6 +19,19 @@ LOG = logging.getLogger("osscompile.serve")
 INVALID = "invalid_request_error"
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # by status; else INVALID or server
 FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[\w\[\]]+)*): ")  # how our own messages begin
+
+
+class Described(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: Described
 
 
 class ApiError(Exception):
