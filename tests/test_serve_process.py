@@ -19,6 +19,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 from serving import PATIENCE, wait_until
+from talker import TOKENIZER
+
+from osscompile.runtime.tokenizer import Tokenizer
 
 SUM = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperature": 0}
 
@@ -66,7 +69,9 @@ def test_sigterm_finishes_what_runs(nano_artifact: Path) -> None:
 
 
 def test_what_takes_too_long_to_end_is_told_so(nano_artifact: Path) -> None:
-    endless = {"max_tokens": 4000, "logit_bias": {str(id): -100 for id in range(1000, 1030)}}
+    special = Tokenizer(TOKENIZER).special
+    ends = [special[name] for name in ("<|return|>", "<|call|>", "<|endoftext|>")]
+    endless = {"max_tokens": 4000, "logit_bias": {str(id): -100 for id in ends}}
     with server(nano_artifact, "--name", "n", "--end-within", "0.2") as (process, url, said):
         stream = post(url, SUM | endless | {"model": "n", "stream": True})
         stream.readline()

@@ -123,7 +123,7 @@ def test_a_call_and_its_result(client: Any) -> None:
 
 
 def test_what_is_cut_is_incomplete(client: Any) -> None:
-    *_, last = ask(client, max_output_tokens=3, stream=True)
+    *_, last = ask(client, max_output_tokens=8, stream=True)
     assert last.type == "response.incomplete"
     assert last.response.incomplete_details.reason == "max_output_tokens"
     assert last.response.output[-1].status == "incomplete"

@@ -57,6 +57,9 @@ def make_app(
     )
     _add_api(app, service)
     _add_about(app, service)
+    for schema in app.openapi()["components"]["schemas"].values():
+        if "model" in schema.get("properties", {}):
+            schema["properties"]["model"]["enum"] = [service.name]
     for error in (ApiError, OsscompileError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(error, respond_with_error)
     app.add_exception_handler(ClientDisconnect, _nobody_reads)

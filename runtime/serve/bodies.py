@@ -5,7 +5,7 @@ could change what a client means."""
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 MAX_DEPTH = 64  # of lists and objects within each other; the deepest of them are schemas
 MAX_MESSAGES = 4096
@@ -17,6 +17,24 @@ MAX_SEED = 1 << 63
 Count = Annotated[int, Field(ge=1)]
 Effort = Literal["low", "medium", "high"]
 Object = dict[str, Any]
+# The engine checks messages itself; this describes them.
+Message = Annotated[
+    Object,
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["role"],
+            "properties": {
+                "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+                "content": {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]},
+                "name": {"type": "string"},
+                "reasoning": {"type": "string"},
+                "tool_calls": {"type": "array", "items": {"type": "object"}},
+                "tool_call_id": {"type": "string"},
+            },
+        }
+    ),
+]
 # What other servers act on: it changes no answer of this one.
 NoEffect = Annotated[Any, Field(description="Accepted; it changes nothing here.")]
 

@@ -11,6 +11,7 @@ from .bodies import (
     Body,
     Count,
     Effort,
+    Message,
     NoEffect,
     Object,
     StreamOptions,
@@ -20,7 +21,7 @@ from .bodies import (
 
 
 class ChatBody(Body):
-    messages: Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None

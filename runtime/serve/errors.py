@@ -34,7 +34,7 @@ class ErrorReply(BaseModel):
     error: Described
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):  # which FastAPI lets through where it reads a body
     """An answer other than 200. `param`: the field of the body that is wrong."""
 
     def __init__(
@@ -46,14 +46,13 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
+        super().__init__(status, message, headers)
         kind = "server_error" if status >= 500 else TYPES.get(status, INVALID)
         self.described = {"message": message, "type": kind, "param": param, "code": code}
 
     def response(self) -> Response:
         content = json_bytes({"error": self.described})
-        return Response(content, self.status, self.headers, "application/json")
+        return Response(content, self.status_code, self.headers, "application/json")
 
 
 def api_error(error: BaseException) -> ApiError:
