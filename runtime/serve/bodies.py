@@ -17,21 +17,48 @@ MAX_SEED = 1 << 63
 Count = Annotated[int, Field(ge=1)]
 Effort = Literal["low", "medium", "high"]
 Object = dict[str, Any]
+_TEXT = {"type": "string"}
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": _TEXT},
+}
+_CONTENT = {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": _PART}]}
+_CALLS = {"type": "array", "items": {"type": "object"}}
 # The engine checks messages itself; this describes them.
 Message = Annotated[
     Object,
     WithJsonSchema(
         {
-            "type": "object",
-            "required": ["role"],
-            "properties": {
-                "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-                "content": {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]},
-                "name": {"type": "string"},
-                "reasoning": {"type": "string"},
-                "tool_calls": {"type": "array", "items": {"type": "object"}},
-                "tool_call_id": {"type": "string"},
-            },
+            "anyOf": [
+                {
+                    "type": "object",
+                    "required": ["role", "content"],
+                    "properties": {
+                        "role": {"enum": ["user", "system", "developer"]},
+                        "content": _CONTENT,
+                    },
+                },
+                {
+                    "type": "object",
+                    "required": ["role", "content", "tool_call_id"],
+                    "properties": {
+                        "role": {"const": "tool"},
+                        "content": _CONTENT,
+                        "tool_call_id": _TEXT,
+                    },
+                },
+                {
+                    "type": "object",
+                    "required": ["role", "content"],
+                    "properties": {
+                        "role": {"const": "assistant"},
+                        "content": {"anyOf": [_CONTENT, {"type": "null"}]},
+                        "reasoning": _TEXT,
+                        "tool_calls": _CALLS,
+                    },
+                },
+            ]
         }
     ),
 ]
@@ -47,7 +74,7 @@ class Body(BaseModel):
     model: Annotated[str, Field(description="The name that /v1/models tells.")]
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, description="0: all tokens.")] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

@@ -40,7 +40,7 @@ class ChatBody(Body):
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatBody":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("expected logprobs: true beside top_logprobs, found none")
         return self
 

@@ -14,7 +14,7 @@ Ids = Annotated[list[int], Field(min_length=1)]
 
 class CompletionBody(Body):
     prompt: (
-        str
+        Annotated[str, Field(min_length=1)]
         | Ids
         | Annotated[list[str], Field(min_length=1, max_length=MAX_MESSAGES)]
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_MESSAGES)]
