@@ -95,8 +95,15 @@ def test_a_schema_that_is_no_json_is_told(page: Page) -> None:
     page.run("document.getElementById('schema').value = '{'")
     page.run("document.getElementById('question').focus()")
     ask(page, "Anna is 7 years old, lives in Paris and likes red.")
-    assert "The schema is no JSON" in page.run("document.body.innerText")
     picture(page, "error")
+    error = "document.querySelector('.error:not(:empty)')"
+    assert "The schema is no JSON" in page.run(f"{error}.textContent")
+    (top, bottom), (chat_top, chat_bottom) = (
+        page.run(f"(r => [r.top, r.bottom])({box}.getBoundingClientRect())")
+        for box in (error, "document.getElementById('scroll')")
+    )
+    assert chat_top <= top and bottom <= chat_bottom  # it is seen, beside the settings
+
 
 
 @needs_chromium
