@@ -56,7 +56,7 @@ class ScriptedEngine:
 
     def __init__(self, said: str = f"{FINAL}Yes.<|return|>", seconds: float = 0.0) -> None:
         self.tokenizer, self.seconds = Tokenizer(TOKENIZER), seconds
-        self.ids = harmony_ids(self.tokenizer, said)
+        self.told = [*pieces_of(self.tokenizer, said)]
         self.error: Exception | None = None  # raised in place of the last piece
         self.asked: list[tuple[Any, dict[str, Any]]] = []
         self.requests: list[ScriptedRequest] = []
@@ -79,20 +79,27 @@ class ScriptedRequest:
         self.cancelled = True
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        maker = PieceMaker(self._engine.tokenizer, SamplingOptions(), [])
-        *ids, last = self._engine.ids
-        for count, id in enumerate([*ids, last], 1):
+        told = self._engine.told
+        for pieces, usage in told:
             await asyncio.sleep(self._engine.seconds)
             if self.cancelled:
                 self.finish_reason = "cancelled"
                 return
-            if id is last and self._engine.error is not None:
+            if pieces is told[-1][0] and self._engine.error is not None:
                 raise self._engine.error
-            self.usage = Usage(7, 3, count)
-            for piece in maker.push(GeneratedToken(id, usage=self.usage)):
+            self.usage = usage
+            for piece in pieces:
                 if isinstance(piece, Finish):
                     self.usage, self.finish_reason = piece.usage, piece.reason
                 yield piece
+
+
+def pieces_of(tokenizer: Tokenizer, said: str) -> Iterator[tuple[list[Piece], Usage]]:
+    """What each token tells, and what all took then."""
+    maker = PieceMaker(tokenizer, SamplingOptions(), [])
+    for count, id in enumerate(harmony_ids(tokenizer, said), 1):
+        usage = Usage(7, 3, count)
+        yield maker.push(GeneratedToken(id, usage=usage)), usage
 
 
 def harmony_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -105,7 +105,6 @@ def test_a_schema_that_is_no_json_is_told(page: Page) -> None:
     assert chat_top <= top and bottom <= chat_bottom  # it is seen, beside the settings
 
 
-
 @needs_chromium
 def test_the_page_at_the_width_of_a_phone(page: Page) -> None:
     page.resize(360, 640)

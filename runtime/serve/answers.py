@@ -4,7 +4,7 @@ their reader goes away."""
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
 
@@ -133,7 +133,7 @@ class Answers:
             self._desk.metrics.count_tokens(request.usage)
         self._desk.leave(self, len(self._asked), time.perf_counter() - self._start)
 
-    async def _read(self, index: int) -> AsyncIterator[Any]:
+    async def _read(self, index: int) -> AsyncGenerator[Any, None]:
         request, metrics = self._asked[index], self._desk.metrics
         before: float | None = None
         async for piece in request:

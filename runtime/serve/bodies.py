@@ -13,6 +13,16 @@ MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_SEED = 1 << 63
+SAMPLING = (  # options of the engine by the same names
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "stop",
+)
 
 Count = Annotated[int, Field(ge=1)]
 Effort = Literal["low", "medium", "high"]
@@ -103,10 +113,8 @@ class Body(BaseModel):
 
     def sampling(self, choice: int = 0) -> dict[str, Any]:
         """Options of the engine for one of several choices."""
-        names = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "stop")
-        names += ("frequency_penalty", "presence_penalty")
         seed = None if self.seed is None else (self.seed + choice) % MAX_SEED
-        return given({name: getattr(self, name) for name in names} | {"seed": seed})
+        return given({name: getattr(self, name) for name in SAMPLING} | {"seed": seed})
 
 
 class StreamOptions(BaseModel):

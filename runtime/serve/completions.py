@@ -40,8 +40,8 @@ def _prompts(body: CompletionBody) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
-    return [*prompt]  # type: ignore[list-item]
+        return [prompt]
+    return [*prompt]
 
 
 class _Completion:

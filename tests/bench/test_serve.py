@@ -1,5 +1,5 @@
 """Measure what the server itself takes, with an engine that only sleeps: the CPU's time for an
-event of a stream, and the time to the first of them.
+event of a stream, and the time to the first of them. The clients are another process.
 
 This is not part of the ordinary tests: run `pytest -s tests/bench/test_serve.py`.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import multiprocessing
 import statistics
-import threading
 import time
+from multiprocessing.pool import ThreadPool
 from urllib.parse import urlsplit
 
 from serving import FINAL, ScriptedEngine, serving_script
@@ -35,24 +36,23 @@ def stream(url: str) -> tuple[float, int]:
 
 
 def test_time_to_the_first_token() -> None:
-    with serving_script(ScriptedEngine(f"{FINAL}yes<|return|>")) as url:
-        stream(url)
-        seconds = [stream(url)[0] for _ in range(100)]
+    engine = ScriptedEngine(f"{FINAL}yes<|return|>")
+    with serving_script(engine) as url, multiprocessing.get_context("spawn").Pool(1) as pool:
+        seconds = [first for first, _ in pool.map(stream, [url] * 100)]
     print(f"\nto the first token: {1e3 * statistics.median(seconds):.2f} ms (median of 100)")
 
 
 def test_processor_time_of_an_event() -> None:
-    """It includes that of the clients, which run in this process too."""
     engine = ScriptedEngine(f"{FINAL}{'yes ' * TOKENS}<|return|>", seconds=0.01)
-    with serving_script(engine) as url:
-        stream(url)
-        start, counts = time.process_time(), []
-        clients = [
-            threading.Thread(target=lambda: counts.append(stream(url)[1])) for _ in range(CLIENTS)
-        ]
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
+    with serving_script(engine) as url, multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(stream, (url,))
+        start = time.process_time()
+        count = pool.apply(streams, (url,))
         seconds = time.process_time() - start
-    print(f"\nan event: {1e6 * seconds / sum(counts):.0f} us of CPU ({sum(counts)} events)")
+    print(f"\nan event: {1e6 * seconds / count:.0f} us of CPU ({count} events)")
+
+
+def streams(url: str) -> int:
+    """Events of several clients at once."""
+    with ThreadPool(CLIENTS) as pool:
+        return sum(count for _, count in pool.map(stream, [url] * CLIENTS))
