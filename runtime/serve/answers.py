@@ -4,20 +4,19 @@ their reader goes away."""
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 from ..usage import Usage
+from .beside import beside
 from .errors import ApiError
 from .gate import Gate
 from .metrics import Metrics
 
-LONG_BODY = 16 << 10  # bytes of a request that takes longer than a millisecond to tokenise
-
-T = TypeVar("T")
-Work = ParamSpec("Work")
 Prompt: TypeAlias = Sequence[int] | Sequence[Mapping[str, object]]
+# A prompt, and the options of `Engine.submit` for each of the choices that answer it.
+Question: TypeAlias = tuple[Prompt, Sequence[dict[str, Any]]]
 _Mailbox: TypeAlias = "asyncio.Queue[tuple[int, Any] | Exception | None]"
 
 
@@ -47,28 +46,23 @@ class Desk:
     metrics: Metrics
     _open: set["Answers"] = field(default_factory=set)
 
-    async def ask(self, questions: Sequence[tuple[Prompt, dict[str, Any]]], size: int) -> "Answers":
-        """Prompts with the options of `Engine.submit`, from a body of `size` bytes. Raises ApiError
-        without room for them, InputError for bad ones."""
-        start = time.perf_counter()
-        self.gate.enter(len(questions))
-        asked: list[Asked] = []
-        try:
-            for prompt, options in questions:
-                asked.append(await beside(size, self.engine.submit, prompt, **options))
-        except BaseException:
-            for request in asked:
-                request.cancel()
-            self.gate.leave(len(questions), 0.0)
-            raise
-        answers = Answers(self, asked, start)
+    async def ask(self, questions: Sequence[Question], size: int) -> "Answers":
+        """The answers to questions from a body of `size` bytes. Raises ApiError without room for
+        them, InputError for bad ones."""
+        answers = Answers(self, questions, size)
+        self.gate.enter(answers.count)
         self._open.add(answers)
+        try:
+            await answers.begin()
+        except BaseException:
+            answers.close()
+            raise
         return answers
 
-    def leave(self, answers: "Answers", count: int, seconds: float) -> None:
-        """They have ended, so many after so long."""
+    def leave(self, answers: "Answers", seconds: float) -> None:
+        """They have ended, after so long."""
         self._open.discard(answers)
-        self.gate.leave(count, seconds)
+        self.gate.leave(answers.count, seconds)
 
     def cancel(self) -> None:
         """Whoever still waits is told that this server ends."""
@@ -76,38 +70,53 @@ class Desk:
             answers.cancel()
 
 
-async def beside(
-    size: int, work: Callable[Work, T], *arguments: Work.args, **options: Work.kwargs
-) -> T:
-    """Do work on a body of `size` bytes; if it is long, beside the event loop, so that others are
-    told their tokens meanwhile."""
-    if size < LONG_BODY:
-        return work(*arguments, **options)
-    return await asyncio.to_thread(work, *arguments, **options)
-
-
 class Answers:
     """Of one HTTP request, which must `close` them: only then is their room free."""
 
-    def __init__(self, desk: Desk, asked: Sequence[Asked], start: float) -> None:
-        self._desk, self._asked, self._start = desk, asked, start
+    def __init__(self, desk: Desk, questions: Sequence[Question], size: int) -> None:
+        self._desk, self._size, self._start = desk, size, time.perf_counter()
+        self._choices: list[_Choice] = []
+        for prompt, each in questions:
+            first: _Choice | None = None
+            for options in each:
+                self._choices.append(_Choice(prompt, options, first))
+                first = first or self._choices[-1]
         self._is_open = True
 
     @property
+    def count(self) -> int:
+        return len(self._choices)
+
+    async def begin(self) -> None:
+        """Ask for the first choice of each prompt. The others follow once it is told: its prompt is
+        computed then, and kept. Raises InputError."""
+        for choice in self._choices:
+            if choice.first is None:
+                await self._ask(choice)
+
+    @property
     def usage(self) -> Usage:
-        """What all of them took; their prompts, if there are several, each counted."""
-        told = [request.usage for request in self._asked]
-        return Usage(*(sum(getattr(u, f.name) for u in told) for f in fields(Usage)))
+        """What all of them took; a prompt counts once."""
+        total = Usage()
+        for choice in self._choices:
+            usage, is_first = choice.usage, choice.first is None
+            total = Usage(
+                total.prompt_tokens + usage.prompt_tokens * is_first,
+                total.cached_tokens + usage.cached_tokens * is_first,
+                total.completion_tokens + usage.completion_tokens,
+                total.reasoning_tokens + usage.reasoning_tokens,
+            )
+        return total
 
     async def told(self) -> AsyncIterator[tuple[int, Any]]:
         """Which answer, and what it tells, as it is told. Raises what ended one of them."""
-        if len(self._asked) == 1:
-            async with contextlib.aclosing(self._read(0)) as told:
+        if self.count == 1:
+            async with contextlib.aclosing(self._read(self._choices[0])) as told:
                 async for piece in told:
                     yield 0, piece
             return
         mailbox: _Mailbox = asyncio.Queue()
-        readers = [asyncio.create_task(self._forward(i, mailbox)) for i in range(len(self._asked))]
+        readers = [asyncio.create_task(self._forward(i, mailbox)) for i in range(self.count)]
         try:
             for _ in readers:  # each ends with None
                 while (told_next := await mailbox.get()) is not None:
@@ -120,8 +129,9 @@ class Answers:
 
     def cancel(self) -> None:
         """Whatever has not ended does so within a step."""
-        for request in self._asked:
-            request.cancel()
+        for choice in self._choices:
+            if choice.request is not None:
+                choice.request.cancel()
 
     def close(self) -> None:
         """Nobody reads them any more; a second call changes nothing."""
@@ -129,28 +139,59 @@ class Answers:
             return
         self._is_open = False
         self.cancel()
-        for request in self._asked:
-            self._desk.metrics.count_tokens(request.usage)
-        self._desk.leave(self, len(self._asked), time.perf_counter() - self._start)
+        for choice in self._choices:
+            self._desk.metrics.count_tokens(choice.usage)
+        self._desk.leave(self, time.perf_counter() - self._start)
 
-    async def _read(self, index: int) -> AsyncGenerator[Any, None]:
-        request, metrics = self._asked[index], self._desk.metrics
+    async def _ask(self, choice: "_Choice") -> Asked:
+        submit = self._desk.engine.submit
+        asked = await beside(self._size, submit, choice.prompt, **choice.options)
+        choice.request = asked
+        if not self._is_open:  # it was closed meanwhile
+            asked.cancel()
+        return asked
+
+    async def _read(self, choice: "_Choice") -> AsyncGenerator[Any, None]:
+        if choice.first is not None:
+            await choice.first.begun.wait()
+        request = choice.request or await self._ask(choice)
         before: float | None = None
-        async for piece in request:
-            now = time.perf_counter()
-            if before is None:
-                metrics.time_first(now - self._start)
-            else:
-                metrics.time_next(now - before)
-            before = now
-            yield piece
+        try:
+            async for piece in request:
+                before = self._time(before)
+                choice.begun.set()
+                yield piece
+        finally:
+            choice.begun.set()
         if request.finish_reason == "cancelled":
             raise ApiError(503, "this server is ending, and did not finish the answer")
 
+    def _time(self, before: float | None) -> float:
+        """Tell the metrics that a piece came, after one that came `before`; when it did."""
+        now = time.perf_counter()
+        if before is None:
+            self._desk.metrics.time_first(now - self._start)
+        else:
+            self._desk.metrics.time_next(now - before)
+        return now
+
     async def _forward(self, index: int, mailbox: _Mailbox) -> None:
         try:
-            async for piece in self._read(index):
+            async for piece in self._read(self._choices[index]):
                 mailbox.put_nowait((index, piece))
         except Exception as error:  # whatever it is, `told` raises it
             mailbox.put_nowait(error)
         mailbox.put_nowait(None)
+
+
+class _Choice:
+    """One answer. `first`: of the same prompt, if this one is not; `begun` once it is told."""
+
+    def __init__(self, prompt: Prompt, options: dict[str, Any], first: "_Choice | None") -> None:
+        self.prompt, self.options, self.first = prompt, options, first
+        self.request: Asked | None = None
+        self.begun = asyncio.Event()
+
+    @property
+    def usage(self) -> Usage:
+        return Usage() if self.request is None else self.request.usage

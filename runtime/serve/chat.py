@@ -19,8 +19,8 @@ from .service import Service
 
 async def create_chat(service: Service, body: ChatBody, request: Request) -> Response:
     service.check_model(body.model)
-    questions = [(body.messages, body.options(choice)) for choice in range(body.n or 1)]
-    answers = await service.desk.ask(questions, len(await request.body()))
+    choices = [body.options(choice) for choice in range(body.n or 1)]
+    answers = await service.desk.ask([(body.messages, choices)], len(await request.body()))
     chat = _Chat(service, body)
     if body.stream:
         return StreamedReply(with_error(chat.events(answers)), answers)

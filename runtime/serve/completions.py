@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from ..errors import InputError
 from ..generated import GeneratedToken
-from .answers import Answers, beside
+from .answers import Answers
+from .beside import beside
 from .chat import usage_object
 from .completion_body import CompletionBody
 from .logprobs import CompletionLogprobs
@@ -27,9 +28,8 @@ async def create_completion(service: Service, body: CompletionBody, request: Req
     size = len(await request.body())
     prompts = [await beside(size, service.prompt_ids, prompt) for prompt in _prompts(body)]
     completion = _Completion(service, body, prompts)
-    choices = range(body.n or 1)
-    questions = [(ids, body.options(choice)) for ids in prompts for choice in choices]
-    answers = await service.desk.ask(questions, size)
+    choices = [body.options(choice) for choice in range(body.n or 1)]
+    answers = await service.desk.ask([(ids, choices) for ids in prompts], size)
     if body.stream:
         return StreamedReply(with_error(completion.events(answers)), answers)
     return await whole_reply(request, answers, completion.whole(answers))

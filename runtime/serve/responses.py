@@ -28,8 +28,8 @@ async def create_response(service: Service, body: ResponseBody, request: Request
     )
     messages = [*before, *read_input(body.input)]
     instructed = [{"role": "developer", "content": body.instructions}] if body.instructions else []
-    questions = [([*instructed, *messages], body.options())]
-    answers = await service.desk.ask(questions, len(await request.body()))
+    question = ([*instructed, *messages], [body.options()])
+    answers = await service.desk.ask([question], len(await request.body()))
     response = _Response(service, body, messages)
     if body.stream:
         return StreamedReply(response.stream(answers), answers)
