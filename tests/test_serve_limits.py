@@ -247,9 +247,6 @@ def nano(engine: Engine) -> Iterator[str]:
         yield url
 
 
-LONG = {"role": "user", "content": "What is 17 + 25? " * 300}
-
-
 def test_pages_of_a_client_that_goes_away_are_free(engine: Engine, nano: str) -> None:
     bias = {"logit_bias": {str(id): -100 for id in stop_ids(engine)}, "max_tokens": 3000}
     streams = [begin_stream(nano, **bias, n=2) for _ in range(3)]
@@ -264,21 +261,6 @@ def test_pages_of_a_client_that_goes_away_are_free(engine: Engine, nano: str) ->
 def stop_ids(engine: Engine) -> list[int]:
     assert engine.tokenizer is not None
     return [engine.tokenizer.special[name] for name in ("<|return|>", "<|call|>", "<|endoftext|>")]
-
-
-def test_a_short_prompt_is_answered_while_a_long_one_is_read(engine: Engine, nano: str) -> None:
-    ended: list[str] = []
-
-    def send(name: str, messages: list[Any]) -> None:
-        ask(nano, body=HELLO | {"messages": messages, "max_tokens": 1})
-        ended.append(name)
-
-    long = threading.Thread(target=send, args=("long", [LONG]))
-    long.start()
-    wait_until(lambda: engine.num_running == 1)
-    send("short", HELLO["messages"])  # type: ignore[arg-type]
-    long.join(PATIENCE)
-    assert ended == ["short", "long"]
 
 
 def test_64_clients_at_once(engine: Engine, nano: str) -> None:
