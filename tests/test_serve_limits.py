@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import random
 import socket
 import threading
 import time
@@ -16,8 +18,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from serving import PATIENCE, ScriptedEngine, serving, serving_script, wait_until
+from test_engine import check_books
 
 from osscompile.runtime import Engine
+from osscompile.runtime.bench.machine import process_bytes
 from osscompile.runtime.serve.app import make_app
 from osscompile.runtime.serve.bodies import MAX_DEPTH
 from osscompile.runtime.serve.gate import Gate
@@ -253,9 +257,7 @@ def test_pages_of_a_client_that_goes_away_are_free(engine: Engine, nano: str) ->
     wait_until(lambda: engine.num_running == 6)
     for stream in streams:
         stream.close()
-    wait_until(lambda: engine.num_running + engine.num_waiting == 0)
-    running = engine._work.scheduler._runner.cache.running
-    assert len(running) == 1  # that of the engine's own model
+    check_books(engine)
 
 
 def stop_ids(engine: Engine) -> list[int]:
@@ -289,3 +291,41 @@ def test_64_clients_at_once(engine: Engine, nano: str) -> None:
     assert not wrong and sorted(order) == [*range(64)]
     late = [place - number for place, number in enumerate(order)]
     assert max(map(abs, late)) <= 4 * engine.sequences, order
+
+
+@pytest.mark.long
+def test_64_clients_for_minutes(engine: Engine, nano: str) -> None:
+    """Some go away; nobody sees an error or a wrong answer, and memory stays as it is."""
+    end = time.monotonic() + float(os.environ.get("OSSCOMPILE_LOAD_SECONDS", "180"))
+    wrong: list[object] = []
+    sizes: list[int] = []
+    asked = [0] * 64
+
+    def client(number: int) -> None:
+        choice = random.Random(number)
+        while time.monotonic() < end:
+            a, b = choice.randrange(50), choice.randrange(50)
+            question = {"role": "user", "content": f"What is {a} + {b}?"}
+            body = {"messages": [question], "temperature": 0, "reasoning_effort": "low"}
+            if choice.random() < 0.1:
+                begin_stream(nano, **body).close()
+                continue
+            status, answer, _ = ask(nano, body=HELLO | body)
+            content = answer["choices"][0]["message"]["content"] if status == 200 else answer
+            asked[number] += 1
+            if f"= {a + b}" not in content:
+                wrong.append((status, content))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(1.0)
+        sizes.append(process_bytes("VmRSS") or 0)
+    middle = len(sizes) // 2
+    print(f"{sum(asked)} answers, {min(asked)} to {max(asked)} a client, {len(wrong)} wrong")
+    print(f"{sizes[middle] >> 20} MiB after half of the time, {sizes[-1] >> 20} at the end")
+    assert all(status == 200 for status, _ in wrong) and len(wrong) < 0.05 * sum(asked)
+    assert min(asked) > 0.5 * max(asked)
+    assert max(sizes[middle:]) < 1.02 * max(sizes[: middle + 1]) + (8 << 20)
+    check_books(engine)
