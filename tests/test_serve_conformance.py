@@ -55,10 +55,16 @@ def test_llm_comply(url: str, suite: str) -> None:
     assert failed.keys() == EXCEPTIONS[suite].keys(), failed
 
 
-def test_no_request_that_fits_the_description_fails_the_server(url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phases", "examples"),
+    [("fuzzing", 20), pytest.param("coverage,fuzzing", 300, marks=pytest.mark.long)],
+)
+def test_no_request_that_fits_the_description_fails_the_server(
+    url: str, phases: str, examples: int, tmp_path: Path
+) -> None:
     pytest.importorskip("schemathesis")
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"]
-    options = ["--checks", "not_a_server_error", "--max-examples", "10", "--no-color"]
-    options += ["--phases", "examples,coverage,fuzzing", "--generation-deterministic"]
+    options = ["--checks", "not_a_server_error", "--max-examples", str(examples), "--no-color"]
+    options += ["--phases", phases, "--generation-deterministic"]
     result = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-5000:]
