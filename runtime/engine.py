@@ -74,6 +74,10 @@ class Engine:
         return Request(mailbox, answer)
 
     @property
+    def is_open(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
     def num_running(self) -> int:
         """Answers that are computed now."""
         return self._work.scheduler.num_running

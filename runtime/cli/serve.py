@@ -5,11 +5,16 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..arguments import whole_number
 from ..engine import SEQUENCES, Engine
 from ..errors import OsscompileError
 from .main import CommandParser, Commands
 from .options import add_kv_memory
+
+if TYPE_CHECKING:
+    from ..serve.replicas import Replicas
 
 HOST, PORT = "127.0.0.1", 8000
 WAITING = 128
@@ -61,6 +66,12 @@ def add_serve(commands: Commands) -> CommandParser:
         metavar="SECONDS",
         help=f"finish answers after SIGTERM for so long (default: {ENDING_SECONDS:g})",
     )
+    command.add_argument(
+        "--replicas",
+        type=int,
+        metavar="N",
+        help="engines in a Ray cluster ($RAY_ADDRESS, or this machine), which Ray keeps alive",
+    )
     command.epilog = f"${KEY_VARIABLE}: the key that clients must show."
     command.set_defaults(command=serve_artifact)
     return command
@@ -80,13 +91,7 @@ def serve_artifact(arguments: argparse.Namespace) -> None:
     key = os.environ.get(KEY_VARIABLE) or None
     address = listen(arguments.host, arguments.port)
     name = arguments.name or name_of(arguments.artifact)
-    with Engine(
-        arguments.artifact,
-        sequences=arguments.sequences,
-        context=arguments.context,
-        kv_memory=arguments.kv_memory,
-        threads=arguments.threads,
-    ) as engine:
+    with _open(arguments) as engine:
         print(f"serving {name} on {address.url} (OpenAI's API: {address.url}/v1)", flush=True)
         if address.is_public:
             who = "who has the key" if key else f"anybody, since there is no ${KEY_VARIABLE}"
@@ -101,6 +106,22 @@ def serve_artifact(arguments: argparse.Namespace) -> None:
             allowed_origins=arguments.allow_origin,
             max_body_bytes=arguments.max_body or MAX_BODY_BYTES,
         )
+
+
+def _open(arguments: argparse.Namespace) -> "Engine | Replicas":
+    names = ("sequences", "context", "kv_memory", "threads")
+    options = {name: getattr(arguments, name) for name in names}
+    if arguments.replicas is None:
+        return Engine(arguments.artifact, **options)
+    count = whole_number("--replicas", arguments.replicas)
+    try:
+        from ..serve.replicas import Replicas
+    except ModuleNotFoundError as error:
+        raise OsscompileError(
+            f"--replicas: expected ray[serve], found no {error.name}; install the extra: "
+            "pip install 'osscompile[ray]'"
+        ) from error
+    return Replicas(arguments.artifact, count, options)
 
 
 def name_of(artifact: str) -> str:

@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -24,7 +25,8 @@ async def create_chat(service: Service, body: ChatBody, request: Request) -> Res
     chat = _Chat(service, body)
     if body.stream:
         return StreamedReply(with_error(chat.events(answers)), answers)
-    return await whole_reply(request, answers, chat.whole(answers))
+    again = partial(create_chat, service, body, request)
+    return await whole_reply(request, answers, chat.whole(answers), again)
 
 
 class _Chat:

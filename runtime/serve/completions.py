@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -32,7 +33,8 @@ async def create_completion(service: Service, body: CompletionBody, request: Req
     answers = await service.desk.ask([(ids, choices) for ids in prompts], size)
     if body.stream:
         return StreamedReply(with_error(completion.events(answers)), answers)
-    return await whole_reply(request, answers, completion.whole(answers))
+    again = partial(create_completion, service, body, request)
+    return await whole_reply(request, answers, completion.whole(answers), again)
 
 
 def _prompts(body: CompletionBody) -> list[str | list[int]]:

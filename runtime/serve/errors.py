@@ -55,6 +55,17 @@ class ApiError(HTTPException):  # which FastAPI lets through where it reads a bo
         return Response(content, self.status_code, self.headers, "application/json")
 
 
+class ReplicaEnded(ApiError):
+    """What computed an answer ended first; who has told nothing of it yet may ask again."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            503,
+            "the replica that computed this answer has ended; ask again",
+            code="replica_ended",
+        )
+
+
 def api_error(error: BaseException) -> ApiError:
     """What a client is told of an error; of a fault of ours, which is logged, only that it is."""
     if isinstance(error, ApiError):

@@ -1,8 +1,8 @@
 """How answers go out: whole, or as server-sent events while they are told."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -10,13 +10,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from .answers import Answers
-from .errors import api_error
+from .errors import ReplicaEnded, api_error
 from .json_text import json_bytes
 
 CLIENT_WENT_AWAY = 499  # nginx's status; nobody reads it
 READ_SECONDS = 60.0  # a client that takes nothing for so long has gone away
-
-T = TypeVar("T")
 
 
 def json_reply(content: object) -> Response:
@@ -32,17 +30,28 @@ def event(data: object, name: str | None = None) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-async def whole_reply(request: Request, answers: Answers, content: Awaitable[object]) -> Response:
-    """What `content` makes of the answers, which are cancelled when the client goes away."""
-    made: asyncio.Future[object] = asyncio.ensure_future(content)
-    gone = asyncio.ensure_future(_client_goes(request))
+async def whole_reply(
+    request: Request,
+    answers: Answers,
+    content: Coroutine[Any, Any, object],
+    again: Callable[[], Awaitable[Response]],
+) -> Response:
+    """What `content` makes of the answers, which are cancelled when the client goes away; or what
+    `again` gives, where a replica ended before they were whole."""
+    made = asyncio.create_task(content)
+    gone = asyncio.create_task(_client_goes(request))
     try:
         await asyncio.wait((made, gone), return_when=asyncio.FIRST_COMPLETED)
-        return json_reply(made.result()) if made.done() else Response(status_code=CLIENT_WENT_AWAY)
+        if not made.done():
+            return Response(status_code=CLIENT_WENT_AWAY)
+        return json_reply(made.result())
+    except ReplicaEnded:
+        pass
     finally:
         made.cancel()
         gone.cancel()
         answers.close()
+    return await again()
 
 
 class StreamedReply(StreamingResponse):

@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -33,7 +34,8 @@ async def create_response(service: Service, body: ResponseBody, request: Request
     response = _Response(service, body, messages)
     if body.stream:
         return StreamedReply(response.stream(answers), answers)
-    return await whole_reply(request, answers, response.whole(answers))
+    again = partial(create_response, service, body, request)
+    return await whole_reply(request, answers, response.whole(answers), again)
 
 
 class _Response:

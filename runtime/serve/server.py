@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from ..engine import Engine
 from ..errors import OsscompileError
 from .answers import Desk
 from .app import MAX_BODY_BYTES, make_app
-from .service import make_service
+from .service import Engines, make_service
 
 BACKLOG = 512  # connections that nobody has accepted yet
 KEEP_ALIVE = 75  # seconds; clients keep connections about that long
@@ -52,7 +51,7 @@ def listen(host: str, port: int) -> Address:
 
 
 def serve(
-    engine: Engine,
+    engine: Engines,
     address: Address,
     *,
     name: str,

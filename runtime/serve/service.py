@@ -2,16 +2,30 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from ..engine import Engine
 from ..errors import InputError
+from ..manifest import Manifest
 from ..tokenizer import Tokenizer
-from .answers import Desk
+from .answers import Asks, Desk
 from .errors import ApiError
 from .gate import Gate
 from .logprobs import Logprobs
 from .metrics import Metrics
 from .response_store import ResponseStore
+
+
+class Engines(Asks, Protocol):
+    """What is served: an Engine, or Replicas."""
+
+    manifest: Manifest
+    tokenizer: Tokenizer | None
+    sequences: int
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class Service:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
 
-def make_service(engine: Engine, name: str, waiting: int) -> Service:
+def make_service(engine: Engines, name: str, waiting: int) -> Service:
     """`waiting`: how many answers may wait for their turn. Raises InputError for a model without a
     tokenizer."""
     if engine.tokenizer is None:
