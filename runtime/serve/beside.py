@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-LONG_BODY = 16 << 10  # bytes of a request that takes longer than milliseconds to tokenise
+LONG_BODY = 4 << 10  # bytes of a request that takes milliseconds to tokenise
 
 T = TypeVar("T")
 Work = ParamSpec("Work")

@@ -133,10 +133,11 @@ def tool_options(
     tools: list[Object] | None, choice: str | Object | None, parallel: bool | None
 ) -> Object:
     """Options of the engine. What it does anyway, it is not asked for."""
+    does_anyway = ("auto",) if tools else ("auto", "none")
     return given(
         {
             "tools": tools or None,
-            "tool_choice": None if choice == "auto" else choice,
+            "tool_choice": None if choice in does_anyway else choice,
             "parallel_tool_calls": None if parallel else parallel,
         }
     )
