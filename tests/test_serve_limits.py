@@ -17,13 +17,20 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from serving import PATIENCE, ScriptedEngine, serving, serving_script, wait_until
+from serving import (
+    PATIENCE,
+    ScriptedEngine,
+    scripted_service,
+    serving,
+    serving_script,
+    wait_until,
+)
 from test_engine import check_books
 
 from osscompile.runtime import Engine
 from osscompile.runtime.bench.machine import process_bytes
 from osscompile.runtime.serve.app import make_app
-from osscompile.runtime.serve.bodies import MAX_DEPTH
+from osscompile.runtime.serve.bodies import MAX_DEPTH, MAX_PATTERN
 from osscompile.runtime.serve.gate import Gate
 from osscompile.runtime.serve.service import make_service
 
@@ -88,6 +95,7 @@ def with_schema(schema: object) -> dict[str, Any]:
         (400, HELLO | {"messages": HELLO["messages"] * 1400, "temperature": "hot"}),
         (400, b'{"model": "scripted", "messages": [{}], "temperature": NaN}'),
         (400, with_schema(nested(MAX_DEPTH))),
+        (400, with_schema({"type": "string", "pattern": "a?" * MAX_PATTERN})),
         (400, b'{"model": "scripted", "messages": ' + b"[" * 3000 + b"]" * 3000 + b"}"),
         (404, HELLO | {"model": "\ud800"}),
         (413, b'"' + b"x" * 100_000 + b'"'),
@@ -217,6 +225,14 @@ def test_the_gate_drains() -> None:
         return in_time, await gate.drain(PATIENCE)
 
     assert asyncio.run(drain()) == (False, True)
+
+
+def test_a_server_that_ends_lets_nobody_in() -> None:
+    service = scripted_service(ScriptedEngine())
+    service.desk.gate.ending = True
+    with serving(make_app(service)) as url:
+        assert ask(url)[0] == ask(url, "/health", None, "GET")[0] == 503
+        assert ask(url, "/v1/models", None, "GET")[0] == 200
 
 
 def test_metrics(url: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 MAX_DEPTH = 64  # of lists and objects within each other; the deepest of them are schemas
+MAX_PATTERN = 1000  # characters of a regular expression in a schema
 MAX_MESSAGES = 4096
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
@@ -102,10 +103,10 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_depth(cls, body: Any) -> Any:
+    def _check_schemas(cls, body: Any) -> Any:
         """Whatever reads a schema goes down into it, and Python does so a thousand times only."""
         level, depth = [body], 0
-        while level := [v for container in level for v in _values(container)]:
+        while level := [value for container in level for value in _values(container)]:
             depth += 1
             if depth > MAX_DEPTH:
                 raise ValueError(f"expected at most {MAX_DEPTH} levels of nesting, found more")
@@ -144,6 +145,10 @@ def tool_options(
 
 
 def _values(value: Any) -> Iterable[Any]:
+    """What is in a list or an object. Raises ValueError for a pattern that is too long."""
     if isinstance(value, dict):
+        pattern = value.get("pattern")
+        if isinstance(pattern, str) and len(pattern) > MAX_PATTERN:
+            raise ValueError(f"expected patterns of at most {MAX_PATTERN} characters, found more")
         return value.values()
     return value if isinstance(value, list) else ()
