@@ -34,7 +34,7 @@ EVENTS = "response.reasoning_text"
 
 @pytest.fixture(scope="module")
 def url(nano_artifact: Path) -> Iterator[str]:
-    """Of nano, which says the same every time unless it is asked otherwise, and not much."""
+    """A server of nano, which says the same every time unless it is asked otherwise."""
     with Engine(nano_artifact, context=256) as engine:
         engine.submit = partial(engine.submit, temperature=0)  # type: ignore[method-assign]
         with serving(make_app(make_service(engine, "nano", 100))) as url:

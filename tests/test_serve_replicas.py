@@ -27,6 +27,11 @@ with warnings.catch_warnings(action="ignore"):  # its own use of pydantic
 OPTIONS = {"sequences": 8, "context": 1024, "threads": 1}
 
 
+def test_more_replicas_than_there_is_room_for(nano_artifact: Path) -> None:
+    with pytest.raises(InputError, match=r"at most .* CPU of the Ray cluster, found 9999"):
+        Replicas(nano_artifact, 9999, OPTIONS)
+
+
 @pytest.fixture(scope="module")
 def replicas(nano_artifact: Path) -> Iterator[Replicas]:
     with Replicas(nano_artifact, 2, OPTIONS) as replicas:

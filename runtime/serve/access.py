@@ -64,5 +64,5 @@ class BodyLimit:
 
 
 def origins(given: Sequence[str]) -> list[str]:
-    """Of pages that may ask from a browser; without the slash that people copy with them."""
+    """Pages that may ask from a browser; without the slash that people copy with them."""
     return [origin.rstrip("/") for origin in given]

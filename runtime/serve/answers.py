@@ -71,7 +71,7 @@ class Desk:
 
 
 class Answers:
-    """Of one HTTP request, which must `close` them: only then is their room free."""
+    """All that one HTTP request asked for. It must `close` them: only then is their room free."""
 
     def __init__(self, desk: Desk, questions: Sequence[Question], size: int) -> None:
         self._desk, self._size, self._start = desk, size, time.perf_counter()

@@ -46,7 +46,7 @@ def make_app(
     allowed_origins: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> ASGIApp:
-    """Of what a server serves. `api_key`: what callers must show; `allowed_origins`: of pages whose
+    """The application. `api_key`: what callers must show; `allowed_origins`: those of pages whose
     scripts may ask from a browser."""
     app = FastAPI(
         title="osscompile",

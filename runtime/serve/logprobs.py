@@ -17,7 +17,7 @@ class Logprobs:
         self._message = tokenizer.special["<|message|>"]
 
     def of_content(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        """Of the tokens of a piece of text; those of the header before it are left out."""
+        """Tokens of a piece of text, without those of the header before it."""
         ids = [sample.token_id for sample in samples]
         header = len(ids) - ids[::-1].index(self._message) if self._message in ids else 0
         return [*map(self._token, samples[header:])]

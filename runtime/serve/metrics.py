@@ -61,7 +61,7 @@ class Metrics:
         self._between.observe(seconds)
 
     def count_tokens(self, usage: Usage) -> None:
-        """Of an answer that has ended."""
+        """An answer has ended."""
         for name, counter in self._tokens.items():
             counter.inc(getattr(usage, f"{name}_tokens"))
 

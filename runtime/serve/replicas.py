@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError
 
 from ..artifact import open_artifact
 from ..engine import Engine
+from ..errors import InputError
 from ..questions import Questions
 from ..usage import Usage
 from .errors import ApiError, ReplicaEnded
@@ -55,7 +56,7 @@ class Replicas:
     """As one engine: `count` replicas with the `options` of Engine, in a Ray cluster that is there
     (RAY_ADDRESS) or on this machine. The artifact has the same path on all machines.
 
-    Raises ArtifactError for one that does not run here.
+    Raises ArtifactError for one that does not run here, InputError for more than the cluster holds.
     """
 
     def __init__(self, artifact: str | Path, count: int, options: Mapping[str, Any]) -> None:
@@ -70,10 +71,17 @@ class Replicas:
         ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-        needs = {"num_cpus": 1} if opened.manifest.on_cpu else {"num_gpus": 1}
+        resource = "CPU" if opened.manifest.on_cpu else "GPU"
+        most = int(ray.cluster_resources().get(resource, 0))
+        if count > most:  # Ray would wait for more
+            ray.shutdown()
+            raise InputError(
+                f"--replicas: expected at most {most}, one for each {resource} of the Ray cluster, "
+                f"found {count}"
+            )
         deployment = serve.deployment(
             Replica,
-            ray_actor_options=needs,
+            ray_actor_options={f"num_{resource.lower()}s": 1},
             max_ongoing_requests=1 << 20,  # the server has a queue of its own
             health_check_period_s=1,
         )

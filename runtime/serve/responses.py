@@ -10,6 +10,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from ..harmony import Finish, Piece
+from ..sampling_options import Sampling
 from ..usage import Usage
 from .answers import Answers
 from .errors import ApiError, api_error
@@ -48,7 +49,7 @@ class _Response:
         self._messages = messages
         options = body.options()
         self._output = OutputItems(service.logprobs if "logprobs" in options else None)
-        self._told = _echo(body) | {
+        self._told = _echo(body, service.sampling) | {
             "id": f"resp_{uuid.uuid4().hex}",
             "created_at": int(time.time()),
             "model": service.name,
@@ -106,7 +107,7 @@ class _Response:
         return event(numbered, told["type"])
 
 
-def _echo(body: ResponseBody) -> dict[str, Any]:
+def _echo(body: ResponseBody, default: Sampling) -> dict[str, Any]:
     """What a response says of its request."""
     text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
     tools = [
@@ -133,8 +134,8 @@ def _echo(body: ResponseBody) -> dict[str, Any]:
             "effort": (body.reasoning and body.reasoning.effort) or "medium",
             "summary": body.reasoning and body.reasoning.summary,
         },
-        "temperature": 1.0 if body.temperature is None else body.temperature,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "temperature": default.temperature if body.temperature is None else body.temperature,
+        "top_p": default.top_p if body.top_p is None else body.top_p,
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
         "top_logprobs": body.top_logprobs or 0,

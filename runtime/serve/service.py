@@ -6,6 +6,7 @@ from typing import Protocol
 
 from ..errors import InputError
 from ..manifest import Manifest
+from ..sampling_options import Sampling
 from ..tokenizer import Tokenizer
 from .answers import Asks, Desk
 from .errors import ApiError
@@ -34,6 +35,7 @@ class Service:
     fingerprint: str  # tells answers of this artifact from those of another
     tokenizer: Tokenizer
     desk: Desk
+    sampling: Sampling = field(default_factory=Sampling)  # where a request does not say how
     store: ResponseStore = field(default_factory=ResponseStore)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -76,4 +78,5 @@ def make_service(engine: Engines, name: str, waiting: int) -> Service:
     gate = Gate(engine.sequences, waiting)
     metrics = Metrics(lambda: engine.num_running, lambda: engine.num_waiting)
     fingerprint = f"osc_{engine.manifest.sha256[:16]}"
-    return Service(name, fingerprint, engine.tokenizer, Desk(engine, gate, metrics))
+    desk = Desk(engine, gate, metrics)
+    return Service(name, fingerprint, engine.tokenizer, desk, engine.manifest.sampling)
