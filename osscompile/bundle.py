@@ -13,12 +13,14 @@ NAME = "osscompile_runtime"
 README = """\
 The runtime of osscompile. In the environment that imports it:
     pip install apache-tvm-ffi==0.1.14.post1 numpy tokenizers
-(for an OpenCL artifact also pyopencl, for a checkpoint's own chat template jinja2.)
+(for an OpenCL artifact also pyopencl, for a checkpoint's own chat template jinja2,
+to serve fastapi, uvicorn and prometheus_client.)
 Then, with the folder above this one on the Python path:
     import osscompile_runtime
     model = osscompile_runtime.load("OUT")
 or in that folder:
     python -m osscompile_runtime run OUT              a chat; with a question, its answer
+    python -m osscompile_runtime serve OUT            OpenAI's API over HTTP, and a page to chat
     python -m osscompile_runtime inspect OUT          what it is, and the memory that it needs
     python -m osscompile_runtime bench OUT            how fast it is here
     python -m osscompile_runtime.measure DIR          candidates of `osscompile tune --emit DIR`

@@ -43,6 +43,7 @@ class Engine:
     ) -> None:
         model = open_model(artifact, context, kv_memory, threads, variant, sequences=sequences)
         self.manifest, self.context, self.tokenizer = model.manifest, model.context, model.tokenizer
+        self.sequences = sequences
         self._questions = model._questions
         self._work = _Work(Scheduler(model._runner, self.manifest.chunk, sequences))
         self._thread = threading.Thread(
@@ -88,6 +89,20 @@ class Engine:
             self.submit, self.context, self.tokenizer, messages, tools, python, max_rounds, options
         )
 
+    @property
+    def is_open(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_running(self) -> int:
+        """Answers that are computed now."""
+        return self._work.scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers that wait for their turn."""
+        return self._work.scheduler.num_waiting
+
     def close(self) -> None:
         """End all answers, and the engine."""
         self._closing()
@@ -128,7 +143,7 @@ class _Work:
     the engine, which is closed when nobody does."""
 
     def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._changed = threading.Condition()
         self._closed = False
 
@@ -136,7 +151,7 @@ class _Work:
         with self._changed:
             if self._closed:
                 raise OsscompileError("engine: expected one that is open, found it closed")
-            self._scheduler.add(answer)
+            self.scheduler.add(answer)
             self._changed.notify()
 
     def close(self) -> None:
@@ -147,11 +162,11 @@ class _Work:
     def run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._scheduler.has_work)
+                self._changed.wait_for(lambda: self._closed or self.scheduler.has_work)
                 if self._closed:
                     break
             try:
-                driver().call(self._scheduler.step)
+                driver().call(self.scheduler.step)
             except DriverEnded:
                 self.close()
             except BaseException as error:  # a fault of ours: whoever waits must hear of it
@@ -159,7 +174,7 @@ class _Work:
         self._end_all(OsscompileError("engine: it was closed before the answer ended"))
 
     def _end_all(self, error: BaseException) -> None:
-        end_all = partial(self._scheduler.end_all, error)
+        end_all = partial(self.scheduler.end_all, error)
         try:
             driver().call(end_all)
         except DriverEnded:  # no other thread uses the scheduler any more

@@ -65,6 +65,14 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     def run(self, answers: Iterable[Answer]) -> None:
         """Compute answers until all have ended. Raises the error of the first that one ended."""
         asked = list(answers)
@@ -137,20 +145,37 @@ class Scheduler:
 
     def _rows(self) -> list[tuple[Answer, Rows]]:
         """What the next step computes; there are pages for it."""
-        telling = sum(answer.missing() == 1 for answer in self._running)
-        left = min(self._chunk, telling + ROWS_BESIDE) if telling else self._chunk
-        left -= telling
+        running = list(self._running)
         rows: list[tuple[Answer, Rows]] = []
-        for answer in list(self._running):
+        for answer, count in zip(running, self._share([a.missing() for a in running]), strict=True):
             if answer.sequence is None:  # it has to wait
                 continue
             missing = answer.missing()
-            count = 1 if missing == 1 else min(missing, left)
             if count == 0 or not self._make_room(answer, count):
                 continue
-            left -= count if missing > 1 else 0
             ids = answer.tokens[-missing:][:count]
             rows.append((answer, Rows(answer.sequence, ids, int(count == missing))))
+        return rows
+
+    def _share(self, missing: list[int]) -> list[int]:
+        """How many rows each answer gets, the oldest first, of those that it misses.
+
+        One that is told gets its next token. Of what is left for prompts half is the oldest's, and
+        the shortest gets the rest, so that neither waits for the other; between equals the older
+        one comes first.
+        """
+        telling = missing.count(1)
+        left = min(self._chunk, telling + ROWS_BESIDE) if telling else self._chunk
+        left -= telling
+        rows = [int(count == 1) for count in missing]
+        prompts = [i for i, count in enumerate(missing) if count > 1]
+        for oldest in prompts[:1]:
+            rows[oldest] = min(missing[oldest], (left + 1) // 2)
+            left -= rows[oldest]
+        for i in sorted(prompts, key=missing.__getitem__):
+            more = min(missing[i] - rows[i], left)
+            rows[i] += more
+            left -= more
         return rows
 
     def _make_room(self, answer: Answer, count: int) -> bool:

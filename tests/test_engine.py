@@ -42,7 +42,7 @@ def engine(talker: Path) -> Iterator[Engine]:
 
 def wait_until_idle(engine: Engine) -> None:
     end = time.monotonic() + PATIENCE
-    while engine._work._scheduler.has_work:
+    while engine._work.scheduler.has_work:
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -51,7 +51,7 @@ def check_books(engine: Engine) -> None:
     """Once an engine is idle, no sequence runs but that of its model, and every page is free, or
     one node of the tree holds it."""
     wait_until_idle(engine)
-    cache = engine._work._scheduler._runner.cache
+    cache = engine._work.scheduler._runner.cache
     assert len(cache.running) == 1
     cache._count()
     nodes = list(cache.root.below())
@@ -218,7 +218,7 @@ def test_errors_of_the_device_reach_who_asked(
         raise error
 
     error: Exception
-    device = engine._work._scheduler._runner.device
+    device = engine._work.scheduler._runner.device
     for error in (ArtifactError("a broken device"), RuntimeError("a fault of ours")):
         with monkeypatch.context() as patch:
             patch.setattr(device, "run", fail)

@@ -270,6 +270,37 @@ def test_an_error_of_the_device_ends_all(model: Model, monkeypatch: pytest.Monke
     assert len(model.generate_batch([[1], [2]], max_tokens=3)) == 2
 
 
+@pytest.mark.parametrize(
+    ("missing", "rows"),
+    [
+        ([1, 1], [1, 1]),
+        ([100, 1], [31, 1]),  # CHUNK is 32
+        ([100, 5], [27, 5]),  # a short prompt beside a long one, which loses no more than it takes
+        ([100, 90], [16, 16]),
+        ([100, 90, 5], [16, 11, 5]),
+        ([90, 90, 90], [32, 0, 0]),  # of equals the oldest
+        ([3, 2], [3, 2]),
+        ([1, 2, 40, 1], [1, 2, 28, 1]),
+    ],
+)
+def test_rows_of_a_step(model: Model, missing: list[int], rows: list[int]) -> None:
+    assert Scheduler(model._runner, CHUNK, 16)._share(missing) == rows
+
+
+def test_a_short_prompt_is_told_while_a_long_one_is_read(model: Model) -> None:
+    questions = model._questions
+    asked = [questions.of_ids(random_ids(count), max_tokens=1) for count in (5 * CHUNK, 3)]
+    told: list[GeneratedToken] = []
+    long, short = (Answer(q, questions.sampler(q), told.append) for q in asked)
+    scheduler = Scheduler(model._runner, CHUNK, 16)
+    scheduler.add(long)
+    on_device(model, scheduler.step)
+    scheduler.add(short)
+    on_device(model, scheduler.step)
+    assert len(told) == 1 and short.sequence is None and long.missing() > 2 * CHUNK
+    on_device(model, lambda: scheduler.end_all(None))
+
+
 # --- What is not a number ---------------------------------------------------------------------
 
 

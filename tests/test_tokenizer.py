@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from osscompile.runtime.errors import ArtifactError, InputError
-from osscompile.runtime.tokenizer import REQUIRED_SPECIALS, StreamDecoder, Tokenizer
+from osscompile.runtime.tokenizer import LONG_TEXT, REQUIRED_SPECIALS, StreamDecoder, Tokenizer
 
 SPECIALS = ("<|startoftext|>", *REQUIRED_SPECIALS, "<|reserved_9|>")
 TEXTS = (
@@ -50,6 +52,33 @@ def test_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "<|start|>", "x", " "])
+def test_long_text_is_encoded_as_if_it_were_short(
+    tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another function of the library does it."""
+    text = text * (LONG_TEXT // max(1, len(text)) + 1)
+    found = tokenizer.encode(text)
+    monkeypatch.setattr("osscompile.runtime.tokenizer.LONG_TEXT", 1 << 30)
+    assert found == tokenizer.encode(text)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    """They get several turns before it is done."""
+    text, ticks = "The quick brown fox jumps over 17 dogs. " * 20_000, 0
+
+    def tick() -> None:
+        nonlocal ticks
+        while encoding.is_alive():
+            ticks += 1
+            time.sleep(0.001)
+
+    encoding = threading.Thread(target=tokenizer.encode, args=(text,))
+    encoding.start()
+    tick()
+    assert ticks > 5
 
 
 def test_special_tokens_inside_text_stay_text(tokenizer: Tokenizer) -> None:

@@ -14,12 +14,14 @@ from .list import add_list
 from .measure_fidelity import add_measure_fidelity
 from .rm import add_rm
 from .run import add_run
+from .serve import add_serve
 from .targets import add_targets
 from .tune import add_tune
 
 COMMANDS = (
     add_compile,
     add_run,
+    add_serve,
     add_list,
     add_rm,
     add_inspect,

@@ -10,7 +10,7 @@ from ..artifact import ALWAYS_HASHED_BYTES, read_manifest
 from ..errors import InputError
 from ..model import Model, load
 from .chat import converse
-from .main import Commands
+from .main import CommandParser, Commands
 from .options import add_kv_memory, utf8_text
 from .prompt import STDIN, read_prompt, read_text_file
 from .terminal import say_stage
@@ -25,7 +25,7 @@ OPTIONS = (
 )
 
 
-def add_run(commands: Commands) -> argparse.ArgumentParser:
+def add_run(commands: Commands) -> CommandParser:
     command = commands.add_parser("run", help="ask a compiled model, or chat with it")
     command.add_argument("artifact", metavar="OUT")
     command.add_argument(

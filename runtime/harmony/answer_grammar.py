@@ -12,11 +12,12 @@ def answer_grammars(
 ) -> Sequence[Grammar]:
     """The grammar of what follows `<|start|>assistant`, and those that it refers to.
 
-    answer: of the text on channel final, None for an answer that only calls; calls: of the arguments, by recipient. A message of
-    analysis may come first, and before a call or an answer beside calls one of commentary; both are
-    any text. Then comes the answer or a call: without one of them the grammar accepts no end. What
-    the model was not trained to write has no place: text without a header, a second answer, special
-    tokens within a text. `<|end|>` may end the answer as `<|return|>` does.
+    answer: of the text on channel final, None for an answer that only calls; calls: of the
+    arguments, by recipient. A message of analysis may come first, and before a call or an answer
+    beside calls one of commentary; both are any text. Then comes the answer or a call: without one
+    of them the grammar accepts no end. What the model was not trained to write has no place: text
+    without a header, a second answer, special tokens within a text. `<|end|>` may end the answer as
+    `<|return|>` does.
     """
     sign = {name: f"<[{id}]>" for name, id in special.items()}
     channel, message, constrain = sign["<|channel|>"], sign["<|message|>"], sign["<|constrain|>"]

@@ -1,0 +1,127 @@
+"""Servers in this process, for tests: of a model, or of an engine that says what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from talker import TOKENIZER
+
+from osscompile.runtime import Finish, InputError, Piece, Usage
+from osscompile.runtime.generated import GeneratedToken, PieceMaker
+from osscompile.runtime.sampling_options import SamplingOptions
+from osscompile.runtime.serve.answers import Desk
+from osscompile.runtime.serve.app import make_app
+from osscompile.runtime.serve.gate import Gate
+from osscompile.runtime.serve.metrics import Metrics
+from osscompile.runtime.serve.server import listen
+from osscompile.runtime.serve.service import Service
+from osscompile.runtime.tokenizer import Tokenizer
+
+PATIENCE = 60.0  # seconds, after which a test has hung
+FINAL = "<|channel|>final<|message|>"
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """The address of a server that runs in a thread."""
+    address = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    thread = threading.Thread(
+        target=lambda: asyncio.run(server.serve(sockets=[address.socket])), daemon=True
+    )
+    thread.start()
+    try:
+        yield address.url
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+class ScriptedEngine:
+    """Says harmony text to every question, a token at a time, `seconds` apart."""
+
+    def __init__(self, said: str = f"{FINAL}Yes.<|return|>", seconds: float = 0.0) -> None:
+        self.tokenizer, self.seconds = Tokenizer(TOKENIZER), seconds
+        self.told = [*pieces_of(self.tokenizer, said)]
+        self.error: Exception | None = None  # raised in place of the last piece
+        self.asked: list[tuple[Any, dict[str, Any]]] = []
+        self.requests: list[ScriptedRequest] = []
+
+    def submit(self, prompt: Any, **options: Any) -> ScriptedRequest:
+        if isinstance(prompt, Sequence) and any("refuse" in str(m) for m in prompt):
+            raise InputError("messages[0].content: expected another, found this")
+        self.asked.append((prompt, options))
+        request = ScriptedRequest(self)
+        self.requests.append(request)
+        return request
+
+
+class ScriptedRequest:
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self.usage, self.finish_reason = Usage(7, 3), None
+        self._engine, self.cancelled = engine, False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        told = self._engine.told
+        for pieces, usage in told:
+            await asyncio.sleep(self._engine.seconds)
+            if self.cancelled:
+                self.finish_reason = "cancelled"
+                return
+            if pieces is told[-1][0] and self._engine.error is not None:
+                raise self._engine.error
+            self.usage = usage
+            for piece in pieces:
+                if isinstance(piece, Finish):
+                    self.usage, self.finish_reason = piece.usage, piece.reason
+                yield piece
+
+
+def pieces_of(tokenizer: Tokenizer, said: str) -> Iterator[tuple[list[Piece], Usage]]:
+    """What each token tells, and what all took then."""
+    maker = PieceMaker(tokenizer, SamplingOptions(), [])
+    for count, id in enumerate(harmony_ids(tokenizer, said), 1):
+        usage = Usage(7, 3, count)
+        yield maker.push(GeneratedToken(id, usage=usage)), usage
+
+
+def harmony_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    parts = re.split(r"(<\|\w+\|>)", text)
+    return [
+        id
+        for part in parts
+        for id in (
+            [tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part)
+        )
+    ]
+
+
+def scripted_service(engine: ScriptedEngine, running: int = 4, waiting: int = 100) -> Service:
+    metrics = Metrics(lambda: 0, lambda: 0)
+    desk = Desk(engine, Gate(running, waiting), metrics)
+    return Service("scripted", "osc_test", engine.tokenizer, desk)
+
+
+@contextmanager
+def serving_script(engine: ScriptedEngine, **options: Any) -> Iterator[str]:
+    """`options`: of `make_app`, and running and waiting."""
+    room = {name: options.pop(name) for name in ("running", "waiting") if name in options}
+    with serving(make_app(scripted_service(engine, **room), **options)) as url:
+        yield url

@@ -1,0 +1,347 @@
+"""What a server refuses, and how it stays fair and whole: bad bodies, keys, full queues, clients
+that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from serving import (
+    PATIENCE,
+    ScriptedEngine,
+    scripted_service,
+    serving,
+    serving_script,
+    wait_until,
+)
+from test_engine import check_books
+
+from osscompile.runtime import Engine
+from osscompile.runtime.bench.machine import process_bytes
+from osscompile.runtime.serve.app import make_app
+from osscompile.runtime.serve.bodies import MAX_DEPTH, MAX_PATTERN
+from osscompile.runtime.serve.gate import Gate
+from osscompile.runtime.serve.service import make_service
+
+HELLO = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
+CHAT = "/v1/chat/completions"
+
+
+def ask(
+    url: str,
+    path: str = CHAT,
+    body: object = HELLO,
+    method: str = "POST",
+    **headers: str,
+) -> tuple[int, Any, http.client.HTTPResponse]:
+    """Status, JSON or text, and what else of the answer there is."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, data, {"Content-Type": "application/json"} | names)
+    response = connection.getresponse()
+    content = response.read().decode()
+    connection.close()
+    is_json = response.headers.get_content_type() == "application/json"
+    return response.status, json.loads(content) if is_json and content else content, response
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving_script(ScriptedEngine(), max_body_bytes=100_000) as url:
+        yield url
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+def with_schema(schema: object) -> dict[str, Any]:
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    return HELLO | {"tools": [tool]}
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b""),
+        (400, b"{"),
+        (400, b"[]"),
+        (400, b"\xff\xfe"),
+        (400, b'"text"'),
+        (400, b"[" * 50_000),
+        (400, {"model": "scripted"}),
+        (400, {"messages": HELLO["messages"]}),
+        (400, HELLO | {"messages": []}),
+        (400, HELLO | {"messages": "Hello"}),
+        (400, HELLO | {"messages": [{"role": "user", "content": "refuse"}]}),
+        (400, HELLO | {"stream": "yes"}),
+        (400, HELLO | {"seed": 1 << 70}),
+        (400, HELLO | {"n": 1000}),
+        (400, HELLO | {"messages": HELLO["messages"] * 1400, "temperature": "hot"}),
+        (400, b'{"model": "scripted", "messages": [{}], "temperature": NaN}'),
+        (400, with_schema(nested(MAX_DEPTH))),
+        (400, with_schema({"type": "string", "pattern": "a?" * MAX_PATTERN})),
+        (400, b'{"model": "scripted", "messages": ' + b"[" * 3000 + b"]" * 3000 + b"}"),
+        (404, HELLO | {"model": "\ud800"}),
+        (413, b'"' + b"x" * 100_000 + b'"'),
+    ],
+)
+def test_bad_bodies(url: str, status: int, body: object) -> None:
+    found, answer, _ = ask(url, body=body)
+    assert found == status, answer
+    error = answer["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and len(error["message"]) < 500
+
+
+def test_a_schema_may_be_as_deep_as_people_write_them(url: str) -> None:
+    assert ask(url, body=with_schema(nested(20)))[0] == 200
+
+
+def test_a_body_that_does_not_say_its_size_is_cut(url: str) -> None:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+    chunks = (b"x" * 20_000 for _ in range(50))
+    headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked"}
+    try:
+        connection.request("POST", CHAT, chunks, headers, encode_chunked=True)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # it answered before all had been sent
+    response = connection.getresponse()
+    assert response.status == 413 and json.loads(response.read())["error"]
+
+
+def test_other_paths_and_methods(url: str) -> None:
+    for status, method, path in (
+        (404, "GET", "/v1/nothing"),
+        (404, "POST", "/v1/embeddings"),
+        (405, "GET", CHAT),
+        (405, "DELETE", "/health"),
+        (400, "POST", "/v1/responses"),
+    ):
+        found, answer, _ = ask(url, path, None, method)
+        assert (found, answer["error"]["type"]) == (status, "invalid_request_error")
+
+
+def test_a_page_elsewhere_cannot_ask_without_leave(url: str) -> None:
+    """A form of another page may be sent without asking first, but not as JSON."""
+    found, answer, response = ask(
+        url, Origin="https://elsewhere.example", Content_Type="text/plain"
+    )
+    assert found == 400 and "application/json" in answer["error"]["message"]
+    assert response.headers["access-control-allow-origin"] is None
+
+
+def test_pages_that_may_ask_are_named() -> None:
+    app = {"allowed_origins": ["https://friend.example/"], "api_key": "k"}
+    with serving_script(ScriptedEngine(), **app) as url:
+        for origin, allowed in (
+            ("https://friend.example", "https://friend.example"),
+            ("https://elsewhere.example", None),
+        ):
+            asks = {"Access_Control_Request_Method": "POST", "Origin": origin}
+            _, _, preflight = ask(url, body=None, method="OPTIONS", **asks)
+            assert preflight.headers["access-control-allow-origin"] == allowed
+        _, _, refused = ask(url, Origin="https://friend.example")
+        assert refused.status == 401  # a page may read why
+        assert refused.headers["access-control-allow-origin"] == "https://friend.example"
+
+
+def test_an_api_key() -> None:
+    with serving_script(ScriptedEngine(), api_key="secret") as url:
+        for status, headers in (
+            (401, {}),
+            (401, {"Authorization": "Bearer Secret"}),
+            (401, {"Authorization": "secret"}),
+            (401, {"Authorization": "Bearer s\xe9cret"}),
+            (200, {"Authorization": "Bearer secret"}),
+        ):
+            found, answer, _ = ask(url, **headers)
+            assert found == status
+            if status == 401:
+                assert answer["error"]["code"] == "invalid_api_key"
+        for path, status in (("/", 200), ("/health", 200), ("/metrics", 401), ("/v1/models", 401)):
+            assert ask(url, path, None, "GET")[0] == status
+
+
+def test_a_full_queue_says_when_to_come_again() -> None:
+    engine = ScriptedEngine(seconds=0.02)
+    with serving_script(engine, running=1, waiting=2) as url:
+        streams = [begin_stream(url, n=n) for n in (1, 2)]
+        status, answer, response = ask(url)
+        assert (status, answer["error"]["code"]) == (429, "queue_full")
+        assert int(response.headers["retry-after"]) >= 1
+        assert ask(url, body=HELLO | {"n": 4})[0] == 400  # which never fits
+        for stream in streams:
+            stream.close()
+        wait_until(lambda: all(request.cancelled for request in engine.requests))
+        assert ask(url)[0] == 200
+
+
+def begin_stream(url: str, **options: Any) -> socket.socket:
+    """A connection that has read the head of a stream."""
+    body = json.dumps(HELLO | {"stream": True} | options).encode()
+    connection = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), PATIENCE)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert connection.recv(12) == b"HTTP/1.1 200"
+    return connection
+
+
+def test_a_client_that_goes_away_ends_its_answer() -> None:
+    engine = ScriptedEngine(seconds=0.05)
+    with serving_script(engine) as url:
+        begin_stream(url).close()
+        wait_until(lambda: engine.requests[0].cancelled)
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+        connection.request("POST", CHAT, json.dumps(HELLO), {"Content-Type": "application/json"})
+        wait_until(lambda: len(engine.requests) == 2)
+        connection.close()
+        wait_until(lambda: engine.requests[1].cancelled)
+        metrics = ask(url, "/metrics", None, "GET")[1]
+    assert 'status="499"' in metrics
+
+
+def test_the_gate_drains() -> None:
+    async def drain() -> tuple[bool, bool]:
+        gate = Gate(1, 1)
+        gate.enter(1)
+        in_time = await gate.drain(0.01)
+        asyncio.get_running_loop().call_later(0.01, gate.leave, 1, 0.1)
+        return in_time, await gate.drain(PATIENCE)
+
+    assert asyncio.run(drain()) == (False, True)
+
+
+def test_a_server_that_ends_lets_nobody_in() -> None:
+    service = scripted_service(ScriptedEngine())
+    service.desk.gate.ending = True
+    with serving(make_app(service)) as url:
+        assert ask(url)[0] == ask(url, "/health", None, "GET")[0] == 503
+        assert ask(url, "/v1/models", None, "GET")[0] == 200
+
+
+def test_metrics(url: str) -> None:
+    ask(url)
+    text = ask(url, "/metrics", None, "GET")[1]
+    values = {
+        name: float(value)
+        for line in text.splitlines()
+        if not line.startswith("#")
+        for name, value in [line.rsplit(" ", 1)]
+    }
+    assert values[f'osscompile_requests_total{{path="{CHAT}",status="200"}}'] >= 1
+    assert values["osscompile_prompt_tokens_total"] % 7 == 0
+    assert values["osscompile_cached_tokens_total"] % 3 == 0
+    assert values["osscompile_completion_tokens_total"] > 0
+    assert values["osscompile_time_to_first_token_seconds_count"] >= 1
+    assert {"osscompile_answers_running", "osscompile_answers_waiting"} <= values.keys()
+
+
+# With a model
+
+
+@pytest.fixture(scope="module")
+def engine(nano_artifact: Path) -> Iterator[Engine]:
+    with Engine(nano_artifact, sequences=8) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def nano(engine: Engine) -> Iterator[str]:
+    with serving(make_app(make_service(engine, "scripted", 100))) as url:
+        yield url
+
+
+def test_pages_of_a_client_that_goes_away_are_free(engine: Engine, nano: str) -> None:
+    bias = {"logit_bias": {str(id): -100 for id in stop_ids(engine)}, "max_tokens": 3000}
+    streams = [begin_stream(nano, **bias, n=2) for _ in range(3)]
+    wait_until(lambda: engine.num_running == 6)
+    for stream in streams:
+        stream.close()
+    check_books(engine)
+
+
+def stop_ids(engine: Engine) -> list[int]:
+    assert engine.tokenizer is not None
+    return [engine.tokenizer.special[name] for name in ("<|return|>", "<|call|>", "<|endoftext|>")]
+
+
+def test_64_clients_at_once(engine: Engine, nano: str) -> None:
+    """Each asks and streams; answers of one size end in the order in which they were asked for, but
+    for those that run together."""
+    order: list[int] = []
+    wrong: list[object] = []
+    lock = threading.Lock()
+
+    def client(number: int) -> None:
+        question = f"What is {number} + 9?"
+        body = HELLO | {"messages": [{"role": "user", "content": question}], "temperature": 0}
+        status, answer, _ = ask(nano, body=body)
+        content = answer["choices"][0]["message"]["content"] if status == 200 else answer
+        with lock:
+            order.append(number)
+            if content != f"{number} + 9 = {number + 9}.":
+                wrong.append(content)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.002)  # so that they are asked in this order
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not wrong and sorted(order) == [*range(64)]
+    late = [place - number for place, number in enumerate(order)]
+    assert max(map(abs, late)) <= 4 * engine.sequences, order
+
+
+@pytest.mark.long
+def test_64_clients_for_minutes(engine: Engine, nano: str) -> None:
+    """Some go away; nobody sees an error or a wrong answer, and memory stays as it is."""
+    end = time.monotonic() + float(os.environ.get("OSSCOMPILE_LOAD_SECONDS", "180"))
+    wrong: list[object] = []
+    sizes: list[int] = []
+    asked = [0] * 64
+
+    def client(number: int) -> None:
+        choice = random.Random(number)
+        while time.monotonic() < end:
+            a, b = choice.randrange(50), choice.randrange(50)
+            question = {"role": "user", "content": f"What is {a} + {b}?"}
+            body = {"messages": [question], "temperature": 0, "reasoning_effort": "low"}
+            if choice.random() < 0.1:
+                begin_stream(nano, **body).close()
+                continue
+            status, answer, _ = ask(nano, body=HELLO | body)
+            content = answer["choices"][0]["message"]["content"] if status == 200 else answer
+            asked[number] += 1
+            if f"= {a + b}" not in content:
+                wrong.append((status, content))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(1.0)
+        sizes.append(process_bytes("VmRSS") or 0)
+    middle = len(sizes) // 2
+    print(f"{sum(asked)} answers, {min(asked)} to {max(asked)} a client, {len(wrong)} wrong")
+    print(f"{sizes[middle] >> 20} MiB after half of the time, {sizes[-1] >> 20} at the end")
+    assert all(status == 200 for status, _ in wrong) and len(wrong) < 0.05 * sum(asked)
+    assert min(asked) > 0.5 * max(asked)
+    assert max(sizes[middle:]) < 1.02 * max(sizes[: middle + 1]) + (8 << 20)
+    check_books(engine)

@@ -1,0 +1,131 @@
+"""Two replicas of nano behind one server, of which Ray takes care."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from serving import PATIENCE, serving, wait_until
+
+from osscompile.runtime import InputError
+from osscompile.runtime.serve.app import make_app
+from osscompile.runtime.serve.service import make_service
+
+with warnings.catch_warnings(action="ignore"):  # its own use of pydantic
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    from osscompile.runtime.serve.replicas import Replicas
+
+OPTIONS = {"sequences": 8, "context": 1024, "threads": 1}
+
+
+def test_more_replicas_than_there_is_room_for(nano_artifact: Path) -> None:
+    with pytest.raises(InputError, match=r"at most .* CPU of the Ray cluster, found 9999"):
+        Replicas(nano_artifact, 9999, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def replicas(nano_artifact: Path) -> Iterator[Replicas]:
+    with Replicas(nano_artifact, 2, OPTIONS) as replicas:
+        yield replicas
+
+
+@pytest.fixture(scope="module")
+def url(replicas: Replicas) -> Iterator[str]:
+    with serving(make_app(make_service(replicas, "nano", 100))) as url:
+        yield url
+
+
+def ask(url: str, question: str, **options: Any) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+    body = {"model": "nano", "messages": [{"role": "user", "content": question}], "temperature": 0}
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body | options), headers)
+    return connection.getresponse()
+
+
+def processes() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "Replica:osscompile" in name(p)]
+
+
+def name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_a_conversation_stays_with_its_replica(url: str) -> None:
+    cached = [
+        json.load(ask(url, f"What is {i} + 25?"))["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for i in (3, 3, 4, 4)
+    ]
+    assert min(cached[1::2]) > 80
+
+
+def test_wrong_requests_are_refused_before_a_replica_is_asked(replicas: Replicas) -> None:
+    with pytest.raises(InputError):
+        replicas.submit([{"role": "nobody", "content": "?"}])
+
+
+def test_a_client_that_goes_away_ends_its_answer(replicas: Replicas, url: str) -> None:
+    stream = ask(url, "What is 2 + 2?", stream=True, stop=["never"], seed=1)
+    stream.readline()
+    stream.close()
+    wait_until(lambda: replicas.num_running == 0)
+
+
+def test_a_replica_that_is_killed_loses_no_request_but_its_streams(
+    replicas: Replicas, url: str
+) -> None:
+    """Those end with an error that says so; whole answers come from the other one."""
+    ended: list[str] = []
+    told = {"whole": 0, "streams": 0}
+    end = time.monotonic() + 6.0
+
+    def client(number: int) -> None:
+        count = number
+        while time.monotonic() < end:
+            count += 16
+            a, b = count % 50, number
+            streams = number % 2 == 0
+            response = ask(url, f"What is {a} + {b}?", stream=streams)
+            text = response.read().decode()
+            assert response.status == 200, text
+            if not streams:
+                assert f"= {a + b}" in json.loads(text)["choices"][0]["message"]["content"]
+                told["whole"] += 1
+            elif "[DONE]" in text:
+                told["streams"] += 1
+            else:
+                *_, last = (line for line in text.splitlines() if line)
+                ended.append(json.loads(last[6:])["error"]["code"])
+
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            client(number)
+        except BaseException as error:  # told to the test below
+            errors.append(error)
+
+    clients = [threading.Thread(target=run, args=(number,)) for number in range(16)]
+    for thread in clients:
+        thread.start()
+    wait_until(lambda: told["streams"] > 20)
+    killed = processes()[0]
+    killed.kill()
+    for thread in clients:
+        thread.join(PATIENCE)
+    assert not errors and min(told.values()) > 20
+    assert 0 < len(ended) <= 8 and set(ended) == {"replica_ended"}
+    wait_until(lambda: len(processes()) == 2)  # Ray has started another
+    assert killed.pid not in {process.pid for process in processes()}
