@@ -106,8 +106,8 @@ class Questions:
         """Answer a conversation: see `Model.chat`. Raises InputError."""
         tokenizer = self.need_tokenizer("chat")
         current_date = _date(current_date)
-        tools = definitions(tools)
-        functions, builtins = read_tools(tools), read_builtin_tools(builtin_tools)
+        described = definitions(tools)
+        functions, builtins = read_tools(described), read_builtin_tools(builtin_tools)
         check_apart(functions, builtins)
         choice = read_tool_choice(tool_choice, functions, builtins)
         if not isinstance(parallel_tool_calls, bool):
@@ -123,7 +123,7 @@ class Questions:
             reasoning=reasoning,
             current_date=current_date,
             identity=identity,
-            tools=tools,
+            tools=described,
             builtin_tools=builtin_tools,
             response_format=response_format,
         )
@@ -132,7 +132,7 @@ class Questions:
         limit = self._limit(ids, max_tokens)
         begun = begun_answer(prompt, tokenizer)
         constraint = constrain_chat(
-            self._grammars, tokenizer, response_format, tools, builtins, choice, sampling, begun
+            self._grammars, tokenizer, response_format, described, builtins, choice, sampling, begun
         )
         stops, one_call = stop_ids(tokenizer), not parallel_tool_calls
         return Question(ids, sampling, stops, limit, tokenizer, begun, constraint, one_call)

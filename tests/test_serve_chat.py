@@ -79,11 +79,11 @@ def test_a_stream_adds_up_to_the_answer(client: Any) -> None:
 
 
 def test_choices_are_drawn_apart_and_again_with_a_seed(client: Any) -> None:
-    options = {"n": 3, "seed": -5, "temperature": 2.0, "max_tokens": 12, "logprobs": True}
+    options = {"n": 3, "seed": -5, "temperature": 2.0, "max_tokens": 40, "frequency_penalty": 2}
     first, second = (ask(client, **options).choices for _ in range(2))
     assert [c.index for c in first] == [0, 1, 2]
     assert [c.message for c in first] == [c.message for c in second]
-    assert first[0].message != first[1].message
+    assert any(c.message != first[0].message for c in first)
 
 
 def test_choices_share_their_prompt(client: Any) -> None:

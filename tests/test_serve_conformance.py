@@ -21,11 +21,9 @@ from osscompile.runtime.serve.service import make_service
 EXCEPTIONS = {
     "openai-chat": {
         "chat-image-input": "gpt-oss reads text only, and an image is refused",
-        "chat-tool-calling": "tool_choice is not there yet",
     },
     "open-responses": {
         "image-input": "gpt-oss reads text only, and an image is refused",
-        "tool-calling": "tool_choice is not there yet",
     },
 }
 # OpenAI's own client knows the reasoning of gpt-oss by this name, Open Responses by another.
