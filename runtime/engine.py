@@ -1,5 +1,6 @@
 """An engine: any number of callers, whose answers are computed together."""
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,15 @@ from .generated import GeneratedToken
 from .harmony import Finish
 from .model import open_model
 from .questions import Question
-from .request import Mailbox, Request
+from .request import Mailbox, Request, check_process
 from .scheduler import Answer, Scheduler
 from .tools.loop import MAX_ROUNDS, Executor, ToolLoop
 
 SEQUENCES = 16  # that are computed together, by default
+CLOSED = (
+    "engine: it was closed, or nobody held it, before the answer ended; hold it as long as its "
+    "requests are read"
+)
 
 
 class Engine:
@@ -45,6 +50,7 @@ class Engine:
         self.manifest, self.context, self.tokenizer = model.manifest, model.context, model.tokenizer
         self.sequences = sequences
         self._questions = model._questions
+        self._process = os.getpid()
         self._work = _Work(Scheduler(model._runner, self.manifest.chunk, sequences))
         self._thread = threading.Thread(
             target=self._work.run, name="osscompile engine", daemon=True
@@ -59,8 +65,10 @@ class Engine:
 
         A prompt of token ids is continued, with options as for `Model.generate`, and the request
         tells GeneratedTokens; messages are answered, with options as for `Model.chat`, and it tells
-        pieces. Raises InputError for bad arguments, OsscompileError once the engine is closed.
+        pieces. A request does not hold its engine. Raises InputError for bad arguments,
+        OsscompileError once the engine is closed, and in a process that was forked.
         """
+        check_process(self._process)
         questions = self._questions
         is_chat = isinstance(prompt, Sequence) and any(isinstance(m, Mapping) for m in prompt)
         question = (
@@ -171,7 +179,7 @@ class _Work:
                 self.close()
             except BaseException as error:  # a fault of ours: whoever waits must hear of it
                 self._end_all(error)
-        self._end_all(OsscompileError("engine: it was closed before the answer ended"))
+        self._end_all(OsscompileError(CLOSED))
 
     def _end_all(self, error: BaseException) -> None:
         end_all = partial(self.scheduler.end_all, error)

@@ -158,6 +158,8 @@ class Model:
         A step reads the weights once for all of them. What they have in common at the beginning is
         computed once if it came before. With a seed, every answer has it. Raises InputError.
         """
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+            raise InputError(f"prompts: expected lists of token ids, found {prompts!r:.100}")
         questions = [
             self._questions.of_ids(
                 ids, response_format=response_format, max_tokens=max_tokens, **options

@@ -2,21 +2,33 @@
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
+from .errors import OsscompileError
 from .scheduler import Answer
 from .usage import Usage
 
 Told = TypeVar("Told")
 
 
+def check_process(process: int) -> None:
+    """Raises OsscompileError in another process than the engine's, for which nobody computes."""
+    if os.getpid() != process:
+        raise OsscompileError(
+            "engine: expected the process that made it, found a fork of that, which has none of "
+            "its threads; make an engine in the new process"
+        )
+
+
 class Mailbox(Generic[Told]):
     """What was told and not yet read. Any thread writes, and any reads."""
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self.usage = Usage()
         self.finish_reason: str | None = None
         self._told: deque[Told] = deque()
@@ -40,6 +52,7 @@ class Mailbox(Generic[Told]):
 
     def read(self) -> Iterator[Told]:
         """Until it is closed; raises the error that ended it."""
+        check_process(self._process)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._told or self._ended)
@@ -52,6 +65,7 @@ class Mailbox(Generic[Told]):
 
     async def read_async(self) -> AsyncIterator[Told]:
         """As `read`, without keeping the event loop from other work."""
+        check_process(self._process)
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:

@@ -6,9 +6,11 @@ import asyncio
 import gc
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +247,23 @@ def test_wrong_calls_are_refused(engine: Engine, talker: Path) -> None:
     for sequences in (0, 1000, "2"):
         with pytest.raises(InputError, match="sequences"):
             Engine(talker, sequences=sequences)  # type: ignore[arg-type]
+
+
+def test_a_forked_process_is_told(talker: Path) -> None:
+    with Engine(talker) as engine:
+        request = engine.submit([1, 2, 3], max_tokens=4)
+        with pytest.warns(DeprecationWarning) if sys.version_info >= (3, 12) else nullcontext():
+            child = os.fork()
+        if child == 0:
+            told = 0
+            for work in (lambda: engine.submit([1]), lambda: list(request)):
+                try:
+                    work()
+                except OsscompileError as error:
+                    told += "expected the process that made it" in str(error)
+            os._exit(told)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+        assert len(list(request)) == 4
 
 
 def test_a_closed_engine(talker: Path) -> None:

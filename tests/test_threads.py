@@ -196,7 +196,7 @@ if sys.argv[2] == "loaded":
     uses += [lambda: engine.submit([1]), lambda: list(answer)]
 """
 ENDS = "model: expected a call before the end of the process"
-CLOSED = "engine: expected one that is open", "engine: it was closed before the answer ended"
+CLOSED = "engine: expected one that is open", "engine: it was closed"
 
 
 @pytest.mark.parametrize(
