@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_serve_process import server
 
 from osscompile.targets import Target
 
 README = Path(__file__).parents[1] / "README.md"
+
+ADDRESS = "http://127.0.0.1:8000"
 
 # What runs here for a line of a shell's block, {target} and {variant} being this machine's.
 LINES = {
@@ -25,6 +29,10 @@ LINES = {
     ),
     'git log | osscompile run 20b.osc "Sum up:" > summary.txt': (
         'echo "What is 17 + 25?" | osscompile run 20b.osc "Sum up:" --max-tokens 20 > summary.txt'
+    ),
+    'osscompile run 20b.osc "What is 12 times 11?" --tools tools.py': (
+        "printf 'def multiply(a: int, b: int):\\n    return a * b\\n' > tools.py "
+        '&& osscompile run 20b.osc "What is 12 times 11?" --tools tools.py'
     ),
     "osscompile inspect 20b.osc --context 8192": "osscompile inspect 20b.osc --context 8192",
     'osscompile run openai/gpt-oss-20b "Why is the sky blue?"': (
@@ -47,7 +55,13 @@ LINES = {
         "osscompile tune --target {target} --trials 1 --model nano --emit candidates"
     ),
 }
+SERVED = (  # a test of its own runs it, and the blocks of Python that ask the server
+    'curl http://127.0.0.1:8000/v1/chat/completions --json \'{"model": "20b", '
+    '"messages": [{"role": "user", "content": "17 + 25?"}]}\''
+)
 LEFT_OUT = {
+    "osscompile serve 20b.osc --name 20b": "it runs until it is ended; the next one asks one",
+    SERVED: "test_server_answers does it",
     "python3.11 -m venv .venv && .venv/bin/pip install -q -e . && .venv/bin/osscompile demo": (
         "CI begins with it, and test_cli.py runs the demo"
     ),
@@ -90,13 +104,26 @@ def test_lines_run_one_after_the_other(this_machine: Target, tmp_path: Path) -> 
 
 def test_python_runs(this_machine: Target, tmp_path: Path) -> None:
     """As it stands, one block after the other, but for the model and the machine."""
-    block = "\n".join(blocks("python"))
+    block = "\n".join(block for block in blocks("python") if ADDRESS not in block)
     there = 'compile("openai/gpt-oss-20b", target="x86")'
     here = f'compile("nano", target={this_machine.name!r}, variants=[{this_machine.variant!r}])'
     assert there in block
     shown = run([sys.executable, "-c", block.replace(there, here)], tmp_path)
     assert "17 + 25 = 42" in shown
     assert '{"name":"Emma","age":28}' in shown
+
+
+def test_server_answers(nano_artifact: Path, tmp_path: Path) -> None:
+    for package in ("agents", "fastapi", "openai", "uvicorn"):
+        pytest.importorskip(package)
+    asking = [block for block in blocks("python") if ADDRESS in block]
+    with server(nano_artifact, "--name", "20b") as (_, url, _):
+        if shutil.which("curl"):
+            said = run(["sh", "-c", SERVED.replace(ADDRESS, url)], tmp_path)
+            assert "17 + 25 = 42" in said
+        for block in asking:
+            said = run([sys.executable, "-c", block.replace(ADDRESS, url)], tmp_path)
+            assert "17 + 25 = 42" in said and "7" in said.splitlines()[-1]
 
 
 def run(command: list[str], folder: Path) -> str:
