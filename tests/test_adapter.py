@@ -76,7 +76,8 @@ def merged(base: Path, *adapters: Path) -> Source:
     [
         ({}, 6 / 3),
         ({"use_rslora": True}, 6 / math.sqrt(3)),
-        ({"alpha_pattern": {"k_proj": 12}, "rank_pattern": {"k_proj": 3}}, 12 / 3),
+        ({"alpha_pattern": {"k_proj": 12}, "r": 8, "rank_pattern": {"k_proj": 3}}, 12 / 3),
+        ({"r": None}, 6 / 3),
         ({"alpha_pattern": {"layers.2.self_attn.k_proj": 12}}, 6 / 3),
     ],
 )
@@ -289,6 +290,9 @@ REFUSED_FIELDS = {
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights: expected True, found 'pissa'"),
     "new_tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices"),
     "alpha_is_text": ({"lora_alpha": "6"}, "lora_alpha"),
+    "another_rank": ({"r": 8}, "r, rank_pattern: expected 3, as the tensors"),
+    "rank_is_text": ({"r": "3"}, "r, rank_pattern: expected ranks"),
+    "rank_is_none_of_these": ({"rank_pattern": {"k_proj": 0}}, "r, rank_pattern: expected ranks"),
     "alpha_is_nan": ({"lora_alpha": math.nan}, "lora_alpha"),
     "pattern_is_no_expression": ({"alpha_pattern": {"(": 3}}, r"alpha_pattern.*'\('"),
     "pattern_that_takes_for_ever": (

@@ -3,6 +3,7 @@
 import argparse
 
 from ..runtime.cli.main import Commands
+from ..runtime.manifest import TOKENIZER
 from .ended import ended_like_interrupted
 
 
@@ -71,4 +72,5 @@ def _compile(arguments: argparse.Namespace) -> None:
             records=arguments.records,
             progress=True,
         )
-    print(f"wrote {output}; ask it something: osscompile run {output} 'What is 17 + 25?'")
+    asked = f"; ask it something: osscompile run {output} 'What is 17 + 25?'"
+    print(f"wrote {output}{asked if (output / TOKENIZER).exists() else ''}")

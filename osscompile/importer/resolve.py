@@ -216,7 +216,7 @@ def _check_tokenizer(tokenizer: Path | bytes | None, vocab_size: int) -> None:
     if size > vocab_size:
         raise CheckpointError(
             f"tokenizer: expected ids below {vocab_size}, the model's vocab_size, found up to "
-            f"{size - 1}; use the tokenizer.json of this checkpoint"
+            f"{size - 1}; is vocab_size in config.json right, and tokenizer.json this checkpoint's?"
         )
 
 

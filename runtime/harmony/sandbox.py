@@ -39,10 +39,11 @@ def run_template(template: str, marks: Marks, variables: Mapping[str, Any]) -> s
     except InputError:
         raise
     except Exception as error:  # whatever the template's statements can raise
+        # a template that does not parse renders no chat
+        advice = "" if type(error).__name__ == "TemplateSyntaxError" else "change the messages, or "
         raise InputError(
             f"template: expected the checkpoint's template to render this chat, found "
-            f"{type(error).__name__}: {marks.take(str(error))}; change the messages, or chat "
-            "without it"
+            f"{type(error).__name__}: {marks.take(str(error)).rstrip('.')}; {advice}chat without it"
         ) from error
     return "".join(written)
 

@@ -4,9 +4,11 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ...errors import CheckpointError
+
+T = TypeVar("T")
 
 # Fields that change what is computed in ways that are not merged here, and what they must be.
 NEEDED = {
@@ -38,8 +40,11 @@ def check_fields(raw: dict[str, Any], path: Path) -> None:
 class Scaling:
     """By how much a module's product counts (PEFT: lora_alpha / r, rslora: / sqrt(r))."""
 
+    path: Path
     alpha: float
     patterns: dict[str, float]
+    rank: int | None  # None: those of the tensors
+    ranks: dict[str, int]
     by_root: bool
 
     @classmethod
@@ -58,15 +63,33 @@ class Scaling:
         for pattern in patterns:
             if not _is_harmless(pattern):
                 _refuse(path, "alpha_pattern", f"expected names of modules, found {pattern!r:.200}")
-        return cls(alpha, patterns, raw.get("use_rslora") is True)
+        rank, ranks = raw.get("r"), raw.get("rank_pattern") or {}
+        counts = [rank or 1, *ranks.values()] if isinstance(ranks, dict) else [0]
+        if any(type(count) is not int or count < 1 for count in counts):
+            _refuse(path, "r, rank_pattern", f"expected ranks, found {rank!r:.99}, {ranks!r:.99}")
+        for pattern in ranks:
+            if not _is_harmless(pattern):
+                _refuse(path, "rank_pattern", f"expected names of modules, found {pattern!r:.200}")
+        return cls(path, alpha, patterns, rank, ranks, raw.get("use_rslora") is True)
 
     def __call__(self, module: str, rank: int) -> float:
-        """The factor of B A; patterns match the end of the module's name, as in PEFT."""
-        alpha = next(
-            (a for p, a in self.patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)),
-            self.alpha,
-        )
+        """The factor of B A, whose tensors have this rank. Raises CheckpointError for another than
+        the config says: which of them was trained with, nobody knows."""
+        alpha = _of_module(self.patterns, module, self.alpha)
+        expected = _of_module(self.ranks, module, self.rank)
+        if expected is not None and expected != rank:
+            raise CheckpointError(
+                f"{self.path}: r, rank_pattern: expected {rank}, as the tensors of "
+                f"{module:.200} have, found {expected}; take the adapter_config.json that was "
+                "written beside these tensors"
+            )
         return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def _of_module(patterns: dict[str, T], module: str, otherwise: T) -> T:
+    """The value whose pattern matches the end of the module's name, as in PEFT."""
+    matching = (v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module))
+    return next(matching, otherwise)
 
 
 def _is_harmless(pattern: str) -> bool:
