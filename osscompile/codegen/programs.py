@@ -146,15 +146,19 @@ def launches_of(
     """
     place_of = dict(zip(kernel.params, places, strict=True))
 
+    known = (tirx.Var, lambda v: symbols.get(v, v))
+
     def in_tokens(value: Expr) -> Expression:
-        return _expression(structural_map(value, (tirx.Var, lambda v: symbols.get(v, v))))
+        return _expression(structural_map(value, known))
 
     launches = []
     statements = kernel.body.seq if isinstance(kernel.body, tirx.SeqStmt) else [kernel.body]
     for statement in statements:
         if isinstance(statement, tirx.AllocBuffer):
             buffer = statement.buffer
-            size = math.prod(int(extent) for extent in buffer.shape)
+            # of a kernel for few rows, whose number the function that calls it knows
+            size = _product([structural_map(e, known) for e in buffer.shape])
+            assert isinstance(size, int), buffer
             place_of[buffer] = new_storage(size * np.dtype(str(buffer.dtype)).itemsize)
         elif isinstance(statement, tirx.DeclBuffer):  # the same memory in another shape
             place_of[statement.buffer] = place_of[statement.data.args[0]]
