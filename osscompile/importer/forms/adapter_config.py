@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -86,7 +87,7 @@ class Scaling:
         return alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
-def _of_module(patterns: dict[str, T], module: str, otherwise: T) -> T:
+def _of_module(patterns: Mapping[str, T], module: str, otherwise: T) -> T:
     """The value whose pattern matches the end of the module's name, as in PEFT."""
     matching = (v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module))
     return next(matching, otherwise)
