@@ -2,7 +2,7 @@
 registers once, for all rows that share them.
 
 Memory limits these, so a task goes through its weights in the order in which they lie; see
-`panel_int8.py` for the products of bytes and their offset.
+`byte_product.py` for the products and their offset.
 """
 
 from tvm import tirx
@@ -12,10 +12,11 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Stmt
 
 from ...targets import Target
-from ..formats import BLOCK, DIGIT, FP4_OFFSET, half_e8m0_to_float32, is_few
+from ..formats import is_few
 from ..product import OPS, Product
 from ..records import Choose
 from ..tail import split_tail
+from .byte_product import ByteProduct
 from .instructions import FOR_FEW
 from .prefetch import LINE_BYTES
 from .tail import with_tail
@@ -29,6 +30,8 @@ PREFETCH_BYTES = (512, 1024, 2048, 4096, 8192)  # how far ahead weights are fetc
 
 
 def few(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
+    """Schedule one of `OPS` with a few rows of activations in int8, or in digits, where the target
+    has a byte product; declines others, and weights that do not fill vectors."""
     if str(function.attrs["op"]) not in OPS or target.int8_dot not in FOR_FEW:
         return None
     product = Product(function)
@@ -43,50 +46,32 @@ def few(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
 def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     assert target.int8_dot is not None
     instructions = FOR_FEW[target.int8_dot]
-    xq, xs, xoffset, words, scales, out = (
-        product.tensors[n] for n in ("xq", "xs", "xoffset", "words", "scales", "out")
-    )
+    xq, words, out = (product.tensors[n] for n in ("xq", "words", "out"))
+    shared = ByteProduct(product, instructions)
+    unpack, scale_of, begin, scaled = shared.unpacked, shared.scale_of, shared.begin, shared.scaled
     groups, halves, num_rows = product.columns // LANES, product.halves, product.num_rows
     blocks, digits = product.blocks, product.digits
-    fp4 = product.expert is not None
     together = 1  # of one token every row has another expert
     if not isinstance(num_rows, tirx.IntImm):
-        together = choose("rows_together", ROWS_TOGETHER, 2 if fp4 else 4)
-    inputs = instructions.INPUTS
-    num_bytes = LANES * inputs
+        together = choose("rows_together", ROWS_TOGETHER, 4 if product.expert is None else 2)
+    num_bytes = LANES * shared.inputs
     limit = choose("row_groups_per_task", ROW_GROUPS_PER_TASK, 8)
     per_task = max(d for d in range(1, limit + 1) if groups % d == 0)
     by_turns = halves > 1 and choose("halves_by_turns", (0, 1), 0 if digits > 1 else 1)
     inner = halves if by_turns else 1
     distance = choose("prefetch_bytes", PREFETCH_BYTES, 2048)
-    vector_of = instructions.mxfp4_vector if fp4 else instructions.q8_vector
-    dot_part = instructions.mxfp4_dot_part if fp4 else instructions.q8_dot_part
-    parts = instructions.MXFP4_PARTS if fp4 else instructions.Q8_PARTS
-    vectors = BLOCK // inputs if fp4 else instructions.Q8_VECTORS
-    lines = (BLOCK // 2 if fp4 else BLOCK) * LANES // LINE_BYTES  # in a block
+    parts, vectors, lines = shared.parts, shared.vectors, shared.lines
     batches = parts if digits == 1 else 1  # what is unpacked for one use is in registers no longer
 
     def weight_at(first: Expr, half: Expr, group: Expr, block: Expr) -> tuple[Expr, ...]:
         return product.weight_at(product.expert_of(first), half, group, block)
 
-    def vector(at: tuple[Expr, ...], number: Expr) -> Expr:
-        return vector_of(lambda word: words.vload([*at, word, 0], "uint32x8"), number)
-
-    def scale_of(at: tuple[Expr, ...], lane: Expr) -> Expr:
-        scale = scales[(*at, lane)]
-        return half_e8m0_to_float32(scale) if fp4 else scale.astype("float32")
-
     def row_of(first: Expr, t: Expr) -> Expr:
-        """Return the t-th row; those beyond the last repeat the last, and are not kept."""
-        return T.min(first + t, num_rows - 1) if together > 1 else first
-
-    def begin(total: Expr, digit: Expr, row: Expr, block: Expr) -> Expr:
-        start = T.Select(digit == digits - 1, -offset_of(xoffset[row, block]), T.int32(0))
-        return total * T.broadcast(T.int32(DIGIT), LANES) + T.broadcast(start, LANES)
+        return shared.row_of(first, t) if together > 1 else first
 
     def dot(total: Expr, unpacked: tirx.Buffer, row: Expr, *at: Expr) -> Expr:
         block, digit, part = at
-        at_row = (row, block, *((digit,) if digits > 1 else ()))
+        at_row = shared.at_digit(row, block, digit)
 
         def weight(vector: Expr) -> Expr:
             return unpacked.vload([vector, 0], f"uint8x{num_bytes}")
@@ -94,18 +79,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
         def x(vector: Expr) -> Expr:
             return instructions.four_activations(xq, at_row, vector)
 
-        return dot_part(total, weight, x, part)
-
-    def offset_of(x: Expr) -> Expr:
-        """Return the offset of the weights x the sum of a row's activations in a block, from FP4's
-        offset x that sum: an exact quotient by 3 is a product modulo 2^32."""
-        if fp4:
-            return x
-        if instructions.Q8_OFFSET == 0:
-            return T.int32(0)
-        assert FP4_OFFSET == 12 and instructions.Q8_OFFSET % 4 == 0
-        factor = T.uint32(instructions.Q8_OFFSET // 4 * pow(3, -1, 1 << 32) % (1 << 32))
-        return T.reinterpret(T.reinterpret(x, dtype="uint32") * factor, dtype="int32")
+        return shared.dot_part(total, weight, x, part)
 
     next_run = product.next_run(together)
 
@@ -160,13 +134,14 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                                             digit,
                                             row_of(first[0], t),
                                             block,
+                                            LANES,
                                         )
                                     for batch in T.unroll(batches):
                                         if digit == 0:
                                             for v in T.unroll(vectors // batches):
                                                 unpacked[
                                                     batch * (vectors // batches) + v, 0:num_bytes
-                                                ] = vector(
+                                                ] = unpack(
                                                     weight_at(
                                                         first[0],
                                                         outer * inner + turn,
@@ -188,11 +163,12 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                                 for t in T.unroll(together):
                                     acc[outer * inner + turn, t, 0:LANES] = acc.vload(
                                         [outer * inner + turn, t, 0], f"float32x{LANES}"
-                                    ) + total.vload([t, 0], f"int32x{LANES}").astype(
-                                        f"float32x{LANES}"
-                                    ) * (
-                                        scale.vload([0], f"float32x{LANES}")
-                                        * T.broadcast(xs[row_of(first[0], t), block], LANES)
+                                    ) + scaled(
+                                        total.vload([t, 0], f"int32x{LANES}"),
+                                        scale.vload([0], f"float32x{LANES}"),
+                                        row_of(first[0], t),
+                                        block,
+                                        LANES,
                                     )
                     for t in T.unroll(together):
                         if first[0] + t < end[0]:

@@ -1,9 +1,7 @@
 """Panels of bytes: each vector of weights is multiplied with 4 activations in every lane, for some
 rows of activations by turns.
 
-Byte products need one factor unsigned, so the panel holds weights plus an offset. The offset adds
-offset x the sum of a row's activations to the row's sum, which is subtracted before the sum begins.
-Digits of activations (in exact products) are summed one after the other, the highest first.
+The panel holds weights plus an offset: see `byte_product.py`.
 
 An instruction set says how many inputs of a column a vector of weights holds (`INPUTS`), and how
 many rows of activations, side by side, one product takes (`ROWS`).
@@ -14,11 +12,10 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, Stmt
 
 from ...targets import Target
-from ..formats import BLOCK, DIGIT, FP4_OFFSET, half_e8m0_to_float32
 from ..product import Product, whole_parts
 from ..records import Choose
+from .byte_product import ByteProduct
 from .instructions import INSTRUCTIONS
-from .prefetch import LINE_BYTES
 from .vectors import LANES, broadcast_four, prefetch
 
 GROUPS_PER_PANEL = (1, 2, 4, 8, 16)
@@ -31,14 +28,15 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     """Return the body of a kernel for activations in int8, or in digits."""
     assert target.int8_dot is not None
     instructions = INSTRUCTIONS[target.int8_dot]
-    xq, xs, xoffset, words, scales, out = (
-        product.tensors[n] for n in ("xq", "xs", "xoffset", "words", "scales", "out")
-    )
+    xq, words, out = (product.tensors[n] for n in ("xq", "words", "out"))
+    shared = ByteProduct(product, instructions)
+    unpacked, scale_of, row_of = shared.unpacked, shared.scale_of, shared.row_of
+    begin, scaled = shared.begin, shared.scaled
     groups, halves, num_rows = product.columns // LANES, product.halves, product.num_rows
     # groups of columns that lie side by side in a register
     width = max(1, target.register_bits // 256)
     width = width if groups % width == 0 else 1
-    at_once, inputs = instructions.ROWS, instructions.INPUTS
+    at_once, inputs = instructions.ROWS, shared.inputs
     lanes, vector_bytes = width * LANES, LANES * inputs
     num_bytes, dot_lanes = width * vector_bytes, lanes * at_once
     # sums in registers, a wide one in two, hide each other's latency
@@ -52,13 +50,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
     wanted = max(1, num_sums // together)
     rows = [count for count in ROWS_BY_TURNS if count % at_once == 0]
     turns = choose("rows_by_turns", *whole_parts(max(rows), rows, wanted))
-    fp4 = product.expert is not None
-    digits = product.digits
-    vector_of = instructions.mxfp4_vector if fp4 else instructions.q8_vector
-    dot_part = instructions.mxfp4_dot_part if fp4 else instructions.q8_dot_part
-    parts = instructions.MXFP4_PARTS if fp4 else instructions.Q8_PARTS
-    vectors = BLOCK // inputs if fp4 else instructions.Q8_VECTORS
-    lines = (BLOCK // 2 if fp4 else BLOCK) * LANES // LINE_BYTES  # in a block
+    digits, parts, vectors, lines = product.digits, shared.parts, shared.vectors, shared.lines
 
     def weight_at(row: Expr, task: Expr, r: Expr, part: Expr, block: Expr) -> tuple[Expr, ...]:
         """Return where part `part` of vector `r` of a row's panel lies in words and scales."""
@@ -66,31 +58,10 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
         column_group = task * num_groups + group % num_groups
         return product.weight_at(product.expert_of(row), group // num_groups, column_group, block)
 
-    def unpacked(at: tuple[Expr, ...], vector: Expr) -> Expr:
-        return vector_of(lambda word: words.vload([*at, word, 0], "uint32x8"), vector)
-
-    def scale_of(at: tuple[Expr, ...], lane: Expr) -> Expr:
-        scale = scales[(*at, lane)]
-        return half_e8m0_to_float32(scale) if fp4 else scale.astype("float32")
-
-    def row_of(first: Expr, t: Expr) -> Expr:
-        """Return the t-th row; those beyond the last repeat the last, and are not kept."""
-        return T.min(first + t, num_rows - 1)
-
-    def begin(total: Expr, digit: Expr, row: Expr, block: Expr) -> Expr:
-        """Return what a digit is added to: the sum so far, and for the last digit the offset."""
-        offset = xoffset[row, block]
-        if not fp4:
-            offset = T.truncdiv(offset, FP4_OFFSET) * instructions.Q8_OFFSET  # exact
-        start = T.Select(digit == digits - 1, -offset, T.int32(0))
-        return total * T.broadcast(T.int32(DIGIT), lanes) + T.broadcast(start, lanes)
-
     def dot(total: Expr, panel: Buffer, first: Expr, t: Expr, block: Expr, *at: Expr) -> Expr:
         """Add the products of the `at_once` rows from t on."""
         b, r, digit, part = at
-        blocks_of_x = [
-            (row_of(first, t + i), block, *((digit,) if digits > 1 else ())) for i in range(at_once)
-        ]
+        blocks_of_x = [shared.at_digit(row_of(first, t + i), block, digit) for i in range(at_once)]
 
         def weight(vector: Expr) -> Expr:
             return panel.vload([b, r, vector, 0], f"uint8x{num_bytes}")
@@ -101,10 +72,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
                 return T.Shuffle(parts, list(range(at_once * inputs)))
             return broadcast_four(parts[0], f"int8x{num_bytes}")
 
-        return dot_part(total, weight, x, part)
-
-    def scaled(total: Expr, scale: Expr, row: Expr, block: Expr) -> Expr:
-        return total.astype(f"float32x{lanes}") * (scale * T.broadcast(xs[row, block], lanes))
+        return shared.dot_part(total, weight, x, part)
 
     next_run = product.next_run(most)
 
@@ -184,6 +152,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
                                             digit,
                                             row_of(first[0], turn * turns + t),
                                             chunk * num_blocks + b,
+                                            lanes,
                                         )
                                 for part in T.unroll(parts):
                                     for t in T.unroll(turns // at_once):
@@ -212,6 +181,7 @@ def int8_panels(product: Product, target: Target, choose: Choose) -> Stmt:
                                         scale.vload([b, r, 0], f"float32x{lanes}"),
                                         row_of(first[0], turn * turns + t),
                                         chunk * num_blocks + b,
+                                        lanes,
                                     )
                         for t in T.unroll(turns):
                             for r in T.unroll(together):
