@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .constraint import MASK_BITS, mask_of
 from .errors import ArtifactError
 from .sampler import Limit, Report, Sample, Sampler, logit_error
 
@@ -17,7 +18,6 @@ from .sampler import Limit, Report, Sample, Sampler, logit_error
 OPTIONS = 6
 SCALE, LOW, HIGH, COUNT, SHARE, LEAST = range(OPTIONS)
 KEEP_ALL = 1 << 30  # tokens
-MASK_BITS = 32  # of a word: 1 for a token that may be chosen, the lowest first
 REPORTED = 20  # most probable tokens of each row, at most; for more, its logits go to the host
 MOST_CHANGES = 4096  # of logits in one call
 
@@ -50,10 +50,9 @@ class Chooser:
         self, device: LogitsDevice, vocab_size: int, reserved: NDArray[np.int64], most_rows: int
     ) -> None:
         self._device, self._vocab_size = device, vocab_size
-        allowed = np.zeros(mask_words(vocab_size) * MASK_BITS, np.bool_)
-        allowed[:vocab_size] = True
+        allowed = np.ones(vocab_size, np.bool_)
         allowed[reserved] = False
-        self._allowed = np.packbits(allowed, bitorder="little").view("<u4")
+        self._allowed = mask_of(allowed)
         self._masks = device.zeros((most_rows + 1, self._allowed.size), "uint32")
         device.write(self._masks, self._allowed[None])  # the first, of rows without a constraint
         self._mask_tensor = device.tensor(self._masks)

@@ -13,8 +13,7 @@ from .harmony.tool_choice import (
     function_recipient,
     tool_constraint,
 )
-from .harmony.tools import read_tools
-from .harmony.typescript import Namespace
+from .harmony.typescript import Function, Namespace
 from .sampling_options import SamplingOptions
 from .tokenizer import Tokenizer
 
@@ -35,15 +34,16 @@ def constrain_chat(
     tokenizer: Tokenizer,
     response_format: object,
     tools: Sequence[Mapping[str, object]] | None,
+    functions: Sequence[Function],
     builtin_tools: Sequence[Namespace],
     choice: ToolChoice | None,
     options: SamplingOptions,
     begun: Sequence[int],
 ) -> Constraint | None:
     """The text on channel final obeys the format, the arguments of strict functions obey their
-    parameters, and the answer a choice of tools. `begun`: ids of the answer that the prompt has.
-    Raises InputError."""
-    asked, functions = read_response_format(response_format), read_tools(tools)
+    parameters, and the answer a choice of tools. `functions`: what was read of the `tools`;
+    `begun`: ids of the answer that the prompt has. Raises InputError."""
+    asked = read_response_format(response_format)
     strict = strict_parameters(tools, functions)
     if asked is None and not strict:
         if choice is None:

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from .errors import OsscompileError
 
+MASK_BITS = 32  # of a word
+
 
 class Constraint(Protocol):
     """Told every token of an answer, it says which may follow."""
@@ -21,6 +23,12 @@ class Constraint(Protocol):
 
     def push(self, token_id: int) -> None:
         """The token that came."""
+
+
+def mask_of(allowed: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    """The bits of a mask, of bool [vocab]."""
+    padded = np.pad(allowed, (0, -allowed.size % MASK_BITS))
+    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32, copy=False)
 
 
 def is_allowed(mask: NDArray[np.uint32], vocab: int) -> NDArray[np.bool_]:

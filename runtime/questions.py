@@ -132,7 +132,15 @@ class Questions:
         limit = self._limit(ids, max_tokens)
         begun = begun_answer(prompt, tokenizer)
         constraint = constrain_chat(
-            self._grammars, tokenizer, response_format, described, builtins, choice, sampling, begun
+            self._grammars,
+            tokenizer,
+            response_format,
+            described,
+            functions,
+            builtins,
+            choice,
+            sampling,
+            begun,
         )
         stops, one_call = stop_ids(tokenizer), not parallel_tool_calls
         return Question(ids, sampling, stops, limit, tokenizer, begun, constraint, one_call)

@@ -21,7 +21,8 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from ..runtime.chooser import HIGH, LOW, MASK_BITS, OPTIONS, SCALE, mask_words
+from ..runtime.chooser import HIGH, LOW, OPTIONS, SCALE, mask_words
+from ..runtime.constraint import MASK_BITS
 from ..schedules.formats import const
 from .experts import ordered_bits
 

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping, Sequence
 
+from .header import FUNCTIONS
+
 Grammar = dict[str, object]  # one of llguidance's: {"lark_grammar": ...} or {"json_schema": ...}
 ANY_TEXT: Grammar = {"lark_grammar": "start: /(?s:.*)/"}
 
@@ -36,7 +38,7 @@ def answer_grammars(
         named["answer"] = answer
     for i, recipient in enumerate(calls):
         to = json.dumps(f" to={recipient}", ensure_ascii=False)
-        channels = '"commentary"' if recipient.startswith("functions.") else "builtin"
+        channels = '"commentary"' if recipient.startswith(FUNCTIONS) else "builtin"
         header = f"{channel} {channels} {to} type? | {to} {channel} {channels} type?"
         rules.append(f"call_{i}: ({header}) {message} @call_{i} {sign['<|call|>']}")
         last.append(f"call_{i}")

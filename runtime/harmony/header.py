@@ -8,7 +8,8 @@ CHANNELS = ("analysis", "commentary", "final")
 # A content type without its <|constrain|>; of any other word nobody could tell.
 CONTENT_TYPES = ("json", "code", "text")
 # Recipients that are no tools: what is sent to them is text.
-PEOPLE = ("", "all", "assistant", "user", "functions", "functions.")
+FUNCTIONS = "functions."  # begins the recipients of calls of functions
+PEOPLE = ("", "all", "assistant", "user", "functions", FUNCTIONS)
 OTHER_ROLES = ("user", "system", "developer", "tool", "python", "browser", "functions")
 
 _WORD = re.compile(r"\s*(\S+)")

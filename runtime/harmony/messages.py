@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from .builtin_tools import is_builtin
 from .checks import read_text, read_word
+from .header import FUNCTIONS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
@@ -176,8 +177,8 @@ class _Reader:
         return Message("tool", content, full_name, channel, "assistant")
 
     def _full_name(self, name: str) -> str:
-        is_full = name.startswith("functions.") or is_builtin(name)
-        return name if is_full and name not in self._functions else f"functions.{name}"
+        is_full = name.startswith(FUNCTIONS) or is_builtin(name)
+        return name if is_full and name not in self._functions else f"{FUNCTIONS}{name}"
 
 
 def _check_keys(where: str, message: Mapping[str, object], role: str) -> None:

@@ -7,7 +7,7 @@ from ..stop_strings import StopSearch
 from ..tokenizer import StreamDecoder, Tokenizer
 from ..usage import Usage
 from .events import Arguments, Finish, Piece, Reasoning, Text, ToolCall
-from .header import Header, Segment, plain_text, read_header, without_cut_word
+from .header import FUNCTIONS, Header, Segment, plain_text, read_header, without_cut_word
 
 # So many tokens are held back at most until they turn out to be a header, or not.
 MOST_HELD = 32
@@ -163,7 +163,7 @@ class AnswerParser:
             return []
         self._call_id = f"call_{self._num_calls}"
         self._num_calls += 1
-        name = recipient.removeprefix("functions.")
+        name = recipient.removeprefix(FUNCTIONS)
         return [ToolCall(channel, self._call_id, name, begins=True)]
 
     def _say(self, text: str) -> list[Piece]:

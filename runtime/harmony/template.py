@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import InputError
 from ..tokenizer import Tokenizer
 from .checks import need_text, read_json
+from .header import FUNCTIONS
 from .marks import Marks, choose_mark
 from .messages import Message, read_messages
 from .render import IDENTITY, check_effort
@@ -99,7 +100,7 @@ def _messages(conversation: Sequence[Message], response_format: str) -> list[dic
         content = "".join(message.content)
         if message.role != "assistant":
             thinking = []
-            name = (message.name or "").removeprefix("functions.")
+            name = (message.name or "").removeprefix(FUNCTIONS)
             said |= {"name": name} if name else {}
         elif message.channel == "analysis" and message.recipient is None:
             thinking.append(content)
@@ -107,7 +108,7 @@ def _messages(conversation: Sequence[Message], response_format: str) -> list[dic
         elif thinking:
             said["thinking"], thinking = "\n".join(thinking), []
         if message.role == "assistant" and message.recipient is not None:
-            name = message.recipient.removeprefix("functions.")
+            name = message.recipient.removeprefix(FUNCTIONS)
             function = {"name": name, "arguments": _arguments(content)}
             said["tool_calls"] = [{"type": "function", "function": function}]
         else:

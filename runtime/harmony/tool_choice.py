@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..constraint import Constraint, is_allowed
+from ..constraint import Constraint, is_allowed, mask_of
 from ..errors import InputError
 from ..tokenizer import Tokenizer
+from .header import FUNCTIONS
 from .typescript import Function, Namespace
 
 Ids = tuple[int, ...]
-
-FUNCTIONS = "functions."  # begins the recipients of calls of functions
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class _Messages:
         self._vocab_size = vocab_size
         text = np.ones(vocab_size, np.bool_)
         text[[id for id in tokenizer.special.values() if id < vocab_size]] = False
-        self._text = self._content = _mask_of(text)
+        self._text = self._content = mask_of(text)
 
     def mask(self) -> NDArray[np.uint32]:
         if self._left:
@@ -156,10 +155,4 @@ class _Messages:
     def _only(self, ids: Iterable[int]) -> NDArray[np.uint32]:
         allowed = np.zeros(self._vocab_size, np.bool_)
         allowed[list(ids)] = True
-        return _mask_of(allowed)
-
-
-def _mask_of(allowed: NDArray[np.bool_]) -> NDArray[np.uint32]:
-    """bool [vocab] -> the bits of a mask."""
-    padded = np.pad(allowed, (0, -allowed.size % 32))
-    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32, copy=False)
+        return mask_of(allowed)
