@@ -27,12 +27,22 @@ MAX_KL = 6e-3  # nats; llama.cpp is 2.9e-3 to 5.8e-3 from float32 on such models
 
 
 def check_fast(
-    model: Model, judge: reference.Model, ids: list[int], record: Callable[[str, object], None]
+    model: Model,
+    judge: reference.Model,
+    prompt: list[int],
+    answer: list[int],
+    record: Callable[[str, object], None],
 ) -> None:
-    expected = judge.logits(ids)
+    """Compare the logits that follow the prompt and each token of the answer.
+
+    What nano would say in place of the prompt's own tokens it never learned: there, roundings to
+    int8 can change an expert and with it everything.
+    """
+    expected = judge.logits(prompt + answer)[len(prompt) - 1 :]
+    scored = model.logits(prompt + answer)[len(prompt) - 1 :]
     model._sequence.reuse(())
-    decoded = np.stack([model.decode(token) for token in ids])
-    for name, logits in (("score", model.logits(ids)), ("decode", decoded)):
+    decoded = np.stack([model.prefill(prompt), *(model.decode(token) for token in answer)])
+    for name, logits in (("score", scored), ("decode", decoded)):
         kl, top1 = kl_divergence(expected, logits), top1_agreement(expected, logits)
         record(f"{name}_kl_divergence", kl)
         record(f"{name}_top1_agreement", top1)
@@ -54,7 +64,7 @@ def test_fast_is_close_to_float64_on_synthetic_weights(
         )
     judge = reference.Model(config_json(TINY), hf_tensors(SyntheticSource(TINY)))
     ids = np.random.default_rng(7).integers(0, TINY.vocab_size, 200).tolist()
-    check_fast(load(path), judge, ids, record_property)
+    check_fast(load(path), judge, ids[:1], ids[1:], record_property)
 
 
 def test_tiny_artifact_is_exact(tiny_artifact: Path) -> None:
@@ -108,4 +118,4 @@ def test_nano_fast_is_close_to_float64(
 ) -> None:
     model, judge = load(nano_artifact), reference.Model(*read_checkpoint(NANO))
     prompt, answer = nano_answer(model, *NANO_QUESTIONS[1])
-    check_fast(model, judge, prompt + answer, record_property)
+    check_fast(model, judge, prompt, answer, record_property)

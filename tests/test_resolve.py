@@ -196,7 +196,7 @@ def test_file_that_is_none(checkpoint: Path, name: str, kind: str) -> None:
 def test_tokenizer_of_a_larger_vocabulary(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "m", replace(TINY, vocab_size=1023))
     shutil.copy(resolve.NANO_CHECKPOINT / "tokenizer.json", checkpoint)
-    with pytest.raises(CheckpointError, match=r"ids below 1023, .* found up to 1023; use"):
+    with pytest.raises(CheckpointError, match=r"ids below 1023, .* found up to 1023; is vocab"):
         resolve_model(checkpoint)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import FINAL, ScriptedEngine, serving, serving_script
+from serving import FINAL, ScriptedEngine, serving, serving_script, wait_until
 
 from osscompile.runtime import Engine
 from osscompile.runtime.serve.app import PAGE, make_app
@@ -131,7 +131,8 @@ def test_an_answer_is_told_as_it_comes_and_stops(tmp_path: Path) -> None:
         page.press("Escape")
         page.wait(IDLE)
         assert "Stopped." in page.run("document.body.innerText")
-        assert len(texts(page)[1]) < len(said) and engine.requests[0].cancelled
+        assert len(texts(page)[1]) < len(said)
+        wait_until(lambda: engine.requests[0].cancelled)
         assert not page.errors
 
 
