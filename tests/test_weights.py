@@ -209,3 +209,32 @@ def test_weights_that_int8_cannot_hold_are_refused(value: float, part: str) -> N
     with pytest.raises(CheckpointError, match=r"lm_head.weight, rows 0 to .*finite"):
         for make in weight_pieces(parameter, source, None):
             make()
+
+
+@pytest.mark.parametrize("profile", ["fast", "exact"])
+def test_nan_is_refused_in_whatever_is_read(profile: str) -> None:
+    """An infinite bias passes: some switch an expert off by one."""
+
+    class Broken(SyntheticSource):
+        value = np.nan
+
+        def read(self, name: str, start: int, stop: int) -> np.ndarray:
+            rows = super().read(name, start, stop)
+            if rows.dtype == np.uint8:
+                return rows
+            rows = rows.copy()
+            rows.reshape(-1)[-1] = self.value
+            return rows
+
+    source = Broken(TINY)
+    for parameter in build_graph(TINY, profile, 64, 64).weights:
+        layer, _, part = parameter.name.rpartition(".")
+        if (layer.endswith(("gate_up", "down")) and part != "bias") or parameter.name == "rope":
+            continue
+        with pytest.raises(CheckpointError, match=f"{layer}.*NaN"):
+            for make in weight_pieces(parameter, source, None):
+                make()
+    source.value = -np.inf
+    router = next(p for p in weight_parameters(TINY, profile, 64) if p.name.endswith("router.bias"))
+    (make,) = weight_pieces(router, source, None)
+    assert make().min() == -np.inf

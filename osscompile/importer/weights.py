@@ -117,8 +117,20 @@ def _rows(
         return words if part == "words" else scales
     values = source.read(parameter.name, start, stop)
     if parameter.dtype == "uint16":
-        return values.astype(ml_dtypes.bfloat16, copy=False).view(np.uint16)
+        bits = values.astype(ml_dtypes.bfloat16, copy=False).view(np.uint16)
+        _refuse_nan(parameter.name, start, stop, bits & 0x7FFF > 0x7F80)
+        return bits
+    _refuse_nan(parameter.name, start, stop, np.isnan(values))
     return values.astype(np.float32)
+
+
+def _refuse_nan(name: str, start: int, stop: int, is_nan: np.ndarray) -> None:
+    """Infinities pass: a router's bias of -inf is how some switch an expert off."""
+    if is_nan.any():
+        raise CheckpointError(
+            f"{name}, rows {start} to {stop - 1}: expected numbers, found NaN; check where this "
+            "checkpoint comes from, or download it again"
+        )
 
 
 def _int8(name: str, source: Source, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
