@@ -33,6 +33,7 @@ def test_inspect_says_what_machine_and_memory(
         "weights",
         "KV cache",
         "total",
+        "for 16 sequences, as serve runs",
         "temperature 0, top_p 1",
     ):
         assert word in small

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..artifact import read_manifest
+from ..engine import SEQUENCES
 from ..errors import InputError, OsscompileError
 from ..fidelity import fidelity_rows, read_fidelity
 from ..manifest import ANY, Manifest
@@ -58,6 +59,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     )
     print(f"\nmemory at {context} positions")
     rows = [*needed.items(), ("total", sum(needed.values()))]
+    together = memory_bytes(manifest, context, arguments.kv_memory, SEQUENCES)
+    rows.append((f"for {SEQUENCES} sequences, as serve runs", sum(together.values())))
     print_table([(f"  {name}", f"{size / 1e6:,.1f} MB") for name, size in rows])
     _print_requantised(Path(arguments.artifact), manifest, arguments.layers)
     _print_fidelity(Path(arguments.artifact), manifest)
