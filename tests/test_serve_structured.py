@@ -69,6 +69,38 @@ def test_schemas_that_cannot_be_obeyed(client: Any, schema: dict[str, str]) -> N
     assert caught.value.param.startswith("response_format")
 
 
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("none", set()),
+        ("required", {"get_weather", "get_time"}),
+        ({"type": "function", "function": {"name": "get_time"}}, {"get_time"}),
+    ],
+    ids=["none", "required", "by name"],
+)
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_choice_of_tools_holds(client: Any, choice: Any, names: set[str], streams: bool) -> None:
+    """Whatever nano would rather say."""
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": city, "strict": True}}
+        for name in ("get_weather", "get_time")
+    ]
+    options = {"tool_choice": choice, "parallel_tool_calls": False, "temperature": 0}
+    question = [{"role": "user", "content": "What is the weather in Paris?"}]
+    asked = {"model": "nano", "messages": question, "tools": tools, "max_tokens": 300} | options
+    if streams:
+        with client.chat.completions.stream(**asked) as stream:
+            answer = stream.get_final_completion().choices[0]
+    else:
+        answer = client.chat.completions.create(**asked).choices[0]
+    calls = answer.message.tool_calls or []
+    assert len(calls) == bool(names) and {call.function.name for call in calls} <= names
+    assert answer.finish_reason == ("tool_calls" if names else "stop")
+    for call in calls:
+        assert list(json.loads(call.function.arguments)) == ["city"]
+
+
 def test_an_agent_with_a_type_of_output(url: str) -> None:
     agents = pytest.importorskip("agents")
     agents.set_tracing_disabled(True)
