@@ -32,6 +32,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(os.cpu_count() or 1, 4) if whole else 0
 
 
+# Files that take a minute or more. They go first, so that the processes end together.
+LONGEST = ("test_metal", "test_opencl", "test_cuda", "test_tuning_checks", "test_aarch64")
+LONGEST += ("test_kernels_gpu", "test_readme", "test_metal_tuning", "test_tuning", "test_cuda_here")
+LONGEST += ("test_tuning_devices", "test_variants", "test_runtime_alone")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # the others stay in their order
+
+
 @pytest.fixture(scope="session")
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))

@@ -15,6 +15,18 @@ from test_model_accuracy import EXACT, NANO, NANO_QUESTIONS, check_fast, nano_an
 import osscompile
 from osscompile.runtime import load
 
+# Experts and profile: the two models differ in the number of experts only, so that two of the four
+# pairs are enough for every day.
+OF_GPT_OSS = pytest.mark.parametrize(
+    ("num_experts", "profile"),
+    [
+        pytest.param(32, "fast", id="20b-fast"),
+        pytest.param(128, "exact", id="120b-exact"),
+        pytest.param(32, "exact", id="20b-exact", marks=pytest.mark.long),
+        pytest.param(128, "fast", id="120b-fast", marks=pytest.mark.long),
+    ],
+)
+
 
 def check_exact(target: str, folder: Path) -> None:
     """Score, prefill and decode with random weights, past the window and over pages."""

@@ -17,6 +17,7 @@ import cuda_device
 import numpy as np
 import pytest
 from cuda_device import H100, compile_here
+from device_models import OF_GPT_OSS
 from metal_device import needs_gxx
 
 import osscompile
@@ -39,8 +40,7 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs CUDA's compil
 # --- Compiling --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", ["fast", "exact"])
-@pytest.mark.parametrize("num_experts", [32, 128], ids=["20b", "120b"])
+@OF_GPT_OSS
 def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
     """Two layers contain every kernel."""
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)

@@ -83,8 +83,17 @@ def kernels_in(library: bytes) -> dict[str, str]:
 
 
 @needs_gxx
-@pytest.mark.parametrize("profile", ["fast", "exact"])
-@pytest.mark.parametrize("model", ["nano", "20b", "120b"])
+@pytest.mark.parametrize(
+    ("model", "profile"),
+    [
+        ("20b", "fast"),
+        ("120b", "exact"),
+        *(
+            pytest.param(*other, marks=pytest.mark.long)
+            for other in [("20b", "exact"), ("120b", "fast"), ("nano", "fast"), ("nano", "exact")]
+        ),
+    ],
+)
 def test_every_kernel_compiles(model: str, profile: str, tmp_path: Path) -> None:
     """Two layers of the large models contain every kernel. Kernels keep within Metal's limits, and
     declare a threadgroup's memory where Metal wants it: where the kernel begins."""

@@ -22,7 +22,7 @@ from device_choices import (
     check_rows_of_all_kinds,
     every_option_of_the_sampler,
 )
-from device_models import check_exact
+from device_models import OF_GPT_OSS, check_exact
 from opencl_device import MISSING, OPENCL, needs_opencl
 from random_model import read_checkpoint
 from talker import CHUNK, compile_talker, random_ids
@@ -159,8 +159,7 @@ def test_forgetting_sets_the_cache_to_zero(talker: Path) -> None:
 # --- The shapes of the real models ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", ["fast", "exact"])
-@pytest.mark.parametrize("num_experts", [32, 128], ids=["20b", "120b"])
+@OF_GPT_OSS
 def test_kernels_of_gpt_oss(num_experts: int, profile: str) -> None:
     """Two layers contain every kernel. If there is a device, its compiler takes the source."""
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)

@@ -388,9 +388,8 @@ def test_command_compiles_with_records(
         assert "expected one variant" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", [-1, 0, 10**30, 3])
 def test_records_that_a_compile_does_not_take(
-    this_machine: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: int
+    this_machine: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A warning tells how many and why: kernels of other models, values and names of other
     versions."""
@@ -398,18 +397,19 @@ def test_records_that_a_compile_does_not_take(
     config = resolve_model("synthetic:tiny").source.config
     options = {"variants": this_machine.variant, "profile": "exact", "context": 64}
     file = tmp_path / "r.json"
-    known: list[tuple[str, str, int]] = []  # kernel, constant, its largest candidate
+    known: dict[str, tuple[str, Sequence[int]]] = {}  # of a kernel, a constant and its candidates
     for workload in collect_workloads(config, "exact", this_machine):
 
         def note(
             name: str, candidates: Sequence[int], default: int, key: str = workload.key
         ) -> int:
-            known.append((key, name, max(candidates)))
+            known[key] = name, candidates
             return default
 
         schedule_rule.schedule(workload.function, this_machine, note)
-    key, knob, good = known[0]
-    assert value not in (good, *range(1, 3))
+    records = {key: {knob: max(candidates)} for key, (knob, candidates) in known.items()}
+    wrong = dict(zip(known, (-1, 0, 10**30, 3), strict=False))
+    assert len(wrong) == 4 and all(wrong[key] not in known[key][1] for key in wrong)
 
     def warnings_of(records: dict[str, dict[str, int]]) -> list[str]:
         file.write_text(json.dumps(records))
@@ -419,12 +419,14 @@ def test_records_that_a_compile_does_not_take(
             osscompile.compile("synthetic:tiny", this_machine.name, output, records=file, **options)
         return [str(w.message) for w in caught if str(file) in str(w.message)]
 
-    assert warnings_of({key: {knob: good}}) == warnings_of({}) == []
-    (told,) = warnings_of({key: {knob: value, "other": 2}, "dense_q8 int8[1,1]": {knob: good}})
-    assert "expected 2 records to use, found that 1 are of kernels that this model" in told
-    assert f"2 constants are none .*: {knob}={value} of {key}, other=2 of {key};" in told.replace(
-        "that a schedule has, or no candidates of theirs", ".*"
-    )
+    assert warnings_of(records) == warnings_of({}) == []
+    for key, value in wrong.items():
+        records[key] = {known[key][0]: value, "other": 2}
+    (told,) = warnings_of(records | {"dense_q8 int8[1,1]": {"n": 1}})
+    assert f"expected {len(records) + 1} records to use, found that 1 are of kernels that" in told
+    assert "8 constants are none that a schedule has, or no candidates of theirs: " in told
+    first, *_ = wrong
+    assert f"{known[first][0]}=-1 of {first}, other=2 of {first}" in told
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": {"n": "2"}}', "\udcff"])
