@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from talker import TOKENIZER
@@ -26,6 +29,8 @@ from osscompile.runtime.tokenizer import Tokenizer
 
 PATIENCE = 60.0  # seconds, after which a test has hung
 FINAL = "<|channel|>final<|message|>"
+HELLO = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
+CHAT = "/v1/chat/completions"
 
 
 @contextmanager
@@ -42,6 +47,25 @@ def serving(app: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
+
+
+def ask(
+    url: str,
+    path: str = CHAT,
+    body: object = HELLO,
+    method: str = "POST",
+    **headers: str,
+) -> tuple[int, Any, http.client.HTTPResponse]:
+    """Status, JSON or text, and what else of the answer there is."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, data, {"Content-Type": "application/json"} | names)
+    response = connection.getresponse()
+    content = response.read().decode()
+    connection.close()
+    is_json = response.headers.get_content_type() == "application/json"
+    return response.status, json.loads(content) if is_json and content else content, response
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

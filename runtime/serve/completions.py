@@ -28,7 +28,7 @@ async def create_completion(service: Service, body: CompletionBody, request: Req
         )
     size = len(await request.body())
     prompts = [await beside(size, service.prompt_ids, prompt) for prompt in _prompts(body)]
-    completion = _Completion(service, body, prompts)
+    completion = await beside(size, _Completion, service, body, prompts)
     choices = [body.options(choice) for choice in range(body.n or 1)]
     answers = await service.desk.ask([(ids, choices) for ids in prompts], size)
     if body.stream:

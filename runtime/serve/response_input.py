@@ -42,7 +42,7 @@ def _read_item(where: str, item: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _read_message(where: str, item: Mapping[str, Any]) -> dict[str, Any]:
     message = {"role": item.get("role")}
     phase = item.get("phase")
-    if phase not in CHANNELS:
+    if not isinstance(phase, str | None) or phase not in CHANNELS:
         raise InputError(
             f"{where}.phase: expected commentary or final_answer, found {phase!r:.100}"
         )
