@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import pytest
 from serving import FINAL, ScriptedEngine, serving, serving_script
 
-from osscompile.runtime import Engine
+from osscompile.runtime import Engine, InputError
 from osscompile.runtime.serve.app import make_app
 from osscompile.runtime.serve.service import make_service
 
@@ -244,6 +244,19 @@ def test_an_error_while_it_streams_is_told_without_internals() -> None:
             ask(client, model="scripted")
     for error in (streamed.value, whole.value):
         assert "secret" not in str(error) and error.code == "internal_error"
+
+
+def test_a_form_that_cannot_be_followed_to_the_end_is_the_clients_mistake() -> None:
+    engine = ScriptedEngine(f"{FINAL}Yes.<|return|>")
+    engine.error = InputError("response_format: grammar: expected one that llguidance can follow")
+    with serving_script(engine) as url:
+        client = client_of(url)
+        with pytest.raises(openai.BadRequestError, match="llguidance can follow") as whole:
+            ask(client, model="scripted")
+        with pytest.raises(openai.APIError, match="llguidance can follow") as streamed:
+            list(ask(client, model="scripted", stream=True))
+    for error in (whole.value, streamed.value):
+        assert (error.param, error.type) == ("response_format", "invalid_request_error")
 
 
 def test_options_reach_the_engine_under_their_names() -> None:

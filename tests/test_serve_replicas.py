@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import threading
@@ -21,7 +22,7 @@ from osscompile.runtime.serve.service import make_service
 
 with warnings.catch_warnings(action="ignore"):  # its own use of pydantic
     pytest.importorskip("ray", reason="needs the extra `ray`")
-    from osscompile.runtime.serve.replicas import Replicas
+    from osscompile.runtime.serve.replicas import ReplicaRequest, Replicas
 
 OPTIONS = {"sequences": 8, "context": 1024, "threads": 1}
 
@@ -73,6 +74,19 @@ def test_a_conversation_stays_with_its_replica(url: str) -> None:
 def test_wrong_requests_are_refused_before_a_replica_is_asked(replicas: Replicas) -> None:
     with pytest.raises(InputError):
         replicas.submit([{"role": "nobody", "content": "?"}])
+
+
+def test_what_a_replica_refuses_says_no_more_than_an_engine_does(replicas: Replicas) -> None:
+    """Ray's own error has the way to it, file by file."""
+
+    async def answer() -> None:
+        options = {"temperature": -1.0}  # which `submit` would not let through
+        async for _ in ReplicaRequest(replicas, [0], [1], options):
+            pass
+
+    with pytest.raises(InputError) as caught:
+        asyncio.run(answer())
+    assert str(caught.value).startswith("temperature: expected") and "/" not in str(caught.value)
 
 
 def test_a_client_that_goes_away_ends_its_answer(replicas: Replicas, url: str) -> None:

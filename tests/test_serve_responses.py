@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from serving import ScriptedEngine, serving, serving_script
 
-from osscompile.runtime import Engine
+from osscompile.runtime import Engine, InputError
 from osscompile.runtime.serve.app import make_app
 from osscompile.runtime.serve.errors import ApiError
 from osscompile.runtime.serve.response_store import ResponseStore
@@ -217,6 +217,17 @@ def test_an_error_while_it_streams_is_a_failed_response() -> None:
         with pytest.raises(openai.InternalServerError):
             ask(client_of(url), model="scripted")
     assert last.type == "response.failed" and "secret" not in last.response.error.message
+
+
+def test_a_form_that_cannot_be_followed_to_the_end_is_the_clients_mistake() -> None:
+    engine = ScriptedEngine()
+    engine.error = InputError("response_format: grammar: expected one that llguidance can follow")
+    with serving_script(engine) as url:
+        *_, last = ask(client_of(url), model="scripted", stream=True)
+        with pytest.raises(openai.BadRequestError, match="llguidance can follow"):
+            ask(client_of(url), model="scripted")
+    assert last.response.error.code == "invalid_prompt"
+    assert "llguidance can follow" in last.response.error.message
 
 
 def test_the_store_forgets_what_was_not_used_for_longest() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from ..artifact import open_artifact
 from ..engine import Engine
@@ -166,6 +166,8 @@ class ReplicaRequest:
                 self.usage, self.finish_reason = usage, reason
                 if reason is None:
                     yield told
+        except RayTaskError as error:
+            raise error.cause from error  # Ray's own says where in which file it was raised
         except RayActorError:
             self._replicas.ended_at[place] = time.monotonic()
             if has_begun:

@@ -70,7 +70,8 @@ class _Response:
                 yield self._event(told)
         except Exception as error:  # whatever it is, `api_error` decides what is told of it
             described = api_error(error).described
-            failed = {"code": described["code"] or "server_error", "message": described["message"]}
+            code = "server_error" if described["type"] == "server_error" else "invalid_prompt"
+            failed = {"code": described["code"] or code, "message": described["message"]}
             self._told |= {"status": "failed", "error": failed, "output": self._output.items}
             yield self._event(self._state("failed"))
 
