@@ -8,12 +8,10 @@ import http.client
 import json
 import os
 import random
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -23,6 +21,7 @@ from serving import (
     PATIENCE,
     ScriptedEngine,
     ask,
+    begin_stream,
     scripted_service,
     serving,
     serving_script,
@@ -108,16 +107,6 @@ def test_a_full_queue_says_when_to_come_again() -> None:
             stream.close()
         wait_until(lambda: all(request.cancelled for request in engine.requests))
         assert ask(url)[0] == 200
-
-
-def begin_stream(url: str, **options: Any) -> socket.socket:
-    """A connection that has read the head of a stream."""
-    body = json.dumps(HELLO | {"stream": True} | options).encode()
-    connection = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), PATIENCE)
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    assert connection.recv(12) == b"HTTP/1.1 200"
-    return connection
 
 
 def test_a_client_that_goes_away_ends_its_answer() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -27,14 +29,18 @@ SUM = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperatu
 
 
 @contextmanager
-def server(*arguments: object, **environment: str) -> Iterator[tuple[Any, str, list[str]]]:
-    """Process, address and what it says on stderr, line by line."""
+def server(
+    *arguments: object, descriptors: int | None = None, **environment: str
+) -> Iterator[tuple[Any, str, list[str]]]:
+    """Process, address and what it says on stderr, line by line. descriptors: that it may have."""
+    limits = None if descriptors is None else (descriptors, descriptors)
     process = subprocess.Popen(
         [sys.executable, "-m", "osscompile", "serve", *map(str, arguments), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | environment,
+        preexec_fn=limits and partial(resource.setrlimit, resource.RLIMIT_NOFILE, limits),
     )
     said: list[str] = []
     reader = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
@@ -79,6 +85,20 @@ def test_what_takes_too_long_to_end_is_told_so(nano_artifact: Path) -> None:
         *_, last = (line for line in stream if line.strip())
         assert process.wait(PATIENCE) == 0
     assert b"ending" in last and not said
+
+
+def test_more_connections_than_descriptors(nano_artifact: Path) -> None:
+    with server(nano_artifact, descriptors=120) as (process, url, said), ExitStack() as stack:
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(200):
+            stack.enter_context(socket.create_connection((host, int(port)), PATIENCE))
+        with urlopen(f"{url}/health", timeout=PATIENCE) as answer:
+            assert answer.status == 200
+        with post(url, SUM | {"model": "nano"}) as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    assert not said
 
 
 def test_a_second_server_on_the_port_says_so(nano_artifact: Path) -> None:

@@ -1,22 +1,19 @@
 """The process that serves: its port, and how it begins and ends."""
 
 import asyncio
-import contextlib
 import ipaddress
 import signal
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import uvicorn
 
 from ..errors import OsscompileError
 from .answers import Desk
 from .app import MAX_BODY_BYTES, make_app
+from .connections import Server
 from .service import Engines, make_service
 
 BACKLOG = 512  # connections that nobody has accepted yet
-KEEP_ALIVE = 75  # seconds; clients keep connections about that long
 
 
 @dataclass(frozen=True)
@@ -70,27 +67,10 @@ def serve(
         allowed_origins=allowed_origins,
         max_body_bytes=max_body_bytes,
     )
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=5,  # for what is left once nobody waits for an answer
-        server_header=False,
-    )
-    asyncio.run(_serve(_Server(config), service.desk, address, ending_seconds))
+    asyncio.run(_serve(Server(app), service.desk, address, ending_seconds))
 
 
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Leave them to `_serve`: uvicorn would close its port before answers have ended."""
-        yield
-
-
-async def _serve(
-    server: uvicorn.Server, desk: Desk, address: Address, ending_seconds: float
-) -> None:
+async def _serve(server: Server, desk: Desk, address: Address, ending_seconds: float) -> None:
     loop, asked_to_end = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_end.set)
