@@ -11,11 +11,13 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from serving import FINAL, ScriptedEngine, serving, serving_script
+from serving import FINAL, ScriptedEngine, harmony_ids, serving, serving_script
+from talker import TOKENIZER
 
 from osscompile.runtime import Engine, InputError
 from osscompile.runtime.serve.app import make_app
 from osscompile.runtime.serve.service import make_service
+from osscompile.runtime.tokenizer import Tokenizer
 
 openai = pytest.importorskip("openai")
 
@@ -216,6 +218,22 @@ def test_logprobs_of_completions(client: Any) -> None:
         assert top[token] == logprob == max(top.values())
     with pytest.raises(openai.BadRequestError, match="echo"):
         client.completions.create(logprobs=2, echo=True, **options)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_ends_a_completion_is_none_of_its_text(client: Any, streams: bool) -> None:
+    prompt = "<|start|>assistant<|channel|>final<|message|>17 + 25"
+    options = {"model": "nano", "max_tokens": 40, "temperature": 0, "logprobs": 1}
+    told = client.completions.create(prompt=ids_of(prompt), stream=streams, **options)
+    choices = [chunk.choices[0] for chunk in told] if streams else told.choices
+    assert choices[-1].finish_reason == "stop"
+    text = "".join(choice.text for choice in choices)
+    assert text.endswith(".") and "<|" not in text
+    assert text == "".join(token for choice in choices for token in choice.logprobs.tokens)
+
+
+def ids_of(text: str) -> list[int]:
+    return harmony_ids(Tokenizer(TOKENIZER), text)
 
 
 # What nano never says
