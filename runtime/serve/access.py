@@ -2,31 +2,59 @@
 
 import asyncio
 import hmac
+import ipaddress
 from collections.abc import Awaitable, Sequence
 
-from starlette.datastructures import Headers
+from starlette.datastructures import URL, Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 
-OPEN = ("/", "/health", "/openapi.json")  # paths that tell nothing of the model
+OPEN = ("/", "/health")  # paths that tell nothing of the model
 
 
 # For a body; longer for a large one, of which so many bytes a second come.
 BODY_SECONDS, BODY_RATE = 30.0, 10_000
 
 
+class HostGuard:
+    """Lets in requests to addresses and to these names. A page elsewhere can have its own name lead
+    to this machine, and then ask as if it were from here."""
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self._app, self._names = app, {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._is_known(URL(scope=scope).hostname):
+            error = ApiError(
+                421,
+                "Host: expected localhost, an address, or a name that this server was told of with "
+                "--allow-host, found another",
+            )
+            return await error.response()(scope, receive, send)
+        await self._app(scope, receive, send)
+
+    def _is_known(self, name: str | None) -> bool:
+        try:
+            ipaddress.ip_address(name or "")
+        except ValueError:
+            return name in self._names
+        return True
+
+
 class KeyGuard:
     """Lets in who has the API key."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._expected = app, f"Bearer {key}".encode()
+        self._app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN:
             given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+            scheme, _, key = given.partition(b" ")
             # in constant time: how long a comparison takes tells how much of a key is right
-            if not hmac.compare_digest(given, self._expected):
+            is_same = hmac.compare_digest(key.strip(b" "), self._key)
+            if scheme.lower() != b"bearer" or not is_same:
                 error = ApiError(
                     401,
                     "authorization: expected the API key of this server as a bearer token, found "

@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..version import __version__
-from .access import BodyLimit, KeyGuard, origins
+from .access import BodyLimit, HostGuard, KeyGuard, origins
 from .chat import create_chat
 from .chat_body import ChatBody
 from .completion_body import CompletionBody
@@ -42,15 +42,18 @@ def make_app(
     *,
     api_key: str | None = None,
     allowed_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> ASGIApp:
     """The application. `api_key`: what callers must show; `allowed_origins`: those of pages whose
-    scripts may ask from a browser."""
+    scripts may ask from a browser; `allowed_hosts`: names by which this machine may be asked, None
+    for any."""
     app = FastAPI(
         title="osscompile",
         version=__version__,
         docs_url=None,  # a page that loads scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # it would send clients to the host that they named
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
     app.router.route_class = Route
@@ -59,6 +62,9 @@ def make_app(
     for schema in app.openapi()["components"]["schemas"].values():
         if "model" in schema.get("properties", {}):
             schema["properties"]["model"]["enum"] = [service.name]
+    for route in app.routes:  # once they are described
+        if isinstance(route, Route) and "GET" in route.methods:
+            route.methods.add("HEAD")
     for error in (HTTPException, Exception):  # outside of routes
         app.add_exception_handler(error, respond_with_error)
     # the last one added comes first
@@ -71,7 +77,10 @@ def make_app(
             allow_origins=origins(allowed_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=["Retry-After"],
         )
+    if allowed_hosts is not None:
+        app.add_middleware(HostGuard, names=allowed_hosts)
     app.add_middleware(_CountRequests, service=service)
     return app
 

@@ -17,6 +17,7 @@ from .json_text import json_bytes
 
 LOG = logging.getLogger("osscompile.serve")
 
+RETRY_SECONDS = "5"  # until a server or a replica that ended may be there again
 INVALID = "invalid_request_error"
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # by status; else INVALID or server
 FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[\w\[\]]+)*): ")  # how our own messages begin
@@ -47,6 +48,8 @@ class ApiError(HTTPException):  # which FastAPI lets through where it reads a bo
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if status == 503:
+            headers = {"Retry-After": RETRY_SECONDS} | dict(headers or {})
         super().__init__(status, message, headers)
         kind = "server_error" if status >= 500 else TYPES.get(status, INVALID)
         self.described = {"message": message, "type": kind, "param": param, "code": code}

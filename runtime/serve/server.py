@@ -56,15 +56,19 @@ def serve(
     ending_seconds: float,
     api_key: str | None = None,
     allowed_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> None:
     """Serve until a SIGTERM or an interrupt; then finish what was begun, for `ending_seconds` at
-    most. Raises InputError for a model without a tokenizer."""
+    most. An address that this machine alone reaches answers to its own names, and to
+    `allowed_hosts`; another to any, unless there are some. Raises InputError for a model without a
+    tokenizer."""
     service = make_service(engine, name, waiting)
     app = make_app(
         service,
         api_key=api_key,
         allowed_origins=allowed_origins,
+        allowed_hosts=None if address.is_public and not allowed_hosts else allowed_hosts,
         max_body_bytes=max_body_bytes,
     )
     asyncio.run(_serve(Server(app), service.desk, address, ending_seconds))
