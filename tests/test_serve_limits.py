@@ -76,6 +76,7 @@ def test_pages_that_may_ask_are_named() -> None:
         _, _, refused = ask(url, Origin="https://friend.example")
         assert refused.status == 401  # a page may read why
         assert refused.headers["access-control-allow-origin"] == "https://friend.example"
+        assert refused.headers["access-control-expose-headers"] == "Retry-After"
 
 
 def test_an_api_key() -> None:
@@ -86,6 +87,7 @@ def test_an_api_key() -> None:
             (401, {"Authorization": "secret"}),
             (401, {"Authorization": "Bearer s\xe9cret"}),
             (200, {"Authorization": "Bearer secret"}),
+            (200, {"Authorization": "bearer  secret"}),
         ):
             found, answer, _ = ask(url, **headers)
             assert found == status
@@ -93,6 +95,40 @@ def test_an_api_key() -> None:
                 assert answer["error"]["code"] == "invalid_api_key"
         for path, status in (("/", 200), ("/health", 200), ("/metrics", 401), ("/v1/models", 401)):
             assert ask(url, path, None, "GET")[0] == status
+
+
+def test_the_description_holds_the_models_name_and_needs_the_key() -> None:
+    with serving_script(ScriptedEngine(), api_key="secret") as url:
+        assert ask(url, "/openapi.json", None, "GET")[0] == 401
+
+
+def test_names_of_this_machine(url: str) -> None:
+    """A page elsewhere may have its name lead here."""
+    with serving_script(ScriptedEngine(), allowed_hosts=["Box.lan"]) as url:
+        for host in (
+            "localhost",
+            "localhost:80",
+            "LOCALHOST",
+            "127.0.0.1:8000",
+            "[::1]:1",
+            "box.lan",
+        ):
+            assert ask(url, Host=host)[0] == 200, host
+        for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.a"):
+            status, answer, _ = ask(url, Host=host, Origin=f"http://{host}")
+            assert status == 421 and "--allow-host" in answer["error"]["message"]
+            assert ask(url, "/", None, "GET", Host=host)[0] == 421
+
+
+def test_no_path_leads_to_the_host_that_a_client_names(url: str) -> None:
+    status, _, response = ask(url, f"{CHAT}/", Host="evil.example")
+    assert status == 404 and "location" not in response.headers
+
+
+def test_what_can_be_got_has_a_head(url: str) -> None:
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        status, content, response = ask(url, path, None, "HEAD")
+        assert (status, content) == (200, "") and response.headers["content-type"]
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:
@@ -138,8 +174,30 @@ def test_a_server_that_ends_lets_nobody_in() -> None:
     service = scripted_service(ScriptedEngine())
     service.desk.gate.ending = True
     with serving(make_app(service)) as url:
-        assert ask(url)[0] == ask(url, "/health", None, "GET")[0] == 503
+        for path, body, method in ((CHAT, HELLO, "POST"), ("/health", None, "GET")):
+            status, _, response = ask(url, path, body, method)
+            assert status == 503 and int(response.headers["retry-after"]) > 0
         assert ask(url, "/v1/models", None, "GET")[0] == 200
+
+
+def test_a_fault_of_ours_is_counted_told_to_pages_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = ScriptedEngine()
+    engine.error = RuntimeError("a fault")
+    with serving_script(engine, allowed_origins=["https://a.example"]) as url:
+        status, _, response = ask(url, Origin="https://a.example")
+        metrics = ask(url, "/metrics", None, "GET")[1]
+    assert status == 500
+    assert response.headers["access-control-allow-origin"] == "https://a.example"
+    assert f'path="{CHAT}",status="500"' in metrics and 'status="499"' not in metrics
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+
+
+def test_a_body_too_large_is_counted_by_its_path() -> None:
+    with serving_script(ScriptedEngine(), max_body_bytes=10) as url:
+        assert ask(url)[0] == 413
+        assert f'path="{CHAT}",status="413"' in ask(url, "/metrics", None, "GET")[1]
 
 
 def test_metrics(url: str) -> None:

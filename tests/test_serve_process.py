@@ -17,12 +17,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
 from serving import PATIENCE, wait_until
 from talker import TOKENIZER
 
+from osscompile.cli import main
 from osscompile.runtime.tokenizer import Tokenizer
 
 SUM = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperature": 0}
@@ -120,6 +122,45 @@ def test_an_address_that_others_reach_is_told(nano_artifact: Path) -> None:
     with server(nano_artifact, "--host", "0.0.0.0") as (_, _url, said):
         wait_until(lambda: bool(said))
     assert "anybody" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "told"),
+    [
+        (["--port", "99999"], "", "argument --port: expected 0 to 65535"),
+        (["--port", "-1"], "", "argument --port: expected 0 to 65535"),
+        (["--end-within", "-1"], "", "argument --end-within: expected seconds"),
+        (["--end-within", "nan"], "", "argument --end-within: expected seconds"),
+        ([], "k\xe9y", "$OSSCOMPILE_API_KEY: expected"),
+        ([], "k\udce9y", "$OSSCOMPILE_API_KEY: expected"),  # no UTF-8
+        ([], "a key", "$OSSCOMPILE_API_KEY: expected"),
+        ([], "\n", "$OSSCOMPILE_API_KEY: expected"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_the_start(
+    nano_artifact: Path,
+    arguments: list[str],
+    key: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OSSCOMPILE_API_KEY", key)
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main(["serve", str(nano_artifact), *arguments]))
+    assert ended.value.code in (1, 2)
+    assert told in capsys.readouterr().err
+
+
+def test_a_key_from_a_file_and_a_host_that_others_name(nano_artifact: Path) -> None:
+    with server(nano_artifact, OSSCOMPILE_API_KEY="key\n") as (_, url, _):
+        for host, status in (("localhost", 200), ("evil.example", 421)):
+            headers = {"Authorization": "Bearer key", "Host": host}
+            try:
+                found = urlopen(Request(f"{url}/v1/models", headers=headers)).status
+            except HTTPError as error:
+                found = error.code
+            assert found == status
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

@@ -47,7 +47,7 @@ def test_who_has_not_its_token_cannot_reach_the_cluster(replicas: Replicas) -> N
     """Which listens on every address of the machine."""
     address = ray.get_runtime_context().gcs_address
     code = f"import ray; ray.init({address!r})"
-    others = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
+    others = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=others, capture_output=True)
     assert result.returncode != 0 and b"ConnectionError" in result.stderr
 
