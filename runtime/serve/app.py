@@ -63,8 +63,8 @@ def make_app(
         if "model" in schema.get("properties", {}):
             schema["properties"]["model"]["enum"] = [service.name]
     for route in app.routes:  # once they are described
-        if isinstance(route, Route) and "GET" in route.methods:
-            route.methods.add("HEAD")
+        if isinstance(route, Route) and route.methods == {"GET"}:
+            route.methods = {"GET", "HEAD"}
     for error in (HTTPException, Exception):  # outside of routes
         app.add_exception_handler(error, respond_with_error)
     # the last one added comes first
