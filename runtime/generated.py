@@ -14,7 +14,8 @@ from .usage import Usage
 @dataclass(frozen=True)
 class GeneratedToken(Sample):
     """A token and the text that became complete with it: "" within a character of several bytes,
-    or while it may be the beginning of a stop string, and for artifacts without a tokenizer.
+    or while it may be the beginning of a stop string, for an id that ends the answer, and for
+    artifacts without a tokenizer.
 
     finish_reason: None but for the last one, which a stop id or string ended ("stop"), or
     max_tokens or the context's end ("length"). usage: what the answer took up to this token; it is
@@ -50,7 +51,8 @@ class TokenStream:
     def push(self, sample: Sample) -> GeneratedToken:
         self.count += 1
         ends, full = sample.token_id in self._stops, self.count == self._limit
-        text = self._texts.push(sample.token_id, is_last=ends or full)
+        # an id that ends the answer is none of its text
+        text = self._texts.finish() if ends else self._texts.push(sample.token_id, is_last=full)
         reason = "stop" if ends or self._texts.stopped else "length" if full else None
         usage = replace(self._usage, completion_tokens=self.count)
         return GeneratedToken(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .constraint import Constraint, is_allowed
-from .errors import ArtifactError, OsscompileError
+from .errors import ArtifactError, InputError
 from .sampling_options import SamplingOptions
 
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy: dividing logits by it could overflow
@@ -84,9 +84,11 @@ class Sampler:
         self._weights = np.empty(0, np.float32)
 
     @property
-    def error(self) -> OsscompileError | None:
-        """Why the last token is none, and the answer cannot go on."""
-        return None if self.constraint is None else self.constraint.error
+    def error(self) -> InputError | None:
+        """Why the last token is none, and the answer cannot go on: it was asked for in a form that
+        cannot be followed."""
+        error = None if self.constraint is None else self.constraint.error
+        return None if error is None else InputError(f"response_format: {error}")
 
     def sample(self, logits: NDArray[np.float32]) -> Sample:
         """Choose from float32 [vocab] logits, which are not changed; -inf is never chosen.

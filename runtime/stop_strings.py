@@ -53,9 +53,13 @@ class TextStream:
         if self._decoder is None:
             return ""
         text = self._search.push(self._decoder.push(token_id))
-        if is_last:
-            text += self._search.push(self._decoder.flush()) + self._search.flush()
-        return text
+        return text + self.finish() if is_last else text
+
+    def finish(self) -> str:
+        """What was held back, when no more ids follow."""
+        if self._decoder is None:
+            return ""
+        return self._search.push(self._decoder.flush()) + self._search.flush()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import re
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
-import uvicorn
 from talker import TOKENIZER
 
 from osscompile.runtime import Finish, InputError, Piece, Usage
@@ -18,6 +21,7 @@ from osscompile.runtime.generated import GeneratedToken, PieceMaker
 from osscompile.runtime.sampling_options import SamplingOptions
 from osscompile.runtime.serve.answers import Desk
 from osscompile.runtime.serve.app import make_app
+from osscompile.runtime.serve.connections import Server
 from osscompile.runtime.serve.gate import Gate
 from osscompile.runtime.serve.metrics import Metrics
 from osscompile.runtime.serve.server import listen
@@ -26,13 +30,15 @@ from osscompile.runtime.tokenizer import Tokenizer
 
 PATIENCE = 60.0  # seconds, after which a test has hung
 FINAL = "<|channel|>final<|message|>"
+HELLO = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
+CHAT = "/v1/chat/completions"
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """The address of a server that runs in a thread."""
+def serving(app: Any, most: int | None = None) -> Iterator[str]:
+    """The address of a server that runs in a thread, with so many connections at once."""
     address = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    server = Server(app, most)
     thread = threading.Thread(
         target=lambda: asyncio.run(server.serve(sockets=[address.socket])), daemon=True
     )
@@ -42,6 +48,35 @@ def serving(app: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
+
+
+def ask(
+    url: str,
+    path: str = CHAT,
+    body: object = HELLO,
+    method: str = "POST",
+    **headers: str,
+) -> tuple[int, Any, http.client.HTTPResponse]:
+    """Status, JSON or text, and what else of the answer there is."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, data, {"Content-Type": "application/json"} | names)
+    response = connection.getresponse()
+    content = response.read().decode()
+    connection.close()
+    is_json = response.headers.get_content_type() == "application/json"
+    return response.status, json.loads(content) if is_json and content else content, response
+
+
+def begin_stream(url: str, **options: Any) -> socket.socket:
+    """A connection that has read the head of a stream."""
+    body = json.dumps(HELLO | {"stream": True} | options).encode()
+    connection = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), PATIENCE)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert connection.recv(12) == b"HTTP/1.1 200"
+    return connection
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -121,7 +156,8 @@ def scripted_service(engine: ScriptedEngine, running: int = 4, waiting: int = 10
 
 @contextmanager
 def serving_script(engine: ScriptedEngine, **options: Any) -> Iterator[str]:
-    """`options`: of `make_app`, and running and waiting."""
+    """`options`: of `make_app`, and running and waiting, and the most connections."""
     room = {name: options.pop(name) for name in ("running", "waiting") if name in options}
-    with serving(make_app(scripted_service(engine, **room), **options)) as url:
+    most = options.pop("most", None)
+    with serving(make_app(scripted_service(engine, **room), **options), most) as url:
         yield url

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from osscompile.runtime.errors import ArtifactError, InputError
+from osscompile.runtime.errors import ArtifactError, InputError, OsscompileError
 from osscompile.runtime.sampler import Limit, Sample, Sampler, reserved_ids, sample_rows
 from osscompile.runtime.sampling_options import SamplingOptions
 
@@ -468,7 +468,7 @@ def test_limits_that_a_device_is_told(options: dict[str, Any], limits: list[Limi
 class Only:
     """Allows these ids."""
 
-    error = None
+    error: OsscompileError | None = None
 
     def __init__(self, *ids: int) -> None:
         self.told: list[int] = []
@@ -495,3 +495,12 @@ def test_constraint_leaves_only_what_it_allows(temperature: float) -> None:
     flat = Sampler(SamplingOptions(temperature=1.0, seed=0), np.array([VOCAB - 1]), only)
     assert {flat.sample(np.zeros(VOCAB, np.float32)).token_id for _ in range(200)} == {0, 31, 32}
     assert drawn[0].logprob is not None and drawn[0].logprob < -1  # the model's own
+
+
+def test_a_constraint_that_cannot_go_on_is_a_fault_of_what_was_asked() -> None:
+    only = Only(0)
+    sampler = Sampler(SamplingOptions(), NO_IDS, only)
+    assert sampler.error is None
+    only.error = OsscompileError("grammar: expected one that can be followed, found (a{9}){9}")
+    assert isinstance(sampler.error, InputError)
+    assert str(sampler.error).startswith("response_format: grammar: expected")

@@ -11,11 +11,13 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from serving import FINAL, ScriptedEngine, serving, serving_script
+from serving import FINAL, ScriptedEngine, harmony_ids, serving, serving_script
+from talker import TOKENIZER
 
-from osscompile.runtime import Engine
+from osscompile.runtime import Engine, InputError
 from osscompile.runtime.serve.app import make_app
 from osscompile.runtime.serve.service import make_service
+from osscompile.runtime.tokenizer import Tokenizer
 
 openai = pytest.importorskip("openai")
 
@@ -218,6 +220,22 @@ def test_logprobs_of_completions(client: Any) -> None:
         client.completions.create(logprobs=2, echo=True, **options)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_ends_a_completion_is_none_of_its_text(client: Any, streams: bool) -> None:
+    prompt = "<|start|>assistant<|channel|>final<|message|>17 + 25"
+    options = {"model": "nano", "max_tokens": 40, "temperature": 0, "logprobs": 1}
+    told = client.completions.create(prompt=ids_of(prompt), stream=streams, **options)
+    choices = [chunk.choices[0] for chunk in told] if streams else told.choices
+    assert choices[-1].finish_reason == "stop"
+    text = "".join(choice.text for choice in choices)
+    assert text.endswith(".") and "<|" not in text
+    assert text == "".join(token for choice in choices for token in choice.logprobs.tokens)
+
+
+def ids_of(text: str) -> list[int]:
+    return harmony_ids(Tokenizer(TOKENIZER), text)
+
+
 # What nano never says
 
 
@@ -244,6 +262,19 @@ def test_an_error_while_it_streams_is_told_without_internals() -> None:
             ask(client, model="scripted")
     for error in (streamed.value, whole.value):
         assert "secret" not in str(error) and error.code == "internal_error"
+
+
+def test_a_form_that_cannot_be_followed_to_the_end_is_the_clients_mistake() -> None:
+    engine = ScriptedEngine(f"{FINAL}Yes.<|return|>")
+    engine.error = InputError("response_format: grammar: expected one that llguidance can follow")
+    with serving_script(engine) as url:
+        client = client_of(url)
+        with pytest.raises(openai.BadRequestError, match="llguidance can follow") as whole:
+            ask(client, model="scripted")
+        with pytest.raises(openai.APIError, match="llguidance can follow") as streamed:
+            list(ask(client, model="scripted", stream=True))
+    for error in (whole.value, streamed.value):
+        assert (error.param, error.type) == ("response_format", "invalid_request_error")
 
 
 def test_options_reach_the_engine_under_their_names() -> None:

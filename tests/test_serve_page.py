@@ -106,6 +106,14 @@ def test_a_schema_that_is_no_json_is_told(page: Page) -> None:
 
 
 @needs_chromium
+def test_an_answer_of_a_proxy_between_is_no_fault_of_the_schema(page: Page) -> None:
+    page.run("window.fetch = async () => new Response('<html>', {status: 502})")
+    ask(page, "What is 17 + 25?")
+    told = page.run("document.querySelector('.error:not(:empty)').textContent")
+    assert told == "The server answered 502."
+
+
+@needs_chromium
 def test_the_page_at_the_width_of_a_phone(page: Page) -> None:
     page.resize(360, 640)
     page.dark(True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -12,29 +13,36 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
 from serving import PATIENCE, wait_until
 from talker import TOKENIZER
 
+from osscompile.cli import main
 from osscompile.runtime.tokenizer import Tokenizer
 
 SUM = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperature": 0}
 
 
 @contextmanager
-def server(*arguments: object, **environment: str) -> Iterator[tuple[Any, str, list[str]]]:
-    """Process, address and what it says on stderr, line by line."""
+def server(
+    *arguments: object, descriptors: int | None = None, **environment: str
+) -> Iterator[tuple[Any, str, list[str]]]:
+    """Process, address and what it says on stderr, line by line. descriptors: that it may have."""
+    limits = None if descriptors is None else (descriptors, descriptors)
     process = subprocess.Popen(
         [sys.executable, "-m", "osscompile", "serve", *map(str, arguments), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | environment,
+        preexec_fn=limits and partial(resource.setrlimit, resource.RLIMIT_NOFILE, limits),
     )
     said: list[str] = []
     reader = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
@@ -81,6 +89,20 @@ def test_what_takes_too_long_to_end_is_told_so(nano_artifact: Path) -> None:
     assert b"ending" in last and not said
 
 
+def test_more_connections_than_descriptors(nano_artifact: Path) -> None:
+    with server(nano_artifact, descriptors=120) as (process, url, said), ExitStack() as stack:
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(200):
+            stack.enter_context(socket.create_connection((host, int(port)), PATIENCE))
+        with urlopen(f"{url}/health", timeout=PATIENCE) as answer:
+            assert answer.status == 200
+        with post(url, SUM | {"model": "nano"}) as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    assert not said
+
+
 def test_a_second_server_on_the_port_says_so(nano_artifact: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -100,6 +122,45 @@ def test_an_address_that_others_reach_is_told(nano_artifact: Path) -> None:
     with server(nano_artifact, "--host", "0.0.0.0") as (_, _url, said):
         wait_until(lambda: bool(said))
     assert "anybody" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "told"),
+    [
+        (["--port", "99999"], "", "argument --port: expected 0 to 65535"),
+        (["--port", "-1"], "", "argument --port: expected 0 to 65535"),
+        (["--end-within", "-1"], "", "argument --end-within: expected seconds"),
+        (["--end-within", "nan"], "", "argument --end-within: expected seconds"),
+        ([], "k\xe9y", "$OSSCOMPILE_API_KEY: expected"),
+        ([], "k\udce9y", "$OSSCOMPILE_API_KEY: expected"),  # no UTF-8
+        ([], "a key", "$OSSCOMPILE_API_KEY: expected"),
+        ([], "\n", "$OSSCOMPILE_API_KEY: expected"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_the_start(
+    nano_artifact: Path,
+    arguments: list[str],
+    key: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OSSCOMPILE_API_KEY", key)
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main(["serve", str(nano_artifact), *arguments]))
+    assert ended.value.code in (1, 2)
+    assert told in capsys.readouterr().err
+
+
+def test_a_key_from_a_file_and_a_host_that_others_name(nano_artifact: Path) -> None:
+    with server(nano_artifact, OSSCOMPILE_API_KEY="key\n") as (_, url, _):
+        for host, status in (("localhost", 200), ("evil.example", 421)):
+            headers = {"Authorization": "Bearer key", "Host": host}
+            try:
+                found = urlopen(Request(f"{url}/v1/models", headers=headers)).status
+            except HTTPError as error:
+                found = error.code
+            assert found == status
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

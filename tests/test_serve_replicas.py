@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,9 +24,10 @@ from osscompile.runtime import InputError, load
 from osscompile.runtime.serve.app import make_app
 from osscompile.runtime.serve.service import make_service
 
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("needs the extra `ray`", allow_module_level=True)
 with warnings.catch_warnings(action="ignore"):  # its own use of pydantic
-    pytest.importorskip("ray", reason="needs the extra `ray`")
-    from osscompile.runtime.serve.replicas import Replicas
+    from osscompile.runtime.serve.replicas import ReplicaRequest, Replicas, ray
 
 OPTIONS = {"sequences": 8, "context": 1024, "threads": 1}
 
@@ -35,6 +41,15 @@ def test_more_replicas_than_there_is_room_for(nano_artifact: Path) -> None:
 def replicas(nano_artifact: Path) -> Iterator[Replicas]:
     with Replicas(nano_artifact, 2, OPTIONS) as replicas:
         yield replicas
+
+
+def test_who_has_not_its_token_cannot_reach_the_cluster(replicas: Replicas) -> None:
+    """Which listens on every address of the machine."""
+    address = ray.get_runtime_context().gcs_address
+    code = f"import ray; ray.init({address!r})"
+    others = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=others, capture_output=True)
+    assert result.returncode != 0 and b"ConnectionError" in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +88,19 @@ def test_a_conversation_stays_with_its_replica(url: str) -> None:
 def test_wrong_requests_are_refused_before_a_replica_is_asked(replicas: Replicas) -> None:
     with pytest.raises(InputError):
         replicas.submit([{"role": "nobody", "content": "?"}])
+
+
+def test_what_a_replica_refuses_says_no_more_than_an_engine_does(replicas: Replicas) -> None:
+    """Ray's own error has the way to it, file by file."""
+
+    async def answer() -> None:
+        options = {"temperature": -1.0}  # which `submit` would not let through
+        async for _ in ReplicaRequest(replicas, [0], [1], options):
+            pass
+
+    with pytest.raises(InputError) as caught:
+        asyncio.run(answer())
+    assert str(caught.value).startswith("temperature: expected") and "/" not in str(caught.value)
 
 
 def test_a_client_that_goes_away_ends_its_answer(replicas: Replicas, url: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from serving import ScriptedEngine, serving, serving_script
 
-from osscompile.runtime import Engine
+from osscompile.runtime import Engine, InputError
 from osscompile.runtime.serve.app import make_app
 from osscompile.runtime.serve.errors import ApiError
 from osscompile.runtime.serve.response_store import ResponseStore
@@ -145,7 +145,7 @@ def test_wrong_requests_name_the_field(client: Any) -> None:
         r"tools\[0\].type": {"tools": [{"type": "web_search"}]},
         "background": {"background": True},
         "truncation": {"truncation": "auto"},
-        r"messages\[0\].tool_call_id": {
+        r"input\[0\].call_id": {
             "input": [{"type": "function_call_output", "call_id": "c", "output": ""}]
         },
     }.items():
@@ -172,6 +172,31 @@ def test_items_of_text_before_a_call() -> None:
         "completed",
     ]
     assert [e.output_index for e in events if e.type == "response.output_item.done"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("instructions", ["Be brief.", None])
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({"type": "function_call_output", "call_id": "c", "output": "1"}, "call_id"),
+        ({"type": "function_call_output", "call_id": "c", "output": 5}, "output"),
+        ({"type": "function_call", "call_id": 5, "name": "f", "arguments": "{}"}, "call_id"),
+        ({"type": "function_call", "call_id": "c", "name": "f g", "arguments": "{}"}, "name"),
+        ({"type": "function_call", "call_id": "c", "name": "f", "arguments": 5}, "arguments"),
+        ({"role": "user", "content": 5}, "content"),
+        ({"role": "nobody", "content": "x"}, "role"),
+    ],
+)
+def test_errors_name_the_field_of_the_input(
+    client: Any, item: dict[str, Any], param: str, instructions: str | None
+) -> None:
+    first = ask(client)
+    empty = {"type": "reasoning", "summary": []}  # which is no message
+    for before in (None, first.id):
+        with pytest.raises(openai.BadRequestError) as caught:
+            options = {"previous_response_id": before, "instructions": instructions}
+            ask(client, input=[empty, {"role": "user", "content": "x"}, item], **options)
+        assert caught.value.param == f"input[2].{param}"
 
 
 def test_options_reach_the_engine_as_those_of_chat() -> None:
@@ -217,6 +242,17 @@ def test_an_error_while_it_streams_is_a_failed_response() -> None:
         with pytest.raises(openai.InternalServerError):
             ask(client_of(url), model="scripted")
     assert last.type == "response.failed" and "secret" not in last.response.error.message
+
+
+def test_a_form_that_cannot_be_followed_to_the_end_is_the_clients_mistake() -> None:
+    engine = ScriptedEngine()
+    engine.error = InputError("response_format: grammar: expected one that llguidance can follow")
+    with serving_script(engine) as url:
+        *_, last = ask(client_of(url), model="scripted", stream=True)
+        with pytest.raises(openai.BadRequestError, match="llguidance can follow"):
+            ask(client_of(url), model="scripted")
+    assert last.response.error.code == "invalid_prompt"
+    assert "llguidance can follow" in last.response.error.message
 
 
 def test_the_store_forgets_what_was_not_used_for_longest() -> None:

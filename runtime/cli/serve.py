@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ HOST, PORT = "127.0.0.1", 8000
 WAITING = 128
 ENDING_SECONDS = 30.0
 KEY_VARIABLE = "OSSCOMPILE_API_KEY"
+SENDABLE = re.compile(r"[!-~]+")
 
 
 def add_serve(commands: Commands) -> CommandParser:
@@ -30,7 +32,7 @@ def add_serve(commands: Commands) -> CommandParser:
         default=HOST,
         help=f"default: {HOST}, which this machine alone reaches; 0.0.0.0: every machine does",
     )
-    command.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: a free one")
+    command.add_argument("--port", type=_port, default=PORT, help=f"default: {PORT}; 0: a free one")
     command.add_argument("--name", help="of the model, for clients (default: that of OUT)")
     command.add_argument(
         "--sequences",
@@ -57,11 +59,19 @@ def add_serve(commands: Commands) -> CommandParser:
         help="of a page whose scripts may ask from a browser (repeat for several; *: any)",
     )
     command.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="by which clients may ask, beside localhost and addresses (repeat for several; "
+        "default: none, and with a --host that others reach any)",
+    )
+    command.add_argument(
         "--max-body", type=_bytes_of_megabytes, metavar="MB", help="of a request (default: 4)"
     )
     command.add_argument(
         "--end-within",
-        type=float,
+        type=_seconds,
         default=ENDING_SECONDS,
         metavar="SECONDS",
         help=f"finish answers after SIGTERM for so long (default: {ENDING_SECONDS:g})",
@@ -88,7 +98,7 @@ def serve_artifact(arguments: argparse.Namespace) -> None:
         ) from error
     if arguments.queue < 0:
         raise OsscompileError(f"--queue: expected 0 or more, found {arguments.queue}")
-    key = os.environ.get(KEY_VARIABLE) or None
+    key = _key()
     address = listen(arguments.host, arguments.port)
     name = arguments.name or name_of(arguments.artifact)
     with _open(arguments) as engine:
@@ -104,6 +114,7 @@ def serve_artifact(arguments: argparse.Namespace) -> None:
             ending_seconds=arguments.end_within,
             api_key=key,
             allowed_origins=arguments.allow_origin,
+            allowed_hosts=arguments.allow_host,
             max_body_bytes=arguments.max_body or MAX_BODY_BYTES,
         )
 
@@ -115,12 +126,19 @@ def _open(arguments: argparse.Namespace) -> "Engine | Replicas":
         return Engine(arguments.artifact, **options)
     count = whole_number("--replicas", arguments.replicas)
     try:
-        from ..serve.replicas import Replicas
+        from ..serve.replicas import CLUSTER, Replicas
     except ModuleNotFoundError as error:
         raise OsscompileError(
             f"--replicas: expected ray[serve], found no {error.name}; install the extra: "
             "pip install 'osscompile[ray]'"
         ) from error
+    if CLUSTER == "local":
+        print(
+            "Ray listens on every address of this machine; it obeys who has the token that this "
+            "server has made",
+            file=sys.stderr,
+            flush=True,
+        )
     return Replicas(arguments.artifact, count, options)
 
 
@@ -128,6 +146,35 @@ def name_of(artifact: str) -> str:
     """What clients call a model that was given by path or name, e.g. gpt-oss-20b for
     openai/gpt-oss-20b."""
     return Path(artifact).resolve().name.removesuffix(".osc")
+
+
+def _key() -> str | None:
+    """The key, without the line break of a file that it came from. Raises OsscompileError for one
+    that no client can send."""
+    given = os.environ.get(KEY_VARIABLE, "")
+    key = given.strip()
+    if given and not SENDABLE.fullmatch(key):  # which is not shown: others may read what is printed
+        raise OsscompileError(
+            f"${KEY_VARIABLE}: expected letters, digits and signs of ASCII, found others or none; "
+            "choose such a key, or unset it"
+        )
+    return key or None
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not int(text) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, found {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, found {text!r}")
+    return number
 
 
 def _bytes_of_megabytes(text: str) -> int:

@@ -39,10 +39,18 @@ def need_text(where: str, value: object) -> str:
 
 
 def read_json(where: str, value: object) -> Any:
-    """A value in JSON's own types, e.g. a tuple as a list."""
+    """A value in JSON's own types, e.g. a tuple as a list; its whole numbers are those that float64
+    reaches, as which the prompt tells large ones."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
+        return json.loads(text, parse_int=_read_int)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{where}: expected what JSON can say, found {error}") from None
+
+
+def _read_int(digits: str) -> int:
+    """Raises OverflowError beyond float64."""
+    number = int(digits)
+    float(number)
+    return number

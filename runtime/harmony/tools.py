@@ -16,12 +16,14 @@ def read_tools(tools: object) -> tuple[Function, ...]:
     functions = [
         _read_tool(f"tools[{i}]", tool) for i, tool in enumerate(_read_list("tools", tools))
     ]
-    names = [function.name for function in functions]
-    for i, name in enumerate(names):
-        if name in names[:i]:
+    names: set[str] = set()
+    for i, function in enumerate(functions):
+        if function.name in names:
             raise InputError(
-                f"tools[{i}].function.name: expected a name of its own, found {name!r} twice"
+                f"tools[{i}].function.name: expected a name of its own, "
+                f"found {function.name!r} twice"
             )
+        names.add(function.name)
     return tuple(functions)
 
 

@@ -5,16 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import OsscompileError
 from ..version import __version__
-from .access import BodyLimit, KeyGuard, origins
+from .access import BodyLimit, HostGuard, KeyGuard, origins
 from .chat import create_chat
 from .chat_body import ChatBody
 from .completion_body import CompletionBody
@@ -23,6 +20,7 @@ from .errors import ApiError, ErrorReply, respond_with_error
 from .replies import CLIENT_WENT_AWAY, json_reply
 from .response_body import ResponseBody
 from .responses import create_response
+from .route import Route
 from .service import Service
 
 MAX_BODY_BYTES = 4 << 20
@@ -44,25 +42,31 @@ def make_app(
     *,
     api_key: str | None = None,
     allowed_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> ASGIApp:
     """The application. `api_key`: what callers must show; `allowed_origins`: those of pages whose
-    scripts may ask from a browser."""
+    scripts may ask from a browser; `allowed_hosts`: names by which this machine may be asked, None
+    for any."""
     app = FastAPI(
         title="osscompile",
         version=__version__,
         docs_url=None,  # a page that loads scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # it would send clients to the host that they named
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
+    app.router.route_class = Route
     _add_api(app, service)
     _add_about(app, service)
     for schema in app.openapi()["components"]["schemas"].values():
         if "model" in schema.get("properties", {}):
             schema["properties"]["model"]["enum"] = [service.name]
-    for error in (ApiError, OsscompileError, RequestValidationError, HTTPException, Exception):
+    for route in app.routes:  # once they are described
+        if isinstance(route, Route) and route.methods == {"GET"}:
+            route.methods = {"GET", "HEAD"}
+    for error in (HTTPException, Exception):  # outside of routes
         app.add_exception_handler(error, respond_with_error)
-    app.add_exception_handler(ClientDisconnect, _nobody_reads)
     # the last one added comes first
     app.add_middleware(BodyLimit, most=max_body_bytes)
     if api_key is not None:
@@ -73,7 +77,10 @@ def make_app(
             allow_origins=origins(allowed_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=["Retry-After"],
         )
+    if allowed_hosts is not None:
+        app.add_middleware(HostGuard, names=allowed_hosts)
     app.add_middleware(_CountRequests, service=service)
     return app
 
@@ -117,10 +124,6 @@ def _add_about(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.desk.metrics.text(), media_type="text/plain; version=0.0.4")
-
-
-async def _nobody_reads(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_WENT_AWAY)
 
 
 class _CountRequests:

@@ -4,20 +4,21 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from .bodies import MAX_CHOICES, MAX_MESSAGES, Body, Count, StreamOptions, given
+from .bodies import MAX_CHOICES, MAX_MESSAGES, Body, Count, StreamOptions, given, several
 
 MAX_LOGPROBS = 5
+MAX_IDS = 1 << 20  # more than a context has
 DEFAULT_TOKENS = 16  # OpenAI's
 
-Ids = Annotated[list[int], Field(min_length=1)]
+Ids = Annotated[list[int], several(MAX_IDS, 1)]
 
 
 class CompletionBody(Body):
     prompt: (
         Annotated[str, Field(min_length=1)]
         | Ids
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_MESSAGES)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_MESSAGES)]
+        | Annotated[list[str], several(MAX_MESSAGES, 1)]
+        | Annotated[list[Ids], several(MAX_MESSAGES, 1)]
     )
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -28,7 +28,7 @@ async def create_completion(service: Service, body: CompletionBody, request: Req
         )
     size = len(await request.body())
     prompts = [await beside(size, service.prompt_ids, prompt) for prompt in _prompts(body)]
-    completion = _Completion(service, body, prompts)
+    completion = await beside(size, _Completion, service, body, prompts)
     choices = [body.options(choice) for choice in range(body.n or 1)]
     answers = await service.desk.ask([(ids, choices) for ids in prompts], size)
     if body.stream:
@@ -64,6 +64,7 @@ class _Completion:
             if body.logprobs is None
             else [CompletionLogprobs(service.logprobs, len(text)) for text in self._begun]
         )
+        self._special = frozenset(service.tokenizer.special.values())
         options = body.stream_options
         self._tells_usage = bool(options and options.include_usage)
 
@@ -92,6 +93,8 @@ class _Completion:
         return event(chunk | {"usage": None} if self._tells_usage else chunk)
 
     def _choice(self, index: int, text: str, tokens: list[GeneratedToken]) -> dict[str, Any]:
-        logprobs = None if self._logprobs is None else self._logprobs[index].of_tokens(tokens)
         reason = tokens[-1].finish_reason if tokens else None
+        if reason == "stop" and tokens[-1].token_id in self._special:
+            tokens = tokens[:-1]  # it ended the answer, and is none of its text
+        logprobs = None if self._logprobs is None else self._logprobs[index].of_tokens(tokens)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

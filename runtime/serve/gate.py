@@ -25,7 +25,8 @@ class Gate:
             raise ApiError(503, "this server is ending; ask it again later, or another")
         if count > self._most:
             raise ApiError(
-                400, f"n: expected at most {self._most} answers at once, found {count}", param="n"
+                400,
+                f"expected at most {self._most} answers at once, n for each prompt, found {count}",
             )
         if self.inside + count > self._most:
             wait = min(MAX_WAIT, math.ceil(self._seconds * self.inside / self._running))

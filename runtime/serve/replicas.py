@@ -9,15 +9,13 @@ import hashlib
 import json
 import logging
 import os
+import secrets
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import ray
-from ray import serve
-from ray.exceptions import RayActorError
 
 from ..artifact import open_artifact
 from ..engine import Engine
@@ -25,6 +23,17 @@ from ..errors import InputError
 from ..questions import Questions
 from ..usage import Usage
 from .errors import ApiError, ReplicaEnded
+
+CLUSTER = os.environ.get("RAY_ADDRESS", "local")  # local: one of our own, on this machine
+if CLUSTER == "local" and "ray" not in sys.modules:
+    # Ray listens on every address of the machine, and runs what it is sent by who has its token. It
+    # reads these while it is imported.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+import ray  # noqa: E402
+from ray import serve  # noqa: E402
+from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 
 APART_SECONDS = 30.0  # after its end a replica is asked last: until then Ray has started another
 FIRST_IDS = 64  # by which a prompt of ids is known
@@ -68,7 +77,7 @@ class Replicas:
         self.num_running, self.num_waiting = 0, 0  # what waits, waits in a replica
         self.ended_at = [-APART_SECONDS] * count  # of each replica, when it last did
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        ray.init(CLUSTER, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         resource = "CPU" if opened.manifest.on_cpu else "GPU"
@@ -166,6 +175,8 @@ class ReplicaRequest:
                 self.usage, self.finish_reason = usage, reason
                 if reason is None:
                     yield told
+        except RayTaskError as error:
+            raise error.cause from error  # Ray's own says where in which file it was raised
         except RayActorError:
             self._replicas.ended_at[place] = time.monotonic()
             if has_begun:

@@ -5,16 +5,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from fastapi import Request
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from .answers import Answers
 from .errors import ReplicaEnded, api_error
 from .json_text import json_bytes
 
 CLIENT_WENT_AWAY = 499  # nginx's status; nobody reads it
-READ_SECONDS = 60.0  # a client that takes nothing for so long has gone away
 
 
 def json_reply(content: object) -> Response:
@@ -66,14 +64,8 @@ class StreamedReply(StreamingResponse):
         self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(READ_SECONDS):
-                await send(message)
-
         try:
-            await super().__call__(scope, receive, send_in_time)
-        except TimeoutError:
-            raise ClientDisconnect from None
+            await super().__call__(scope, receive, send)
         finally:  # also if it never began
             self._answers.close()
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .bodies import (
     MAX_MESSAGES,
+    MAX_TOOLS,
     MAX_TOP_LOGPROBS,
     Body,
     Count,
@@ -14,9 +15,11 @@ from .bodies import (
     Object,
     StreamOptions,
     given,
+    several,
     tool_options,
 )
 
+MAX_INCLUDED = 16
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -72,13 +75,13 @@ class FunctionTool(BaseModel):
 
 
 class ResponseBody(Body):
-    input: str | Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[Object], several(MAX_MESSAGES, 1)]
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: Count | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Annotated[list[FunctionTool], several(MAX_TOOLS)] | None = None
     tool_choice: str | Object | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -86,9 +89,10 @@ class ResponseBody(Body):
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     stream_options: StreamOptions | None = None
-    include: Annotated[list[str] | None, Field(description=f"Only {LOGPROBS} adds something.")] = (
-        None
-    )
+    include: Annotated[
+        Annotated[list[str], several(MAX_INCLUDED)] | None,
+        Field(description=f"Only {LOGPROBS} adds something."),
+    ] = None
     max_tool_calls: NoEffect = None
 
     def options(self) -> dict[str, Any]:

@@ -1,22 +1,49 @@
 """Items of the Responses API -> messages of the chat API, which the engine takes."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
 
 TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+MESSAGE = re.compile(r"messages\[(\d+)\]\.?([\w.\[\]]*)")  # how the engine names a field
+FIELDS = {
+    "tool_call_id": "call_id",
+    "tool_calls[0].id": "call_id",
+    "tool_calls[0].function.name": "name",
+    "tool_calls[0].function.arguments": "arguments",
+}
 CHANNELS = {"commentary": "commentary", "final_answer": "final", None: None}  # by phase
 
 
 def read_input(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages, of a text or of items: messages, reasoning, calls of functions and their results.
 
-    Raises InputError that names input[i]; what is within a message, the engine checks.
+    Raises InputError that names input[i]; what is within a message, the engine checks: see
+    `as_sent`.
     """
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     return [m for i, item in enumerate(given) for m in _read_item(f"input[{i}]", item)]
+
+
+def as_sent(
+    error: InputError, given: str | Sequence[Mapping[str, Any]], num_before: int
+) -> InputError:
+    """The error of an engine that was given `num_before` other messages first, with the name that a
+    field of the input has there."""
+    found = MESSAGE.match(str(error))
+    if found is None or isinstance(given, str):
+        return error
+    items = [i for i, item in enumerate(given) for _ in _read_item("", item)]
+    place = int(found[1]) - num_before
+    if not 0 <= place < len(items):
+        return error
+    kind, field = given[items[place]].get("type"), found[2]
+    field = "output" if (kind, field) == ("function_call_output", "content") else field
+    where = f"input[{items[place]}].{FIELDS.get(field, field)}"
+    return InputError(f"{where.removesuffix('.')}{str(error)[found.end() :]}")
 
 
 def _read_item(where: str, item: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -42,7 +69,7 @@ def _read_item(where: str, item: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _read_message(where: str, item: Mapping[str, Any]) -> dict[str, Any]:
     message = {"role": item.get("role")}
     phase = item.get("phase")
-    if phase not in CHANNELS:
+    if not isinstance(phase, str | None) or phase not in CHANNELS:
         raise InputError(
             f"{where}.phase: expected commentary or final_answer, found {phase!r:.100}"
         )

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
+from ..errors import InputError
 from ..harmony import Finish, Piece
 from ..sampling_options import Sampling
 from ..usage import Usage
@@ -17,7 +18,7 @@ from .errors import ApiError, api_error
 from .replies import StreamedReply, event, whole_reply
 from .response_body import ResponseBody
 from .response_events import Event, OutputItems
-from .response_input import read_input
+from .response_input import as_sent, read_input
 from .service import Service
 
 CUT = {"length": "max_output_tokens"}  # why a response is incomplete, by its finish reason
@@ -31,7 +32,10 @@ async def create_response(service: Service, body: ResponseBody, request: Request
     messages = [*before, *read_input(body.input)]
     instructed = [{"role": "developer", "content": body.instructions}] if body.instructions else []
     question = ([*instructed, *messages], [body.options()])
-    answers = await service.desk.ask([question], len(await request.body()))
+    try:
+        answers = await service.desk.ask([question], len(await request.body()))
+    except InputError as error:
+        raise as_sent(error, body.input, len(instructed) + len(before)) from None
     response = _Response(service, body, messages)
     if body.stream:
         return StreamedReply(response.stream(answers), answers)
@@ -70,7 +74,8 @@ class _Response:
                 yield self._event(told)
         except Exception as error:  # whatever it is, `api_error` decides what is told of it
             described = api_error(error).described
-            failed = {"code": described["code"] or "server_error", "message": described["message"]}
+            code = "server_error" if described["type"] == "server_error" else "invalid_prompt"
+            failed = {"code": described["code"] or code, "message": described["message"]}
             self._told |= {"status": "failed", "error": failed, "output": self._output.items}
             yield self._event(self._state("failed"))
 

@@ -1,22 +1,19 @@
 """The process that serves: its port, and how it begins and ends."""
 
 import asyncio
-import contextlib
 import ipaddress
 import signal
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import uvicorn
 
 from ..errors import OsscompileError
 from .answers import Desk
 from .app import MAX_BODY_BYTES, make_app
+from .connections import Server
 from .service import Engines, make_service
 
 BACKLOG = 512  # connections that nobody has accepted yet
-KEEP_ALIVE = 75  # seconds; clients keep connections about that long
 
 
 @dataclass(frozen=True)
@@ -59,38 +56,25 @@ def serve(
     ending_seconds: float,
     api_key: str | None = None,
     allowed_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> None:
     """Serve until a SIGTERM or an interrupt; then finish what was begun, for `ending_seconds` at
-    most. Raises InputError for a model without a tokenizer."""
+    most. An address that this machine alone reaches answers to its own names, and to
+    `allowed_hosts`; another to any, unless there are some. Raises InputError for a model without a
+    tokenizer."""
     service = make_service(engine, name, waiting)
     app = make_app(
         service,
         api_key=api_key,
         allowed_origins=allowed_origins,
+        allowed_hosts=None if address.is_public and not allowed_hosts else allowed_hosts,
         max_body_bytes=max_body_bytes,
     )
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=5,  # for what is left once nobody waits for an answer
-        server_header=False,
-    )
-    asyncio.run(_serve(_Server(config), service.desk, address, ending_seconds))
+    asyncio.run(_serve(Server(app), service.desk, address, ending_seconds))
 
 
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Leave them to `_serve`: uvicorn would close its port before answers have ended."""
-        yield
-
-
-async def _serve(
-    server: uvicorn.Server, desk: Desk, address: Address, ending_seconds: float
-) -> None:
+async def _serve(server: Server, desk: Desk, address: Address, ending_seconds: float) -> None:
     loop, asked_to_end = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_end.set)
