@@ -13,6 +13,14 @@ from wishes import ANN, DIGITS, FINAL, LOOKUP, QUESTION, Ask, Wish, asker
 from osscompile.runtime import InputError, Model, load
 
 
+def lark(definition: str) -> dict[str, str]:
+    return {"type": "grammar", "syntax": "lark", "definition": definition}
+
+
+def regex(definition: str) -> dict[str, str]:
+    return {"type": "grammar", "syntax": "regex", "definition": definition}
+
+
 @pytest.fixture
 def model(talker: Path) -> Model:
     return load(talker)
@@ -54,6 +62,17 @@ def ask(model: Model, monkeypatch: pytest.MonkeyPatch) -> Ask:
         ({"response_format": of_schema({"not": {}})}, "not"),
         ({"response_format": of_schema({"if": {}, "then": False})}, "if"),
         ({"response_format": of_schema({"uniqueItems": True})}, "uniqueItems"),
+        ({"response_format": of_schema({"oneOf": [ANN, {"minItems": 2}]})}, "Use anyOf"),
+        ({"response_format": of_schema({"const": ["a\0"]})}, r"control characters .*x00"),
+        ({"response_format": of_schema({"pattern": r"^\x1bz"})}, "control characters"),
+        ({"response_format": of_schema({"patternProperties": {"a\\": {}}})}, "within an escape"),
+        ({"response_format": regex("\\")}, "response_format: .* within an escape"),
+        ({"response_format": regex("a" + 3 * "\\")}, "within an escape"),
+        # What is too large does not show at the first token.
+        ({"response_format": regex("a{1000000}")}, "too many expressions"),
+        ({"response_format": regex("(a{1000}){1000}")}, "too many expressions"),
+        ({"response_format": lark('start: "a" start')}, "Too many items"),
+        ({"response_format": lark('start: "a"~100000')}, "Too many items"),
         ({"response_format": of_schema({"type": "string", "format": "colour"})}, "colour"),
         ({"response_format": of_schema({"$ref": "https://a.b/c"})}, "a.b/c"),
         ({"response_format": of_schema({"$ref": "#/$defs/none"})}, "none"),
