@@ -37,7 +37,8 @@ class AnswerParser:
 
     Whatever the model says is read without an error, and none of its text is left out. What is a
     header, and what is text, may be uncertain: such tokens are held back until `<|message|>`, the
-    end of the message or MOST_HELD tokens beside a recipient's tell. Incomplete characters are held back as well.
+    end of the message or MOST_HELD tokens beside a recipient's tell. Incomplete characters are held
+    back as well.
 
     - Header: see `read_header`. Without a channel, a call is on commentary, other text on final.
       Text in a header is content, where there is no place for it in a header.

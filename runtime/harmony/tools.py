@@ -81,8 +81,8 @@ def _read_tool(where: str, tool: object) -> Function:
         raise InputError(f"{where}.name: expected the name of the function, found none")
     if not is_name(name):
         raise InputError(
-            f"{where}.name: expected at most {LONGEST_NAME} bytes without brackets and quotes, found "
-            f"{name!r:.100}; a call of it could not be told"
+            f"{where}.name: expected at most {LONGEST_NAME} bytes without brackets and quotes, "
+            f"found {name!r:.100}; a call of it could not be told"
         )
     description = read_text(f"{where}.description", function.get("description"))
     parameters = read_json(f"{where}.parameters", function.get("parameters"))
