@@ -10,12 +10,14 @@ from pathlib import Path
 
 from ..errors import InputError, OsscompileError
 from ..harmony.builtin_tools import python_description
-from .process import PIPE_BYTES, Interpreter
+from .process import Interpreter
 
 DRIVE = "/mnt/data"  # where the models were trained to keep files
 NOBODY = 65534  # whom root's sandboxes run as: the processes of root are not limited
 SECONDS_TO_START = 60.0
 MB = 1_000_000
+# What the system can be told of.
+MOST_SECONDS, MOST_BYTES, MOST_PROCESSES = 1_000_000, 1 << 60, 1 << 20
 
 
 class PythonSandbox:
@@ -51,14 +53,17 @@ class PythonSandbox:
         processes: int = 64,
         unsafe: bool = False,
     ) -> None:
-        for name, value in (
-            ("seconds", seconds),
-            ("memory", memory),
-            ("output", output),
-            ("processes", processes),
+        for name, value, least, most in (
+            ("seconds", seconds, 0.001, MOST_SECONDS),
+            ("memory", memory, 1, MOST_BYTES),
+            ("output", output, 1, MOST_BYTES),
+            ("processes", processes, 1, MOST_PROCESSES),
         ):
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise InputError(f"{name}: expected a number above 0, found {value!r:.100}")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not least <= value <= most:
+                raise InputError(
+                    f"{name}: expected a number from {least} to {most}, found {value!r:.100}"
+                )
         self._seconds, self._output, self._unsafe = seconds, int(output), unsafe
         self._limits = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": int(memory), "RLIMIT_AS": int(memory)}
         if not unsafe:  # else those of the whole user would count
@@ -79,7 +84,10 @@ class PythonSandbox:
             raise
 
     def __call__(self, code: str) -> str:
-        """The output of code, with a note if it is cut or the interpreter ended."""
+        """The output of code, with a note if it is cut or the interpreter ended. Raises InputError
+        for what is no text."""
+        if not isinstance(code, str):
+            raise InputError(f"code: expected text, found {type(code).__name__}")
         with self._lock:
             if not self._close.alive:
                 raise OsscompileError("PythonSandbox: expected one that is open, found it closed")
@@ -111,7 +119,7 @@ class PythonSandbox:
         command = [sys.executable] if self._unsafe else _bubblewrap(self.folder)
         home = str(self.folder) if self._unsafe else DRIVE
         interpreter = Interpreter(command, self.folder, home, self._limits, self._user)
-        said, ended = interpreter.wait(SECONDS_TO_START, PIPE_BYTES)
+        said, ended = interpreter.start(SECONDS_TO_START)
         if ended:
             interpreter.kill()
             raise OsscompileError(
