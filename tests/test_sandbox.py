@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from osscompile.runtime import InputError, OsscompileError, PythonSandbox
+from osscompile.runtime.tools.system_calls import memory_filter
 
 PATIENCE_SECONDS = 20.0
 
@@ -227,6 +228,23 @@ def test_memory_is_limited(sandbox: PythonSandbox) -> None:
         pytest.skip("this system does not limit it")
     assert sandbox("x = bytearray(10**9)").endswith("MemoryError")
     assert sandbox("1") == "1"
+
+
+def test_memory_that_no_limit_counts_is_not_given(safe: PythonSandbox) -> None:
+    if memory_filter() is None:
+        pytest.skip("the numbers of this machine's system calls are not known")
+    assert "Function not implemented" in safe("import os; os.memfd_create('x')")
+    code = "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\n"
+    assert safe(f"{code}c.shmget(0, 4096, 0o1600), ctypes.get_errno()") == "(-1, 38)"
+    for folder in ("/dev/shm", "/tmp", "/run", "/dev"):
+        assert "Error" in safe(f"open('{folder}/x', 'w')")
+    assert (
+        safe(
+            "import subprocess, sys\nrun = [sys.executable, '-c', 'print(1)']\n"
+            "subprocess.run(run, capture_output=True, text=True).stdout"
+        )
+        == "'1\\n'"
+    )
 
 
 def test_interrupt_ends_what_runs(sandbox: PythonSandbox) -> None:

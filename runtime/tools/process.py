@@ -18,9 +18,9 @@ PART = 1 << 16  # bytes that are read or written at once
 
 
 class Interpreter:
-    """The program of `interpreter.py` in a process group of its own, started by a command. `home`:
-    what it knows `folder` as; `limits`, `user`: see there. All methods are for one thread at a
-    time."""
+    """The program of `interpreter.py` in a process group of its own, started by a command, which
+    gets the descriptors `inherited`. `home`: what it knows `folder` as; `limits`, `user`: see
+    there. All methods are for one thread at a time."""
 
     def __init__(
         self,
@@ -29,6 +29,7 @@ class Interpreter:
         home: str,
         limits: Mapping[str, int],
         user: int | None,
+        inherited: Sequence[int],
     ) -> None:
         program = Path(__file__).with_name("interpreter.py").read_text("utf-8")
         self._killed = threading.Event()
@@ -51,7 +52,7 @@ class Interpreter:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=[done],
+                pass_fds=[done, *inherited],
                 cwd=folder,
                 env=environment,
                 start_new_session=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import InputError, OsscompileError
 from ..harmony.builtin_tools import python_description
 from .process import Interpreter
+from .system_calls import memory_filter
 
 DRIVE = "/mnt/data"  # where the models were trained to keep files
 NOBODY = 65534  # whom root's sandboxes run as: the processes of root are not limited
@@ -29,7 +30,9 @@ class PythonSandbox:
     scratch folder: /mnt/data there, `folder` here, which is deleted in the end. A call takes
     `seconds` at most, or else all processes are killed, and the next call begins anew, as it does
     when the interpreter has ended. `output`: bytes of it that are kept. `memory`: bytes that each
-    process may use, and each file in the scratch folder; `processes`: how many there are at once.
+    process may use, and each file in the scratch folder; `processes`: how many there are at once,
+    so that all may use so many times the memory. On x86-64 and AArch64 none gets memory that is no
+    process's (memfd_create, shmget).
 
     It does not protect from faults of the kernel, from code that reads what lies in /usr or beside
     the interpreter (its installed packages), from many large files in the scratch folder, or from a
@@ -116,9 +119,17 @@ class PythonSandbox:
         self.close()
 
     def _start(self) -> Interpreter:
-        command = [sys.executable] if self._unsafe else _bubblewrap(self.folder)
         home = str(self.folder) if self._unsafe else DRIVE
-        interpreter = Interpreter(command, self.folder, home, self._limits, self._user)
+        filter = None if self._unsafe else _open_filter()
+        inherited = [] if filter is None else [filter]
+        try:
+            command = [sys.executable] if self._unsafe else _bubblewrap(self.folder, filter)
+            interpreter = Interpreter(
+                command, self.folder, home, self._limits, self._user, inherited
+            )
+        finally:
+            for descriptor in inherited:
+                os.close(descriptor)
         said, ended = interpreter.start(SECONDS_TO_START)
         if ended:
             interpreter.kill()
@@ -137,7 +148,18 @@ def _close(running: list[Interpreter], scratch: tempfile.TemporaryDirectory[str]
     scratch.cleanup()
 
 
-def _bubblewrap(folder: Path) -> list[str]:
+def _open_filter() -> int | None:
+    """A pipe that has the filter of system calls, or None for a machine that has none."""
+    program = memory_filter()
+    if program is None:
+        return None
+    reader, writer = os.pipe()
+    os.write(writer, program)
+    os.close(writer)
+    return reader
+
+
+def _bubblewrap(folder: Path, filter: int | None) -> list[str]:
     """The command that runs this interpreter inside."""
     program = shutil.which("bwrap")
     if program is None:
@@ -151,6 +173,8 @@ def _bubblewrap(folder: Path) -> list[str]:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-all"]
+    if filter is not None:
+        command += ["--seccomp", str(filter)]
     command += ["--ro-bind", "/usr", "/usr"]
     for link in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):  # folders of older systems
         if os.path.islink(link):
