@@ -1,7 +1,9 @@
-"""What llguidance accepts of a JSON schema and takes for something else, or for too much work."""
+"""A JSON schema in words that llguidance takes as they are meant; what it would take for something
+else, or for too much work, is refused."""
 
-from decimal import Decimal
-from typing import Any
+import re
+from decimal import ROUND_DOWN, Decimal
+from typing import Any, TypeGuard
 
 from .errors import InputError
 
@@ -9,27 +11,49 @@ from .errors import InputError
 SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 VALUES = ("const", "enum", "multipleOf", *LIMITS)
+SIMPLE = ("number", "integer", "string", "boolean", "null")  # types, whose choices cost little
 REMARKS = ("default", "examples")
-MOST_PROPERTIES = 1000  # of an object; llguidance looks at all of those that may come next
+# Control characters that JSON has no letter for, and the parts of a regular expression that ask for
+# one; classes of characters have others as well.
+CONTROL = r"[\x00-\x07\x0b\x0e-\x1f\x7f]"
+_CODE = r"(?:0[0-7bBeEfF]|1[0-9a-fA-F]|7[fF])"
+_ESCAPE = rf"\\(?:[av]|x{_CODE}|u00{_CODE}|U000000{_CODE}|[xuU]\{{0*{_CODE}\}})"
+_PARTS = re.compile(rf"\[(?:\\.|[^\\\]])*\]|(?P<control>{CONTROL}|{_ESCAPE})|\\.", re.DOTALL)
+MOST_OPTIONAL = 240  # properties of an object; llguidance looks at all of those that may come next
+DIGITS_AT_LIMIT = 9
 MOST_STEP = 100_000  # of multipleOf, each remainder of which is a state
 
 
-def check_exact(where: str, schema: Any) -> None:
-    """Raises InputError, which `where` begins."""
+def exact_schema(where: str, schema: Any) -> Any:
+    """What llguidance is to be told. Raises InputError, which `where` begins."""
     if isinstance(schema, list):
-        for below in schema:
-            check_exact(where, below)
+        return [exact_schema(where, below) for below in schema]
     if not isinstance(schema, dict):
-        return
+        return schema
     _check_properties(where, schema)
+    _check_patterns(where, schema)
     _check_multiples(where, schema)
+    exact: dict[str, Any] = {}
     for key, below in schema.items():
         if key in SCHEMAS_BY_NAME and isinstance(below, dict):
-            check_exact(where, [*below.values()])
+            exact[key] = {name: exact_schema(where, value) for name, value in below.items()}
         elif key in VALUES:
-            _check_numbers(where, below)
-        elif key not in REMARKS:
-            check_exact(where, below)
+            _check_values(where, below)
+            exact[key] = below
+        elif key in REMARKS:
+            exact[key] = below
+        elif key != "uniqueItems" or below is not False:  # False says nothing, and it knows none
+            exact[key] = exact_schema(where, below)
+    return _with_inclusive_limits(exact)
+
+
+def check_regex(where: str, pattern: str) -> None:
+    """llguidance checks all but the last backslash, which it leaves out."""
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        raise InputError(
+            f"{where}: expected a regular expression, found one that ends within an escape: "
+            f"{pattern[-40:]!r}; write \\\\ for a backslash"
+        )
 
 
 def _check_properties(where: str, schema: dict[str, Any]) -> None:
@@ -42,10 +66,22 @@ def _check_properties(where: str, schema: dict[str, Any]) -> None:
             f"{least}; name those that are required"
         )
     properties = schema.get("properties")
-    if isinstance(properties, dict) and len(properties) > MOST_PROPERTIES:
+    needed = set(map(str, required)) if isinstance(required, list) else set()
+    num_optional = len(properties.keys() - needed) if isinstance(properties, dict) else 0
+    if num_optional > MOST_OPTIONAL:
         raise InputError(
-            f"{where}: expected at most {MOST_PROPERTIES} properties, found {len(properties)}"
+            f"{where}: expected at most {MOST_OPTIONAL} properties that are not required, found "
+            f"{num_optional}"
         )
+
+
+def _check_patterns(where: str, schema: dict[str, Any]) -> None:
+    by_pattern = schema.get("patternProperties")
+    for pattern in [schema.get("pattern"), *(by_pattern if isinstance(by_pattern, dict) else ())]:
+        if isinstance(pattern, str):
+            check_regex(where, pattern)
+            for part in _PARTS.finditer(pattern):
+                _check_control(where, part["control"])
 
 
 def _check_multiples(where: str, schema: dict[str, Any]) -> None:
@@ -65,17 +101,82 @@ def _check_multiples(where: str, schema: dict[str, Any]) -> None:
         )
 
 
-def _check_numbers(where: str, value: Any) -> None:
+def _with_inclusive_limits(schema: dict[str, Any]) -> dict[str, Any]:
+    """A number of many digits that is within an exclusive limit may be read as the limit itself:
+    the nearest one of fewer digits becomes an inclusive limit instead."""
+    if "multipleOf" in schema or schema.get("type") == "integer":  # none comes so near
+        return schema
+    exact, cut = dict(schema), dict[str, Decimal]()
+    for limit, exclusive, sign, tighter in (
+        ("minimum", "exclusiveMinimum", 1, max),
+        ("maximum", "exclusiveMaximum", -1, min),
+    ):
+        value = exact.get(exclusive)
+        if value is True:  # in draft 4 it tells what the other limit is
+            value = exact.get(limit)
+        if not _is_number(value):
+            continue
+        nearest, other = _next_number(value, sign), exact.get(limit)
+        del exact[exclusive]
+        exact[limit] = tighter(nearest, other) if _is_number(other) else nearest
+        if nearest * sign < 0 and not _is_whole(nearest):
+            cut[limit] = Decimal(repr(nearest))
+    above, kinds = exact.get("allOf", []), schema.get("type", [{}])
+    are_simple = all(kind in SIMPLE for kind in (kinds if isinstance(kinds, list) else [kinds]))
+    if cut and are_simple and isinstance(above, list):
+        # llguidance would have 0.9 go on, because the limit 0.99 does.
+        most = max(map(_num_places, cut.values()))
+        shorter = [
+            {limit: _cut(value, places) for limit, value in cut.items()}
+            for places in range(most + 1)
+        ]
+        exact["allOf"] = [*above, {"anyOf": shorter}]
+    return exact
+
+
+def _cut(number: Decimal, places: int) -> float:
+    """Without what is beyond so many places after the point."""
+    places = min(places, _num_places(number))
+    return float(number.quantize(Decimal(10) ** -places, ROUND_DOWN))
+
+
+def _num_places(number: Decimal) -> int:
+    return -int(number.as_tuple().exponent)
+
+
+def _next_number(number: int | float, sign: int) -> int | float:
+    """The next one of so many digits as llguidance reads exactly, and as it can afford."""
+    exact = Decimal(repr(number))
+    step = Decimal(10) ** max(-22, min(0, exact.adjusted() + 1 - DIGITS_AT_LIMIT))
+    following = exact + sign * step
+    return int(following) if following == int(following) else float(following)
+
+
+def _check_values(where: str, value: Any) -> None:
     """llguidance reads numbers as floating point, and would write others."""
     if isinstance(value, dict | list):
         for below in value.values() if isinstance(value, dict) else value:
-            _check_numbers(where, below)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and not _is_exact(value):
+            _check_values(where, below)
+    if isinstance(value, str) and (control := re.search(CONTROL, value)):
+        _check_control(where, control.group())
+    if _is_number(value) and not _is_exact(value):
         raise InputError(
             f"{where}: expected whole numbers up to 2**53, and others of at most 15 digits, of "
             f"which none is beyond the 22nd after the point, found {value!r:.100}"
         )
+
+
+def _check_control(where: str, found: str | None) -> None:
+    """Where `\\u` may not be written, llguidance would leave it out."""
+    if found:
+        raise InputError(
+            f"{where}: expected text without control characters that JSON has no letter for, found "
+            f"{found!r}"
+        )
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_exact(number: int | float) -> bool:

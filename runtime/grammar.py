@@ -3,14 +3,16 @@
 import json
 import re
 import threading
+import time
 from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .constraint import is_allowed
 from .errors import InputError, OsscompileError
-from .exact_schema import check_exact
+from .exact_schema import check_regex, exact_schema
 from .harmony.answer_grammar import Grammar
 from .harmony.structured import ResponseFormat
 from .tokenizer import Tokenizer
@@ -19,9 +21,19 @@ from .tokenizer import Tokenizer
 # models that have nothing to say any more would write it until the context is full.
 BLANKS = r" |\r?\n[ \t]{0,64}"
 MOST_DIGITS = 64  # in a row, where JSON may go on without: such models write digits as well
-# Grammars may come from anybody. Other limits are llguidance's own.
+# What may follow a backslash. With \u llguidance would not know a property by its name, and what
+# its schema says would not hold.
+ESCAPES = 'nrbtf\\"'
+# Grammars may come from anybody, and others wait meanwhile. Other limits are llguidance's own.
 MOST_LEXER_STATES = 50_000  # a state takes 1 to 2 kB
-MOST_ITEMS, MOST_ITEMS_OF_BYTE = 300_000, 20_000  # a token: the first take 15 ms
+MOST_LEXER_FUEL = 500_000  # before the first token: it takes up to half a second
+MOST_ITEMS_OF_BYTE = 1000  # each is compared with all; a property that may come next takes four
+# What a grammar may take on the whole, in seconds of a core: so many, and so many a token. Those of
+# 200 schemas of the world take 0.0001 to 0.001 a token.
+SECONDS, SECONDS_OF_TOKEN = 0.5, 0.005
+# llguidance's words for what its own callers can do, and ours.
+ADVICE = ("Enable 'coerce_one_of' option to approximate oneOf with anyOf", "Use anyOf")
+MOST_FORCED = 256  # letters, of which llguidance wants the first token
 
 # In Lark: strings, regular expressions and comments, and names of special tokens outside of them.
 _SPECIAL_IN_LARK = re.compile(
@@ -32,16 +44,8 @@ _SPECIAL_IN_LARK = re.compile(
 def grammar_of(where: str, asked: ResponseFormat) -> Grammar:
     """Raises InputError, which `where` begins."""
     if asked.syntax == "json":
-        check_exact(where, asked.schema)
-        return {
-            "json_schema": {
-                **asked.schema,
-                "x-guidance": {
-                    "whitespace_pattern": BLANKS,
-                    "json_allow_general_unicode_escapes": True,
-                },
-            }
-        }
+        options = {"whitespace_pattern": BLANKS, "json_allowed_escapes": ESCAPES}
+        return {"json_schema": {**exact_schema(where, asked.schema), "x-guidance": options}}
     if asked.syntax == "lark":
         names = [found["name"] for found in _SPECIAL_IN_LARK.finditer(asked.definition)]
         if any(names):
@@ -50,6 +54,7 @@ def grammar_of(where: str, asked: ResponseFormat) -> Grammar:
                 f"{next(filter(None, names))}, which no text may become"
             )
         return {"lark_grammar": asked.definition}
+    check_regex(where, asked.definition)
     pattern = _llguidance().regex_to_lark(asked.definition, "")
     return {"lark_grammar": f"start: /{pattern}/"}
 
@@ -75,16 +80,17 @@ class Grammars:
         llguidance, vocabulary = _llguidance(), self._vocabulary()
         limits = llguidance.LLParserLimits(
             max_lexer_states=MOST_LEXER_STATES,
-            step_max_items=MOST_ITEMS,
+            initial_lexer_fuel=MOST_LEXER_FUEL,
             max_items_in_row=MOST_ITEMS_OF_BYTE,
             verbose_errors=False,
         )
         asked = json.dumps({"grammars": grammars})
         matcher = llguidance.LLMatcher(vocabulary.backend, asked, log_level=0, limits=limits)
         made = GrammarConstraint(matcher, vocabulary)
-        made.mask()  # where nothing can obey, nothing may come
-        if made.fault:
-            raise InputError(f"{where}: expected what llguidance supports, found: {made.fault}")
+        # Where nothing can obey, nothing may come; what is too large shows with the first token.
+        fault = made.fault_ahead()
+        if fault:
+            raise InputError(f"{where}: expected what llguidance supports, found: {fault}")
         for token_id in begun:
             made.push(token_id)
         if made.fault:
@@ -108,14 +114,16 @@ class GrammarConstraint:
     def __init__(self, matcher: Any, vocabulary: "_Vocabulary") -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
         self._num_digits = 0
+        self._seconds_left = SECONDS
 
     @property
     def error(self) -> OsscompileError | None:
         """Why nothing more can be said."""
-        if not self._matcher.is_error():
+        fault = self.fault
+        if not fault:
             return None
         return OsscompileError(
-            f"grammar: expected one that llguidance can follow, found: {self.fault}; simplify it"
+            f"grammar: expected one that llguidance can follow, found: {fault}; simplify it"
         )
 
     @property
@@ -124,18 +132,34 @@ class GrammarConstraint:
         found = self._matcher.get_error().replace("<non-verbose/>", "")
         if found.startswith("NoExtension"):
             return "one that no text obeys"
-        return f"{' '.join(found.split()):.300}"
+        if not found and self._seconds_left < 0:
+            return f"more work than {SECONDS_OF_TOKEN * 1000:g} ms a token"
+        return f"{' '.join(found.split()):.300}".replace(*ADVICE)
+
+    def fault_ahead(self) -> str:
+        """What llguidance finds at the first token, or after one of those that may come first."""
+        mask = self.mask()
+        if self.fault:
+            return self.fault
+        ahead = GrammarConstraint(self._matcher.deep_copy(), self._vocabulary)
+        ahead.push(int(is_allowed(mask, len(self._vocabulary.tokens)).argmax()))
+        ahead.mask()
+        return ahead.fault
 
     def mask(self) -> NDArray[np.uint32]:
+        begin = time.thread_time()
         size = self._vocabulary.digits.size  # what llguidance gives may be a word longer
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32, size)
+        self._seconds_left -= time.thread_time() - begin
         if self._num_digits < MOST_DIGITS or self._vocabulary.has_letter(bits):
             return bits
         others = bits & ~self._vocabulary.digits
         return others if others.any() else bits
 
     def push(self, token_id: int) -> None:
+        begin = time.thread_time()
         self._matcher.consume_token(token_id)
+        self._seconds_left += SECONDS_OF_TOKEN - (time.thread_time() - begin)
         text = self._vocabulary.tokens[token_id]
         num_before = len(text.rstrip(b"0123456789"))
         self._num_digits = len(text) - num_before + (0 if num_before else self._num_digits)
@@ -159,7 +183,7 @@ class _Vocabulary:
         (self._letter,) = tokenizer.encode("a")
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        return self._encode(text[:MOST_FORCED])
 
     def has_letter(self, mask: NDArray[np.uint32]) -> bool:
         """Whether a letter may come next: then no number is being written."""

@@ -349,6 +349,8 @@ def test_type_of_a_property(tokenizer: Tokenizer, schema: Any, text: str) -> Non
         ({"tools": "f"}, "tools: expected a list, found str"),
         ({"tools": [{"name": "f"}]}, r"tools\[0\]: expected .* found {'name': 'f'}"),
         ({"tools": [{"type": "function", "function": {}}]}, r"tools\[0\]\.function\.name"),
+        ({"tools": [function("é" * 129, "")]}, r"function\.name: expected at most 256 bytes"),
+        ({"tools": [function("f(x)", "")]}, r"function\.name: .* without brackets .* 'f\(x\)'"),
         ({"tools": [function("a b", "")]}, r"function\.name: expected a word .* 'a b'"),
         ({"tools": [function("f", ""), function("f", "")]}, r"tools\[1\].*'f' twice"),
         ({"tools": [function("f", "", a={"default": {1}})]}, r"parameters: expected what JSON"),

@@ -554,6 +554,38 @@ def test_text_is_held_back_for_32_tokens_only(tokenizer: Tokenizer, text: str) -
     assert first - text.startswith("<|channel|>") == 32
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mcp__github__list_repository_pull_request_review_comments_by_use",
+        "0123456789abcdef" * 16,
+        "größenänderung_" * 14,
+    ],
+)
+@pytest.mark.parametrize(
+    "header",
+    [
+        " to=functions.{}<|channel|>commentary <|constrain|>json",
+        "<|channel|>commentary to=functions.{} <|constrain|>json",
+        "<|channel|>commentary to=functions.{} json",
+        "<|channel|>commentary <|constrain|>functions.{}",
+        "Hm. <|end|><|start|>assistant<|channel|>commentary to=functions.{} code",
+    ],
+)
+def test_name_of_more_than_32_tokens(tokenizer: Tokenizer, name: str, header: str) -> None:
+    assert len(tokenizer.encode(name)) > 32
+    told = parsed(tokenizer, f'{header.format(name)}<|message|>{{"a": 1}}<|call|>')
+    assert told[-3:] == [*call(name, '{"a": 1}'), CALLS]
+    assert len(told) == 3 + header.startswith("Hm.")
+
+
+def test_name_without_an_end_is_held_back_for_the_longest(tokenizer: Tokenizer) -> None:
+    parser = AnswerParser(tokenizer)
+    ids = marked(tokenizer, f"Send it to={'ab' * 1000}")
+    first = next(i for i, id in enumerate(ids, 1) if parser.push(id))
+    assert 32 < first < 32 + 256 + 16
+
+
 @pytest.mark.parametrize("num_words", range(26, 33))
 def test_text_that_is_held_back_does_not_shorten_a_header(
     tokenizer: Tokenizer, num_words: int

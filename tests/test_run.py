@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from osscompile import cli
 from osscompile.__main__ import script
 from osscompile.runtime.cli.tool_file import read_functions
+from osscompile.runtime.tools.functions import PythonTool
 
 SPEAKER = [sys.executable, str(Path(__file__).with_name("speaker.py"))]
 
@@ -305,9 +307,86 @@ def test_functions_of_a_file_are_those_that_it_defines(tmp_path: Path) -> None:
     assert function.__name__ == "multiply"
 
 
+DECORATED = '''
+from functools import lru_cache, partial, wraps
+from typing import Callable, NewType
+import beside
+
+Name = NewType("Name", str)
+Handler = Callable[[str], str]
+
+def doubled(function):
+    def wrapper(*arguments):
+        return 2 * function(*arguments)
+    return wrapper
+
+@lru_cache
+def cached(a: int) -> int:
+    """Is cached."""
+    return a
+
+@beside.kept
+def wrapped(a: int) -> int:
+    """Is wrapped."""
+    return a
+
+@doubled
+def bare(a: int) -> int:
+    return a
+
+@beside.doubled
+def lost(a: int) -> int:
+    return a
+
+class Adder:
+    def __call__(self, a: int) -> int:
+        return a + 1
+
+five = partial(wrapped, a=5)
+add_one = Adder()
+square = lambda x: x * x
+'''
+BESIDE = """
+from functools import update_wrapper
+class kept:
+    def __init__(self, function):
+        self.function = function
+        update_wrapper(self, function)
+    def __call__(self, *arguments, **named):
+        return self.function(*arguments, **named)
+def doubled(function):
+    def wrapper(*arguments): return function(*arguments)
+    return wrapper
+"""
+
+
+def test_decorated_functions_of_a_file_and_what_else_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tools.py"
+    file.write_text(DECORATED)
+    (tmp_path / "beside.py").write_text(BESIDE)
+    sys.modules.pop("beside", None)
+    functions = {f.__name__: f for f in read_functions(file)}
+    names = ["doubled", "cached", "wrapped", "bare", "five", "add_one", "square"]
+    assert list(functions) == names
+    assert "lost is left out, a function of beside" in capsys.readouterr().err
+    told: dict[str, Any] = {
+        name: PythonTool("it", functions[name]).definition["function"] for name in names[1:]
+    }
+    whole = {"type": "integer"}
+    assert told["cached"]["parameters"]["properties"] == {"a": whole}
+    assert told["wrapped"]["parameters"]["properties"] == {"a": whole}
+    assert told["add_one"]["parameters"]["properties"] == {"a": whole}
+    assert told["five"]["description"] == "Is wrapped." == told["wrapped"]["description"]
+    assert told["five"]["parameters"]["properties"] == {"a": {**whole, "default": 5}}
+    assert [functions[name](3) for name in ("cached", "bare", "square")] == [3, 6, 9]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("import sys\nsys.exit(3)", "expected Python that runs, found SystemExit: 3"),
         (None, "expected a file of Python, named *.py, found none"),
         ("x = 1", "expected public functions, found none that it defines"),
         ("1 / 0", "expected Python that runs, found ZeroDivisionError: division by zero"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,10 @@ Script = Callable[..., list[list[int]]]
 def add(a: int, b: int) -> int:
     """Adds."""
     return a + b
+
+
+async def later(text: str) -> str:
+    return text
 
 
 def fail(text: str) -> str:
@@ -305,6 +312,52 @@ def test_errors_are_told_to_the_model_which_goes_on(
     assert pieces[-1] == Finish("stop")
 
 
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (SystemExit(4), "Error: SystemExit: 4"),
+        (asyncio.CancelledError("late"), "Error: CancelledError: late"),
+        (GeneratorExit(), "Error: GeneratorExit: "),
+    ],
+)
+def test_whatever_a_tool_raises_does_not_end_the_loop(
+    model: Model, script: Script, raised: BaseException, told: str
+) -> None:
+    def leave() -> None:
+        raise raised
+
+    script([call("{}", "functions.leave")], [call("1", "python")], final("Sorry."))
+    pieces = list(run(model, leave, python=lambda code: leave()))
+    assert results(pieces) == [(told, True)] * 2 and pieces[-1] == Finish("stop")
+
+
+def test_what_is_yet_to_give_a_result_is_an_error(model: Model, script: Script) -> None:
+    made: list[Any] = []
+
+    def wait() -> object:
+        made.append(later("tea"))
+        return made[-1]
+
+    def count() -> object:
+        return [map(str, [1, 2])]
+
+    script([call("{}", "functions.wait")], [call("{}", "functions.count")], final(""))
+    told = results(run(model, wait, count))
+    assert told == [
+        ("Error: expected a result, found a coroutine, which is yet to give one", True),
+        ("Error: expected a result, found a map, which is yet to give one", True),
+    ]
+    assert inspect.getcoroutinestate(made[0]) == inspect.CORO_CLOSED
+
+
+@pytest.mark.parametrize(("value", "told"), [(5, "5"), (None, "null"), ({"a": [1]}, '{"a": [1]}')])
+def test_result_of_an_executor_is_made_text(
+    model: Model, script: Script, value: object, told: str
+) -> None:
+    script([call("2 + 3", "python")], final("5"))
+    assert results(run(model, python=lambda code: value)) == [(told, False)]
+
+
 def test_surrogates_in_a_result_are_replaced(model: Model, script: Script) -> None:
     def read() -> str:
         return "a\udce9b"
@@ -392,8 +445,15 @@ def test_executor_describes_itself(model: Model, script: Script) -> None:
     assert "# Tools\n\n## python\n\nRuns code on the moon.\n\n# Valid" in TOKENS.decode(prompts[0])
 
 
-async def later(text: str) -> str:
-    return text
+class Later:
+    __name__ = "later"
+
+    async def __call__(self, text: str) -> str:
+        return text
+
+
+def count_up(text: str) -> Iterator[str]:
+    yield text
 
 
 @pytest.mark.parametrize(
@@ -403,6 +463,10 @@ async def later(text: str) -> str:
         ([{"type": "function", "function": {"name": "f"}}], {}, "expected a function to run"),
         ([add, add], {}, "found 'add' twice"),
         ([later], {}, "found a coroutine"),
+        ([functools.lru_cache(later)], {}, "found a coroutine"),
+        ([functools.partial(later, "x")], {}, "found a coroutine"),
+        ([Later()], {}, "found a coroutine"),
+        ([count_up], {}, "found a generator"),
         ([lambda x: x], {}, "expected a function with a name"),
         ([add], {"max_rounds": 0}, "max_rounds: expected a whole number from 1"),
         ([add], {"builtin_tools": ["browser"]}, "builtin_tools: expected what runs them"),

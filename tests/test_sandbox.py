@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from osscompile.runtime import InputError, OsscompileError, PythonSandbox
+from osscompile.runtime.tools.system_calls import memory_filter
 
 PATIENCE_SECONDS = 20.0
 
@@ -82,6 +84,56 @@ def test_errors_are_told_as_python_tells_them(sandbox: PythonSandbox) -> None:
     assert "SyntaxError" in sandbox("x = = 1")
     assert "SystemExit" in sandbox("exit(3)")
     assert sandbox("x") == "1"
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("import sys; sys.stdout = None; sys.stderr = None", "[no output]"),
+        ("import sys; print('x'); sys.stdout.close(); sys.stderr.close()", "x"),
+        ("import sys; sys.stdout = sys.stderr = open('a.txt', 'w')", "[no output]"),
+        ("import sys; sys.stdout = sys.stderr = None; 1 / 0", "division by zero"),
+        ("import sys; del sys.stdout, sys.stderr, sys.stdin", "[no output]"),
+        ("import os; os.closerange(0, 50)", "[no output]"),
+        (
+            "import os\nfor i in 3, 4, 5:\n    try: os.write(i, b'.' * 99)\n    except OSError: 0",
+            "",
+        ),
+    ],
+)
+def test_a_cell_does_not_spoil_the_streams_of_the_next(
+    sandbox: PythonSandbox, code: str, told: str
+) -> None:
+    assert sandbox("kept = 1") == "[no output]"
+    assert sandbox(code).endswith(told)
+    assert sandbox("print('printed')\n6 * 7") == "printed\n42"
+    assert sandbox("1 / 0").endswith("ZeroDivisionError: division by zero")
+    assert sandbox("import sys; print('warned', file=sys.stderr)\nkept") == "warned\n1"
+    assert sandbox("input()").endswith("EOFError: EOF when reading a line")
+
+
+def test_a_cell_that_says_that_it_is_done(sandbox: PythonSandbox) -> None:
+    """Whatever it writes wherever it can, the next output is the next cell's."""
+    sandbox("import os, threading")
+    said = sandbox(
+        "print('first')\nfor i in range(3, 200):\n    try: os.write(i, b'.' * 999)\n"
+        "    except OSError: pass\nprint('last')"
+    )
+    assert said.endswith("first\nlast")
+    assert sandbox("'second'") == "'second'" and sandbox("'third'") == "'third'"
+
+
+def test_interpreter_that_loses_its_way_is_started_again(sandbox: PythonSandbox) -> None:
+    assert "the interpreter ended" in sandbox("import os; os.closerange(0, 200)")
+    assert sandbox("1") == "1"
+
+
+def test_code_is_text(sandbox: PythonSandbox) -> None:
+    for code in (5, None, b"1"):
+        with pytest.raises(InputError, match="code: expected text, found"):
+            sandbox(code)  # type: ignore[arg-type]
+    assert "Error" in sandbox("'\ud800'\0")
+    assert sandbox("1") == "1"
 
 
 def test_long_code_and_long_output(sandbox: PythonSandbox) -> None:
@@ -176,6 +228,23 @@ def test_memory_is_limited(sandbox: PythonSandbox) -> None:
         pytest.skip("this system does not limit it")
     assert sandbox("x = bytearray(10**9)").endswith("MemoryError")
     assert sandbox("1") == "1"
+
+
+def test_memory_that_no_limit_counts_is_not_given(safe: PythonSandbox) -> None:
+    if memory_filter() is None:
+        pytest.skip("the numbers of this machine's system calls are not known")
+    assert "Function not implemented" in safe("import os; os.memfd_create('x')")
+    code = "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\n"
+    assert safe(f"{code}c.shmget(0, 4096, 0o1600), ctypes.get_errno()") == "(-1, 38)"
+    for folder in ("/dev/shm", "/tmp", "/run", "/dev"):
+        assert "Error" in safe(f"open('{folder}/x', 'w')")
+    assert (
+        safe(
+            "import subprocess, sys\nrun = [sys.executable, '-c', 'print(1)']\n"
+            "subprocess.run(run, capture_output=True, text=True).stdout"
+        )
+        == "'1\\n'"
+    )
 
 
 def test_interrupt_ends_what_runs(sandbox: PythonSandbox) -> None:
@@ -274,7 +343,7 @@ def test_bubblewrap_that_may_not_make_namespaces(
 
 
 @pytest.mark.parametrize("name", ["seconds", "memory", "output", "processes"])
-@pytest.mark.parametrize("value", [0, -1, "5", True])
+@pytest.mark.parametrize("value", [0, -1, "5", True, math.nan, math.inf, 10**30, 1e-9])
 def test_bad_limits(name: str, value: object) -> None:
     with pytest.raises(InputError, match=name):
         PythonSandbox(**{name: value})  # type: ignore[arg-type]

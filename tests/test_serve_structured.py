@@ -69,6 +69,14 @@ def test_schemas_that_cannot_be_obeyed(client: Any, schema: dict[str, str]) -> N
     assert caught.value.param.startswith("response_format")
 
 
+def test_a_schema_beside_a_format_that_takes_none(client: Any) -> None:
+    form = {"type": "json_object", "schema": Person.model_json_schema()}
+    with pytest.raises(openai.BadRequestError, match="found 'schema'"):
+        client.chat.completions.create(model="nano", messages=ASKED, response_format=form)
+    with pytest.raises(openai.BadRequestError, match="found 'schema'"):
+        client.responses.create(model="nano", input=TOLD, text={"format": form})
+
+
 @pytest.mark.parametrize(
     ("choice", "names"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 from talker import TOKENIZER
-from walks import of_schema
+from walks import Walks, of_schema
 from wishes import ANN, ANSWER, DIGITS, FINAL, LOOKUP, QUESTION, Ask, Wish, analysis, asker, text_of
 
 from osscompile.runtime import Engine, InputError, Model, OsscompileError, grammar, load
@@ -248,6 +248,32 @@ def test_a_grammar_that_proves_too_large_ends_its_answer_alone(
         jsonschema.validate(json.loads(text_of(other)), ANN)
     with pytest.raises(OsscompileError, match="grammar: "):
         list(load(talker).generate([1, 2], response_format=large))
+
+
+def test_a_grammar_that_takes_too_long_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No limit of llguidance's holds for how long an ambiguous one takes."""
+    walks = Walks(TOKENIZER)
+    ambiguous = {"type": "grammar", "syntax": "lark", "definition": 'start: e\ne: e e | "a"'}
+    constraint, other = walks.constraint(ambiguous), walks.constraint(of_schema(ANN))
+    monkeypatch.setattr(grammar, "SECONDS_OF_TOKEN", -grammar.SECONDS)
+    constraint.push(walks.tokenizer.encode("a")[0])
+    assert "more work than" in str(constraint.error) and other.error is None
+    monkeypatch.setattr(grammar, "SECONDS", 0.0)
+    with pytest.raises(InputError, match="more work than"):
+        walks.constraint(ambiguous)
+
+
+def test_of_a_long_text_that_must_follow_little_is_encoded(tokenizer: Tokenizer) -> None:
+    lengths, encode = list[int](), Tokenizer.encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Tokenizer, "encode", lambda self, t: lengths.append(len(t)) or encode(self, t)
+        )
+        walks = Walks(TOKENIZER)
+        text = "abcd" * 200
+        grammar_of_text = {"type": "grammar", "syntax": "lark", "definition": f'start: "{text}"'}
+        assert walks.accepts(walks.constraint(grammar_of_text), text)
+    assert sorted(lengths)[-2] <= 256 < sorted(lengths)[-1] == len(text)  # the last was the test's
 
 
 def test_the_model_is_told_that_json_is_wanted(tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,16 @@ from walks import of_schema
 from wishes import ANN, DIGITS, FINAL, LOOKUP, QUESTION, Ask, Wish, asker
 
 from osscompile.runtime import InputError, Model, load
+
+NAMED = {"name": "ann", "schema": ANN}
+
+
+def lark(definition: str) -> dict[str, str]:
+    return {"type": "grammar", "syntax": "lark", "definition": definition}
+
+
+def regex(definition: str) -> dict[str, str]:
+    return {"type": "grammar", "syntax": "regex", "definition": definition}
 
 
 @pytest.fixture
@@ -50,10 +61,34 @@ def ask(model: Model, monkeypatch: pytest.MonkeyPatch) -> Ask:
             },
             r"expected a grammar of text, found the special token <\|end\|>",
         ),
+        (
+            {"response_format": {"type": "json_object", "schema": ANN}},
+            "expected type, found 'schema'",
+        ),
+        ({"response_format": {"type": "text", "schema": ANN}}, "expected type, found 'schema'"),
+        ({"response_format": of_schema(ANN) | {"strict": True}}, "json_schema, found 'strict'"),
+        ({"response_format": DIGITS | {"regex": "a"}}, "definition, found 'regex'"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": NAMED | {"type": "object"}}},
+            r"response_format\.json_schema: expected name, .* found 'type'",
+        ),
+        ({"response_format": of_schema(NAMED)}, r"json_schema\.schema: .* what is in its 'schema'"),
+        ({"response_format": of_schema(of_schema(ANN))}, "what is in its 'json_schema'"),
         ({"response_format": of_schema({"type": 3})}, r"schema\.type"),
         ({"response_format": of_schema({"not": {}})}, "not"),
         ({"response_format": of_schema({"if": {}, "then": False})}, "if"),
         ({"response_format": of_schema({"uniqueItems": True})}, "uniqueItems"),
+        ({"response_format": of_schema({"oneOf": [ANN, {"minItems": 2}]})}, "Use anyOf"),
+        ({"response_format": of_schema({"const": ["a\0"]})}, r"control characters .*x00"),
+        ({"response_format": of_schema({"pattern": r"^\x1bz"})}, "control characters"),
+        ({"response_format": of_schema({"patternProperties": {"a\\": {}}})}, "within an escape"),
+        ({"response_format": regex("\\")}, "response_format: .* within an escape"),
+        ({"response_format": regex("a" + 3 * "\\")}, "within an escape"),
+        # What is too large does not show at the first token.
+        ({"response_format": regex("a{1000000}")}, "too many expressions"),
+        ({"response_format": regex("(a{1000}){1000}")}, "too many expressions"),
+        ({"response_format": lark('start: "a" start')}, "Too many items"),
+        ({"response_format": lark('start: "a"~100000')}, "Too many items"),
         ({"response_format": of_schema({"type": "string", "format": "colour"})}, "colour"),
         ({"response_format": of_schema({"$ref": "https://a.b/c"})}, "a.b/c"),
         ({"response_format": of_schema({"$ref": "#/$defs/none"})}, "none"),
@@ -98,6 +133,30 @@ def test_schemas_of_strict_tools_are_checked_by_name(ask: Ask) -> None:
     with pytest.raises(InputError, match="parameters of lookup: expected"):
         ask("", tools=[{"type": "function", "function": function}])
     ask(FINAL, tools=[{"type": "function", "function": function | {"strict": False}}])
+
+
+@pytest.mark.parametrize("kind", ["integer", ["string", "null"]])
+def test_strict_parameters_that_are_no_object(ask: Ask, kind: object) -> None:
+    function = LOOKUP["function"] | {"parameters": {"type": kind}}
+    with pytest.raises(InputError, match=r"function\.parameters\.type: expected object, found"):
+        ask("", tools=[{"type": "function", "function": function}])
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"type": ["object", "null"]},
+        {"anyOf": [{"type": "integer"}, {"type": "object"}]},
+        {"$defs": {"x": {"type": ["object", "integer"]}}, "$ref": "#/$defs/x"},
+        {"properties": {"city": {"type": "string"}}},
+    ],
+)
+def test_strict_arguments_are_an_object(ask: Ask, parameters: dict[str, Any]) -> None:
+    function = LOOKUP["function"] | {"parameters": parameters}
+    call = "<|channel|>commentary to=functions.lookup<|message|>5<|call|>"
+    said, _ = ask(call, tools=[{"type": "function", "function": function}])
+    assert isinstance(json.loads(said["lookup"]), dict)
 
 
 def test_a_schema_of_a_thousand_levels(ask: Ask) -> None:

@@ -174,6 +174,20 @@ def test_types_that_json_cannot_say_are_refused_with_their_place(annotation: Any
         schema_of(annotation)
 
 
+def test_defaults_that_are_no_json_are_not_told() -> None:
+    def f(most: float = float("inf"), least: float = float("nan"), step: float = 0.5) -> None: ...
+
+    properties = parameters_of(f)["properties"]
+    number = {"type": "number"}
+    assert properties == {"most": number, "least": number, "step": {**number, "default": 0.5}}
+    assert call(f) == "null"
+
+    def g(text: str = "\ud800") -> None: ...
+
+    with pytest.raises(InputError, match=r"tools\[0\] \(g\): parameter text: expected what JSON"):
+        parameters_of(g)
+
+
 def test_arguments_become_values_of_their_types() -> None:
     seen: dict[str, Any] = {}
 

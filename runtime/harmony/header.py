@@ -9,12 +9,15 @@ CHANNELS = ("analysis", "commentary", "final")
 CONTENT_TYPES = ("json", "code", "text")
 # Recipients that are no tools: what is sent to them is text.
 FUNCTIONS = "functions."  # begins the recipients of calls of functions
+LONGEST_NAME = 256  # bytes, of a function
 PEOPLE = ("", "all", "assistant", "user", "functions", FUNCTIONS)
 OTHER_ROLES = ("user", "system", "developer", "tool", "python", "browser", "functions")
 
 _WORD = re.compile(r"\s*(\S+)")
 # A name ends where arguments begin, also without a blank between.
-_RECIPIENT = re.compile(r"\s*to=([^\s{}()\[\]\"]*)")
+_NAME = r"[^\s{}()\[\]\"]"
+_RECIPIENT = re.compile(rf"\s*to=({_NAME}*)")
+_BEGUN_NAME = re.compile(rf"(?:to=|functions\.)({_NAME}*)")
 # A type is the last word but for a recipient, or has arguments after it: else it is a word of text.
 _BEFORE_END = r"(?=\s*(?:$|to=|[{\[]))"
 _TYPE = re.compile(rf"\s*({'|'.join(CONTENT_TYPES)}){_BEFORE_END}")
@@ -24,7 +27,7 @@ _TYPE_OF_ARGUMENTS = re.compile(
 )
 _CONSTRAINED_TYPE = re.compile(rf"\s*([A-Za-z][\w.+/-]*){_BEFORE_END}")
 _CONSTRAINED_RECIPIENT = re.compile(
-    rf"\s*(functions\.[^\s{{}}()\[\]\"]+)(?=(?:\s*(?:{'|'.join(CONTENT_TYPES)}))?\s*(?:$|[{{\[]))"
+    rf"\s*(functions\.{_NAME}+)(?=(?:\s*(?:{'|'.join(CONTENT_TYPES)}))?\s*(?:$|[{{\[]))"
 )
 # A role is followed by the header's end or next sign: else it is a word of text.
 _BEFORE_SIGN = rf"(?=\s*(?:$|to=|(?:{'|'.join(CHANNELS)})\b))"
@@ -91,6 +94,19 @@ def read_header(segments: Sequence[Segment], is_whole: bool) -> Header:
     names_channel = channel is not None and len(segments) > 1
     is_header = is_whole or other_role or names_channel or recipient is not None
     return Header(channel, recipient, lead, reader.rest, other_role, is_header)
+
+
+def is_name(name: str) -> bool:
+    """Whether a header tells it whole."""
+    fits = len(name.encode()) <= LONGEST_NAME
+    return fits and re.fullmatch(rf"{_NAME}+", name) is not None
+
+
+def num_bytes_of_names(segments: Sequence[Segment]) -> int:
+    """How many the recipients take so far, of each as many as the longest name has."""
+    most = LONGEST_NAME + len(FUNCTIONS)
+    names = (found for s in segments for found in _BEGUN_NAME.findall(s.text))
+    return max((min(len(name.encode()), most) for name in names), default=0)
 
 
 def plain_text(segments: Sequence[Segment]) -> str:

@@ -7,9 +7,18 @@ from ..stop_strings import StopSearch
 from ..tokenizer import StreamDecoder, Tokenizer
 from ..usage import Usage
 from .events import Arguments, Finish, Piece, Reasoning, Text, ToolCall
-from .header import FUNCTIONS, Header, Segment, plain_text, read_header, without_cut_word
+from .header import (
+    FUNCTIONS,
+    Header,
+    Segment,
+    num_bytes_of_names,
+    plain_text,
+    read_header,
+    without_cut_word,
+)
 
-# So many tokens are held back at most until they turn out to be a header, or not.
+# So many tokens are held back at most until they turn out to be a header, or not; and more for the
+# name of a function, which may take as many as it has bytes.
 MOST_HELD = 32
 ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
@@ -28,7 +37,8 @@ class AnswerParser:
 
     Whatever the model says is read without an error, and none of its text is left out. What is a
     header, and what is text, may be uncertain: such tokens are held back until `<|message|>`, the
-    end of the message or MOST_HELD tokens tell. Incomplete characters are held back as well.
+    end of the message or MOST_HELD tokens beside a recipient's tell. Incomplete characters are held
+    back as well.
 
     - Header: see `read_header`. Without a channel, a call is on commentary, other text on final.
       Text in a header is content, where there is no place for it in a header.
@@ -95,7 +105,7 @@ class AnswerParser:
         if self._segments is None:
             return self._say(text)
         self._segments[-1].text += text
-        if self._num_held < MOST_HELD:
+        if self._num_held < MOST_HELD + num_bytes_of_names(self._segments):
             return []
         if self._unheaded:  # what came after it may yet become a header
             text, self._unheaded, self._num_held = self._unheaded, "", 0

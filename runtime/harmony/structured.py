@@ -50,12 +50,16 @@ def read_response_format(response_format: object) -> ResponseFormat | None:
     found = response_format if isinstance(response_format, Mapping) else {}
     match found.get("type"):
         case "text":
+            _check_fields(where, found, ("type",))
             return None
         case "json_object":
+            _check_fields(where, found, ("type",))
             return ResponseFormat("json", ANY_OBJECT, name="json_object")
         case "json_schema" if isinstance(found.get("json_schema"), Mapping):
+            _check_fields(where, found, ("type", "json_schema"))
             return _read_json_schema(f"{where}.json_schema", found["json_schema"])
         case "grammar":
+            _check_fields(where, found, ("type", "syntax", "definition"))
             return _read_grammar(where, found)
     raise InputError(f"{where}: expected {SHAPES}, found {response_format!r:.100}")
 
@@ -80,19 +84,31 @@ def strict_parameters(
         described: Any = tool["function"]
         where = f"tools[{i}].function"
         if _read_strict(f"{where}.strict", described.get("strict")):
-            schemas[function.name] = function.parameters or NO_ARGUMENTS
-            _check_size(f"{where}.parameters", schemas[function.name])
+            parameters = function.parameters or NO_ARGUMENTS
+            _check_root(f"{where}.parameters", parameters)
+            schemas[function.name] = _object_schema(f"{where}.parameters", parameters)
     return schemas
 
 
+def _check_fields(where: str, found: Mapping[str, object], known: Sequence[str]) -> None:
+    """What is not known would not be obeyed."""
+    for key, value in found.items():
+        if key not in known and value is not None:
+            raise InputError(
+                f"{where}: expected {', '.join(known)}, found {key!r:.100}; a schema is given as "
+                '{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}'
+            )
+
+
 def _read_json_schema(where: str, described: Mapping[str, object]) -> ResponseFormat:
+    _check_fields(where, described, ("name", "description", "schema", "strict"))
     name = read_word(f"{where}.name", described.get("name"))
     description = read_text(f"{where}.description", described.get("description"))
     schema = read_json(f"{where}.schema", described.get("schema"))
     _read_strict(f"{where}.strict", described.get("strict"))
     if name is None or not isinstance(schema, Mapping):
         raise InputError(f"{where}: expected a name and a schema, found {described!r:.100}")
-    _check_size(f"{where}.schema", schema)
+    _check_root(f"{where}.schema", schema)
     check_schema(f"{where}.schema", schema)
     return ResponseFormat("json", schema, name=name, description=description or "")
 
@@ -118,7 +134,22 @@ def _read_strict(where: str, value: object) -> bool:
     return known[value]
 
 
-def _check_size(where: str, schema: Mapping[str, Any]) -> None:
+def _object_schema(where: str, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of parameters, which are those of an object also where they do not say so."""
+    kinds = parameters.get("type") or "object"
+    if kinds != "object" and "object" not in (kinds if isinstance(kinds, list) else ()):
+        raise InputError(f"{where}.type: expected object, found {kinds!r:.100}")
+    return {**parameters, "type": "object"}
+
+
+def _check_root(where: str, schema: Mapping[str, Any]) -> None:
+    """Raises InputError for what holds a schema and is none, and for one that is too large."""
+    for key in ("schema", "json_schema"):
+        if isinstance(schema.get(key), dict):
+            raise InputError(
+                f"{where}: expected a JSON schema, found one within another; give what is in its "
+                f"{key!r}"
+            )
     levels, level = 0, [schema]
     while level := [value for value in level if isinstance(value, dict | list)]:
         levels += 1

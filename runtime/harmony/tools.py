@@ -6,6 +6,7 @@ from dataclasses import replace
 from ..errors import InputError
 from .builtin_tools import BUILTIN_TOOLS
 from .checks import read_json, read_text, read_word
+from .header import LONGEST_NAME, is_name
 from .schema import check_schema
 from .typescript import Function, Namespace, tools_text
 
@@ -80,6 +81,11 @@ def _read_tool(where: str, tool: object) -> Function:
     name = read_word(f"{where}.name", function.get("name"))
     if name is None:
         raise InputError(f"{where}.name: expected the name of the function, found none")
+    if not is_name(name):
+        raise InputError(
+            f"{where}.name: expected at most {LONGEST_NAME} bytes without brackets and quotes, "
+            f"found {name!r:.100}; a call of it could not be told"
+        )
     description = read_text(f"{where}.description", function.get("description"))
     parameters = read_json(f"{where}.parameters", function.get("parameters"))
     if parameters is not None and not isinstance(parameters, Mapping):

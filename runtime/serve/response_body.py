@@ -42,14 +42,14 @@ class TextFormat(BaseModel):
 
     def response_format(self) -> Object:
         """As the chat API writes it."""
-        if self.type != "json_schema":
-            return {"type": self.type}
         described = {
             "name": self.name,
             "description": self.description,
             "schema": self.schema_,
             "strict": self.strict,
         }
+        if self.type != "json_schema":  # which takes none of that, and is refused with it
+            return {"type": self.type, **given(described)}
         return {"type": self.type, self.type: given(described)}
 
 

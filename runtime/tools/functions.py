@@ -2,14 +2,26 @@
 
 import dataclasses
 import enum
+import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, TypeAlias
 
 from ..errors import InputError
 from ..harmony.builtin_tools import is_builtin
 from ..harmony.calls import Call
+from ..harmony.checks import read_json
 from .annotations import read_annotation, type_hints
 from .docstring import read_docstring
 from .kind import Kind, Misfit, object_schema, read_object
@@ -55,7 +67,12 @@ class PythonTool:
         text, told = read_docstring(inspect.getdoc(function), self._kinds)
         described: dict[str, Any] = {"name": self.name, "description": text}
         if parameters:
-            properties = {p.name: _property(p, self._kinds[p.name], told) for p in parameters}
+            properties = {
+                p.name: read_json(
+                    f"{where}: parameter {p.name}", _property(p, self._kinds[p.name], told)
+                )
+                for p in parameters
+            }
             described["parameters"] = object_schema(properties, self._required)
         self.definition = {"type": "function", "function": described}
 
@@ -80,13 +97,33 @@ class PythonTool:
 
 
 def result_text(value: object) -> str:
-    """Text as it is, other values as JSON; what JSON cannot say, in Python's words."""
+    """Text as it is, other values as JSON; what JSON cannot say, in Python's words. Raises Misfit
+    for what is yet to give a result."""
     if isinstance(value, str):
         return value
     try:
-        return json.dumps(value, ensure_ascii=False, default=_plain)
+        return json.dumps(_finished(value), ensure_ascii=False, default=_plain)
     except (TypeError, ValueError, RecursionError):  # keys that are no text, a value within itself
         return str(value)
+
+
+def unfinished_kind(function: Callable[..., object]) -> str:
+    """What a function returns that is yet to give a result; "" for another."""
+    plain = _undecorated(function)
+    for code in (plain, getattr(plain, "__call__", None)):  # noqa: B004
+        if inspect.iscoroutinefunction(code):
+            return "a coroutine"
+        if inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
+            return "a generator"
+    return ""
+
+
+def _finished(value: object) -> object:
+    if not isinstance(value, Awaitable | Iterator | AsyncIterator):
+        return value
+    if isinstance(value, Coroutine | Generator):  # it is not to say that nobody waited for it
+        value.close()
+    raise Misfit(f"expected a result, found a {type(value).__name__}, which is yet to give one")
 
 
 def _plain(value: Any) -> object:
@@ -100,7 +137,7 @@ def _plain(value: Any) -> object:
     for method in ("model_dump", "tolist"):  # of pydantic's models, and of numpy's values
         if callable(make := getattr(value, method, None)):
             return make()
-    return str(value)
+    return str(_finished(value))
 
 
 def _name(where: str, function: Callable[..., object]) -> str:
@@ -114,9 +151,15 @@ def _name(where: str, function: Callable[..., object]) -> str:
 
 def _annotated(function: Any) -> Any:
     """Where the annotations of something callable are."""
+    function = _undecorated(function)
     if inspect.isclass(function):
         return function.__init__
     return function if inspect.isroutine(function) else type(function).__call__
+
+
+def _undecorated(function: Any) -> Any:
+    function = inspect.unwrap(function)
+    return _undecorated(function.func) if isinstance(function, functools.partial) else function
 
 
 def _property(parameter: inspect.Parameter, kind: Kind, told: Mapping[str, str]) -> dict[str, Any]:
@@ -127,6 +170,7 @@ def _property(parameter: inspect.Parameter, kind: Kind, told: Mapping[str, str])
     default = parameter.default
     if isinstance(default, enum.Enum):
         default = default.value
-    if isinstance(default, str | int | float):
+    is_finite = not isinstance(default, float) or math.isfinite(default)  # others are no JSON
+    if isinstance(default, str | int | float) and is_finite:
         schema["default"] = default
     return schema

@@ -1,6 +1,5 @@
 """Answers and the calls in them, run one after the other until the model needs no more."""
 
-import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,11 +10,11 @@ from ..harmony import Arguments, Finish, Piece, ToolCall, ToolResult, as_message
 from ..harmony.calls import Call, calls_of
 from ..stream import Stream
 from ..tokenizer import Tokenizer
-from .functions import PythonTool
+from .functions import PythonTool, result_text, unfinished_kind
 from .kind import Misfit
 
 Chat = Callable[..., Iterable[Piece]]  # messages and options -> the pieces of an answer
-Executor = Callable[[str], str]  # code -> what it printed
+Executor = Callable[[str], object]  # code -> what it printed
 
 MAX_ROUNDS = 20
 PYTHON = "python"  # the builtin tool
@@ -110,10 +109,12 @@ class ToolLoop(Stream[Piece]):
             if call.name in self._tools:
                 return self._tools[call.name].call(call), False
             if call.name == PYTHON and self._python is not None:
-                return self._python(call.text), False
+                return result_text(self._python(call.text)), False
         except Misfit as error:
             return f"Error: {error}", True
-        except Exception as error:  # whatever a tool raises, the model is to know
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a tool raises, exit() too, the model is to know
             return f"Error: {type(error).__name__}: {error}", True
         names = [*self._tools, *([PYTHON] if self._python is not None else [])]
         return f"Error: there is no tool {call.name}; the tools are: {', '.join(names)}", True
@@ -142,10 +143,10 @@ def _read_tools(tools: Sequence[Callable[..., object]]) -> dict[str, PythonTool]
                 f"{where}: expected a function to run, found {function!r:.100}; to run calls of "
                 "other tools yourself, use chat"
             )
-        if inspect.iscoroutinefunction(inspect.unwrap(function)):
+        if kind := unfinished_kind(function):
             raise InputError(
-                f"{where}: expected a function that returns its result, found a coroutine; wrap it "
-                "in one that runs it"
+                f"{where}: expected a function that returns its result, found {kind}; wrap it in "
+                "one that runs it"
             )
         tool = PythonTool(where, function)
         if tool.name in found:

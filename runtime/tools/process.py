@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import selectors
 import signal
 import subprocess
@@ -12,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 PIPE_BYTES = 1 << 20  # at most what a pipe holds
+WORD_BYTES = 16  # half of the letters of a word that says that a cell is done
 PART = 1 << 16  # bytes that are read or written at once
 
 
 class Interpreter:
-    """The program of `interpreter.py` in a process group of its own, started by a command. `home`:
-    what it knows `folder` as; `limits`, `user`: see there. All methods are for one thread at a
-    time."""
+    """The program of `interpreter.py` in a process group of its own, started by a command, which
+    gets the descriptors `inherited`. `home`: what it knows `folder` as; `limits`, `user`: see
+    there. All methods are for one thread at a time."""
 
     def __init__(
         self,
@@ -27,11 +29,14 @@ class Interpreter:
         home: str,
         limits: Mapping[str, int],
         user: int | None,
+        inherited: Sequence[int],
     ) -> None:
         program = Path(__file__).with_name("interpreter.py").read_text("utf-8")
         self._killed = threading.Event()
         self._done, done = os.pipe()
-        arguments = [*command, "-I", "-c", program, *map(json.dumps, (done, limits, user))]
+        self._ready = secrets.token_hex(WORD_BYTES)
+        given = map(json.dumps, (done, self._ready, limits, user))
+        arguments = [*command, "-I", "-c", program, *given]
         environment = {
             "PATH": "/usr/bin:/bin",
             "HOME": home,
@@ -47,7 +52,7 @@ class Interpreter:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=[done],
+                pass_fds=[done, *inherited],
                 cwd=folder,
                 env=environment,
                 start_new_session=True,
@@ -65,13 +70,17 @@ class Interpreter:
         for descriptor in (self._cells, self._told, self._done):
             os.set_blocking(descriptor, False)
 
-    def run(self, code: str, seconds: float, most: int) -> tuple[str, str]:
-        """Run a cell; see `wait`."""
-        return self.wait(seconds, most, json.dumps(code).encode() + b"\n")
+    def start(self, seconds: float) -> tuple[str, str]:
+        """Wait until it can run cells; see `run`."""
+        return self._wait(seconds, PIPE_BYTES, b"", self._ready)
 
-    def wait(self, seconds: float, most: int, unsent: bytes = b"") -> tuple[str, str]:
-        """The first `most` bytes of output until the interpreter is done, and how it ended if it
-        is not."""
+    def run(self, code: str, seconds: float, most: int) -> tuple[str, str]:
+        """Run a cell: the first `most` bytes of its output, and how the interpreter ended if it is
+        not done."""
+        word = secrets.token_hex(WORD_BYTES)
+        return self._wait(seconds, most, json.dumps([word, code]).encode() + b"\n", word)
+
+    def _wait(self, seconds: float, most: int, unsent: bytes, word: str) -> tuple[str, str]:
         limit = time.monotonic() + seconds
         output, ended = _Output(most), ""
         with selectors.DefaultSelector() as selector:
@@ -79,7 +88,7 @@ class Interpreter:
             selector.register(self._done, selectors.EVENT_READ)
             if unsent:
                 selector.register(self._cells, selectors.EVENT_WRITE)
-            is_done = False
+            is_done, words = False, b""
             while not is_done and not ended:
                 ready = [key.fd for key, _ in selector.select(max(0.0, limit - time.monotonic()))]
                 if time.monotonic() >= limit:
@@ -91,8 +100,10 @@ class Interpreter:
                 if self._told in ready and not output.take(self._told):
                     selector.unregister(self._told)
                 if self._done in ready:
-                    is_done = bool(os.read(self._done, 1))
-                    ended = "" if is_done else "the interpreter ended"
+                    some = os.read(self._done, PART)
+                    words = words[-2 * WORD_BYTES :] + some
+                    is_done = word.encode() in words  # a cell may have written others
+                    ended = "" if is_done else ended if some else "the interpreter ended"
         # What it wrote before it was done; more may come for ever.
         limit_bytes = output.num_bytes + PIPE_BYTES
         while output.num_bytes < limit_bytes and output.take(self._told):

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from ..errors import InputError, OsscompileError
 from ..harmony.builtin_tools import python_description
-from .process import PIPE_BYTES, Interpreter
+from .process import Interpreter
+from .system_calls import memory_filter
 
 DRIVE = "/mnt/data"  # where the models were trained to keep files
 NOBODY = 65534  # whom root's sandboxes run as: the processes of root are not limited
 SECONDS_TO_START = 60.0
 MB = 1_000_000
+# What the system can be told of.
+MOST_SECONDS, MOST_BYTES, MOST_PROCESSES = 1_000_000, 1 << 60, 1 << 20
 
 
 class PythonSandbox:
@@ -27,7 +30,9 @@ class PythonSandbox:
     scratch folder: /mnt/data there, `folder` here, which is deleted in the end. A call takes
     `seconds` at most, or else all processes are killed, and the next call begins anew, as it does
     when the interpreter has ended. `output`: bytes of it that are kept. `memory`: bytes that each
-    process may use, and each file in the scratch folder; `processes`: how many there are at once.
+    process may use, and each file in the scratch folder; `processes`: how many there are at once,
+    so that all may use so many times the memory. On x86-64 and AArch64 none gets memory that is no
+    process's (memfd_create, shmget).
 
     It does not protect from faults of the kernel, from code that reads what lies in /usr or beside
     the interpreter (its installed packages), from many large files in the scratch folder, or from a
@@ -51,14 +56,17 @@ class PythonSandbox:
         processes: int = 64,
         unsafe: bool = False,
     ) -> None:
-        for name, value in (
-            ("seconds", seconds),
-            ("memory", memory),
-            ("output", output),
-            ("processes", processes),
+        for name, value, least, most in (
+            ("seconds", seconds, 0.001, MOST_SECONDS),
+            ("memory", memory, 1, MOST_BYTES),
+            ("output", output, 1, MOST_BYTES),
+            ("processes", processes, 1, MOST_PROCESSES),
         ):
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise InputError(f"{name}: expected a number above 0, found {value!r:.100}")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not least <= value <= most:
+                raise InputError(
+                    f"{name}: expected a number from {least} to {most}, found {value!r:.100}"
+                )
         self._seconds, self._output, self._unsafe = seconds, int(output), unsafe
         self._limits = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": int(memory), "RLIMIT_AS": int(memory)}
         if not unsafe:  # else those of the whole user would count
@@ -79,7 +87,10 @@ class PythonSandbox:
             raise
 
     def __call__(self, code: str) -> str:
-        """The output of code, with a note if it is cut or the interpreter ended."""
+        """The output of code, with a note if it is cut or the interpreter ended. Raises InputError
+        for what is no text."""
+        if not isinstance(code, str):
+            raise InputError(f"code: expected text, found {type(code).__name__}")
         with self._lock:
             if not self._close.alive:
                 raise OsscompileError("PythonSandbox: expected one that is open, found it closed")
@@ -108,10 +119,18 @@ class PythonSandbox:
         self.close()
 
     def _start(self) -> Interpreter:
-        command = [sys.executable] if self._unsafe else _bubblewrap(self.folder)
         home = str(self.folder) if self._unsafe else DRIVE
-        interpreter = Interpreter(command, self.folder, home, self._limits, self._user)
-        said, ended = interpreter.wait(SECONDS_TO_START, PIPE_BYTES)
+        filter = None if self._unsafe else _open_filter()
+        inherited = [] if filter is None else [filter]
+        try:
+            command = [sys.executable] if self._unsafe else _bubblewrap(self.folder, filter)
+            interpreter = Interpreter(
+                command, self.folder, home, self._limits, self._user, inherited
+            )
+        finally:
+            for descriptor in inherited:
+                os.close(descriptor)
+        said, ended = interpreter.start(SECONDS_TO_START)
         if ended:
             interpreter.kill()
             raise OsscompileError(
@@ -129,7 +148,18 @@ def _close(running: list[Interpreter], scratch: tempfile.TemporaryDirectory[str]
     scratch.cleanup()
 
 
-def _bubblewrap(folder: Path) -> list[str]:
+def _open_filter() -> int | None:
+    """A pipe that has the filter of system calls, or None for a machine that has none."""
+    program = memory_filter()
+    if program is None:
+        return None
+    reader, writer = os.pipe()
+    os.write(writer, program)
+    os.close(writer)
+    return reader
+
+
+def _bubblewrap(folder: Path, filter: int | None) -> list[str]:
     """The command that runs this interpreter inside."""
     program = shutil.which("bwrap")
     if program is None:
@@ -143,6 +173,8 @@ def _bubblewrap(folder: Path) -> list[str]:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-all"]
+    if filter is not None:
+        command += ["--seccomp", str(filter)]
     command += ["--ro-bind", "/usr", "/usr"]
     for link in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):  # folders of older systems
         if os.path.islink(link):
