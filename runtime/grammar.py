@@ -1,6 +1,7 @@
 """What must be said, as grammars -> constraints, through llguidance."""
 
 import json
+import math
 import re
 import threading
 import time
@@ -114,7 +115,7 @@ class GrammarConstraint:
     def __init__(self, matcher: Any, vocabulary: "_Vocabulary") -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
         self._num_digits = 0
-        self._seconds_left = SECONDS
+        self._seconds_left = math.inf
 
     @property
     def error(self) -> OsscompileError | None:
@@ -144,6 +145,7 @@ class GrammarConstraint:
         ahead = GrammarConstraint(self._matcher.deep_copy(), self._vocabulary)
         ahead.push(int(is_allowed(mask, len(self._vocabulary.tokens)).argmax()))
         ahead.mask()
+        self._seconds_left = SECONDS  # so far only who asked has waited
         return ahead.fault
 
     def mask(self) -> NDArray[np.uint32]:
