@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import warnings
@@ -53,6 +54,7 @@ def test_report(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("osscompile.runtime.bench.models.DECODE_STEPS", 4)  # long on the stand-in
     monkeypatch.setattr("osscompile.runtime.bench.models.REPEATS", 2)
     load_stand_in()
+    gc.collect()  # what earlier tests held would go meanwhile
     before, held = held_bytes(), []
 
     def progress(stage: str) -> None:
