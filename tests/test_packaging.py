@@ -28,7 +28,7 @@ ENTRIES = {*FOLDERS, "tests", "pyproject.toml", "README.md"}
 BESIDE = {".ci", ".gitignore", "LICENSE"}
 # pyopencl is for OpenCL only, jinja2 for templates of checkpoints.
 RUNTIME_NEEDS = {"jinja2", "llguidance", "numpy", "pyopencl", "tokenizers", "tvm_ffi"}
-SERVER_NEEDS = {"fastapi", "prometheus_client", "pydantic", "ray", "starlette", "uvicorn"}
+SERVER_NEEDS = {"fastapi", "h11", "prometheus_client", "pydantic", "ray", "starlette", "uvicorn"}
 
 
 # The wheel

@@ -7,6 +7,7 @@ import http.client
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +31,14 @@ with warnings.catch_warnings(action="ignore"):  # its own use of pydantic
     from osscompile.runtime.serve.replicas import ReplicaRequest, Replicas, ray
 
 OPTIONS = {"sequences": 8, "context": 1024, "threads": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signals() -> Iterator[None]:
+    """Ray leaves a handler of its own, which other files' tests would meet."""
+    former = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, former)
 
 
 def test_more_replicas_than_there_is_room_for(nano_artifact: Path) -> None:
