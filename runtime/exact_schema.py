@@ -47,6 +47,13 @@ def exact_schema(where: str, schema: Any) -> Any:
     return _with_inclusive_limits(exact)
 
 
+def patterns_of(schema: dict[str, Any]) -> list[str]:
+    """The regular expressions of a schema, without those of schemas in it."""
+    by_pattern = schema.get("patternProperties")
+    found = [schema.get("pattern"), *(by_pattern if isinstance(by_pattern, dict) else ())]
+    return [pattern for pattern in found if isinstance(pattern, str)]
+
+
 def check_regex(where: str, pattern: str) -> None:
     """llguidance checks all but the last backslash, which it leaves out."""
     if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
@@ -76,12 +83,10 @@ def _check_properties(where: str, schema: dict[str, Any]) -> None:
 
 
 def _check_patterns(where: str, schema: dict[str, Any]) -> None:
-    by_pattern = schema.get("patternProperties")
-    for pattern in [schema.get("pattern"), *(by_pattern if isinstance(by_pattern, dict) else ())]:
-        if isinstance(pattern, str):
-            check_regex(where, pattern)
-            for part in _PARTS.finditer(pattern):
-                _check_control(where, part["control"])
+    for pattern in patterns_of(schema):
+        check_regex(where, pattern)
+        for part in _PARTS.finditer(pattern):
+            _check_control(where, part["control"])
 
 
 def _check_multiples(where: str, schema: dict[str, Any]) -> None:

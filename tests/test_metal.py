@@ -21,7 +21,7 @@ from device_choices import (
     check_rows_of_all_kinds,
     every_option_of_the_sampler,
 )
-from device_models import check_exact, check_nano
+from device_models import OF_GPT_OSS, check_exact, check_nano
 from metal_device import METAL, check_compiles, load_stand_in, needs_gxx, on_this_machine, stand_in
 from talker import CHUNK, compile_talker, random_ids
 from test_cross_compile import ARM64, CODE_SIGNATURE, DYLIB, ID_DYLIB, MACH_O_64, load_commands
@@ -31,6 +31,7 @@ from osscompile import cli, targets
 from osscompile.bundle import bundle_runtime
 from osscompile.codegen.library import build_library
 from osscompile.importer.choice import with_choose
+from osscompile.importer.config import ModelConfig
 from osscompile.importer.graph import build_graph
 from osscompile.importer.resolve import resolve_model
 from osscompile.importer.synthetic import gpt_oss_config
@@ -83,23 +84,23 @@ def kernels_in(library: bytes) -> dict[str, str]:
 
 
 @needs_gxx
-@pytest.mark.parametrize(
-    ("model", "profile"),
-    [
-        ("20b", "fast"),
-        ("120b", "exact"),
-        *(
-            pytest.param(*other, marks=pytest.mark.long)
-            for other in [("20b", "exact"), ("120b", "fast"), ("nano", "fast"), ("nano", "exact")]
-        ),
-    ],
-)
-def test_every_kernel_compiles(model: str, profile: str, tmp_path: Path) -> None:
-    """Two layers of the large models contain every kernel. Kernels keep within Metal's limits, and
-    declare a threadgroup's memory where Metal wants it: where the kernel begins."""
-    config = gpt_oss_config(num_layers=2, num_experts=32 if model == "20b" else 128)
-    if model == "nano":
-        config = resolve_model(model).source.config
+@OF_GPT_OSS
+def test_every_kernel_compiles(num_experts: int, profile: str, tmp_path: Path) -> None:
+    """Two layers contain every kernel."""
+    config = gpt_oss_config(num_layers=2, num_experts=num_experts)
+    check_every_kernel(config, profile, tmp_path)
+
+
+@needs_gxx
+@pytest.mark.long
+@pytest.mark.parametrize("profile", ["fast", "exact"])
+def test_every_kernel_of_nano_compiles(profile: str, tmp_path: Path) -> None:
+    check_every_kernel(resolve_model("nano").source.config, profile, tmp_path)
+
+
+def check_every_kernel(config: ModelConfig, profile: str, tmp_path: Path) -> None:
+    """Kernels keep within Metal's limits, and declare a threadgroup's memory where Metal wants it:
+    where the kernel begins."""
     graph = build_graph(config, profile, min(config.max_context, 131072), 512)
     module = with_choose(graph.module, config.vocab_size, 64)
     module = run_passes(module, METAL, SHARED_PASSES + VARIANT_PASSES)

@@ -146,7 +146,7 @@ def test_a_replica_that_is_killed_loses_no_request_but_its_streams(
             text = ""
             for line in response:
                 text += line.decode()
-                if streams and '"reasoning":"' in text:
+                if streams and b'"reasoning":"' in line:
                     telling.add(number)
             telling.discard(number)
             assert response.status == 200, text

@@ -10,8 +10,8 @@ from tvm.tirx import transform as tirx
 from ..targets import Target
 
 # TVM's own pipeline for GPUs, without the passes for other GPUs, and without HoistIfThenElse and
-# RemoveNoOp, which took half of the time and changed nothing. It ends before the passes that
-# prepare the host's part for a CPU.
+# RemoveNoOp, which took half of the time and only wrote one condition in another way. It ends
+# before the passes that prepare the host's part for a CPU.
 _PASSES = (
     s_tir.CanonicalizeLoop(),
     s_tir.LowerCrossThreadReduction(),

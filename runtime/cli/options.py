@@ -29,11 +29,16 @@ def utf8_text(text: str) -> str:
         raise argparse.ArgumentTypeError(f"expected UTF-8 text, found {text!a}") from None
 
 
-def _bytes_of_gigabytes(text: str) -> int:
+def read_number(text: str) -> float:
+    """NaN, which is within no limits, for what is no number."""
     try:
-        number = float(text) * 1e9
+        return float(text)
     except ValueError:
-        number = math.nan
+        return math.nan
+
+
+def _bytes_of_gigabytes(text: str) -> int:
+    number = read_number(text) * 1e9
     if not 0 < number <= MAX_NUMBER:
         most = MAX_NUMBER // 10**9
         raise argparse.ArgumentTypeError(f"expected gigabytes, above 0 to {most}, found {text!r}")

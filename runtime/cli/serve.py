@@ -12,7 +12,7 @@ from ..arguments import whole_number
 from ..engine import SEQUENCES, Engine
 from ..errors import OsscompileError
 from .main import CommandParser, Commands
-from .options import add_kv_memory
+from .options import add_kv_memory, read_number
 
 if TYPE_CHECKING:
     from ..serve.replicas import Replicas
@@ -168,20 +168,14 @@ def _port(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = read_number(text)
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, found {text!r}")
     return number
 
 
 def _bytes_of_megabytes(text: str) -> int:
-    try:
-        number = float(text) * 1e6
-    except ValueError:
-        number = math.nan
+    number = read_number(text) * 1e6
     if not 1 <= number <= 1e12:
         raise argparse.ArgumentTypeError(f"expected megabytes, above 0, found {text!r}")
     return int(number)

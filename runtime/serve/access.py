@@ -11,8 +11,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError
 
 OPEN = ("/", "/health")  # paths that tell nothing of the model
-
-
 # For a body; longer for a large one, of which so many bytes a second come.
 BODY_SECONDS, BODY_RATE = 30.0, 10_000
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from ..exact_schema import patterns_of
 from .errors import ApiError
 
 MAX_DEPTH = 64  # of lists and objects within each other; the deepest of them are schemas
@@ -66,10 +67,7 @@ def _values(value: Any) -> Iterable[Any]:
 
 def _patterns(found: dict[str, Any]) -> Iterable[str]:
     """The regular expressions of a schema or a grammar."""
-    if isinstance(pattern := found.get("pattern"), str):
-        yield pattern
-    if isinstance(patterns := found.get("patternProperties"), dict):
-        yield from patterns
+    yield from patterns_of(found)
     if isinstance(definition := found.get("definition"), str):
         is_regex = found.get("syntax") == "regex"
         yield from [definition] if is_regex else PATTERN_IN_LARK.findall(definition)
