@@ -145,6 +145,7 @@ def test_interrupt_at_every_line(
         where = f"{Path(event[0]).name}:{event[1]}, time {nth}"
         with pytest.raises(KeyboardInterrupt), at_each_line(model, files, strike):
             history.run()
+        assert answers_another_thread(), where
         probes = (PROBES * 2)[index % 3 :][:2]
         if history.tokens is not None:
             next_tokens = [*history.tokens, 9]
@@ -155,6 +156,16 @@ def test_interrupt_at_every_line(
                 pass  # it says that this is uncertain
         for probe in probes:
             check(model.prefill(probe), answers(probe), where)
+
+
+def answers_another_thread() -> bool:
+    """Whether an interrupt left nothing locked that every caller needs."""
+    answered: list[int] = []
+    thread = threading.Thread(target=lambda: answered.append(driver.driver().call(lambda: 5)))
+    thread.daemon = True  # if it waits for ever, the test does not
+    thread.start()
+    thread.join(timeout=60)
+    return answered == [5]
 
 
 def check(found: np.ndarray, expected: np.ndarray, where: str) -> None:

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from ..errors import OsscompileError
@@ -44,8 +44,9 @@ class Driver:
         self._works: SimpleQueue[_Work | None] = SimpleQueue()
         self._current: _Work | None = None
         self._stopping = False
-        # What is asked for comes before the end or is refused. A signal's handler may ask, too.
-        self._asking = threading.RLock()
+        # What is asked for after this is refused. No lock keeps the two apart, because an interrupt
+        # could leave it locked, and every caller would wait for ever.
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="osscompile driver", daemon=True)
         self._thread.start()
         atexit.register(self._stop)
@@ -76,9 +77,8 @@ class Driver:
         except BaseException:  # whatever a signal's handler raises, before or after the `put`
             work.abandoned = True
             rest = _Work(_do_nothing)
-            with contextlib.suppress(DriverEnded):
-                self._ask(rest)
-                rest.ended.acquire()
+            self._ask(rest)
+            rest.ended.acquire()
             raise
         try:
             if work.error is not None:
@@ -93,23 +93,29 @@ class Driver:
             raise Abandoned
 
     def _ask(self, work: "_Work") -> None:
-        with self._asking:
-            if self._stopping:
-                raise DriverEnded
-            self._works.put(work)
+        self._works.put(work)
+        if self._ended:  # whoever comes later than the thread's own look does it instead
+            self._refuse_rest()
 
     def _run(self) -> None:
         while (work := self._works.get()) is not None:
             self._current = work
             work.do()
             self._current = work = None
+        self._ended = True
+        self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                if (work := self._works.get_nowait()) is not None:
+                    work.refuse()
 
     def _stop(self) -> None:
         """At the end of the process: a thread that Python ends inside a kernel may crash."""
         if os.getpid() == self._process:
-            with self._asking:
-                self._stopping = True
-                self._works.put(None)
+            self._stopping = True
+            self._works.put(None)
             self._thread.join()
 
 
@@ -131,6 +137,12 @@ class _Work:
         except BaseException as error:  # the caller raises it
             self.error = error
         self._function = None  # a model that its caller drops now is gone at once
+        self.ended.release()
+
+    def refuse(self) -> None:
+        """It came too late. Each work is done or refused, and only once."""
+        self.error = DriverEnded()
+        self._function = None
         self.ended.release()
 
 
