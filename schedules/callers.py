@@ -1,8 +1,8 @@
 """Show TVM's parser who called it, without reading the source of every caller.
 
-For each kernel and each macro the parser walks up the stack. Python's `inspect` finds the module and
-the lines of every frame there, which takes a fifth to a third of a compile. The parser looks at the
-line of one of them only: whether it defines a kernel in a class.
+For each kernel and each macro the parser walks up the stack. Python's `inspect` finds the module
+and the lines of every frame there, which takes a fifth to a third of a compile. The parser looks at
+the line of one of them only: whether it defines a kernel in a class.
 """
 
 import inspect
