@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 # Set before numpy loads: threads of OpenBLAS slow the reference's small matrix products 5 times.
@@ -14,9 +15,15 @@ from opencl_device import OPENCL
 from talker import compile_talker
 
 import osscompile
-from osscompile import targets
+from osscompile import compiler, targets
 from osscompile.locks import only_holder
 from osscompile.targets import Target
+from osscompile.tuning import workloads
+
+# Nothing changes a graph: a process builds each once.
+build_graph = lru_cache(maxsize=16)(compiler.build_graph)
+compiler.build_graph = workloads.build_graph = build_graph
+compiler.with_choose = workloads.with_choose = lru_cache(maxsize=16)(compiler.with_choose)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
