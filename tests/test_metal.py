@@ -257,16 +257,15 @@ def test_broken_weights_show_where_the_device_chooses(nano_here: Path) -> None:
     check_broken_weights_show(nano_here)
 
 
-@needs_gxx
-def test_exact_is_the_reference(for_here: None, tmp_path: Path) -> None:
-    load_stand_in()
-    check_exact(METAL.name, tmp_path)
-
-
 @pytest.fixture(scope="module")
 def talker(for_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     load_stand_in()
     return compile_talker(METAL.name, tmp_path_factory.mktemp("talker"), None)
+
+
+@needs_gxx
+def test_exact_is_the_reference(talker: Path) -> None:
+    check_exact(talker)
 
 
 @needs_gxx

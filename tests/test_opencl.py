@@ -52,9 +52,14 @@ def damaged(nano_opencl: Path, tmp_path: Path) -> Path:
 # --- Results ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_talker(OPENCL.name, tmp_path_factory.mktemp("talker"), None)
+
+
 @needs_opencl
-def test_exact_is_the_reference(tmp_path: Path) -> None:
-    check_exact(OPENCL.name, tmp_path)
+def test_exact_is_the_reference(talker: Path) -> None:
+    check_exact(talker)
 
 
 @needs_opencl
@@ -112,11 +117,6 @@ def test_inspect_and_targets(nano_opencl: Path, capsys: pytest.CaptureFixture[st
 
 
 # --- The cache in the device's memory ---------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_talker(OPENCL.name, tmp_path_factory.mktemp("talker"), None)
 
 
 @needs_opencl
