@@ -15,7 +15,7 @@ from cuda_device import H100, compile_here
 from device_choices import (
     check_logits_stay,
     check_rows_of_all_kinds,
-    every_option_of_the_sampler,
+    options_together,
 )
 from device_models import check_exact, check_nano
 from metal_device import needs_gxx
@@ -73,7 +73,7 @@ def test_exact_is_the_reference(tmp_path: Path) -> None:
     check_exact(compile_talker(H100.name, tmp_path, None))
 
 
-@every_option_of_the_sampler
+@options_together
 def test_logits_stay_on_the_device(nano: Path, option: dict[str, Any]) -> None:
     check_logits_stay(nano, option)
 
