@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 # Set before numpy loads: threads of OpenBLAS slow the reference's small matrix products 5 times.
@@ -9,11 +11,19 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 from artifacts import TINY_OPTIONS
+from opencl_device import OPENCL
 from talker import compile_talker
 
 import osscompile
-from osscompile import targets
+from osscompile import compiler, targets
+from osscompile.locks import only_holder
 from osscompile.targets import Target
+from osscompile.tuning import workloads
+
+# Nothing changes a graph: a process builds each once.
+build_graph = lru_cache(maxsize=16)(compiler.build_graph)
+compiler.build_graph = workloads.build_graph = build_graph
+compiler.with_choose = workloads.with_choose = lru_cache(maxsize=16)(compiler.with_choose)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,23 +66,59 @@ def this_machine() -> Target:
         pytest.skip(str(error))
 
 
+Shared = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_artifact(this_machine: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Give a path of that name, which the first of this run's processes that asks has made."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        output = folder / "shared" / name
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with only_holder(output.with_suffix(".lock"), lambda: None):
+            if not output.exists():
+                make(output)
+        return output
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(this_machine: Target, shared: Shared) -> Path:
     """A random model without a tokenizer, compiled in seconds. Copy it before you change it."""
-    output = tmp_path_factory.mktemp("tiny") / "tiny.osc"
-    with warnings.catch_warnings(action="ignore"):  # it has no tokenizer, which is its purpose
-        return osscompile.compile("synthetic:tiny", this_machine.name, output, **TINY_OPTIONS)
+
+    def make(output: Path) -> None:
+        with warnings.catch_warnings(action="ignore"):  # it has no tokenizer, which is its purpose
+            osscompile.compile("synthetic:tiny", this_machine.name, output, **TINY_OPTIONS)
+
+    return shared("tiny.osc", make)
 
 
 @pytest.fixture(scope="session")
-def nano_artifact(this_machine: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def nano_artifact(this_machine: Target, shared: Shared) -> Path:
     """The model that ships, in the default profile. Copy it before you change it."""
-    output = tmp_path_factory.mktemp("nano") / "nano.osc"
-    return osscompile.compile(
-        "nano", this_machine.name, output, variants=[this_machine.variant], context=4096
+    name, variants = this_machine.name, [this_machine.variant]
+    return shared(
+        "nano.osc",
+        lambda output: osscompile.compile("nano", name, output, variants=variants, context=4096),
     )
 
 
 @pytest.fixture(scope="session")
-def talker(this_machine: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_talker(this_machine.name, tmp_path_factory.mktemp("talker"))
+def nano_opencl(shared: Shared) -> Path:
+    """The same for OpenCL. All tests take this one, so that PoCL compiles its kernels once."""
+    return shared(
+        "nano-opencl.osc",
+        lambda output: osscompile.compile("nano", OPENCL.name, output, context=1024),
+    )
+
+
+@pytest.fixture(scope="session")
+def talker(this_machine: Target, shared: Shared) -> Path:
+    return shared(
+        "talker/talker.osc", lambda output: compile_talker(this_machine.name, output.parent)
+    )

@@ -16,17 +16,17 @@ from osscompile.runtime.sampler import Sample, Sampler
 from osscompile.runtime.sampling_options import SamplingOptions
 
 PROMPT = list(range(20))
-every_option_of_the_sampler = pytest.mark.parametrize(
+ONE_BY_ONE: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}]
+TOGETHER: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
+    {"logit_bias": {0: -1, 5: 2.5}, "frequency_penalty": 1.0, "presence_penalty": -0.5},
+]
+every_option_of_the_sampler = pytest.mark.parametrize("option", ONE_BY_ONE + TOGETHER, ids=str)
+# For stand-ins, which take ten seconds for each: test_kernels_choose.py has each limit every day.
+options_together = pytest.mark.parametrize(
     "option",
-    [
-        {},
-        {"temperature": 0.0},
-        {"top_p": 0.9},
-        {"top_k": 3},
-        {"min_p": 0.1},
-        {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
-        {"logit_bias": {0: -1, 5: 2.5}, "frequency_penalty": 1.0, "presence_penalty": -0.5},
-    ],
+    [*(pytest.param(o, marks=pytest.mark.long) for o in ONE_BY_ONE), *TOGETHER],
     ids=str,
 )
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from artifacts import run_python
-from opencl_device import OPENCL, needs_opencl
+from opencl_device import needs_opencl
 from test_cuda import driver as driver  # a fixture
 from test_cuda import image as image
 from test_cuda import needs_nvcc
 
-import osscompile
 from osscompile import cli
 from osscompile.bench import plot
 from osscompile.codegen.tools import find_nvcc
@@ -30,13 +29,6 @@ from osscompile.runtime.devices.opencl import OpenCLDevice
 from osscompile.runtime.errors import OsscompileError
 from osscompile.runtime.memory import memory_bytes
 
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("opencl") / "nano.osc"
-    return osscompile.compile("nano", OPENCL.name, output, context=256, prefill_chunk=64)
-
-
 BENCH = """
 import sys
 sys.modules["tvm"] = sys.modules["tvm_ffi"] = None  # as where there is no compiler
@@ -45,15 +37,15 @@ from osscompile.runtime.bench import bandwidth_device
 from osscompile.runtime.bench.models import bench
 from osscompile.runtime.bench.report import table, write_reports
 bandwidth_device.READ_BYTES = 1 << 22
-report = bench(sys.argv[1], (16, 1000), (0, 100, 1000))
+report = bench(sys.argv[1], (16, 2000), (0, 100, 2000))
 write_reports(Path(sys.argv[2]), [report])
 print(table(report))
 """
 
 
 @needs_opencl
-def test_without_the_compiler(nano: Path, tmp_path: Path) -> None:
-    printed = run_python(BENCH, nano, tmp_path / "r.json", cwd=tmp_path).stdout
+def test_without_the_compiler(nano_opencl: Path, tmp_path: Path) -> None:
+    printed = run_python(BENCH, nano_opencl, tmp_path / "r.json", cwd=tmp_path).stdout
     assert "decode at 100" in printed and "of roofline" in printed
     assert "int8 arithmetic peak: not measured" in printed
     (report,) = read_reports(tmp_path / "r.json")
@@ -64,7 +56,7 @@ def test_without_the_compiler(nano: Path, tmp_path: Path) -> None:
     assert report.outside_share is not None and 0 < report.outside_share < 1
     assert report.device and "driver" in report.device
     assert json.loads((tmp_path / "r.json").read_text())[0]["int8_peak"] is None
-    parts = memory_bytes(read_manifest(nano), 256)
+    parts = memory_bytes(read_manifest(nano_opencl), 1024)
     least = parts["weights"] + parts["KV cache"] + parts["workspace"]
     assert report.device_bytes and least <= report.device_bytes < 1.2 * least
     pytest.importorskip("matplotlib")
@@ -72,15 +64,17 @@ def test_without_the_compiler(nano: Path, tmp_path: Path) -> None:
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
-def test_artifact_of_a_device_is_not_sent(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_artifact_of_a_device_is_not_sent(
+    nano_opencl: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """TVM's server could not launch the artifact's kernels."""
-    assert cli.main(["bench", str(nano), "--rpc", "127.0.0.1:1", "--key", "far"]) == 1
+    assert cli.main(["bench", str(nano_opencl), "--rpc", "127.0.0.1:1", "--key", "far"]) == 1
     assert "found one for opencl" in capsys.readouterr().err
 
 
 @needs_opencl
-def test_cache_is_filled_up_to_the_depth(nano: Path) -> None:
-    model = load(nano)
+def test_cache_is_filled_up_to_the_depth(nano_opencl: Path) -> None:
+    model = load(nano_opencl)
     _fill_cache(model, list(range(100)))
     assert model._sequence.length == 100
     used = -(-100 // model.manifest.page_tokens)

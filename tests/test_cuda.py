@@ -10,6 +10,7 @@ import re
 import subprocess
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from cuda_device import H100, compile_here
 from device_models import OF_GPT_OSS
 from metal_device import needs_gxx
+from tvm import ir
 
 import osscompile
 from osscompile.codegen.cuda import compile_cuda, cuda_source
@@ -40,13 +42,18 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs CUDA's compil
 # --- Compiling --------------------------------------------------------------------------------
 
 
-@OF_GPT_OSS
-def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
-    """Two layers contain every kernel."""
+@cache
+def gpt_oss(num_experts: int, profile: str) -> tuple[ir.IRModule, str]:
+    """Two layers contain every kernel: return them, and their source."""
     config = gpt_oss_config(num_layers=2, num_experts=num_experts)
     module = with_choose(build_graph(config, profile, 131072, 512).module, config.vocab_size, 64)
     module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
-    source = cuda_source(module, H100)
+    return module, cuda_source(module, H100)
+
+
+@OF_GPT_OSS
+def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
+    module, source = gpt_oss(num_experts, profile)
     for program in build_programs(module).values():
         for launch in program.launches:
             assert f" {launch.kernel}(" in source
@@ -56,10 +63,8 @@ def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
 @needs_nvcc
 def test_compile_20b_for_sm_90a(tmp_path: Path) -> None:
     """Every kernel of the profile fast compiles, and none spills registers."""
-    config = gpt_oss_config(num_layers=2, num_experts=32)
-    module = with_choose(build_graph(config, "fast", 131072, 512).module, config.vocab_size, 64)
-    module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
-    (tmp_path / "kernels.cu").write_text(cuda_source(module, H100))
+    _, source = gpt_oss(32, "fast")
+    (tmp_path / "kernels.cu").write_text(source)
     command = [str(find_nvcc()), f"-arch={H100.tvm['arch']}", "-fatbin", "-Xptxas=-v"]
     result = subprocess.run([*command, "kernels.cu"], cwd=tmp_path, capture_output=True, text=True)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)

@@ -15,12 +15,13 @@ from cuda_device import H100, compile_here
 from device_choices import (
     check_logits_stay,
     check_rows_of_all_kinds,
-    every_option_of_the_sampler,
+    options_together,
 )
 from device_models import check_exact, check_nano
 from metal_device import needs_gxx
 from random_model import read_checkpoint
 from reference import relative_rms
+from talker import compile_talker
 from test_model_accuracy import EXACT, NANO, NANO_QUESTIONS, nano_answer
 from test_tuning_devices import FAST, SLOW, WRONG
 from test_tuning_devices import offer as offer  # a fixture
@@ -57,6 +58,7 @@ def test_nano_is_close_to_float64_and_says_what_a_cpu_says(
     check_nano(nano, nano_artifact, record_property)
 
 
+@pytest.mark.long  # every day `test_exact_is_the_reference` judges the same kernels
 def test_nano_exact_says_what_the_reference_says(tmp_path: Path) -> None:
     options: dict[str, Any] = {"profile": "exact", "context": 512}
     model = load(osscompile.compile("nano", H100.name, tmp_path / "nano.osc", **options))
@@ -68,10 +70,10 @@ def test_nano_exact_says_what_the_reference_says(tmp_path: Path) -> None:
 
 
 def test_exact_is_the_reference(tmp_path: Path) -> None:
-    check_exact(H100.name, tmp_path)
+    check_exact(compile_talker(H100.name, tmp_path, None))
 
 
-@every_option_of_the_sampler
+@options_together
 def test_logits_stay_on_the_device(nano: Path, option: dict[str, Any]) -> None:
     check_logits_stay(nano, option)
 

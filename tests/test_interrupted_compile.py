@@ -24,6 +24,7 @@ from checkpoints import write_checkpoint
 import osscompile
 from osscompile import CheckpointError, CompileError, TargetError, targets
 from osscompile.importer.synthetic import TINY
+from osscompile.passes.plan_memory import plan_memory
 from osscompile.runtime.artifact import read_manifest
 from osscompile.runtime.manifest import MANIFEST, WEIGHTS
 from osscompile.targets import Target
@@ -349,6 +350,7 @@ def test_linker_fails(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPat
 COMPILE_SLOWLY = f"""
 import importlib, sys, time
 import numpy as np
+from osscompile.passes.plan_memory import plan_memory
 module = importlib.import_module("osscompile.compiler")
 pieces_of = module.weight_pieces
 
@@ -364,8 +366,7 @@ def make_nothing():
     return np.empty(0, np.uint8)
 
 module.weight_pieces = pieces
-passes, _ = module.BUILDS["tvm"]
-module.BUILDS["tvm"] = passes, lambda module, target, output: output.touch()
+module.BUILDS["tvm"] = (plan_memory,), lambda module, target, output: output.touch()
 module.compile("synthetic:tiny", sys.argv[1], "out", **{TINY_OPTIONS})
 """
 
@@ -410,6 +411,7 @@ COMPILE_FOR_EVER = """
 import importlib, sys, time
 from osscompile import cli
 from osscompile.codegen.tools import run_tool
+from osscompile.passes.plan_memory import plan_memory
 module = importlib.import_module("osscompile.compiler")
 
 def build(lowered, target, output):
@@ -419,8 +421,7 @@ def build(lowered, target, output):
     time.sleep(600)  # as LLVM, which nothing interrupts
     output.touch()
 
-passes, _ = module.BUILDS["tvm"]
-module.BUILDS["tvm"] = passes, build
+module.BUILDS["tvm"] = (plan_memory,), build
 options = ["--target", sys.argv[2], "--variants", sys.argv[3], "-o", "out"]
 status = cli.main(["compile", "synthetic:tiny", *options])
 from osscompile.runtime.cli.main import end_process
@@ -515,7 +516,6 @@ def test_interrupt_of_a_compile_leaves_the_next_one_alone(
 ) -> None:
     """In a process that goes on, threads of the interrupted one still work: not in its place."""
     release, started, done = threading.Event(), threading.Event(), threading.Event()
-    passes, _ = compile_module.BUILDS["tvm"]
 
     def build_late(module: Any, target: Target, output: Path) -> None:
         started.set()
@@ -531,7 +531,7 @@ def test_interrupt_of_a_compile_leaves_the_next_one_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr("concurrent.futures.ThreadPoolExecutor.map", interrupt)
-        patch.setitem(compile_module.BUILDS, "tvm", (passes, build_late))
+        patch.setitem(compile_module.BUILDS, "tvm", ((plan_memory,), build_late))
         with pytest.raises(KeyboardInterrupt):
             compile_tiny(tmp_path / "out", target)
     assert listing(tmp_path) == []
@@ -541,7 +541,7 @@ def test_interrupt_of_a_compile_leaves_the_next_one_alone(
         release.set()
         done.wait(60)
 
-    monkeypatch.setitem(compile_module.BUILDS, "tvm", (passes, build))
+    monkeypatch.setitem(compile_module.BUILDS, "tvm", ((plan_memory,), build))
     compile_tiny(tmp_path / "out", target)
     libraries = [*(tmp_path / "out").glob("lib*")]
     assert libraries and all(library.read_text() == "new" for library in libraries)

@@ -242,13 +242,25 @@ def test_attention_sinks(gpu: Target, window: int | None, sink: float) -> None:
 
 # --- The plain rules --------------------------------------------------------------------------
 
+# They are the same for all devices, whose own code the tests above compile.
+on_one_gpu = pytest.mark.parametrize(
+    "gpu",
+    [
+        GPUS[0],
+        *(pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.long]) for p in GPUS[1:]),
+    ],
+    indirect=True,
+)
 
+
+@on_one_gpu
 @every_form
 @every_matmul
 def test_matmul_a_thread_an_element(gpu: Target, case: Callable[..., Case], form: Form) -> None:
     case(form).check(gpu, threads)
 
 
+@on_one_gpu
 @every_window
 def test_attention_a_thread_a_task(gpu: Target, window: int | None) -> None:
     layer = Layer(window, target=gpu, rule=tasks)

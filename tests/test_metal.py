@@ -19,7 +19,7 @@ from device_choices import (
     check_broken_weights_show,
     check_logits_stay,
     check_rows_of_all_kinds,
-    every_option_of_the_sampler,
+    options_together,
 )
 from device_models import OF_GPT_OSS, check_exact, check_nano
 from metal_device import METAL, check_compiles, load_stand_in, needs_gxx, on_this_machine, stand_in
@@ -239,7 +239,7 @@ def test_nano_is_close_to_float64_and_says_what_a_cpu_says(
 
 
 @needs_gxx
-@every_option_of_the_sampler
+@options_together
 def test_logits_stay_on_the_device(nano_here: Path, option: dict[str, Any]) -> None:
     load_stand_in()
     check_logits_stay(nano_here, option)
@@ -257,16 +257,15 @@ def test_broken_weights_show_where_the_device_chooses(nano_here: Path) -> None:
     check_broken_weights_show(nano_here)
 
 
-@needs_gxx
-def test_exact_is_the_reference(for_here: None, tmp_path: Path) -> None:
-    load_stand_in()
-    check_exact(METAL.name, tmp_path)
-
-
 @pytest.fixture(scope="module")
 def talker(for_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     load_stand_in()
     return compile_talker(METAL.name, tmp_path_factory.mktemp("talker"), None)
+
+
+@needs_gxx
+def test_exact_is_the_reference(talker: Path) -> None:
+    check_exact(talker)
 
 
 @needs_gxx

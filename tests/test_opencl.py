@@ -43,31 +43,30 @@ from osscompile.runtime.devices.program import read_programs, write_programs
 from osscompile.runtime.errors import ArtifactError, OsscompileError
 
 
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("opencl") / "nano.osc"
-    return osscompile.compile("nano", OPENCL.name, output, context=1024)
-
-
 @pytest.fixture
-def damaged(nano: Path, tmp_path: Path) -> Path:
+def damaged(nano_opencl: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    return copy_artifact(nano, tmp_path)
+    return copy_artifact(nano_opencl, tmp_path)
 
 
 # --- Results ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_talker(OPENCL.name, tmp_path_factory.mktemp("talker"), None)
+
+
 @needs_opencl
-def test_exact_is_the_reference(tmp_path: Path) -> None:
-    check_exact(OPENCL.name, tmp_path)
+def test_exact_is_the_reference(talker: Path) -> None:
+    check_exact(talker)
 
 
 @needs_opencl
 def test_nano_is_close_to_float64_and_says_what_a_cpu_says(
-    nano: Path, nano_artifact: Path, record_property: Callable[[str, object], None]
+    nano_opencl: Path, nano_artifact: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    model, on_cpu = load(nano), load(nano_artifact)
+    model, on_cpu = load(nano_opencl), load(nano_artifact)
     for question in NANO_QUESTIONS:
         prompt, answer = nano_answer(model, *question)
         assert len(answer) > 3
@@ -76,26 +75,26 @@ def test_nano_is_close_to_float64_and_says_what_a_cpu_says(
 
 
 @needs_opencl
-def test_command_line(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(nano_opencl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     question = ["What is 17 + 25?", "--reasoning", "low", "--hide-analysis"]
-    assert cli.main(["run", str(nano), *question]) == 0
+    assert cli.main(["run", str(nano_opencl), *question]) == 0
     assert capsys.readouterr().out.strip() == "17 + 25 = 42."
 
 
 @needs_opencl
 @every_option_of_the_sampler
-def test_logits_stay_on_the_device(nano: Path, option: dict[str, Any]) -> None:
-    check_logits_stay(nano, option)
+def test_logits_stay_on_the_device(nano_opencl: Path, option: dict[str, Any]) -> None:
+    check_logits_stay(nano_opencl, option)
 
 
 @needs_opencl
-def test_rows_of_all_kinds(nano: Path) -> None:
-    check_rows_of_all_kinds(nano)
+def test_rows_of_all_kinds(nano_opencl: Path) -> None:
+    check_rows_of_all_kinds(nano_opencl)
 
 
 @needs_opencl
-def test_broken_weights_show_where_the_device_chooses(nano: Path) -> None:
-    check_broken_weights_show(nano)
+def test_broken_weights_show_where_the_device_chooses(nano_opencl: Path) -> None:
+    check_broken_weights_show(nano_opencl)
 
 
 ALONE = """
@@ -106,23 +105,18 @@ print(load(sys.argv[1]).logits(range(3)).shape, {"tvm", "tvm_ffi"} & set(sys.mod
 
 
 @needs_opencl
-def test_runs_without_tvm(nano: Path, tmp_path: Path) -> None:
-    assert run_python(ALONE, nano, cwd=tmp_path).stdout.strip() == "(3, 1024) set()"
+def test_runs_without_tvm(nano_opencl: Path, tmp_path: Path) -> None:
+    assert run_python(ALONE, nano_opencl, cwd=tmp_path).stdout.strip() == "(3, 1024) set()"
 
 
-def test_inspect_and_targets(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(nano)]) == 0
+def test_inspect_and_targets(nano_opencl: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(nano_opencl)]) == 0
     assert "any device of opencl" in capsys.readouterr().out
     assert cli.main(["targets"]) == 0
     assert OPENCL.description in capsys.readouterr().out
 
 
 # --- The cache in the device's memory ---------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_talker(OPENCL.name, tmp_path_factory.mktemp("talker"), None)
 
 
 @needs_opencl
@@ -325,17 +319,17 @@ def test_source_that_does_not_compile(damaged: Path, source: bytes) -> None:
         osscompile.load(damaged)
 
 
-def test_without_pyopencl(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyopencl(nano_opencl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyopencl", None)
     with pytest.raises(OsscompileError, match=r"expected the package pyopencl.*pip install"):
-        osscompile.load(nano)
+        osscompile.load(nano_opencl)
 
 
-def test_without_a_device(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_device(nano_opencl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cl = pytest.importorskip("pyopencl")
     monkeypatch.setattr(cl, "get_platforms", lambda: [])
     with pytest.raises(OsscompileError, match="expected a device, found none; install the driver"):
-        osscompile.load(nano)
+        osscompile.load(nano_opencl)
 
 
 @needs_opencl
@@ -350,11 +344,11 @@ def test_without_room_on_the_device(talker: Path, monkeypatch: pytest.MonkeyPatc
         osscompile.load(talker)
 
 
-def test_products_of_one_token_read_activations_as_images(nano: Path) -> None:
+def test_products_of_one_token_read_activations_as_images(nano_opencl: Path) -> None:
     """Prefill reads none as images, because its work-groups share what they loaded."""
-    source = (nano / "lib.cl").read_text()
+    source = (nano_opencl / "lib.cl").read_text()
     parameters = dict(re.findall(r"^__kernel void (\w+)\((.*)\) \{$", source, re.MULTILINE))
-    programs = read_programs(open_artifact(nano))
+    programs = read_programs(open_artifact(nano_opencl))
     of_one, of_many = (
         {launch.kernel for launch in programs[name].launches} for name in ("step_1", "step")
     )
@@ -369,7 +363,7 @@ def test_products_of_one_token_read_activations_as_images(nano: Path) -> None:
 
 
 @needs_opencl
-def test_device_with_too_small_images(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_with_too_small_images(nano_opencl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = OpenCLDevice.open()
 
     class FewTexels:
@@ -380,17 +374,17 @@ def test_device_with_too_small_images(nano: Path, monkeypatch: pytest.MonkeyPatc
 
     with_few = dataclasses.replace(opened, device=FewTexels())
     monkeypatch.setattr(OpenCLDevice, "open", staticmethod(lambda: with_few))
-    model = osscompile.load(nano)
+    model = osscompile.load(nano_opencl)
     with pytest.raises(ArtifactError, match=r"found: images of \d+ texels, where 8 is the most"):
         model.decode(1)
 
 
-def test_same_model_gives_the_same_bytes(nano: Path, tmp_path: Path) -> None:
+def test_same_model_gives_the_same_bytes(nano_opencl: Path, tmp_path: Path) -> None:
     again = osscompile.compile("nano", OPENCL.name, tmp_path / "again.osc", context=1024)
-    for file in nano.iterdir():
+    for file in nano_opencl.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes(), file.name
 
 
-def test_programs_read_back_are_those_written(nano: Path) -> None:
-    artifact = open_artifact(nano)
+def test_programs_read_back_are_those_written(nano_opencl: Path) -> None:
+    artifact = open_artifact(nano_opencl)
     assert write_programs(read_programs(artifact)) == artifact.programs.read_text()

@@ -11,9 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from opencl_device import OPENCL, needs_opencl
+from opencl_device import needs_opencl
 
-import osscompile
 from osscompile.bench import plot
 from osscompile.bundle import bundle_runtime
 from osscompile.runtime.bench.report import read_reports
@@ -157,14 +156,10 @@ def test_bench_of_a_cpu_alone_leaves_out_what_takes_a_compiler(
 
 
 @needs_opencl
-def test_bench_of_a_device_alone(
-    environment: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_bench_of_a_device_alone(environment: Path, nano_opencl: Path, tmp_path: Path) -> None:
     """A driver compiles what reads its memory: nothing is left out."""
-    folder = tmp_path_factory.mktemp("opencl")
-    # as in test_bench_devices.py: PoCL compiles its kernels once
-    osscompile.compile("nano", OPENCL.name, folder / "gpu.osc", context=256, prefill_chunk=64)
-    result = command(environment, folder, "bench", "gpu.osc", "--prefill", "16", "--decode", "0")
+    options = ["--prefill", "16", "--decode", "0"]
+    result = command(environment, tmp_path, "bench", nano_opencl, *options)
     assert result.returncode == 0, result.stderr
     assert "read bandwidth" in result.stdout and "of roofline" in result.stdout
     assert "read bandwidth: not measured" not in result.stdout

@@ -362,7 +362,7 @@ def test_command_compiles_with_records(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    leave_libraries_empty(monkeypatch)
+    leave_libraries_empty(monkeypatch, schedule_kernels)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     file, ir = tmp_path / "r.json", tmp_path / "ir"
     arguments = ["compile", "synthetic:tiny", "-o", str(tmp_path / "out"), "--profile", "exact"]
@@ -393,7 +393,7 @@ def test_records_that_a_compile_does_not_take(
 ) -> None:
     """A warning tells how many and why: kernels of other models, values and names of other
     versions."""
-    leave_libraries_empty(monkeypatch)
+    leave_libraries_empty(monkeypatch, schedule_kernels)
     config = resolve_model("synthetic:tiny").source.config
     options = {"variants": this_machine.variant, "profile": "exact", "context": 64}
     file = tmp_path / "r.json"
