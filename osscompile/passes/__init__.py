@@ -17,6 +17,7 @@ from .schedule_kernels import schedule_kernels
 from .split_launches import split_launches
 from .store_halves import store_halves
 from .verify import verify
+from .wait_for_launches import wait_for_launches
 
 Pass = Callable[[ir.IRModule, Target], ir.IRModule]
 
@@ -38,7 +39,8 @@ LAUNCH_PASSES: tuple[Pass, ...] = (
     name_rounding,
     plan_memory,
     store_halves,  # after scheduling, so that rules see the graph's types
-    split_launches,  # last: no pass can read the kernels that it leaves
+    split_launches,  # no other pass can read the kernels that it leaves
+    wait_for_launches,
 )
 
 
