@@ -37,9 +37,9 @@ struct Position {  // as in fibres.h
 
 // A lane's request to its warp, with the answer that driver.cc gives.
 struct Request {
-  enum Kind { kActiveMask, kShuffleDown, kShuffle, kMultiply, kMultiplyTf32, kWait } kind;
+  enum Kind { kActiveMask, kShuffleDown, kShuffleXor, kShuffle, kMultiply, kMultiplyTf32, kWait } kind;
   unsigned mask, value;
-  int lane, width;      // of a shuffle: the distance or the lane
+  int lane, width;      // of a shuffle: the distance, what to change, or the lane
   unsigned a[4], b[2];  // factors of a product
   int c[4];             // sums of a product, or the bits of floats
   void* fibre;          // that asks; set by driver.cc
@@ -78,6 +78,10 @@ template <class T> T __shfl_sync(unsigned mask, T x, int lane, int width) {
 }
 template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width) {
   return cuda::shuffle(cuda::Request::kShuffleDown, mask, x, int(delta), width);
+}
+
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int lanes, int width) {
+  return cuda::shuffle(cuda::Request::kShuffleXor, mask, x, lanes, width);
 }
 
 inline int __dp4a(int a, int b, int c) {

@@ -69,6 +69,7 @@ inline bool Multiplies(const Request& request) {
 inline unsigned Source(const Request& request, unsigned lane) {
   unsigned width = unsigned(request.width), first = lane / width * width, at = unsigned(request.lane);
   if (request.kind == Request::kShuffle) return first + at % width;
+  if (request.kind == Request::kShuffleXor) return lane ^ at;
   return lane - first + at < width ? lane + at : lane;
 }
 
