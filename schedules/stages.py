@@ -1,4 +1,4 @@
-"""Read the expressions of a kernel's stages, for schedules that compute them in loops of their own."""
+"""Read the expressions of a kernel's stages, for schedules that compute them in their own loops."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,7 +19,7 @@ class Stages:
         self._stages = {stage.name_hint: stage for stage in stages}
 
     def value(self, name: str, at: Sequence[Expr], loads: Mapping[str, Load]) -> Expr:
-        """Return what a stage that is no sum has at these indices, where `loads` answers for what it
+        """Return what a stage that is no sum has at these indices; `loads` answers for what it
         reads of other stages."""
         stage = self._stages[name]
         variables = [axis.var for axis in stage.iter_vars]

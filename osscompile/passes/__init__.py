@@ -9,6 +9,7 @@ from ..errors import CompileError
 from ..schedules.records import Records
 from ..targets import Target
 from .expand_exp import expand_exp
+from .join_attention import join_attention
 from .lower_graph import lower_graph
 from .name_rounding import name_rounding
 from .pack_weights import pack_weights
@@ -34,6 +35,7 @@ VARIANT_PASSES: tuple[Pass, ...] = (
 )
 # These run for each variant of a target that the runtime drives launch by launch.
 LAUNCH_PASSES: tuple[Pass, ...] = (
+    join_attention,  # before scheduling: a schedule takes the joined kernel whole
     schedule_kernels,
     expand_exp,
     name_rounding,

@@ -11,24 +11,26 @@ LANES = 32  # of a subgroup
 _ALL = 0xFFFFFFFF
 
 
-def combined(combine: Callable[[Expr, Expr], Expr]) -> Callable[..., object]:
-    """Return a macro (value, result) that sets `result` [1] to all threads' values together, in
-    every thread. All of the subgroup must come here."""
+def combined_lanes(combine: Callable[[Expr, Expr], Expr]) -> Callable[..., object]:
+    """Return a macro (value, results, i) that sets element i of `results` to all threads' values
+    together, in every thread. All of the subgroup must come here."""
 
-    def others(result: Buffer, distance: int) -> Expr:
-        return T.tvm_warp_shuffle_xor(T.uint32(_ALL), result[0], distance, LANES, LANES)
+    def with_others(results: Buffer, i: Expr, distance: int) -> Expr:
+        own = results[i]
+        others = T.tvm_warp_shuffle_xor(T.uint32(_ALL), own, distance, LANES, LANES)
+        return combine(own, others)
 
     @T.macro
-    def combine_all(value, result):  # type: ignore[no-untyped-def]
-        result[0] = value
-        result[0] = combine(result[0], others(result, 16))
-        result[0] = combine(result[0], others(result, 8))
-        result[0] = combine(result[0], others(result, 4))
-        result[0] = combine(result[0], others(result, 2))
-        result[0] = combine(result[0], others(result, 1))
+    def combine_all(value, results, i):  # type: ignore[no-untyped-def]
+        results[i] = value
+        results[i] = with_others(results, i, 16)
+        results[i] = with_others(results, i, 8)
+        results[i] = with_others(results, i, 4)
+        results[i] = with_others(results, i, 2)
+        results[i] = with_others(results, i, 1)
 
     return combine_all  # type: ignore[no-any-return]
 
 
-add_lanes = combined(lambda x, y: x + y)
-find_greatest = combined(lambda x, y: T.max(x, y))
+add_lanes = combined_lanes(lambda x, y: x + y)
+find_greatest = combined_lanes(lambda x, y: T.max(x, y))

@@ -4,12 +4,12 @@ blocks of 32 by turns, and a thread has a number of each in its registers."""
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx import PrimFunc
 
 from ...targets import Target
 from ..formats import BLOCK
 from ..records import Choose
-from ..stages import Stages
+from ..stages import Load, Stages
 from .lanes import LANES, add_lanes
 from .launch_before import wait_call
 from .quantize_lanes import quantize_lanes
@@ -32,8 +32,8 @@ def norm(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
     stages, waits = Stages(function), target.has_dependent_launch
     quantize = quantize_lanes(stages, "out", tuple(quantized))
 
-    def normed(row: Expr, column: Expr, values: Buffer, weights: Buffer, total: Buffer) -> Expr:
-        loads = {"x": values, "weight": weights, "total": total}
+    def normed(row: Expr, column: Expr, value: Expr, scale: Expr, total: Expr) -> Expr:
+        loads = {"x": value, "weight": scale, "total": total}
         return stages.value(
             "out", (row, column), {name: _always(loaded) for name, loaded in loads.items()}
         )
@@ -57,11 +57,11 @@ def norm(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
         for turn in T.unroll(turns):
             values[turn] = x[row, (turn * members + member) * BLOCK + thread]
             some[0] += values[turn] * values[turn]
-        add_lanes(some[0], total)
+        add_lanes(some[0], total, 0)
         if thread == 0:
             all_members[member] = total[0]
         some[0] = T.Select(thread < members, all_members[T.min(thread, members - 1)], T.float32(0))
-        add_lanes(some[0], total)
+        add_lanes(some[0], total, 0)
         for turn in T.unroll(turns):
             values[turn] = normed(
                 row,
@@ -92,5 +92,5 @@ def norm(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
     return Schedule(function.with_body(body.body))
 
 
-def _always(value: Expr):  # type: ignore[no-untyped-def]
+def _always(value: Expr) -> Load:
     return lambda indices: value

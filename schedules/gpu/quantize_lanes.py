@@ -41,11 +41,11 @@ def quantize_lanes(
     @T.macro
     def quantize(value, row, block, thread, kept, largest, scales, whole):  # type: ignore[no-untyped-def]
         kept[0] = value
-        find_greatest(magnitude(kept[0]), largest)
+        find_greatest(magnitude(kept[0]), largest, 0)
         scales[0] = scale(row, block, largest)
         whole[0] = T.Cast("int32", whole_number(row, block, thread, kept, scales))
         xq[row, block, thread] = T.Cast("int8", whole[0])
-        add_lanes(whole[0], whole)
+        add_lanes(whole[0], whole, 0)
         if thread == 0:
             xs[row, block] = scales[0]
             xoffset[row, block] = offset(row, block, whole)
