@@ -93,6 +93,12 @@ def test_lanes_shuffle_what_the_mask_names(image: Path) -> None:
             assert down == (0x7FC00BAD if nobody else lane if lane % 32 == 31 else lane + 1)
 
 
+def test_lanes_exchange_with_those_that_differ_in_some_bits(image: Path) -> None:
+    body = "  out[threadIdx.x * 4] = __shfl_xor_sync(0xffffffff, int(threadIdx.x), 5, 32);"
+    found = run_kernel(image, body, 64)[::4]
+    np.testing.assert_array_equal(found, np.arange(64) ^ 5)
+
+
 def test_shuffle_that_a_named_lane_misses(image: Path) -> None:
     body = "  if (threadIdx.x > 3) out[threadIdx.x] = __shfl_down_sync(0xffffffff, 1, 1, 32);"
     with pytest.raises(ArtifactError, match=r"28 of 32 threads wait for lanes"):
@@ -206,8 +212,10 @@ def run_chain(image: Path, *bodies: str, dependent: bool = True) -> list[int]:
     device = CudaDevice(image, {"f": Launches((), tuple(launches))}, open_here())
     bound = [device.tensor(np.zeros(64, np.int32)) for _ in range(3)]
     device.call("f", bound)
-    found = np.zeros(64, np.int32)
-    return [device.read(memory, found) or int(found[0]) for memory in bound]
+    found = [np.zeros(64, np.int32) for _ in bound]
+    for memory, array in zip(bound, found, strict=True):
+        device.read(memory, array)
+    return [int(array[0]) for array in found]
 
 
 def test_launch_that_waits_before_it_reads_and_writes(image: Path) -> None:
