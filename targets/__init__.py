@@ -37,6 +37,8 @@ class Target:
     int8_dot: str | None  # instruction that sums products of bytes
     matrix: str | None  # instruction that multiplies matrices of float32
     selects_bytes: bool  # an instruction takes four of eight bytes, or their signs
+    has_shuffles: bool  # threads of a subgroup read each other's registers
+    has_dependent_launch: bool  # a kernel may begin early, and wait for the one before itself
     has_textures: bool  # units that read memory through a cache of their own
     dtypes: tuple[str, ...]  # legal for kernel arguments
     has_exp: bool
@@ -93,6 +95,8 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             int8_dot=capabilities.get("int8_dot"),
             matrix=capabilities.get("matrix"),
             selects_bytes=capabilities.get("selects_bytes", False),
+            has_shuffles=capabilities.get("shuffles", False),
+            has_dependent_launch=capabilities.get("dependent_launch", False),
             has_textures=capabilities.get("textures", False),
             dtypes=tuple(capabilities["dtypes"]),
             has_exp=capabilities["exp"],

@@ -24,7 +24,7 @@ SHIM = Path(__file__).parent / "cuda"
 COMPILER = ["g++", "-std=c++17", "-Wall", "-Werror", *NO_WARNINGS, "-shared", "-fPIC"]
 KERNEL = r'^extern "C" __global__ void (?:__launch_bounds__\((\d+)(?:, 1)?\) )?(\w+)\(.*\{$'
 SHARED = re.compile(r"^( *)__shared__ (alignas\(\d+\)) (.* (\w+)\[\d+\];)$", re.MULTILINE)
-ASM = re.compile(r'\basm\(((?:\s*"[^"]*")+)\s*:([^;]*)\);')
+ASM = re.compile(r'\basm(?: volatile)?\(((?:\s*"[^"]*")+)\s*:([^;]*)\);')
 
 
 @cache
@@ -68,6 +68,6 @@ def _call(match: re.Match[str]) -> str:
     """Turn a PTX instruction into the call of a function of its name."""
     text = "".join(re.findall(r'"(.*?)"', match[1]))
     operands = re.findall(r'"[+=]?[rf]"\(([^()]*)\)', match[2])
-    name, numbers = text.split(" ", 1)
+    name, _, numbers = text.rstrip(";").partition(" ")
     arguments = ", ".join(operands[int(number)] for number in re.findall(r"%(\d+)", numbers))
     return f"{name.replace('.', '_')}({arguments});"

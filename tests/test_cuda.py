@@ -19,9 +19,11 @@ import pytest
 from cuda_device import H100, compile_here
 from device_models import OF_GPT_OSS
 from metal_device import needs_gxx
+from smallest_graph import imported
 
 import osscompile
 from osscompile.codegen.cuda import compile_cuda, cuda_source
+from osscompile.codegen.dependence import mark_dependent
 from osscompile.codegen.programs import build_programs
 from osscompile.codegen.tools import find_nvcc
 from osscompile.errors import CompileError
@@ -51,6 +53,19 @@ def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
         for launch in program.launches:
             assert f" {launch.kernel}(" in source
             assert np.prod(launch.threads) <= H100.max_threads
+
+
+def test_launches_begin_early_but_where_they_read_early_what_the_one_before_writes() -> None:
+    """The down projection loads its experts' weights early, and so reads early which these are."""
+    module = run_passes(imported("fast"), H100, SHARED_PASSES + LAUNCH_PASSES)
+    launches = build_programs(module)["step_1"].launches
+    assert [launch.dependent for launch in launches] == [False] + [True] * (len(launches) - 1)
+    sort, down = (
+        next(launch for launch in launches if launch.kernel.startswith(name))
+        for name in ("sort_by_expert", "moe_mxfp4_sum")
+    )
+    assert not mark_dependent([sort, down], module)[1].dependent
+    assert mark_dependent([launches[0], down], module)[1].dependent
 
 
 @needs_nvcc

@@ -93,6 +93,12 @@ def test_lanes_shuffle_what_the_mask_names(image: Path) -> None:
             assert down == (0x7FC00BAD if nobody else lane if lane % 32 == 31 else lane + 1)
 
 
+def test_lanes_exchange_with_those_that_differ_in_some_bits(image: Path) -> None:
+    body = "  out[threadIdx.x * 4] = __shfl_xor_sync(0xffffffff, int(threadIdx.x), 5, 32);"
+    found = run_kernel(image, body, 64)[::4]
+    np.testing.assert_array_equal(found, np.arange(64) ^ 5)
+
+
 def test_shuffle_that_a_named_lane_misses(image: Path) -> None:
     body = "  if (threadIdx.x > 3) out[threadIdx.x] = __shfl_down_sync(0xffffffff, 1, 1, 32);"
     with pytest.raises(ArtifactError, match=r"28 of 32 threads wait for lanes"):
@@ -182,3 +188,67 @@ def test_its_driver_tells_what_to_compile_for(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cuda, "DRIVER", str(driver()))
     monkeypatch.setattr(here, "find_nvcc", lambda: "nvcc")
     assert here.target_here() == H100
+
+
+# --- Launches that begin before the one before them has ended -----------------------------------
+
+WAIT, LET_BEGIN = (
+    f'asm volatile("griddepcontrol.{name};" ::: "memory");'
+    for name in ("wait", "launch_dependents")
+)
+A, B, C = (("bound", i) for i in range(3))
+
+
+def run_chain(image: Path, *bodies: str, dependent: bool = True) -> list[int]:
+    """Run kernels one after the other, each with bodies that may use int32 a, b and c of 64, and
+    return a[0], b[0] and c[0]. They begin as 0, and each kernel has two warps."""
+    head = 'extern "C" __global__ void __launch_bounds__(64) f{}(int* a, int* b, int* c) {{\n'
+    kernels = (head.format(i) + f"  int i = threadIdx.x;\n{b}\n}}\n" for i, b in enumerate(bodies))
+    compile_here(PRELUDE + "".join(kernels), H100, image)
+    launches = [
+        Launch(f"f{i}", (A, B, C), (2,), (64,), dependent=dependent and i > 0)
+        for i in range(len(bodies))
+    ]
+    device = CudaDevice(image, {"f": Launches((), tuple(launches))}, open_here())
+    bound = [device.tensor(np.zeros(64, np.int32)) for _ in range(3)]
+    device.call("f", bound)
+    found = [np.zeros(64, np.int32) for _ in bound]
+    for memory, array in zip(bound, found, strict=True):
+        device.read(memory, array)
+    return [int(array[0]) for array in found]
+
+
+def test_launch_that_waits_before_it_reads_and_writes(image: Path) -> None:
+    read_early = f"  int x = c[i]; {WAIT} {LET_BEGIN} b[i] = a[i] + x + 1;"
+    assert run_chain(image, "  a[i] = 7;", read_early) == [7, 8, 0]
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (f"  int x = a[i]; {WAIT} b[i] = x;", "uses what the launch before writes"),
+        (f"  if (i) {WAIT} b[i] = a[i];", "uses what the launch before writes"),
+        (f"  b[i] = 1; {WAIT}", "writes before it has waited"),
+        ("  if (c[i]) b[i] = 1;", "never waits"),
+    ],
+)
+def test_launch_that_does_not_wait(image: Path, body: str, fault: str) -> None:
+    """An ordinary launch need not."""
+    with pytest.raises(ArtifactError, match=fault):
+        run_chain(image, "  a[i] = 7;", body)
+    run_chain(image, "  a[i] = 7;", body, dependent=False)
+
+
+def test_threads_that_wait_for_one_that_waited(image: Path) -> None:
+    body = f"  if (i == 0) {{ {WAIT} }}\nBARRIER  b[63 - i] = a[i];"
+    assert run_chain(image, "  a[i] = 7;", body.replace("BARRIER", "  __syncthreads();\n"))[1] == 7
+    with pytest.raises(ArtifactError, match="has not waited for it"):
+        run_chain(image, "  a[i] = 7;", body.replace("BARRIER", ""))
+
+
+def test_what_was_written_two_launches_before(image: Path) -> None:
+    """It is there if the launch between waited before it let the next one begin."""
+    first, last = "  a[i] = 7;", f"  int x = a[i]; {WAIT} c[i] = x;"
+    assert run_chain(image, first, f"  {WAIT} {LET_BEGIN} b[i] = 1;", last) == [7, 1, 7]
+    with pytest.raises(ArtifactError, match="uses what the launch before writes"):
+        run_chain(image, first, f"  {LET_BEGIN} {WAIT} b[i] = 1;", last)

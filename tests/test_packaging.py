@@ -302,7 +302,7 @@ def required_keys(name: str) -> list[str]:
     facts = tomllib.loads((ROOT / "targets" / f"{name}.toml").read_text())
     optional = {"device", "runtime", "variants"}
     instructions = ("half", "int8_dot", "matrix", "nearest_even", "selects_bytes", "textures")
-    optional |= {f"capabilities.{name}" for name in instructions}
+    optional |= {f"capabilities.{name}" for name in (*instructions, "dependent_launch", "shuffles")}
     tables = [key for key, value in facts.items() if isinstance(value, dict) and key != "tvm"]
     keys = [*facts, *(f"{table}.{key}" for table in tables for key in facts[table])]
     return [key for key in keys if key not in optional]

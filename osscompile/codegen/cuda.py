@@ -18,6 +18,7 @@ from ..errors import CompileError
 from ..runtime.devices.program import write_programs
 from ..runtime.manifest import PROGRAMS_SUFFIX
 from ..schedules.gpu import mma, tf32
+from ..schedules.gpu.launch_before import WAIT
 from ..schedules.gpu.packed_bytes import DOT, SELECT
 from ..targets import Target
 from .programs import build_programs
@@ -44,6 +45,10 @@ static __device__ unsigned {SELECT}(unsigned low, unsigned high, unsigned select
   unsigned bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
   return bytes;
+}}
+static __device__ void {WAIT}() {{
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }}
 
 """

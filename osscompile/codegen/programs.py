@@ -26,6 +26,7 @@ from ..runtime.devices.program import (
     Program,
     evaluate,
 )
+from .dependence import mark_dependent
 
 INPUT_DTYPE = "int32"
 _OPERATORS = {
@@ -76,7 +77,7 @@ class _Extraction:
             symbols=self.symbols,
             inputs=tuple(Input(p.name, tuple(map(_expression, p.ty.shape))) for p in self.inputs),
             storages=tuple(self.storages),
-            launches=tuple(self.launches),
+            launches=tuple(mark_dependent(self.launches, self.module)),
             result=number,
             result_shape=tuple(_expression(extent) for extent in result.ty.shape),
         )
@@ -114,8 +115,10 @@ class _Extraction:
         self.launches += launches_of(kernel, places, symbols, self._storage)
 
 
-def kernel_launches(kernel: PrimFunc, shapes: Sequence[Sequence[int]]) -> Launches:
-    """Return the launches of one kernel from `split_launches`, for arguments of these shapes."""
+def kernel_launches(module: ir.IRModule, name: str, shapes: Sequence[Sequence[int]]) -> Launches:
+    """Return the launches of one kernel of a module from `split_launches`, for arguments of these
+    shapes."""
+    kernel = module[name]
     symbols = {
         extent: tirx.const(size, "int64")
         for parameter, shape in zip(kernel.params, shapes, strict=True)
@@ -130,7 +133,7 @@ def kernel_launches(kernel: PrimFunc, shapes: Sequence[Sequence[int]]) -> Launch
 
     places = [("bound", i) for i in range(len(shapes))]
     launches = launches_of(kernel, places, symbols, new_storage)
-    return Launches(tuple(storages), tuple(launches))
+    return Launches(tuple(storages), tuple(mark_dependent(launches, module)))
 
 
 def launches_of(

@@ -9,6 +9,7 @@ from ..errors import CompileError
 from ..schedules.records import Records
 from ..targets import Target
 from .expand_exp import expand_exp
+from .join_attention import join_attention
 from .lower_graph import lower_graph
 from .name_rounding import name_rounding
 from .pack_weights import pack_weights
@@ -17,6 +18,7 @@ from .schedule_kernels import schedule_kernels
 from .split_launches import split_launches
 from .store_halves import store_halves
 from .verify import verify
+from .wait_for_launches import wait_for_launches
 
 Pass = Callable[[ir.IRModule, Target], ir.IRModule]
 
@@ -33,12 +35,14 @@ VARIANT_PASSES: tuple[Pass, ...] = (
 )
 # These run for each variant of a target that the runtime drives launch by launch.
 LAUNCH_PASSES: tuple[Pass, ...] = (
+    join_attention,  # before scheduling: a schedule takes the joined kernel whole
     schedule_kernels,
     expand_exp,
     name_rounding,
     plan_memory,
     store_halves,  # after scheduling, so that rules see the graph's types
-    split_launches,  # last: no pass can read the kernels that it leaves
+    split_launches,  # no other pass can read the kernels that it leaves
+    wait_for_launches,
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError, OsscompileError
+from .cuda_launch import LaunchConfig
 from .library_file import read_library
 from .memory import DeviceArray, DeviceMemory, Memory, Usage
 from .program import MEMORY, Launch, Launches, Program, evaluate
@@ -51,7 +52,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuModuleUnload": (Handle,),
     "cuModuleGetFunction": (_OUT, Handle, ctypes.c_char_p),
     "cuFuncGetParamInfo": (Handle, _SIZE, _OUT, _OUT),
-    "cuLaunchKernel": (Handle, *[_NUMBER] * 7, Handle, _OUT, _OUT),
+    "cuLaunchKernelEx": (_OUT, Handle, _OUT, _OUT),
     "cuMemAlloc_v2": (_OUT, _SIZE),
     "cuMemFree_v2": (Address,),
     "cuMemsetD8_v2": (Address, ctypes.c_ubyte, _SIZE),
@@ -219,10 +220,9 @@ class CudaDevice(DeviceMemory):
                     given.append((ctypes.c_int32 if kind == "int32" else ctypes.c_int64)(number))
             pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(v) for v in given))
             groups = [evaluate(count, values) for count in launch.groups]
-            sizes = [*groups, *[1] * (3 - len(groups))]
-            sizes += [*launch.threads, *[1] * (3 - len(groups))]
-            sizes.append(launch.shared_bytes)
-            self._driver.call("cuLaunchKernel", function, *sizes, self._stream, pointers, None)
+            dependent, shared_bytes = launch.dependent, launch.shared_bytes
+            config = LaunchConfig.of(groups, launch.threads, shared_bytes, self._stream, dependent)
+            self._driver.call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
 
     def read(self, memory: Memory, array: np.ndarray) -> None:
         target = _pointer(array)

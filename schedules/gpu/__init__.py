@@ -9,6 +9,7 @@ from .attention_one import attention_one
 from .attention_tf32 import attention_tf32
 from .groups import groups
 from .matvec import matvec
+from .norm import norm
 from .tasks import tasks
 from .threads import threads
 from .tiles import tiles
@@ -21,6 +22,7 @@ GPU_RULES = (
     matvec,
     tiles_int8,  # takes some of the kernels that `tiles` takes
     tiles,
+    norm,  # takes some of the kernels that `groups` takes
     tasks,  # kernels without blocks: no other rule can read them
     groups,
     threads,  # takes everything that is left

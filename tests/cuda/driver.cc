@@ -13,6 +13,7 @@
 
 #include <cstdio>
 #include <map>
+#include <set>
 
 #include "../fibres.h"
 #include "warp.h"
@@ -31,13 +32,41 @@ constexpr size_t kSharedBytes = 48 << 10;  // for a block
 constexpr size_t kAlignment = 256;          // of memory
 
 struct Memory {
-  void* pages;
+  char* pages;
   size_t num_bytes;
+  int access = PROT_READ | PROT_WRITE;
 };
+// The driver's own types, as its header has them.
+struct CUlaunchAttribute {
+  int id;
+  char padding[4];
+  union {
+    char bytes[64];
+    int programmaticStreamSerializationAllowed;
+  } value;
+};
+struct CUlaunchConfig {
+  unsigned gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
+  void* hStream;
+  const CUlaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+bool IsDependent(const CUlaunchConfig& config) {
+  constexpr int kProgrammaticStreamSerialization = 6;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const CUlaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id != kProgrammaticStreamSerialization) continue;
+    return attribute.value.programmaticStreamSerializationAllowed;
+  }
+  return false;
+}
+
 struct Call {
   const Function* function;
   Index groups, threads;
   std::vector<uint64_t> values;  // of the parameters
+  bool dependent;
 };
 using Graph = std::vector<Call>;
 
@@ -50,9 +79,107 @@ struct sigaction python_handler;
 
 const char kIllegal[] = "illegal address";
 
-void OnFault(int, siginfo_t*, void*) {
+// --- Launches that begin before the one before them has ended -------------------------------------
+//
+// A dependent launch runs after the one before it, but until its threads wait, the memory that this
+// one wrote, and so may still write, cannot be read, and none can be written.
+
+std::set<Memory*> arguments;   // of the launch that runs
+std::set<Memory*> written;     // by it
+std::set<Memory*> unfinished;  // may still be written by launches before it when it begins
+std::set<fibres::Fibre*> have_waited;  // of its group
+bool depends, anyone_waited, next_begins_early, waited_before_barrier;
+bool early;  // whether the arguments are as a thread that has not waited may use them
+
+Memory* Find(uint64_t address) {
+  auto after = memories.upper_bound(address);
+  if (after == memories.begin()) return nullptr;
+  Memory* memory = &std::prev(after)->second;
+  return address - uint64_t(memory->pages) < memory->num_bytes ? memory : nullptr;
+}
+
+void Allow(Memory* memory, int access) {
+  if (memory->access == access) return;
+  mprotect(memory->pages, memory->num_bytes, access);
+  memory->access = access;
+}
+
+void AllowArguments(bool before_wait) {
+  if (early == before_wait) return;
+  early = before_wait;
+  for (Memory* memory : arguments) {
+    if (early) Allow(memory, unfinished.count(memory) ? PROT_NONE : PROT_READ);
+    else Allow(memory, written.count(memory) ? PROT_READ | PROT_WRITE : PROT_READ);
+  }
+}
+
+void HasWaited(fibres::Fibre* fibre) {
+  have_waited.insert(fibre);
+  anyone_waited = true;
+}
+
+void Resuming(fibres::Fibre* fibre) { AllowArguments(depends && !have_waited.count(fibre)); }
+
+void LetNextBegin() {
+  if (depends && !have_waited.count(fibres::current)) next_begins_early = true;
+}
+
+// What one thread waited for, others may use after a barrier.
+void Barrier() {
+  waited_before_barrier |= have_waited.count(fibres::current);
+  fibres::Barrier();
+  if (waited_before_barrier && have_waited.insert(fibres::current).second) AllowArguments(false);
+}
+
+void Ask(void* request) {
+  static_cast<cuda::Request*>(request)->fibre = fibres::current;
+  fibres::Ask(request);
+}
+
+unsigned Exchange(void* const* requests, unsigned num_lanes) {
+  for (unsigned i = 0; i < num_lanes; ++i) {
+    auto* request = static_cast<cuda::Request*>(requests[i]);
+    if (request && request->kind == cuda::Request::kWait) {
+      HasWaited(static_cast<fibres::Fibre*>(request->fibre));
+    }
+  }
+  return cuda::Exchange(requests, num_lanes);
+}
+
+// Tells of memory that may not be used so, or allows a launch's first write and notes it.
+void OnFault(int, siginfo_t* info, void*) {
+  Memory* memory = Find(uint64_t(info->si_addr));
+  if (fibres::current && memory && arguments.count(memory)) {
+    if (early && unfinished.count(memory)) {
+      fibres::Fail("a thread uses what the launch before writes, and has not waited for it");
+    }
+    if (early) fibres::Fail("a thread writes before it has waited for the launch before");
+    written.insert(memory);
+    return Allow(memory, PROT_READ | PROT_WRITE);
+  }
   if (fibres::current) fibres::Fail(kIllegal);
   sigaction(SIGSEGV, &python_handler, nullptr);  // the access faults again, under this handler
+}
+
+void Begin(const Call& call) {
+  depends = call.dependent;
+  if (!depends) unfinished.clear();
+  for (uint64_t value : call.values) {
+    if (Memory* memory = Find(value)) arguments.insert(memory);
+  }
+  anyone_waited = next_begins_early = false;
+  early = !depends;  // so that the first thread sets it
+  AllowArguments(depends);
+  fibres::resuming = Resuming;
+}
+
+void End() {
+  for (Memory* memory : arguments) Allow(memory, PROT_READ | PROT_WRITE);
+  if (depends && !anyone_waited && why.empty()) why = "a dependent launch that never waits";
+  if (!next_begins_early) unfinished.clear();
+  unfinished.insert(written.begin(), written.end());
+  arguments.clear();
+  written.clear();
 }
 
 void Declare(void* memory, size_t size) {
@@ -66,14 +193,17 @@ void Run(const Call& call) {
   std::vector<void*> parameters;
   for (const uint64_t& value : call.values) parameters.push_back(const_cast<uint64_t*>(&value));
   auto run = [&] { call.function->run(parameters.data()); };
-  for (unsigned i = call.groups.x * call.groups.y * call.groups.z; i-- > 0;) {
+  why.clear();
+  Begin(call);
+  for (unsigned i = call.groups.x * call.groups.y * call.groups.z; i-- > 0 && why.empty();) {
     Index group = {i % call.groups.x, i / call.groups.x % call.groups.y,
                    i / call.groups.x / call.groups.y};
-    why = fibres::RunGroup(run, group, call.threads, cuda::Exchange);
-    if (why.empty()) continue;
-    broken = why == kIllegal ? kIllegalAddress : kLaunchFailed;
-    return;
+    have_waited.clear();
+    waited_before_barrier = false;
+    why = fibres::RunGroup(run, group, call.threads, Exchange);
   }
+  End();
+  if (!why.empty()) broken = why == kIllegal ? kIllegalAddress : kLaunchFailed;
 }
 
 // Reads the size of a shared library from its header.
@@ -170,20 +300,24 @@ int cuMemAlloc_v2(uint64_t* address, size_t size) {
   memset(pages, 0xff, used);  // not a number
   mprotect(static_cast<char*>(pages) + used, page, PROT_NONE);
   *address = uint64_t(pages) + used - (size + kAlignment - 1) / kAlignment * kAlignment;
-  memories[*address] = {pages, used + page};
+  memories[*address] = {static_cast<char*>(pages), used};
   return kSuccess;
 }
 int cuMemFree_v2(uint64_t address) {
   if (current_context != &memories) return kInvalidContext;
   Memory memory = memories.at(address);
+  unfinished.erase(&memories.at(address));
   memories.erase(address);
   ++fake_freed;
-  return munmap(memory.pages, memory.num_bytes) ? kInvalidValue : kSuccess;
+  size_t page = size_t(sysconf(_SC_PAGESIZE));
+  return munmap(memory.pages, memory.num_bytes + page) ? kInvalidValue : kSuccess;
 }
 int cuMemsetD8_v2(uint64_t to, unsigned char value, size_t n) {
+  unfinished.clear();
   return memset(reinterpret_cast<void*>(to), value, n), broken;
 }
 int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) {
+  unfinished.clear();  // a copy waits for all launches
   return memcpy(reinterpret_cast<void*>(to), from, n), broken;
 }
 int cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t n) {
@@ -201,7 +335,8 @@ int cuModuleLoadData(void** module, const char* image) {
   *module = is_code ? Load(image) : strstr(image, ".visible .entry") ? &ptx_module : nullptr;
   fake_modules += *module != nullptr;
   if (!*module || *module == &ptx_module) return *module ? kSuccess : kInvalidImage;
-  bool set = Set(*module, "cuda_barrier", fibres::Barrier) && Set(*module, "cuda_ask", fibres::Ask) &&
+  bool set = Set(*module, "cuda_barrier", Barrier) && Set(*module, "cuda_ask", Ask) &&
+             Set(*module, "cuda_let_next_begin", LetNextBegin) &&
              Set(*module, "cuda_declare", Declare) && Set(*module, "cuda_position", &fibres::current);
   struct sigaction handler = {};
   handler.sa_sigaction = OnFault;
@@ -227,10 +362,12 @@ int cuFuncGetParamInfo(const Function* function, size_t index, size_t*, size_t* 
   return kSuccess;
 }
 
-int cuLaunchKernel(const Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned tx,
-                   unsigned ty, unsigned tz, unsigned, void*, void** parameters, void**) {
-  if (tx * ty * tz > function->max_threads) return kTooManyResources;
-  Call call = {function, {gx, gy, gz}, {tx, ty, tz}, std::vector<uint64_t>(function->count)};
+int cuLaunchKernelEx(const CUlaunchConfig* config, const Function* function, void** parameters,
+                     void**) {
+  Index groups = {config->gridDimX, config->gridDimY, config->gridDimZ};
+  Index threads = {config->blockDimX, config->blockDimY, config->blockDimZ};
+  if (threads.x * threads.y * threads.z > function->max_threads) return kTooManyResources;
+  Call call = {function, groups, threads, std::vector<uint64_t>(function->count), IsDependent(*config)};
   for (int i = 0; i < function->count; ++i) {
     memcpy(&call.values[i], parameters[i], function->sizes[i]);
   }
@@ -258,6 +395,7 @@ int cuGraphExecDestroy(Graph* instance) {
 int cuGraphUpload(Graph*, void*) { return kSuccess; }
 int cuGraphLaunch(Graph* graph, void*) {
   ++fake_graph_launches;
+  unfinished.clear();
   for (const Call& call : *graph) Run(call);
   return kSuccess;
 }

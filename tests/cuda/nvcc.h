@@ -37,11 +37,12 @@ struct Position {  // as in fibres.h
 
 // A lane's request to its warp, with the answer that driver.cc gives.
 struct Request {
-  enum Kind { kActiveMask, kShuffleDown, kShuffle, kMultiply, kMultiplyTf32 } kind;
+  enum Kind { kActiveMask, kShuffleDown, kShuffleXor, kShuffle, kMultiply, kMultiplyTf32, kWait } kind;
   unsigned mask, value;
-  int lane, width;      // of a shuffle: the distance or the lane
+  int lane, width;      // of a shuffle: the distance, what to change, or the lane
   unsigned a[4], b[2];  // factors of a product
   int c[4];             // sums of a product, or the bits of floats
+  void* fibre;          // that asks; set by driver.cc
 };
 
 }  // namespace cuda
@@ -49,6 +50,7 @@ struct Request {
 extern "C" {  // set by driver.cc
 void (*cuda_barrier)();
 void (*cuda_ask)(void* request);
+void (*cuda_let_next_begin)();
 void (*cuda_declare)(void* shared_memory, std::size_t size);
 const cuda::Position* const* cuda_position;
 }
@@ -78,12 +80,22 @@ template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned delta, int wi
   return cuda::shuffle(cuda::Request::kShuffleDown, mask, x, int(delta), width);
 }
 
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int lanes, int width) {
+  return cuda::shuffle(cuda::Request::kShuffleXor, mask, x, lanes, width);
+}
+
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
   return c;
 }
 
 // Instructions of PTX, as functions of their names.
+inline void griddepcontrol_wait() {
+  cuda::Request request{cuda::Request::kWait};
+  cuda_ask(&request);
+}
+inline void griddepcontrol_launch_dependents() { cuda_let_next_begin(); }
+
 inline void prmt_b32(unsigned& d, unsigned a, unsigned b, unsigned selectors) {
   unsigned long long bytes = a | (unsigned long long)b << 32;
   d = 0;
