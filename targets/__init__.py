@@ -36,6 +36,7 @@ class Target:
     subgroup_size: int  # threads that execute an instruction together
     int8_dot: str | None  # instruction that sums products of bytes
     matrix: str | None  # instruction that multiplies matrices of float32
+    bf16_matrix: str | None  # instruction that multiplies matrices of bfloat16
     selects_bytes: bool  # an instruction takes four of eight bytes, or their signs
     has_textures: bool  # units that read memory through a cache of their own
     dtypes: tuple[str, ...]  # legal for kernel arguments
@@ -92,6 +93,7 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             subgroup_size=capabilities["subgroup_size"] if is_gpu else 0,
             int8_dot=capabilities.get("int8_dot"),
             matrix=capabilities.get("matrix"),
+            bf16_matrix=capabilities.get("bf16_matrix"),
             selects_bytes=capabilities.get("selects_bytes", False),
             has_textures=capabilities.get("textures", False),
             dtypes=tuple(capabilities["dtypes"]),

@@ -27,7 +27,9 @@ enum { kSuccess, kInvalidValue, kOutOfMemory, kNoDevice = 100, kInvalidImage = 2
        kIllegalAddress = 700, kTooManyResources = 701, kLaunchFailed = 719 };
 
 constexpr unsigned kMaxThreads = 1024;      // in a block
-constexpr size_t kSharedBytes = 48 << 10;  // for a block
+constexpr size_t kSharedBytes = 48 << 10;   // for a block, if its kernel asks for no more
+constexpr size_t kMostSharedBytes = 227 << 10;
+constexpr int kSharedAttribute = 8;         // of a function: bytes that a launch may add
 constexpr size_t kAlignment = 256;          // of memory
 
 struct Memory {
@@ -37,11 +39,13 @@ struct Memory {
 struct Call {
   const Function* function;
   Index groups, threads;
+  unsigned added;  // bytes of shared memory
   std::vector<uint64_t> values;  // of the parameters
 };
 using Graph = std::vector<Call>;
 
 std::map<uint64_t, Memory> memories;
+std::map<const Function*, int> may_add;  // bytes of shared memory
 Graph* capturing;
 thread_local void* current_context;  // of every thread its own
 int broken;  // the status since a kernel failed
@@ -60,6 +64,23 @@ void Declare(void* memory, size_t size) {
   if (fibres::declared_bytes > kSharedBytes) fibres::Fail("a block with too much shared memory");
 }
 
+void Start(const cuda::Asynchronous* started) {
+  const char* wrong = cuda::Start(*started, fibres::current->thread.x);
+  if (wrong) fibres::Fail(wrong);
+}
+
+// Returns shared memory that ends, but for alignment, before a page that nobody may use.
+char* Added(size_t size) {
+  static char* end = nullptr;
+  size_t page = size_t(sysconf(_SC_PAGESIZE)), most = (kMostSharedBytes + page - 1) / page * page;
+  if (!end) {
+    void* pages = mmap(nullptr, most + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    end = static_cast<char*>(pages) + most;
+    mprotect(end, page, PROT_NONE);
+  }
+  return end - (size + 1023) / 1024 * 1024;
+}
+
 // Runs blocks last first, because a GPU may run them in any order.
 void Run(const Call& call) {
   if (broken) return;
@@ -69,7 +90,10 @@ void Run(const Call& call) {
   for (unsigned i = call.groups.x * call.groups.y * call.groups.z; i-- > 0;) {
     Index group = {i % call.groups.x, i / call.groups.x % call.groups.y,
                    i / call.groups.x / call.groups.y};
+    cuda::block = {{}, Added(call.added)};
+    memset(cuda::block.shared, 0xff, call.added);
     why = fibres::RunGroup(run, group, call.threads, cuda::Exchange);
+    if (why.empty() && cuda::LeftBehind()) why = "a block that ends before its products";
     if (why.empty()) continue;
     broken = why == kIllegal ? kIllegalAddress : kLaunchFailed;
     return;
@@ -202,7 +226,8 @@ int cuModuleLoadData(void** module, const char* image) {
   fake_modules += *module != nullptr;
   if (!*module || *module == &ptx_module) return *module ? kSuccess : kInvalidImage;
   bool set = Set(*module, "cuda_barrier", fibres::Barrier) && Set(*module, "cuda_ask", fibres::Ask) &&
-             Set(*module, "cuda_declare", Declare) && Set(*module, "cuda_position", &fibres::current);
+             Set(*module, "cuda_declare", Declare) && Set(*module, "cuda_position", &fibres::current) &&
+             Set(*module, "cuda_start", Start) && Set(*module, "cuda_added", &cuda::block.shared);
   struct sigaction handler = {};
   handler.sa_sigaction = OnFault;
   handler.sa_flags = SA_SIGINFO | SA_NODEFER;
@@ -227,10 +252,16 @@ int cuFuncGetParamInfo(const Function* function, size_t index, size_t*, size_t* 
   return kSuccess;
 }
 
+int cuFuncSetAttribute(const Function* function, int attribute, int value) {
+  if (attribute != kSharedAttribute || value > int(kMostSharedBytes)) return kInvalidValue;
+  may_add[function] = value;
+  return kSuccess;
+}
 int cuLaunchKernel(const Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned tx,
-                   unsigned ty, unsigned tz, unsigned, void*, void** parameters, void**) {
+                   unsigned ty, unsigned tz, unsigned added, void*, void** parameters, void**) {
   if (tx * ty * tz > function->max_threads) return kTooManyResources;
-  Call call = {function, {gx, gy, gz}, {tx, ty, tz}, std::vector<uint64_t>(function->count)};
+  if (added > std::max(kSharedBytes, size_t(may_add[function]))) return kInvalidValue;
+  Call call = {function, {gx, gy, gz}, {tx, ty, tz}, added, std::vector<uint64_t>(function->count)};
   for (int i = 0; i < function->count; ++i) {
     memcpy(&call.values[i], parameters[i], function->sizes[i]);
   }
