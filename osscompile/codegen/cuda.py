@@ -22,6 +22,7 @@ from ..targets import Target
 from .programs import build_programs
 from .ptx import PRELUDE
 from .tools import find_nvcc, run_tool
+
 _DYNAMIC = "extern __shared__ __align__"  # what TVM writes before the memory that a launch adds
 
 

@@ -1,4 +1,4 @@
-"""Functions that CUDA sources begin with, each an instruction of PTX: what schedules call by name."""
+"""Functions that CUDA sources begin with: instructions of PTX that schedules call by name."""
 
 from ..schedules.gpu import mma, tf32, wgmma
 from ..schedules.gpu.packed_bytes import DOT, SELECT

@@ -6,7 +6,7 @@ of `formats.panel_input`, with zeros after the last input. A weight is rounded t
 fp4 nothing is lost. Sums are float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tvm import te, tirx
 from tvm.ir import Expr
@@ -27,7 +27,7 @@ from ..schedules.formats import (
     panel_input,
 )
 
-Value = Callable[..., Expr]
+Tensors = Mapping[str, te.Tensor]  # a kernel's, by name
 
 
 def num_panels(inputs: int) -> int:
@@ -48,29 +48,24 @@ def in_panels(x: te.Tensor, name: str) -> te.Tensor:
     return te.compute((x.shape[0], extent(num_panels(inputs)), extent(PANEL)), bits, name=name)
 
 
-def dense_sum(xb: te.Tensor, words: te.Tensor, scales: te.Tensor, shape: tuple[Expr, ...]) -> te.Tensor:
+def dense_sum(tensors: Tensors, shape: tuple[Expr, ...]) -> te.Tensor:
     """xb of the rows, words [columns, blocks, 8] uint32, scales [columns, blocks] float16 -> sums
     of `shape` [rows, columns] float32."""
+    words, scales = tensors["words"], tensors["scales"]
 
     def weight(i: Expr, r: tuple[Expr, ...], block: Expr, k: Expr) -> Expr:
         code = int8_of_word(words[(*r, block, k // INT8_PER_WORD)], k % INT8_PER_WORD)
         scaled = code.astype("float32") * scales[(*r, block)].astype("float32")
         return bf16_to_float32(float32_to_bf16(scaled))
 
-    return _sum(xb, lambda i: i, weight, int(scales.shape[-1]), shape)
+    return _sum(tensors, weight, shape)
 
 
-def expert_sum(
-    xb: te.Tensor,
-    row_token: te.Tensor | None,
-    words: te.Tensor,
-    scales: te.Tensor,
-    row_expert: te.Tensor,
-    shape: tuple[Expr, ...],
-) -> te.Tensor:
-    """xb of the tokens that `row_token` [rows] int32 names, or of the rows; words [experts, ..,
-    blocks, 4] uint32, scales [experts, .., blocks] uint8 and row_expert [rows] int32 as in
-    `matmul.py` -> sums of `shape` [rows, ..] float32."""
+def expert_sum(tensors: Tensors, shape: tuple[Expr, ...]) -> te.Tensor:
+    """xb of the tokens that row_token [rows] int32 names, or without it of the rows; words
+    [experts, .., blocks, 4] uint32, scales [experts, .., blocks] uint8, row_expert [rows] int32 ->
+    sums of `shape` [rows, ..] float32. Rows are sorted by expert."""
+    words, scales, row_expert = (tensors[n] for n in ("words", "scales", "row_expert"))
 
     def weight(i: Expr, r: tuple[Expr, ...], block: Expr, k: Expr) -> Expr:
         at = (row_expert[i], *r, block)
@@ -78,15 +73,12 @@ def expert_sum(
         value = (doubled - const(FP4_OFFSET, "int32")).astype("float32")
         return value * half_e8m0_to_float32(scales[at])
 
-    def source(i: Expr) -> Expr:
-        return i if row_token is None else row_token[i]
-
-    return _sum(xb, source, weight, int(scales.shape[-1]), shape)
+    return _sum(tensors, weight, shape)
 
 
-def _sum(
-    xb: te.Tensor, source: Callable[[Expr], Expr], weight: Value, blocks: int, shape: tuple[Expr, ...]
-) -> te.Tensor:
+def _sum(tensors: Tensors, weight: Callable[..., Expr], shape: tuple[Expr, ...]) -> te.Tensor:
+    xb, row_token = tensors["xb"], tensors.get("row_token")
+    blocks = int(tensors["scales"].shape[-1])
     p = te.reduce_axis((extent(0), xb.shape[1]), name="p")
     place = te.reduce_axis((extent(0), extent(PANEL)), name="place")
 
@@ -94,7 +86,7 @@ def _sum(
         k = p * PANEL + panel_input(place)
         # an input that does not exist is zero, whatever weighs it
         block = k // BLOCK if blocks % 2 == 0 else tirx.min(k // BLOCK, extent(blocks - 1))
-        x = bf16_to_float32(xb[source(i), p, place])
+        x = bf16_to_float32(xb[i if row_token is None else row_token[i], p, place])
         return te.sum(weight(i, r, block, k % BLOCK) * x, axis=[p, place])
 
     return te.compute(shape, term, name="acc")

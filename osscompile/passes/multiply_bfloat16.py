@@ -7,7 +7,7 @@ Rows are gathered where they are multiplied, and what nobody reads any more is n
 for a few rows, whose speed memory limits, stay as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from tvm import ir, relax, te, tirx
 from tvm.relax import TensorType
@@ -31,6 +31,7 @@ QUANTISED = ("xq", "xs", "xoffset")  # three tensors of a product
 MADE = ("xq_out", "xs_out", "xoffset_out")  # those that a product makes for the next
 QUANTISING = ("largest", "sum_of_whole", *QUANTISED, *MADE)  # stages
 MULTIPLYING = ("dot", "acc")
+PANELS = {"xq": "xb", "xq_out": "xb_out"}  # what takes the place of the three that a kernel makes
 
 
 def multiply_bfloat16(module: ir.IRModule, target: Target) -> ir.IRModule:
@@ -51,43 +52,35 @@ def product_in_bfloat16(kernel: PrimFunc, gathered: bool) -> PrimFunc:
     place of xq, xs and xoffset; with `gathered` they are a token's, and row_token int32 [rows] says
     whose each row is."""
     buffers = buffers_by_name(kernel)
-    acc, words, scales = (buffers[name] for name in ("acc", "words", "scales"))
-    inputs = int(scales.shape[-1]) * BLOCK
-    reads = [words, scales]
-    tokens = tirx.Var("tokens", "int64") if gathered else acc.shape[0]
-    xb = _panels("xb", tokens, inputs)
-    taken = [xb, tirx.decl_buffer((acc.shape[0],), "int32", "row_token")] if gathered else [xb]
-    if "row_expert" in buffers:
-        reads.append(buffers["row_expert"])
+    acc, scales = buffers["acc"], buffers["scales"]
+    rows, inputs = acc.shape[0], int(scales.shape[-1]) * BLOCK
+    xb = _panels("xb", tirx.Var("tokens", "int64") if gathered else rows, inputs)
+    taken = [xb, tirx.decl_buffer((rows,), "int32", "row_token")] if gathered else [xb]
+    reads = [*taken, *(buffers[n] for n in ("words", "scales", "row_expert") if n in buffers)]
 
-    def sum_of(tensors: dict[str, te.Tensor]) -> te.Tensor:
-        x, *rest = (tensors[b.name] for b in (xb, *reads))
-        if "row_expert" not in tensors:
-            return dense_sum(x, *rest, shape=tuple(acc.shape))
-        return expert_sum(x, tensors.get("row_token"), *rest, shape=tuple(acc.shape))
+    def sum_of(tensors: Mapping[str, te.Tensor]) -> te.Tensor:
+        add = expert_sum if "row_expert" in tensors else dense_sum
+        return add(tensors, tuple(acc.shape))
 
     parameters = [*taken, *(p for p in kernel.params if p.name not in QUANTISED)]
-    product = replace_stages(kernel, MULTIPLYING, sum_of, [*taken, *reads], acc, parameters)
+    product = replace_stages(kernel, MULTIPLYING, sum_of, reads, acc, parameters)
     return product.without_attr("packed_params").with_attr("op", OPS[str(kernel.attrs["op"])])
 
 
 def rounded_to_bfloat16(kernel: PrimFunc, keep: bool) -> PrimFunc:
-    """Return a kernel that quantises what it computes as one that returns panels; without `keep`
-    it returns nothing else."""
-    made = MADE if any(p.name in MADE for p in kernel.params) else QUANTISED
+    """Return a kernel that quantises what it computes as one that returns its panels, and only if
+    `keep` the numbers themselves."""
     buffers = buffers_by_name(kernel)
-    x = buffers.get("out", buffers.get("x"))
-    assert x is not None, kernel
-    xb = _panels("xb_out" if made is MADE else "xb", x.shape[0], int(x.shape[1]))
-    dropped = (*made, *(() if keep else ("out",)))
+    x = buffers["out"] if "out" in buffers else buffers["x"]
+    made = next(name for name in reversed(PANELS) if name in buffers)
+    xb = _panels(PANELS[made], x.shape[0], int(x.shape[1]))
+    dropped = {*QUANTISING, *(() if keep else ("out",))}
     parameters = [*(p for p in kernel.params if p.name not in dropped), xb]
     quantising = [name for name in stage_names(kernel) if name in QUANTISING]
-
-    def in_order(tensors: dict[str, te.Tensor]) -> te.Tensor:
-        return in_panels(tensors[x.name], xb.name)
-
+    rounded = replace_stages(
+        kernel, quantising, lambda tensors: in_panels(tensors[x.name], xb.name), [x], xb, parameters
+    )
     op = str(kernel.attrs["op"])
-    rounded = replace_stages(kernel, quantising, in_order, [x], xb, parameters)
     return rounded.with_attr("op", OPS.get(op, op))
 
 
@@ -110,18 +103,19 @@ class _Rewrite:
         self, builder: relax.BlockBuilder, module: ir.IRModule, function: relax.Function
     ) -> None:
         self.builder, self.module, self.function = builder, module, function
+        self.bindings = [b for block in function.body.blocks for b in block.bindings]
         # What a variable has become: several where rows are gathered later, or nothing.
         self.known: dict[relax.Var, list[relax.Var]] = {}
         self.items: dict[relax.Var, list[list[relax.Var]]] = {}  # of a tuple
-        self.read: set[relax.Var] = set()
-        structural_walk(function.body, (ir.Call, lambda call: self.read.update(_arguments(call))))
+        read = {v for b in self.bindings for v in _arguments(b.value)}
+        items = [b for b in self.bindings if isinstance(b.value, relax.TupleGetItem)]
+        self.read = {(b.value.tuple_value, int(b.value.index)) for b in items if b.var in read}
 
     def emit(self, name: str) -> None:
         function, builder = self.function, self.builder
         with builder.function(name, list(function.params), dict(function.attrs), pure=False):
-            for block in function.body.blocks:
-                for binding in block.bindings:
-                    self._bind(binding.var, binding.value)
+            for binding in self.bindings:
+                self._bind(binding.var, binding.value)
             builder.emit_func_output(self.known[function.body.body][0])
 
     def _bind(self, variable: relax.Var, value: ir.Expr) -> None:
@@ -133,8 +127,7 @@ class _Rewrite:
             renames = (relax.Var, lambda v: self.known.get(v, [v])[0])
             self.known[variable] = [self.builder.emit(structural_map(value, renames))]
         elif str(kernel.attrs["op"]) == GATHER:
-            *x, row_token = (v for a in _arguments(value) for v in self.known.get(a, [a]))
-            self.items[variable] = [[*x, row_token], [], []]
+            self.items[variable] = [self._renamed(value), [], []]
         else:
             self._call(variable, value, kernel)
 
@@ -146,51 +139,43 @@ class _Rewrite:
         of_bytes = any(p.name in QUANTISED and len(p.shape) == 3 for p in kernel.params)
         return kernel if of_bytes and str(kernel.attrs["op"]) in (*OPS, GATHER) else None
 
-    def _call(self, variable: relax.Var, value: ir.Call, kernel: PrimFunc) -> None:
-        arguments = [v for a in _arguments(value) for v in self.known.get(a, [a])]
-        results = kernel.params[len(_arguments(value)) :]
-        types = _types(value)
-        named = dict(zip((p.name for p in results), types, strict=True))
+    def _renamed(self, call: ir.Call) -> list[relax.Var]:
+        return [v for a in _arguments(call) for v in self.known.get(a, [a])]
+
+    def _call(self, variable: relax.Var, call: ir.Call, kernel: PrimFunc) -> None:
+        arguments, num_arguments = self._renamed(call), len(_arguments(call))
+        names = [p.name for p in kernel.params[num_arguments:]]
+        types = dict(zip(names, getattr(call.ty, "fields", [call.ty]), strict=True))
         if "dot" in stage_names(kernel):
-            kernel = product_in_bfloat16(kernel, gathered=len(self.known[_arguments(value)[0]]) > 1)
-        made = next((name for name in named if name in (*QUANTISED, *MADE)), None)
-        if made is not None:
-            kernel = rounded_to_bfloat16(kernel, keep=self._is_read(variable, results, "out"))
-        parts = kernel.params[len(arguments) :]
-        new = [
-            named[p.name] if p.name in named else TensorType((named[made].shape[0], *p.shape[1:]), "uint16")
-            for p in parts
-        ]
-        name = self.builder.add_func(kernel, str(kernel.attrs["op"]))
-        result = self.builder.emit(relax.call_tir(name, arguments, new if len(new) > 1 else new[0]))
-        if len(types) == 1:
-            self.known[variable] = [result]
+            gathered = len(self.known[_arguments(call)[0]]) > 1
+            kernel = product_in_bfloat16(kernel, gathered)
+        if any(name in PANELS for name in names):
+            kept = [n for i, n in enumerate(names) if (variable, i) in self.read]
+            kernel = rounded_to_bfloat16(kernel, keep="out" in kept)
+        results = kernel.params[len(arguments) :]
+        rows = types[names[-1]].shape[0]
+        new = [types.get(p.name, TensorType((rows, *p.shape[1:]), "uint16")) for p in results]
+        values = self._emit(kernel, arguments, new)
+        if len(names) == 1:
+            self.known[variable] = values
             return
-        several = [self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(new))] if len(new) > 1 else [result]
-        by_name = {p.name: [v] for p, v in zip(parts, several, strict=True)}
-        self.items[variable] = [by_name.get(p.name, []) for p in results]
-        if made is not None:
-            self.items[variable][[p.name for p in results].index(made)] = [several[-1]]
+        by_name = {p.name: [v] for p, v in zip(results, values, strict=True)}
+        self.items[variable] = [by_name.get(PANELS.get(name, name), []) for name in names]
 
-    def _is_read(self, variable: relax.Var, results: Sequence[Buffer], name: str) -> bool:
-        names = [p.name for p in results]
-        for block in self.function.body.blocks:
-            for binding in block.bindings:
-                v = binding.value
-                if isinstance(v, relax.TupleGetItem) and v.tuple_value.same_as(variable):
-                    if names[v.index] == name and binding.var in self.read:
-                        return True
-        return False
+    def _emit(
+        self, kernel: PrimFunc, arguments: list[relax.Var], types: list[TensorType]
+    ) -> list[relax.Var]:
+        name = self.builder.add_func(kernel, str(kernel.attrs["op"]))
+        result = self.builder.emit(relax.call_tir(name, arguments, types))
+        if len(types) == 1:
+            return [result]
+        return [self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
 
 
-def _arguments(call: ir.Call) -> list[relax.Var]:
+def _arguments(value: ir.Expr) -> list[relax.Var]:
     """Return what a kernel is called with."""
-    tuples = [a for a in call.args if isinstance(a, relax.Tuple)]
-    return list(tuples[0].fields) if tuples else []
-
-
-def _types(call: ir.Call) -> list[TensorType]:
-    return list(call.ty.fields) if isinstance(call.ty, relax.TupleType) else [call.ty]
+    arguments = value.args if isinstance(value, ir.Call) else []
+    return [v for a in arguments if isinstance(a, relax.Tuple) for v in a.fields]
 
 
 def _called(module: ir.IRModule, attributes: ir.DictAttrs) -> ir.IRModule:

@@ -42,7 +42,7 @@ def list_tiles(product: Product, tiles: Buffer, experts: int, size: int) -> Stmt
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
-        for group in T.thread_binding(T.int64(1), thread="blockIdx.x"):
+        for _group in T.thread_binding(T.int64(1), thread="blockIdx.x"):
             for expert in T.thread_binding(T.int64(experts), thread="threadIdx.x"):
                 first = T.alloc_buffer((1,), "int64", scope="local")
                 end = T.alloc_buffer((1,), "int64", scope="local")

@@ -10,7 +10,7 @@ column, so that it has both of their sums.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.ir import Expr
 from tvm.s_tir import Schedule
@@ -25,8 +25,8 @@ from ..tail import rooted
 from . import wgmma
 from .expert_tiles import list_tiles, tile_list
 from .tail import with_tail
-from .wgmma import PIECE, ROW_WORDS, STEP
 from .weight_words import PAIRS, Fp4Words, Int8Words
+from .wgmma import PIECE, ROW_WORDS, STEP
 
 OPS = ("dense_int8_bf16", "moe_mxfp4_swiglu_bf16", "moe_mxfp4_sum_bf16")
 WARPGROUPS = (1, 2, 4)
@@ -42,8 +42,10 @@ def tiles_bf16(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
     if is_few(product.num_rows):
         return None
     warpgroups = choose("warpgroups", WARPGROUPS, 2)
-    rows, stages = choose("rows_together", ROWS, 128), choose("stages", STAGES, 4)
-    tile = Tile(product, warpgroups, rows, stages)
+    rows = choose("rows_together", ROWS, 128)
+    tile = Tile(product, warpgroups, rows, 1)
+    fitting = [n for n in STAGES if n * tile.stage_words * 4 <= target.shared_bytes]
+    tile = replace(tile, stages=choose("stages", fitting, 4))
     if product.expert is None:
         return with_tail(function, _body(tile, None), target, choose)
     experts = int(product.tensors["words"].shape[0])
@@ -57,7 +59,7 @@ def tiles_bf16(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
 
 @dataclass(frozen=True)
 class Tile:
-    """Where a work-group's numbers lie. A `stage` of its shared memory holds the rows of activations
+    """Where a work-group's numbers lie. A stage of its shared memory holds the rows of activations
     of a step, and after them the stored words of its rows of weights."""
 
     product: Product
@@ -133,35 +135,58 @@ class Tile:
 def _body(tile: Tile, listed: Buffer | None) -> Stmt:
     product, rows, threads = tile.product, tile.rows, tile.threads
     count = (product.num_rows + (rows - 1)) // rows if listed is None else listed.shape[0]
-    multiply, write = _multiply(tile), _write(tile)
+    compute = _compute(tile)
 
     def bound(number: Expr, side: int) -> Expr:
         if listed is not None:
             return listed[number, side].astype("int64")
         return T.min((number + side) * rows, product.num_rows)
 
-    @T.macro
-    def compute(first, end, group, thread):  # type: ignore[no-untyped-def]
-        expert = T.alloc_buffer((1,), "int64", scope="local")
-        sums = T.alloc_buffer((rows // 2,), "float32", scope="local")
-        expert[0] = product.expert_of(first)
-        for i in T.unroll(rows // 2):
-            sums[i] = T.float32(0)
-        multiply(sums, first, end, expert[0], group, thread)
-        write(sums, first, end, expert[0], group, thread)
-
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
         for number in T.thread_binding(count, thread="blockIdx.y"):
             for group in T.thread_binding(T.int64(tile.groups), thread="blockIdx.x"):
                 for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
+                    shared = T.alloc_buffer(
+                        (tile.stages * tile.stage_words,), "uint32", scope="shared.dyn"
+                    )
                     bounds = T.alloc_buffer((2,), "int64", scope="local")
                     for side in T.unroll(2):
                         bounds[side] = bound(number, side)
                     if bounds[0] < bounds[1]:
-                        compute(bounds[0], bounds[1], group, thread)
+                        compute(shared, bounds[0], bounds[1], group, thread)
 
     return body.body
+
+
+def _compute(tile: Tile) -> Callable[..., object]:
+    """Return statements that compute the results of the rows [first, end). Where they are few, the
+    products are of fewer."""
+    multiply, write = _multiply(tile), _write(tile)
+
+    @T.macro
+    def compute_all(shared, first, end, group, thread):  # type: ignore[no-untyped-def]
+        expert = T.alloc_buffer((1,), "int64", scope="local")
+        sums = T.alloc_buffer((tile.rows // 2,), "float32", scope="local")
+        expert[0] = tile.product.expert_of(first)
+        for i in T.unroll(tile.rows // 2):
+            sums[i] = T.float32(0)
+        multiply(sums, shared, first, end, expert[0], group, thread)
+        write(sums, first, end, expert[0], group, thread)
+
+    if tile.rows == min(ROWS):
+        return compute_all  # type: ignore[no-any-return]
+    narrow = replace(tile, rows=max(n for n in ROWS if n < tile.rows))
+    compute_few = _compute(narrow)
+
+    @T.macro
+    def compute(shared, first, end, group, thread):  # type: ignore[no-untyped-def]
+        if end - first <= narrow.rows:
+            compute_few(shared, first, end, group, thread)
+        else:
+            compute_all(shared, first, end, group, thread)
+
+    return compute  # type: ignore[no-any-return]
 
 
 def _multiply(tile: Tile) -> Callable[..., object]:
@@ -197,8 +222,7 @@ def _multiply(tile: Tile) -> Callable[..., object]:
         T.evaluate(T.call_extern("void", wgmma.WAIT))
 
     @T.macro
-    def multiply(sums, first, end, expert, group, thread):  # type: ignore[no-untyped-def]
-        shared = T.alloc_buffer((stages * tile.stage_words,), "uint32", scope="shared.dyn")
+    def multiply(sums, shared, first, end, expert, group, thread):  # type: ignore[no-untyped-def]
         described = T.alloc_buffer((1,), "uint64", scope="local")
         word = T.alloc_buffer((2, words), "uint32", scope="local")
         scale = T.alloc_buffer((2, 2), dtype, scope="local")
@@ -206,16 +230,44 @@ def _multiply(tile: Tile) -> Callable[..., object]:
         sources = T.alloc_buffer((tile.rows * 8 // tile.threads,), "int64", scope="local")
         described[0] = T.call_extern("uint64", wgmma.DESCRIBE, shared.data)
         for i in T.unroll(tile.rows * 8 // tile.threads):
-            sources[i] = _source(tile, T.min(first + i * (tile.threads // 8) + thread // 8, end - 1))
+            sources[i] = _source(
+                tile, T.min(first + i * (tile.threads // 8) + thread // 8, end - 1)
+            )
         for s in T.unroll(ahead):
             copy(shared, sources, expert, group, thread, T.int64(s))
         for s in T.unroll(2):
             load_scales(scale, expert, group, thread, T.int64(s), (s + steps) % 2)
         for s in T.unroll(steps % 2):
-            step(sums, shared, described, word, scale, pairs, expert, group, thread, sources, T.int64(s), 1)
+            step(
+                sums,
+                shared,
+                described,
+                word,
+                scale,
+                pairs,
+                expert,
+                group,
+                thread,
+                sources,
+                T.int64(s),
+                1,
+            )
         for pair in range(T.int64(steps // 2)):
             for p in T.unroll(2):
-                step(sums, shared, described, word, scale, pairs, expert, group, thread, sources, pair * 2 + steps % 2 + p, p)
+                step(
+                    sums,
+                    shared,
+                    described,
+                    word,
+                    scale,
+                    pairs,
+                    expert,
+                    group,
+                    thread,
+                    sources,
+                    pair * 2 + steps % 2 + p,
+                    p,
+                )
         T.evaluate(T.call_extern("void", wgmma.FINISH[tile.rows], T.address_of(sums[0])))
 
     return multiply  # type: ignore[no-any-return]
@@ -342,14 +394,14 @@ def _write_floats(tile: Tile) -> Callable[..., object]:
                 first + wgmma.token(thread, i) < end,
                 tile.place(group, _row(thread, i // 2 % 2)) < product.columns,
             ):
-                out[
-                    first + wgmma.token(thread, i), tile.place(group, _row(thread, i // 2 % 2))
-                ] = result(
-                    sums,
-                    first + wgmma.token(thread, i),
-                    tile.place(group, _row(thread, i // 2 % 2)),
-                    expert,
-                    i,
+                out[first + wgmma.token(thread, i), tile.place(group, _row(thread, i // 2 % 2))] = (
+                    result(
+                        sums,
+                        first + wgmma.token(thread, i),
+                        tile.place(group, _row(thread, i // 2 % 2)),
+                        expert,
+                        i,
+                    )
                 )
 
     return write  # type: ignore[no-any-return]
