@@ -71,13 +71,18 @@ def compile_cuda(source: str, target: Target, output: Path) -> None:
     with tempfile.TemporaryDirectory(dir=output.parent) as workspace:
         file = Path(workspace, "kernels.cu")
         file.write_text(source, encoding="utf-8")
-        architecture = str(target.tvm["arch"])
-        # code for this architecture alone: an older one may lack an instruction
-        code = ["-gencode", f"arch={architecture.replace('sm', 'compute')},code={architecture}"]
-        command = [compiler, *code, "-fatbin", "-o", str(output), str(file)]
+        command = [*nvcc_command(compiler, target), "-o", str(output), str(file)]
         result = run_tool(command, Path(workspace))
     if result.returncode != 0:
         raise CompileError(
             f"compiling {output.name}: expected nvcc to succeed, it ended with status "
             f"{result.returncode} and said: {result.stderr.strip()[-2000:] or 'nothing'}"
         )
+
+
+def nvcc_command(compiler: str, target: Target) -> list[str]:
+    """Return what makes code for the target's architecture alone: `-arch` would also make some for
+    an older one, which may lack an instruction."""
+    architecture = str(target.tvm["arch"])
+    code = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
+    return [compiler, "-gencode", code, "-fatbin"]
