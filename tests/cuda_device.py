@@ -22,7 +22,7 @@ from osscompile.targets import Target
 (H100,) = targets.load_variants("h100")
 SHIM = Path(__file__).parent / "cuda"
 COMPILER = ["g++", "-std=c++17", "-Wall", "-Werror", *NO_WARNINGS, "-shared", "-fPIC"]
-KERNEL = r'^extern "C" __global__ void (?:__launch_bounds__\((\d+)(?:, 1)?\) )?(\w+)\(.*\{$'
+KERNEL = r'^extern "C" __global__ void (?:__launch_bounds__\((\d+)(?:, \d)?\) )?(\w+)\(.*\{$'
 SHARED = re.compile(r"^( *)__shared__ (alignas\(\d+\)) (.* (\w+)\[\d+\];)$", re.MULTILINE)
 ADDED = re.compile(r"^( *)extern __shared__ __align__\(1024\) (\w+) (\w+)\[\];$", re.MULTILINE)
 ASM = re.compile(r'\basm(?: volatile)?\(((?:\s*"[^"]*")+)\s*:([^;]*)\);')
