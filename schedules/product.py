@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from tvm.ir import Expr, TensorLoad
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc, Var
+from tvm.tirx import Buffer, PrimFunc, Var
 from tvm_ffi import structural_map
 
 from .formats import (
@@ -48,7 +48,7 @@ class Product:
     def __init__(self, function: PrimFunc) -> None:
         self.function = function
         self.tensors = {parameter.name: parameter for parameter in function.params}
-        self.out = self.tensors["out"]
+        self.out = self.tensors["out"] if "out" in self.tensors else _result_between(function)
         self.num_rows, self.columns = self.out.shape[0], int(self.out.shape[1])
         self.expert = self.tensors.get("row_expert")
         in_digits = "xq" in self.tensors and len(self.tensors["xq"].shape) == 4
@@ -56,6 +56,8 @@ class Product:
         self.halves = 2 if "swiglu" in str(function.attrs["op"]) else 1  # gate and up
         if "xq" in self.tensors:
             self.blocks = int(self.tensors["xq"].shape[1])
+        elif "xb" in self.tensors:
+            self.blocks = int(self.tensors["scales"].shape[-1])
         else:
             self.blocks = int(self.tensors["x"].shape[1]) // BLOCK
 
@@ -121,17 +123,32 @@ class Product:
 
         return next_run  # type: ignore[no-any-return]
 
-    def output(self, at_row: Expr, at_column: Expr, sum_of: Callable[[Expr], Expr]) -> Expr:
-        """Return the kernel's last stage, applied to sums that are computed elsewhere."""
+    def output(
+        self,
+        at_row: Expr,
+        at_column: Expr,
+        sum_of: Callable[[Expr], Expr],
+        expert: Expr | None = None,
+    ) -> Expr:
+        """Return the kernel's last stage, applied to sums that are computed elsewhere; `expert`, if
+        it is given, is known to be the row's."""
         sch = Schedule(self.function)
         stage = sch.get(sch.get_sblock("out"))
         row, column = (axis.var for axis in stage.iter_vars)
         replaced = {row: at_row, column: at_column}
 
         def load(read: TensorLoad) -> Expr:
+            if expert is not None and read.source.same_as(self.expert):
+                return expert.astype("int32")
             if read.source.name != "acc":
                 return read
             return sum_of(read.indices[1] if self.halves == 2 else T.int64(0))
 
         names = (Var, lambda variable: replaced.get(variable, variable))
         return structural_map(stage.body.value, [names, (TensorLoad, load)])
+
+
+def _result_between(function: PrimFunc) -> Buffer:
+    """Return what the stage `out` computes where it is no result, but read by a further stage."""
+    sch = Schedule(function)
+    return sch.get(sch.get_sblock("out")).writes[0].source

@@ -22,7 +22,7 @@ from metal_device import needs_gxx
 from smallest_graph import imported
 
 import osscompile
-from osscompile.codegen.cuda import compile_cuda, cuda_source
+from osscompile.codegen.cuda import compile_cuda, cuda_source, nvcc_command
 from osscompile.codegen.dependence import mark_dependent
 from osscompile.codegen.programs import build_programs
 from osscompile.codegen.tools import find_nvcc
@@ -70,16 +70,18 @@ def test_launches_begin_early_but_where_they_read_early_what_the_one_before_writ
 
 @needs_nvcc
 def test_compile_20b_for_sm_90a(tmp_path: Path) -> None:
-    """Every kernel of the profile fast compiles, and none spills registers."""
+    """Every kernel of the profile fast compiles, none spills registers, and none waits for each
+    product of the matrix units before the next."""
     config = gpt_oss_config(num_layers=2, num_experts=32)
     module = with_choose(build_graph(config, "fast", 131072, 512).module, config.vocab_size, 64)
     module = run_passes(module, H100, SHARED_PASSES + LAUNCH_PASSES)
     (tmp_path / "kernels.cu").write_text(cuda_source(module, H100))
-    command = [str(find_nvcc()), f"-arch={H100.tvm['arch']}", "-fatbin", "-Xptxas=-v"]
-    result = subprocess.run([*command, "kernels.cu"], cwd=tmp_path, capture_output=True, text=True)
+    command = [*nvcc_command(str(find_nvcc()), H100), "-Xptxas=-v", "kernels.cu"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert result.returncode == 0 and len(spills) > 30, result.stderr
     assert set(spills) == {("0", "0")}
+    assert "serialized" not in result.stderr
 
 
 @needs_nvcc
@@ -102,6 +104,13 @@ def test_output_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     compile_cuda('extern "C" __global__ void f() {}', H100, Path("lib.fatbin"))
     assert [file.name for file in tmp_path.iterdir()] == ["lib.fatbin"]
+
+
+def test_code_is_for_one_architecture() -> None:
+    """nvcc would also compile for an older one, which lacks instructions."""
+    command = nvcc_command("nvcc", H100)
+    assert "arch=compute_90a,code=sm_90a" in command
+    assert not any(word.startswith("-arch") for word in command)
 
 
 @needs_nvcc
@@ -286,6 +295,25 @@ def test_graph_that_cannot_be_recorded_leaves_the_stream_as_it_was(
         device.seconds("large", [bound])
     device.call("twice", bound)
     assert count(driver, "fake_launches") == 1 and device.is_alive()
+
+
+def test_memory_that_a_launch_adds_is_asked_for(driver: ctypes.CDLL, image: Path) -> None:
+    """The driver gives a block more than 48 KB only then, and never more than it has."""
+    (launch,) = TWICE.launches
+    for added, fits in (
+        (64 << 10, True),
+        (H100.shared_bytes, True),
+        (H100.shared_bytes + 1, False),
+    ):
+        device = CudaDevice(
+            image, {"twice": Launches((), (dataclasses.replace(launch, shared_bytes=added),))}
+        )
+        bound = [device.tensor(np.zeros(3, np.float32)) for _ in range(2)]
+        if fits:
+            device.call("twice", bound)
+            continue
+        with pytest.raises(ArtifactError, match=r"quick: .*invalid value"):
+            device.call("twice", bound)
 
 
 def test_kernel_that_takes_other_parameters(driver: ctypes.CDLL, image: Path) -> None:

@@ -11,6 +11,7 @@ from ..targets import Target
 from .expand_exp import expand_exp
 from .join_attention import join_attention
 from .lower_graph import lower_graph
+from .multiply_bfloat16 import multiply_bfloat16
 from .name_rounding import name_rounding
 from .pack_weights import pack_weights
 from .plan_memory import plan_memory
@@ -24,7 +25,10 @@ Pass = Callable[[ir.IRModule, Target], ir.IRModule]
 
 # These run once for all variants of a target, which read the same weights. They run first, because
 # schedules are written for the target's layout.
-SHARED_PASSES: tuple[Pass, ...] = (pack_weights,)
+SHARED_PASSES: tuple[Pass, ...] = (
+    pack_weights,
+    multiply_bfloat16,  # after packing, which knows the kernels of the graph only
+)
 # These run for each variant.
 VARIANT_PASSES: tuple[Pass, ...] = (
     schedule_kernels,

@@ -69,7 +69,7 @@ def _whole_numbers(name: str, setting: Setting) -> Fill:
         case "wanted":
             return "indices", 0, row_of("x")
         case "row_token":
-            return "indices", 0, row_of("xq")
+            return "indices", 0, row_of("xq" if "xq" in sizes else "xb")
         case "slots":
             return "integers", 0, row_of("row_expert")
         case "row_expert":

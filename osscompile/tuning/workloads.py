@@ -18,6 +18,7 @@ from ..importer.graph import DEFAULT_CHUNK, MOST_WANTED, TOKENS, WANTED, build_g
 from ..kernels.attention import TILES
 from ..kernels.choose import ROWS
 from ..kernels.kv_cache import PAGES, TABLE_PAGES
+from ..passes.multiply_bfloat16 import multiply_bfloat16
 from ..passes.pack_weights import pack_weights
 from ..runtime.kv_cache import PAGE_TOKENS
 from ..runtime.manifest import CPU
@@ -58,7 +59,7 @@ def collect_workloads(config: ModelConfig, profile: str, target: Target) -> list
     module = build_graph(config, profile, config.max_context, DEFAULT_CHUNK).module
     if target.device != CPU:
         module = with_choose(module, config.vocab_size, MOST_WANTED)
-    module = pack_weights(module, target)
+    module = multiply_bfloat16(pack_weights(module, target), target)
     workloads = []
     num_pages = _num_pages(config)
     for kernel, calls in _calls_by_kernel(module, num_pages).items():

@@ -52,6 +52,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuModuleUnload": (Handle,),
     "cuModuleGetFunction": (_OUT, Handle, ctypes.c_char_p),
     "cuFuncGetParamInfo": (Handle, _SIZE, _OUT, _OUT),
+    "cuFuncSetAttribute": (Handle, ctypes.c_int, ctypes.c_int),
     "cuLaunchKernelEx": (_OUT, Handle, _OUT, _OUT),
     "cuMemAlloc_v2": (_OUT, _SIZE),
     "cuMemFree_v2": (Address,),
@@ -65,6 +66,7 @@ FIRST_DEVICE = 0
 BLOCKING_STREAM = 0
 TIMING_EVENT = 0
 NAME_BYTES = 256  # of a device, at most
+MAX_DYNAMIC_SHARED_BYTES = 8  # attribute of a function
 RELAXED = 2  # capture: other threads may do what they like
 
 
@@ -207,6 +209,11 @@ class CudaDevice(DeviceMemory):
             raise self._cannot_run(
                 f"{launch.kernel} takes parameters of {wanted} bytes, the program gives {found}"
             )
+        try:
+            attribute = MAX_DYNAMIC_SHARED_BYTES, launch.shared_bytes
+            self._driver.call("cuFuncSetAttribute", function, *attribute)
+        except _DriverError as error:
+            raise self._cannot_run(f"{launch.kernel}: {error}") from error
         return function
 
     def _launch_all(self, prepared: "_Prepared", values: Mapping[str, int]) -> None:

@@ -13,6 +13,7 @@ from .norm import norm
 from .tasks import tasks
 from .threads import threads
 from .tiles import tiles
+from .tiles_bf16 import tiles_bf16
 from .tiles_int8 import tiles_int8
 
 GPU_RULES = (
@@ -20,6 +21,7 @@ GPU_RULES = (
     attention_tf32,
     attention,
     matvec,
+    tiles_bf16,
     tiles_int8,  # takes some of the kernels that `tiles` takes
     tiles,
     norm,  # takes some of the kernels that `groups` takes

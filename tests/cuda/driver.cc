@@ -28,7 +28,9 @@ enum { kSuccess, kInvalidValue, kOutOfMemory, kNoDevice = 100, kInvalidImage = 2
        kIllegalAddress = 700, kTooManyResources = 701, kLaunchFailed = 719 };
 
 constexpr unsigned kMaxThreads = 1024;      // in a block
-constexpr size_t kSharedBytes = 48 << 10;  // for a block
+constexpr size_t kSharedBytes = 48 << 10;   // for a block, if its kernel asks for no more
+constexpr size_t kMostSharedBytes = 227 << 10;
+constexpr int kSharedAttribute = 8;         // of a function: bytes that a launch may add
 constexpr size_t kAlignment = 256;          // of memory
 
 struct Memory {
@@ -65,12 +67,14 @@ bool IsDependent(const CUlaunchConfig& config) {
 struct Call {
   const Function* function;
   Index groups, threads;
+  unsigned added;  // bytes of shared memory
   std::vector<uint64_t> values;  // of the parameters
   bool dependent;
 };
 using Graph = std::vector<Call>;
 
 std::map<uint64_t, Memory> memories;
+std::map<const Function*, int> may_add;  // bytes of shared memory
 Graph* capturing;
 thread_local void* current_context;  // of every thread its own
 int broken;  // the status since a kernel failed
@@ -139,7 +143,7 @@ void Ask(void* request) {
 unsigned Exchange(void* const* requests, unsigned num_lanes) {
   for (unsigned i = 0; i < num_lanes; ++i) {
     auto* request = static_cast<cuda::Request*>(requests[i]);
-    if (request && request->kind == cuda::Request::kWait) {
+    if (request && request->kind == cuda::Request::kWaitLaunch) {
       HasWaited(static_cast<fibres::Fibre*>(request->fibre));
     }
   }
@@ -187,6 +191,23 @@ void Declare(void* memory, size_t size) {
   if (fibres::declared_bytes > kSharedBytes) fibres::Fail("a block with too much shared memory");
 }
 
+void Start(const cuda::Asynchronous* started) {
+  const char* wrong = cuda::Start(*started, fibres::current->thread.x);
+  if (wrong) fibres::Fail(wrong);
+}
+
+// Returns shared memory that ends, but for alignment, before a page that nobody may use.
+char* Added(size_t size) {
+  static char* end = nullptr;
+  size_t page = size_t(sysconf(_SC_PAGESIZE)), most = (kMostSharedBytes + page - 1) / page * page;
+  if (!end) {
+    void* pages = mmap(nullptr, most + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    end = static_cast<char*>(pages) + most;
+    mprotect(end, page, PROT_NONE);
+  }
+  return end - (size + 1023) / 1024 * 1024;
+}
+
 // Runs blocks last first, because a GPU may run them in any order.
 void Run(const Call& call) {
   if (broken) return;
@@ -200,7 +221,10 @@ void Run(const Call& call) {
                    i / call.groups.x / call.groups.y};
     have_waited.clear();
     waited_before_barrier = false;
+    cuda::block = {{}, Added(call.added)};
+    memset(cuda::block.shared, 0xff, call.added);
     why = fibres::RunGroup(run, group, call.threads, Exchange);
+    if (why.empty() && cuda::LeftBehind()) why = "a block that ends before its products";
   }
   End();
   if (!why.empty()) broken = why == kIllegal ? kIllegalAddress : kLaunchFailed;
@@ -336,7 +360,8 @@ int cuModuleLoadData(void** module, const char* image) {
   fake_modules += *module != nullptr;
   if (!*module || *module == &ptx_module) return *module ? kSuccess : kInvalidImage;
   bool set = Set(*module, "cuda_barrier", Barrier) && Set(*module, "cuda_ask", Ask) &&
-             Set(*module, "cuda_let_next_begin", LetNextBegin) &&
+             Set(*module, "cuda_let_next_begin", LetNextBegin) && Set(*module, "cuda_start", Start) &&
+             Set(*module, "cuda_added", &cuda::block.shared) &&
              Set(*module, "cuda_declare", Declare) && Set(*module, "cuda_position", &fibres::current);
   struct sigaction handler = {};
   handler.sa_sigaction = OnFault;
@@ -362,12 +387,20 @@ int cuFuncGetParamInfo(const Function* function, size_t index, size_t*, size_t* 
   return kSuccess;
 }
 
+int cuFuncSetAttribute(const Function* function, int attribute, int value) {
+  if (attribute != kSharedAttribute || value > int(kMostSharedBytes)) return kInvalidValue;
+  may_add[function] = value;
+  return kSuccess;
+}
 int cuLaunchKernelEx(const CUlaunchConfig* config, const Function* function, void** parameters,
                      void**) {
   Index groups = {config->gridDimX, config->gridDimY, config->gridDimZ};
   Index threads = {config->blockDimX, config->blockDimY, config->blockDimZ};
+  unsigned added = config->sharedMemBytes;
   if (threads.x * threads.y * threads.z > function->max_threads) return kTooManyResources;
-  Call call = {function, groups, threads, std::vector<uint64_t>(function->count), IsDependent(*config)};
+  if (added > std::max(kSharedBytes, size_t(may_add[function]))) return kInvalidValue;
+  Call call = {function, groups, threads, added, std::vector<uint64_t>(function->count),
+               IsDependent(*config)};
   for (int i = 0; i < function->count; ++i) {
     memcpy(&call.values[i], parameters[i], function->sizes[i]);
   }
