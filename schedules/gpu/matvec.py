@@ -105,7 +105,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
         return dot(low, xs[first], target) + dot(high, xs[first + 1], target)
 
     def scale_at(expert: Expr, half: Expr, column: Expr, part: Expr) -> Expr:
-        return tensors["scales"][product.weight_at(expert, half, column, part)]
+        return tensors["scales"][product.weight_at(expert, half, column, part)].astype(scale_dtype)
 
     def scaled(total: Buffer, scale: Expr, row: Expr, part: Expr) -> Expr:
         if dense:
@@ -116,7 +116,7 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
         return whole.astype("float32") * scale.astype("float32") * tensors["xs"][row, part]
 
     zero = const(0, "float32" if dense else "int32")
-    scale_dtype = "float32" if dense else str(tensors["scales"].dtype)
+    scale_dtype = "float32" if dense else _dtype_in_registers(tensors["scales"], target)
     # The launch before SwiGLU's may choose the experts; weights that are known are loaded early.
     weights_are_known = product.expert is None or halves == 1
     waits_first = target.has_dependent_launch and not weights_are_known
@@ -206,6 +206,13 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
                     compute(flat, group // groups, group % groups * together + member, thread)
 
     return body.body
+
+
+def _dtype_in_registers(scales: Buffer, target: Target) -> str:
+    """Return the type of a scale between its load and its use: the one in memory, because to
+    convert it is to wait for it; but not every device has variables of halves."""
+    dtype = str(scales.dtype)
+    return "float32" if dtype == "float16" and not target.has_half else dtype
 
 
 @T.macro
