@@ -20,6 +20,7 @@ from cuda_device import H100, compile_here
 from device_models import OF_GPT_OSS
 from metal_device import needs_gxx
 from smallest_graph import imported
+from tvm import tirx
 
 import osscompile
 from osscompile.codegen.cuda import compile_cuda, cuda_source, nvcc_command
@@ -58,14 +59,33 @@ def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
 def test_launches_begin_early_but_where_they_read_early_what_the_one_before_writes() -> None:
     """The down projection loads its experts' weights early, and so reads early which these are."""
     module = run_passes(imported("fast"), H100, SHARED_PASSES + LAUNCH_PASSES)
-    launches = build_programs(module)["step_1"].launches
-    assert [launch.dependent for launch in launches] == [False] + [True] * (len(launches) - 1)
+    programs = build_programs(module)
+    for program in programs.values():
+        dependent = [launch.dependent for launch in program.launches]
+        assert dependent == [False] + [True] * (len(dependent) - 1)
+    launches = programs["step_1"].launches
     sort, down = (
         next(launch for launch in launches if launch.kernel.startswith(name))
         for name in ("sort_by_expert", "moe_mxfp4_sum")
     )
     assert not mark_dependent([sort, down], module)[1].dependent
     assert mark_dependent([launches[0], down], module)[1].dependent
+
+
+def test_copies_that_run_meanwhile_read_early() -> None:
+    """A product that has its activations copied before it waits cannot begin before the norm ends;
+    as it is, it waits first."""
+    module = run_passes(imported("fast"), H100, SHARED_PASSES + LAUNCH_PASSES)
+    launches = build_programs(module)["step"].launches
+    norm, product = (
+        next(launch for launch in launches if launch.kernel == f"{name}_bf16_kernel")
+        for name in ("rms_norm", "dense_int8")
+    )
+    assert mark_dependent([norm, product], module)[1].dependent
+    kernel = module[product.kernel]
+    wait, *rest = kernel.body.seq
+    module[product.kernel] = kernel.with_body(tirx.SeqStmt([*rest, wait]))
+    assert not mark_dependent([norm, product], module)[1].dependent
 
 
 @needs_nvcc

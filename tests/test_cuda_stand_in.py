@@ -342,12 +342,14 @@ A, B, C = (("bound", i) for i in range(3))
 
 def run_chain(image: Path, *bodies: str, dependent: bool = True) -> list[int]:
     """Run kernels one after the other, each with bodies that may use int32 a, b and c of 64, and
-    return a[0], b[0] and c[0]. They begin as 0, and each kernel has two warps."""
+    return a[0], b[0] and c[0]. They begin as 0; each kernel has two warps and 1,024 bytes of
+    `shared`."""
     head = 'extern "C" __global__ void __launch_bounds__(64) f{}(int* a, int* b, int* c) {{\n'
-    kernels = (head.format(i) + f"  int i = threadIdx.x;\n{b}\n}}\n" for i, b in enumerate(bodies))
+    head += "  extern __shared__ __align__(1024) unsigned shared[];\n  int i = threadIdx.x;\n"
+    kernels = (f"{head.format(i)}{body}\n}}\n" for i, body in enumerate(bodies))
     compile_here(PRELUDE + "".join(kernels), H100, image)
     launches = [
-        Launch(f"f{i}", (A, B, C), (2,), (64,), dependent=dependent and i > 0)
+        Launch(f"f{i}", (A, B, C), (2,), (64,), 1024, dependent=dependent and i > 0)
         for i in range(len(bodies))
     ]
     device = CudaDevice(image, {"f": Launches((), tuple(launches))}, open_here())
@@ -378,6 +380,16 @@ def test_launch_that_does_not_wait(image: Path, body: str, fault: str) -> None:
     with pytest.raises(ArtifactError, match=fault):
         run_chain(image, "  a[i] = 7;", body)
     run_chain(image, "  a[i] = 7;", body, dependent=False)
+
+
+def test_copy_that_starts_before_the_wait(image: Path) -> None:
+    """It may run at once, whenever it is waited for."""
+    start, rest = "copy_16(shared + i * 4, {}); copy_commit();", "copy_wait<0>(); b[i] = shared[i * 4];"
+    first, early = "  a[i] = 7;", f"  {start} {WAIT} {rest}"
+    assert run_chain(image, first, early.format("c")) == [7, 0, 0]
+    assert run_chain(image, first, f"  {WAIT} {start} {rest}".format("a")) == [7, 7, 0]
+    with pytest.raises(ArtifactError, match="uses what the launch before writes"):
+        run_chain(image, first, early.format("a"))
 
 
 def test_threads_that_wait_for_one_that_waited(image: Path) -> None:

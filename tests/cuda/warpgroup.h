@@ -82,6 +82,7 @@ inline const char* Start(const Asynchronous& started, unsigned number) {
     case Asynchronous::kCopy:
       thread.copies.push_back({static_cast<char*>(started.to), static_cast<const char*>(started.from)});
       if (size_t(started.to) % 16 || size_t(started.from) % 16) return "a copy that is not aligned";
+      *static_cast<const volatile char*>(started.from);  // it must be there when the copy starts
       memset(started.to, 0xff, 16);
       break;
     case Asynchronous::kCopyCommit:
