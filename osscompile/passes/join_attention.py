@@ -15,6 +15,7 @@ from tvm_ffi import structural_map
 from ..schedules.gpu.step_tiles import STEP_OP, takes_step
 from ..schedules.tail import parts_of_root, rooted
 from ..targets import Target
+from .drop_uncalled import drop_uncalled
 
 
 def join_attention(module: ir.IRModule, target: Target) -> ir.IRModule:
@@ -23,7 +24,7 @@ def join_attention(module: ir.IRModule, target: Target) -> ir.IRModule:
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):
             builder.update_func(name, _Joiner(builder, module, target).join(function))
-    return _called(builder.get()).with_attrs(module.attrs or {})
+    return drop_uncalled(builder.get().with_attrs(module.attrs or {}))
 
 
 @dataclass(frozen=True)
@@ -144,20 +145,3 @@ def _with_buffers(kernel: PrimFunc, buffers: list[Buffer]) -> PrimFunc:
     renamed = dict(zip(kernel.params, buffers, strict=True))
     rename = (tirx.Var, lambda variable: renamed.get(variable, variable))
     return kernel.with_body(structural_map(kernel.body, rename))
-
-
-def _called(module: ir.IRModule) -> ir.IRModule:
-    """Return the module without kernels that no function calls any more."""
-    called = set()
-    for _, function in module.functions_items():
-        if isinstance(function, relax.Function):
-            for block in function.body.blocks:
-                for binding in block.bindings:
-                    if isinstance(binding.value, ir.Call) and binding.value.args:
-                        called.add(binding.value.args[0])
-    functions = {
-        name: function
-        for name, function in module.functions_items()
-        if isinstance(function, relax.Function) or name in called
-    }
-    return ir.IRModule(functions)

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from tvm import ir, relax, te, tirx
 from tvm.relax import TensorType
 from tvm.tirx import Buffer, PrimFunc
-from tvm_ffi import structural_map, structural_walk
+from tvm_ffi import structural_map
 
 from ..kernels.bfloat16 import dense_sum, expert_sum, in_panels, num_panels
 from ..schedules.formats import BLOCK, PANEL, extent
 from ..targets import Target
+from .drop_uncalled import drop_uncalled
 from .replace_stages import buffers_by_name, replace_stages, stage_names
 
 OPS = {
@@ -44,7 +45,7 @@ def multiply_bfloat16(module: ir.IRModule, target: Target) -> ir.IRModule:
     builder = relax.BlockBuilder(ir.IRModule(kept))
     for name, function in rewritten.items():
         _Rewrite(builder, module, function).emit(name.name_hint)
-    return _called(builder.get(), module.attrs)
+    return drop_uncalled(builder.get().with_attrs(module.attrs or {}))
 
 
 def product_in_bfloat16(kernel: PrimFunc, gathered: bool) -> PrimFunc:
@@ -176,14 +177,3 @@ def _arguments(value: ir.Expr) -> list[relax.Var]:
     """Return what a kernel is called with."""
     arguments = value.args if isinstance(value, ir.Call) else []
     return [v for a in arguments if isinstance(a, relax.Tuple) for v in a.fields]
-
-
-def _called(module: ir.IRModule, attributes: ir.DictAttrs) -> ir.IRModule:
-    """Return the module without the kernels that no function calls."""
-    called: set[ir.GlobalVar] = set()
-    functions = dict(module.functions_items())
-    for name, function in functions.items():
-        if isinstance(function, relax.Function):
-            called.add(name)
-            structural_walk(function.body, (ir.GlobalVar, called.add))
-    return ir.IRModule({n: f for n, f in functions.items() if n in called}, attrs=attributes)
