@@ -16,6 +16,7 @@
 #include <set>
 
 #include "../fibres.h"
+#include "early.h"
 #include "warp.h"
 
 using cuda::Function;
@@ -33,11 +34,6 @@ constexpr size_t kMostSharedBytes = 227 << 10;
 constexpr int kSharedAttribute = 8;         // of a function: bytes that a launch may add
 constexpr size_t kAlignment = 256;          // of memory
 
-struct Memory {
-  char* pages;
-  size_t num_bytes;
-  int access = PROT_READ | PROT_WRITE;
-};
 // The driver's own types, as its header has them.
 struct CUlaunchAttribute {
   int id;
@@ -73,118 +69,11 @@ struct Call {
 };
 using Graph = std::vector<Call>;
 
-std::map<uint64_t, Memory> memories;
 std::map<const Function*, int> may_add;  // bytes of shared memory
 Graph* capturing;
 thread_local void* current_context;  // of every thread its own
 int broken;  // the status since a kernel failed
 std::string why;
-struct sigaction python_handler;
-
-const char kIllegal[] = "illegal address";
-
-// --- Launches that begin before the one before them has ended -------------------------------------
-//
-// A dependent launch runs after the one before it, but until its threads wait, the memory that this
-// one wrote, and so may still write, cannot be read, and none can be written.
-
-std::set<Memory*> arguments;   // of the launch that runs
-std::set<Memory*> written;     // by it
-std::set<Memory*> unfinished;  // may still be written by launches before it when it begins
-std::set<fibres::Fibre*> have_waited;  // of its group
-bool depends, anyone_waited, next_begins_early, waited_before_barrier;
-bool early;  // whether the arguments are as a thread that has not waited may use them
-
-Memory* Find(uint64_t address) {
-  auto after = memories.upper_bound(address);
-  if (after == memories.begin()) return nullptr;
-  Memory* memory = &std::prev(after)->second;
-  return address - uint64_t(memory->pages) < memory->num_bytes ? memory : nullptr;
-}
-
-void Allow(Memory* memory, int access) {
-  if (memory->access == access) return;
-  mprotect(memory->pages, memory->num_bytes, access);
-  memory->access = access;
-}
-
-void AllowArguments(bool before_wait) {
-  if (early == before_wait) return;
-  early = before_wait;
-  for (Memory* memory : arguments) {
-    if (early) Allow(memory, unfinished.count(memory) ? PROT_NONE : PROT_READ);
-    else Allow(memory, written.count(memory) ? PROT_READ | PROT_WRITE : PROT_READ);
-  }
-}
-
-void HasWaited(fibres::Fibre* fibre) {
-  have_waited.insert(fibre);
-  anyone_waited = true;
-}
-
-void Resuming(fibres::Fibre* fibre) { AllowArguments(depends && !have_waited.count(fibre)); }
-
-void LetNextBegin() {
-  if (depends && !have_waited.count(fibres::current)) next_begins_early = true;
-}
-
-// What one thread waited for, others may use after a barrier.
-void Barrier() {
-  waited_before_barrier |= have_waited.count(fibres::current);
-  fibres::Barrier();
-  if (waited_before_barrier && have_waited.insert(fibres::current).second) AllowArguments(false);
-}
-
-void Ask(void* request) {
-  static_cast<cuda::Request*>(request)->fibre = fibres::current;
-  fibres::Ask(request);
-}
-
-unsigned Exchange(void* const* requests, unsigned num_lanes) {
-  for (unsigned i = 0; i < num_lanes; ++i) {
-    auto* request = static_cast<cuda::Request*>(requests[i]);
-    if (request && request->kind == cuda::Request::kWaitLaunch) {
-      HasWaited(static_cast<fibres::Fibre*>(request->fibre));
-    }
-  }
-  return cuda::Exchange(requests, num_lanes);
-}
-
-// Tells of memory that may not be used so, or allows a launch's first write and notes it.
-void OnFault(int, siginfo_t* info, void*) {
-  Memory* memory = Find(uint64_t(info->si_addr));
-  if (fibres::current && memory && arguments.count(memory)) {
-    if (early && unfinished.count(memory)) {
-      fibres::Fail("a thread uses what the launch before writes, and has not waited for it");
-    }
-    if (early) fibres::Fail("a thread writes before it has waited for the launch before");
-    written.insert(memory);
-    return Allow(memory, PROT_READ | PROT_WRITE);
-  }
-  if (fibres::current) fibres::Fail(kIllegal);
-  sigaction(SIGSEGV, &python_handler, nullptr);  // the access faults again, under this handler
-}
-
-void Begin(const Call& call) {
-  depends = call.dependent;
-  if (!depends) unfinished.clear();
-  for (uint64_t value : call.values) {
-    if (Memory* memory = Find(value)) arguments.insert(memory);
-  }
-  anyone_waited = next_begins_early = false;
-  early = !depends;  // so that the first thread sets it
-  AllowArguments(depends);
-  fibres::resuming = Resuming;
-}
-
-void End() {
-  for (Memory* memory : arguments) Allow(memory, PROT_READ | PROT_WRITE);
-  if (depends && !anyone_waited && why.empty()) why = "a dependent launch that never waits";
-  if (!next_begins_early) unfinished.clear();
-  unfinished.insert(written.begin(), written.end());
-  arguments.clear();
-  written.clear();
-}
 
 void Declare(void* memory, size_t size) {
   fibres::Declare(memory, size);
@@ -215,7 +104,7 @@ void Run(const Call& call) {
   for (const uint64_t& value : call.values) parameters.push_back(const_cast<uint64_t*>(&value));
   auto run = [&] { call.function->run(parameters.data()); };
   why.clear();
-  Begin(call);
+  Begin(call.values, call.dependent);
   for (unsigned i = call.groups.x * call.groups.y * call.groups.z; i-- > 0 && why.empty();) {
     Index group = {i % call.groups.x, i / call.groups.x % call.groups.y,
                    i / call.groups.x / call.groups.y};
@@ -226,7 +115,7 @@ void Run(const Call& call) {
     why = fibres::RunGroup(run, group, call.threads, Exchange);
     if (why.empty() && cuda::LeftBehind()) why = "a block that ends before its products";
   }
-  End();
+  if (!End() && why.empty()) why = "a dependent launch that never waits";
   if (!why.empty()) broken = why == kIllegal ? kIllegalAddress : kLaunchFailed;
 }
 
