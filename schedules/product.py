@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from tvm.ir import Expr, TensorLoad
+from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, PrimFunc, Var
-from tvm_ffi import structural_map
+from tvm.tirx import Buffer, PrimFunc
 
 from .formats import (
     BLOCK,
@@ -21,6 +20,7 @@ from .formats import (
     int8_of_word,
     sum_of_digits,
 )
+from .stages import Load, Stages
 
 OPS = (
     "moe_mxfp4_sum_digits",
@@ -132,20 +132,12 @@ class Product:
     ) -> Expr:
         """Return the kernel's last stage, applied to sums that are computed elsewhere; `expert`, if
         it is given, is known to be the row's."""
-        sch = Schedule(self.function)
-        stage = sch.get(sch.get_sblock("out"))
-        row, column = (axis.var for axis in stage.iter_vars)
-        replaced = {row: at_row, column: at_column}
-
-        def load(read: TensorLoad) -> Expr:
-            if expert is not None and read.source.same_as(self.expert):
-                return expert.astype("int32")
-            if read.source.name != "acc":
-                return read
-            return sum_of(read.indices[1] if self.halves == 2 else T.int64(0))
-
-        names = (Var, lambda variable: replaced.get(variable, variable))
-        return structural_map(stage.body.value, [names, (TensorLoad, load)])
+        loads: dict[str, Load] = {
+            "acc": lambda indices: sum_of(indices[1] if self.halves == 2 else T.int64(0))
+        }
+        if expert is not None:
+            loads["row_expert"] = lambda indices: expert.astype("int32")
+        return Stages(self.function).value("out", (at_row, at_column), loads)
 
 
 def _result_between(function: PrimFunc) -> Buffer:
