@@ -62,7 +62,8 @@ class _Uses:
 
     def _call(self, call: ir.Call) -> None:
         self.waits = self.waits or is_wait(call)
-        if call.op == ir.Op.get("tirx.address_of"):  # whoever has it may write there
+        # Who has an address may write there; that it may read there `_load` sees, in the argument.
+        if call.op == ir.Op.get("tirx.address_of"):
             self._add(self.written, call.args[0].source)
 
     def _add(self, numbers: set[int], buffer: Expr) -> None:

@@ -28,8 +28,9 @@ static __device__ unsigned {SELECT}(unsigned low, unsigned high, unsigned select
 
 """
 
-# Instructions for the matrix units of Hopper, whose operands are many. What touches sums that are
-# not there yet names them as operands, so that no compiler moves it before the product.
+# Instructions of Hopper: the wait for the launch before, and products by its matrix units, whose
+# operands are many. What touches sums that are not there yet names them as operands, so that no
+# compiler moves it before the product.
 _HOPPER = f"""\
 static __device__ void {launch_before.WAIT}() {{
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -9,8 +9,8 @@ from tvm_ffi import structural_map
 
 from ..schedules.tail import parts_of_root, rooted
 
-# New stages: from the tensors that they read, by name, to the tensor that they end in.
-Stages = Callable[[Mapping[str, te.Tensor]], te.Tensor]
+# What makes new stages: from the tensors that they read, by name, to the tensor that they end in.
+MakeStages = Callable[[Mapping[str, te.Tensor]], te.Tensor]
 
 
 def stage_names(function: PrimFunc) -> list[str]:
@@ -27,7 +27,7 @@ def buffers_by_name(function: PrimFunc) -> dict[str, Buffer]:
 def replace_stages(
     function: PrimFunc,
     dropped: Sequence[str],
-    stages: Stages,
+    stages: MakeStages,
     reads: Sequence[Buffer],
     result: Buffer,
     parameters: Sequence[Buffer],
@@ -50,7 +50,7 @@ def replace_stages(
 
 
 def _statements(
-    stages: Stages, reads: Sequence[Buffer], result: Buffer
+    stages: MakeStages, reads: Sequence[Buffer], result: Buffer
 ) -> tuple[list[Stmt], list[Buffer]]:
     """Return the statements of new stages on tensors that exist, and the tensors in between."""
     tensors = {b.name: te.placeholder(b.shape, str(b.dtype), name=b.name) for b in reads}

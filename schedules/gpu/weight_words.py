@@ -14,7 +14,8 @@ PAIRS = 4  # of eight neighbouring inputs, in the order of `formats.panel_input`
 
 # An fp4 code, with its magnitude where bfloat16 has the last bit of the exponent and the first two
 # of the mantissa, is its value times 2^-126, subnormal or not. Scales are 2^(e - 127), and sums
-# are scaled back at the end, so that neither a small nor a large scale leaves bfloat16's range.
+# are scaled back at the end: products with scales from 2^-57 to 2^65 are exact in bfloat16, and no
+# weight that a model computes with has another.
 FP4_SHIFT = 64  # scales are too small by 2^64
 _SIGNS, _MAGNITUDES = 0x80008000, 0x01C001C0
 _SCALE_BIAS = 126 - FP4_SHIFT
