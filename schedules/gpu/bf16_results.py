@@ -14,7 +14,6 @@ from ..formats import PANEL, const, float32_to_bf16, panel_input
 from . import wgmma
 from .bf16_tile import Tile
 
-
 TOGETHER = 16  # sums whose residuals are loaded at once, for which a thread has registers
 
 
