@@ -16,7 +16,7 @@ from metal_device import NO_WARNINGS
 
 from osscompile import targets
 from osscompile.errors import CompileError
-from osscompile.runtime.devices import cuda
+from osscompile.runtime.devices import cuda, cuda_driver
 from osscompile.targets import Target
 
 (H100,) = targets.load_variants("h100")
@@ -40,7 +40,7 @@ def driver() -> Path:
 
 def open_here() -> cuda._Opened:
     """Open the stand-in's GPU."""
-    with mock.patch.object(cuda, "DRIVER", str(driver())):
+    with mock.patch.object(cuda_driver, "DRIVER", str(driver())):
         return cuda.CudaDevice.open()
 
 

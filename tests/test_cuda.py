@@ -33,8 +33,9 @@ from osscompile.importer.graph import build_graph
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
 from osscompile.runtime.artifact import read_manifest
-from osscompile.runtime.devices import cuda
+from osscompile.runtime.devices import cuda, cuda_driver, cuda_staging
 from osscompile.runtime.devices.cuda import CudaDevice
+from osscompile.runtime.devices.memory import DeviceArray
 from osscompile.runtime.devices.program import Input, Launch, Launches, Program
 from osscompile.runtime.errors import ArtifactError, OsscompileError
 
@@ -176,7 +177,7 @@ COUNTS = ("launches", "graph_launches", "freed", *HELD)
 def driver(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     """The stand-in for a GPU with little memory; its counters are zero."""
     library = str(cuda_device.driver())
-    monkeypatch.setattr(cuda, "DRIVER", library)
+    monkeypatch.setattr(cuda_driver, "DRIVER", library)
     loaded = ctypes.CDLL(library)
     for name in COUNTS:
         ctypes.c_int.in_dll(loaded, f"fake_{name}").value = 0
@@ -362,6 +363,26 @@ def test_too_little_room(driver: ctypes.CDLL, image: Path) -> None:
         device.zeros((1024, 1024), "float32")
 
 
+def test_large_arrays_are_copied_in_pieces_by_several_threads(
+    driver: ctypes.CDLL, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "STAGED_BYTES", 1000)
+    monkeypatch.setattr(cuda_staging, "PIECE_BYTES", 96)
+    device, rng = CudaDevice(image, {}), np.random.default_rng(0)
+    arrays = [rng.standard_normal(size).astype(np.float32) for size in (249, 250, 7200, 7201)]
+    for array in arrays:
+        memory = device.tensor(array)
+        np.testing.assert_array_equal(device.numpy(DeviceArray(memory, array.shape)), array)
+    part = arrays[3][:2000]
+    device.write(DeviceArray(memory, arrays[3].shape), part, 5000)
+    found = device.numpy(DeviceArray(memory, arrays[3].shape))
+    np.testing.assert_array_equal(found, np.concatenate([arrays[3][:5000], part, arrays[3][7000:]]))
+    assert count(driver, "fake_pinned") > 0
+    del device, memory
+    gc.collect()
+    assert count(driver, "fake_pinned") == 0
+
+
 def test_no_gpu(driver: ctypes.CDLL, image: Path) -> None:
     ctypes.c_int.in_dll(driver, "fake_devices").value = 0
     with pytest.raises(OsscompileError, match=r"expected a GPU, found: .*no device"):
@@ -369,6 +390,6 @@ def test_no_gpu(driver: ctypes.CDLL, image: Path) -> None:
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cuda, "DRIVER", str(tmp_path / "libcuda.so.1"))
+    monkeypatch.setattr(cuda_driver, "DRIVER", str(tmp_path / "libcuda.so.1"))
     with pytest.raises(OsscompileError, match=r"expected the driver's .*install NVIDIA's driver"):
         CudaDevice(tmp_path, {})

@@ -14,7 +14,7 @@ from metal_device import needs_gxx
 from osscompile import here
 from osscompile.codegen.cuda import PRELUDE
 from osscompile.errors import CompileError
-from osscompile.runtime.devices import cuda
+from osscompile.runtime.devices import cuda_driver
 from osscompile.runtime.devices.cuda import CudaDevice
 from osscompile.runtime.devices.program import Launch, Launches
 from osscompile.runtime.errors import ArtifactError
@@ -326,6 +326,6 @@ def test_bytes_are_selected_and_signs_repeated(image: Path) -> None:
 
 
 def test_its_driver_tells_what_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "DRIVER", str(driver()))
+    monkeypatch.setattr(cuda_driver, "DRIVER", str(driver()))
     monkeypatch.setattr(here, "find_nvcc", lambda: "nvcc")
     assert here.target_here() == H100

@@ -165,6 +165,7 @@ int ptx_module;
 extern "C" {
 
 int fake_launches, fake_graph_launches, fake_freed, fake_devices = 1;
+int fake_pinned;  // buffers that are held, which several threads use
 int fake_graphs, fake_events, fake_modules, fake_streams, fake_contexts;  // not destroyed
 size_t fake_room = size_t(1) << 40;
 
@@ -236,8 +237,18 @@ int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) {
 int cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t n) {
   return cuMemcpyHtoD_v2(to, reinterpret_cast<void*>(from), n);
 }
+int cuMemHostAlloc(void** address, size_t size, unsigned) {
+  ++fake_pinned;
+  return *address = malloc(size), kSuccess;
+}
+int cuMemFreeHost(void* address) {
+  --fake_pinned;
+  return free(address), kSuccess;
+}
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void*) {
-  return cuMemcpyHtoD_v2(to, from, n);
+  // It waits for the launches of its own stream only, which are done.
+  if (current_context != &memories) return kInvalidContext;
+  return memcpy(reinterpret_cast<void*>(to), from, n), broken;
 }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void*) {
   return cuMemcpyHtoD_v2(uint64_t(to), reinterpret_cast<void*>(from), n);
