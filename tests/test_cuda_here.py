@@ -30,6 +30,7 @@ import osscompile
 from osscompile.runtime import load
 from osscompile.runtime.bench import bandwidth_device
 from osscompile.runtime.bench.models import bench
+from osscompile.runtime.devices import cuda_driver
 from osscompile.runtime.trials.measure import measure_kernel
 
 pytestmark = needs_gxx
