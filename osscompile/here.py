@@ -5,7 +5,7 @@ import warnings
 
 from . import targets
 from .codegen.tools import find_nvcc
-from .runtime.devices import cuda
+from .runtime.devices import cuda_driver
 from .runtime.devices.tvm_memory import TensorMemory
 from .runtime.errors import OsscompileError
 from .runtime.machine import Machine
@@ -70,9 +70,10 @@ def _cuda_architecture() -> str | None:
     """What CUDA calls the first GPU's instructions, such as sm_90; None without a GPU."""
     numbers = []
     try:
-        driver = ctypes.CDLL(cuda.DRIVER)
+        driver = ctypes.CDLL(cuda_driver.DRIVER)
         device, number = ctypes.c_int(), ctypes.c_int()
-        statuses = [driver.cuInit(0), driver.cuDeviceGet(ctypes.byref(device), cuda.FIRST_DEVICE)]
+        first = ctypes.byref(device), cuda_driver.FIRST_DEVICE
+        statuses = [driver.cuInit(0), driver.cuDeviceGet(*first)]
         for attribute in CAPABILITY_ATTRIBUTES:
             address = ctypes.byref(number)
             statuses.append(driver.cuDeviceGetAttribute(address, attribute, device))

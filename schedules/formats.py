@@ -21,6 +21,10 @@ FP4_OFFSET = (
 DIGITS = 3
 DIGIT = 128  # a digit is -64..63, so that sums of eight products with fp4 fit in int16
 
+# Products of bfloat16 take activations in panels of so many inputs, in an order of their own.
+PANEL = 64
+_BF16_NAN = 0x7FC0
+
 # 2 x |fp4| for the codes 0..7 is 0, 1, 2, 3, 4, 6, 8, 12: one hexadecimal digit each.
 _FP4_MAGNITUDES = 0xC8643210
 
@@ -92,6 +96,27 @@ def int8_of_word(word: Expr, position: Expr) -> Expr:
 def bf16_to_float32(bits: Expr) -> Expr:
     """Convert the uint16 bits of a bfloat16 to float32."""
     return tirx.reinterpret("float32", bits.astype("uint32") << const(16, "uint32"))
+
+
+def float32_to_bf16(x: Expr) -> Expr:
+    """Return the uint16 bits of a float32 rounded to bfloat16, ties to even; NaN stays NaN."""
+    bits, sixteen = tirx.Var("bits", "uint32"), const(16, "uint32")
+    to_even = (bits >> sixteen) & const(1, "uint32")
+    rounded = (bits + const(0x7FFF, "uint32") + to_even) >> sixteen
+    is_nan = (bits & const(0x7FFFFFFF, "uint32")) > const(0x7F800000, "uint32")
+    result = tirx.Select(is_nan, const(_BF16_NAN, "uint32"), rounded)
+    return tirx.Let(bits, tirx.reinterpret("uint32", x), result).astype("uint16")
+
+
+def panel_input(place: Expr) -> Expr:
+    """Return which of a panel's inputs lies at `place`.
+
+    A thread of a matrix unit multiplies the numbers at 16 s + 8 h + 2 q, + 1 (s, q 0..3; h 0, 1):
+    they are the neighbouring inputs 16 q to 16 q + 15. So it finds its weights side by side, fp4
+    in two words and int8 in four, and a mask takes two of them out of a word at once.
+    """
+    q, s, h, side = place % 8 // 2, place // 16, place // 8 % 2, place % 2
+    return q * 16 + s // 2 * 8 + h * 4 + s % 2 + side * 2
 
 
 def half_e8m0_to_float32(exponent: Expr) -> Expr:

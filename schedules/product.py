@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from tvm.ir import Expr, TensorLoad
+from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc, Var
-from tvm_ffi import structural_map
+from tvm.tirx import Buffer, PrimFunc
 
 from .formats import (
     BLOCK,
@@ -21,6 +20,7 @@ from .formats import (
     int8_of_word,
     sum_of_digits,
 )
+from .stages import Load, Stages
 
 OPS = (
     "moe_mxfp4_sum_digits",
@@ -48,7 +48,7 @@ class Product:
     def __init__(self, function: PrimFunc) -> None:
         self.function = function
         self.tensors = {parameter.name: parameter for parameter in function.params}
-        self.out = self.tensors["out"]
+        self.out = self.tensors["out"] if "out" in self.tensors else _result_between(function)
         self.num_rows, self.columns = self.out.shape[0], int(self.out.shape[1])
         self.expert = self.tensors.get("row_expert")
         in_digits = "xq" in self.tensors and len(self.tensors["xq"].shape) == 4
@@ -56,6 +56,8 @@ class Product:
         self.halves = 2 if "swiglu" in str(function.attrs["op"]) else 1  # gate and up
         if "xq" in self.tensors:
             self.blocks = int(self.tensors["xq"].shape[1])
+        elif "xb" in self.tensors:
+            self.blocks = int(self.tensors["scales"].shape[-1])
         else:
             self.blocks = int(self.tensors["x"].shape[1]) // BLOCK
 
@@ -121,17 +123,24 @@ class Product:
 
         return next_run  # type: ignore[no-any-return]
 
-    def output(self, at_row: Expr, at_column: Expr, sum_of: Callable[[Expr], Expr]) -> Expr:
-        """Return the kernel's last stage, applied to sums that are computed elsewhere."""
-        sch = Schedule(self.function)
-        stage = sch.get(sch.get_sblock("out"))
-        row, column = (axis.var for axis in stage.iter_vars)
-        replaced = {row: at_row, column: at_column}
+    def output(
+        self,
+        at_row: Expr,
+        at_column: Expr,
+        sum_of: Callable[[Expr], Expr],
+        expert: Expr | None = None,
+    ) -> Expr:
+        """Return the kernel's last stage, applied to sums that are computed elsewhere; `expert`, if
+        it is given, is known to be the row's."""
+        loads: dict[str, Load] = {
+            "acc": lambda indices: sum_of(indices[1] if self.halves == 2 else T.int64(0))
+        }
+        if expert is not None:
+            loads["row_expert"] = lambda indices: expert.astype("int32")
+        return Stages(self.function).value("out", (at_row, at_column), loads)
 
-        def load(read: TensorLoad) -> Expr:
-            if read.source.name != "acc":
-                return read
-            return sum_of(read.indices[1] if self.halves == 2 else T.int64(0))
 
-        names = (Var, lambda variable: replaced.get(variable, variable))
-        return structural_map(stage.body.value, [names, (TensorLoad, load)])
+def _result_between(function: PrimFunc) -> Buffer:
+    """Return what the stage `out` computes where it is no result, but read by a further stage."""
+    sch = Schedule(function)
+    return sch.get(sch.get_sblock("out")).writes[0].source

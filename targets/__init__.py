@@ -34,9 +34,13 @@ class Target:
     num_registers: int  # for vectors
     max_threads: int  # in a work-group; 0 for a CPU, as `subgroup_size` is
     subgroup_size: int  # threads that execute an instruction together
+    shared_bytes: int  # of memory that a launch may give a work-group; 0 if only kernels declare it
     int8_dot: str | None  # instruction that sums products of bytes
     matrix: str | None  # instruction that multiplies matrices of float32
+    bf16_matrix: str | None  # instruction that multiplies matrices of bfloat16
     selects_bytes: bool  # an instruction takes four of eight bytes, or their signs
+    has_shuffles: bool  # threads of a subgroup read each other's registers
+    has_dependent_launch: bool  # a kernel may begin early, and wait for the one before itself
     has_textures: bool  # units that read memory through a cache of their own
     dtypes: tuple[str, ...]  # legal for kernel arguments
     has_exp: bool
@@ -90,9 +94,13 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             num_registers=0 if is_gpu else capabilities["num_registers"],
             max_threads=capabilities["max_threads"] if is_gpu else 0,
             subgroup_size=capabilities["subgroup_size"] if is_gpu else 0,
+            shared_bytes=capabilities.get("shared_bytes", 0),
             int8_dot=capabilities.get("int8_dot"),
             matrix=capabilities.get("matrix"),
+            bf16_matrix=capabilities.get("bf16_matrix"),
             selects_bytes=capabilities.get("selects_bytes", False),
+            has_shuffles=capabilities.get("shuffles", False),
+            has_dependent_launch=capabilities.get("dependent_launch", False),
             has_textures=capabilities.get("textures", False),
             dtypes=tuple(capabilities["dtypes"]),
             has_exp=capabilities["exp"],

@@ -100,7 +100,10 @@ void Make() {
   if (!_setjmp(scheduler)) swapcontext(&starter, &context);
 }
 
+void (*resuming)(Fibre*);  // called before a fibre goes on, if it is set
+
 void Resume(Fibre* fibre) {
+  if (resuming) resuming(fibre);
   current = fibre;
   fibre->state = State::kRunning;
   if (!_setjmp(scheduler)) _longjmp(fibre->place, 1);

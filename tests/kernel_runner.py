@@ -32,6 +32,7 @@ from osscompile.passes.name_rounding import name_rounding
 from osscompile.passes.pack_weights import pack_kernel, packable
 from osscompile.passes.split_launches import split_launches
 from osscompile.passes.store_halves import store_halves
+from osscompile.passes.wait_for_launches import wait_for_launches
 from osscompile.runtime.devices.cuda import CudaDevice
 from osscompile.runtime.devices.launch_devices import LAUNCH_DEVICES, LaunchDevice
 from osscompile.runtime.devices.opencl import OpenCLDevice
@@ -133,8 +134,8 @@ class LaunchedKernel:
 
     def __init__(self, function: PrimFunc, target: Target) -> None:
         module = ir.IRModule({"main": function.without_attr("global_symbol")})
-        module = split_launches(store_halves(module, target), target)
-        self.host, self.runtime = module["main"], target.runtime
+        module = wait_for_launches(split_launches(store_halves(module, target), target), target)
+        self.module, self.runtime = module, target.runtime
         if self.runtime == "opencl":
             self.source = opencl_source(module, target)
             self.image = self.source.encode()
@@ -155,7 +156,7 @@ class LaunchedKernel:
             return CudaDevice(image, programs, cuda_device.open_here())
 
     def __call__(self, *arguments: Any) -> None:
-        device = self.load(kernel_launches(self.host, [a.shape for a in arguments]))
+        device = self.load(kernel_launches(self.module, "main", [a.shape for a in arguments]))
         arrays = [argument.numpy() for argument in arguments]
         bound = [device.tensor(array) for array in arrays]
         device.call("main", bound)

@@ -20,10 +20,12 @@ import pytest
 from cuda_device import H100, compile_here
 from device_models import OF_GPT_OSS
 from metal_device import needs_gxx
-from tvm import ir
+from smallest_graph import imported
+from tvm import ir, tirx
 
 import osscompile
-from osscompile.codegen.cuda import compile_cuda, cuda_source
+from osscompile.codegen.cuda import compile_cuda, cuda_source, nvcc_command
+from osscompile.codegen.dependence import mark_dependent
 from osscompile.codegen.programs import build_programs
 from osscompile.codegen.tools import find_nvcc
 from osscompile.errors import CompileError
@@ -32,8 +34,9 @@ from osscompile.importer.graph import build_graph
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
 from osscompile.runtime.artifact import read_manifest
-from osscompile.runtime.devices import cuda
+from osscompile.runtime.devices import cuda, cuda_driver, cuda_staging
 from osscompile.runtime.devices.cuda import CudaDevice
+from osscompile.runtime.devices.memory import DeviceArray
 from osscompile.runtime.devices.program import Input, Launch, Launches, Program
 from osscompile.runtime.errors import ArtifactError, OsscompileError
 
@@ -60,16 +63,50 @@ def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
             assert np.prod(launch.threads) <= H100.max_threads
 
 
+def test_launches_begin_early_but_where_they_read_early_what_the_one_before_writes() -> None:
+    """The down projection loads its experts' weights early, and so reads early which these are."""
+    module = run_passes(imported("fast"), H100, SHARED_PASSES + LAUNCH_PASSES)
+    programs = build_programs(module)
+    for program in programs.values():
+        dependent = [launch.dependent for launch in program.launches]
+        assert dependent == [False] + [True] * (len(dependent) - 1)
+    launches = programs["step_1"].launches
+    sort, down = (
+        next(launch for launch in launches if launch.kernel.startswith(name))
+        for name in ("sort_by_expert", "moe_mxfp4_sum")
+    )
+    assert not mark_dependent([sort, down], module)[1].dependent
+    assert mark_dependent([launches[0], down], module)[1].dependent
+
+
+def test_copies_that_run_meanwhile_read_early() -> None:
+    """A product that has its activations copied before it waits cannot begin before the norm ends;
+    as it is, it waits first."""
+    module = run_passes(imported("fast"), H100, SHARED_PASSES + LAUNCH_PASSES)
+    launches = build_programs(module)["step"].launches
+    norm, product = (
+        next(launch for launch in launches if launch.kernel == f"{name}_bf16_kernel")
+        for name in ("rms_norm", "dense_int8")
+    )
+    assert mark_dependent([norm, product], module)[1].dependent
+    kernel = module[product.kernel]
+    wait, *rest = kernel.body.seq
+    module[product.kernel] = kernel.with_body(tirx.SeqStmt([*rest, wait]))
+    assert not mark_dependent([norm, product], module)[1].dependent
+
+
 @needs_nvcc
 def test_compile_20b_for_sm_90a(tmp_path: Path) -> None:
-    """Every kernel of the profile fast compiles, and none spills registers."""
+    """Every kernel of the profile fast compiles, none spills registers, and none waits for each
+    product of the matrix units before the next."""
     _, source = gpt_oss(32, "fast")
     (tmp_path / "kernels.cu").write_text(source)
-    command = [str(find_nvcc()), f"-arch={H100.tvm['arch']}", "-fatbin", "-Xptxas=-v"]
-    result = subprocess.run([*command, "kernels.cu"], cwd=tmp_path, capture_output=True, text=True)
+    command = [*nvcc_command(str(find_nvcc()), H100), "-Xptxas=-v", "kernels.cu"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert result.returncode == 0 and len(spills) > 30, result.stderr
     assert set(spills) == {("0", "0")}
+    assert "serialized" not in result.stderr
 
 
 @needs_nvcc
@@ -92,6 +129,13 @@ def test_output_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     compile_cuda('extern "C" __global__ void f() {}', H100, Path("lib.fatbin"))
     assert [file.name for file in tmp_path.iterdir()] == ["lib.fatbin"]
+
+
+def test_code_is_for_one_architecture() -> None:
+    """nvcc would also compile for an older one, which lacks instructions."""
+    command = nvcc_command("nvcc", H100)
+    assert "arch=compute_90a,code=sm_90a" in command
+    assert not any(word.startswith("-arch") for word in command)
 
 
 @needs_nvcc
@@ -137,7 +181,7 @@ COUNTS = ("launches", "graph_launches", "freed", *HELD)
 def driver(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     """The stand-in for a GPU with little memory; its counters are zero."""
     library = str(cuda_device.driver())
-    monkeypatch.setattr(cuda, "DRIVER", library)
+    monkeypatch.setattr(cuda_driver, "DRIVER", library)
     loaded = ctypes.CDLL(library)
     for name in COUNTS:
         ctypes.c_int.in_dll(loaded, f"fake_{name}").value = 0
@@ -278,6 +322,25 @@ def test_graph_that_cannot_be_recorded_leaves_the_stream_as_it_was(
     assert count(driver, "fake_launches") == 1 and device.is_alive()
 
 
+def test_memory_that_a_launch_adds_is_asked_for(driver: ctypes.CDLL, image: Path) -> None:
+    """The driver gives a block more than 48 KB only then, and never more than it has."""
+    (launch,) = TWICE.launches
+    for added, fits in (
+        (64 << 10, True),
+        (H100.shared_bytes, True),
+        (H100.shared_bytes + 1, False),
+    ):
+        device = CudaDevice(
+            image, {"twice": Launches((), (dataclasses.replace(launch, shared_bytes=added),))}
+        )
+        bound = [device.tensor(np.zeros(3, np.float32)) for _ in range(2)]
+        if fits:
+            device.call("twice", bound)
+            continue
+        with pytest.raises(ArtifactError, match=r"quick: .*invalid value"):
+            device.call("twice", bound)
+
+
 def test_kernel_that_takes_other_parameters(driver: ctypes.CDLL, image: Path) -> None:
     for add in ((OUT, POSITION, CACHE), (OUT, POSITION, CACHE, ONE, ONE), (OUT,) * 3):
         device = CudaDevice(image, {"decode": program(1, add=add)})
@@ -304,6 +367,26 @@ def test_too_little_room(driver: ctypes.CDLL, image: Path) -> None:
         device.zeros((1024, 1024), "float32")
 
 
+def test_large_arrays_are_copied_in_pieces_by_several_threads(
+    driver: ctypes.CDLL, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "STAGED_BYTES", 1000)
+    monkeypatch.setattr(cuda_staging, "PIECE_BYTES", 96)
+    device, rng = CudaDevice(image, {}), np.random.default_rng(0)
+    arrays = [rng.standard_normal(size).astype(np.float32) for size in (249, 250, 7200, 7201)]
+    for array in arrays:
+        memory = device.tensor(array)
+        np.testing.assert_array_equal(device.numpy(DeviceArray(memory, array.shape)), array)
+    part = arrays[3][:2000]
+    device.write(DeviceArray(memory, arrays[3].shape), part, 5000)
+    found = device.numpy(DeviceArray(memory, arrays[3].shape))
+    np.testing.assert_array_equal(found, np.concatenate([arrays[3][:5000], part, arrays[3][7000:]]))
+    assert count(driver, "fake_pinned") > 0
+    del device, memory
+    gc.collect()
+    assert count(driver, "fake_pinned") == 0
+
+
 def test_no_gpu(driver: ctypes.CDLL, image: Path) -> None:
     ctypes.c_int.in_dll(driver, "fake_devices").value = 0
     with pytest.raises(OsscompileError, match=r"expected a GPU, found: .*no device"):
@@ -311,6 +394,6 @@ def test_no_gpu(driver: ctypes.CDLL, image: Path) -> None:
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cuda, "DRIVER", str(tmp_path / "libcuda.so.1"))
+    monkeypatch.setattr(cuda_driver, "DRIVER", str(tmp_path / "libcuda.so.1"))
     with pytest.raises(OsscompileError, match=r"expected the driver's .*install NVIDIA's driver"):
         CudaDevice(tmp_path, {})

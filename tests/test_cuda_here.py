@@ -31,7 +31,7 @@ import osscompile
 from osscompile.runtime import load
 from osscompile.runtime.bench import bandwidth_device
 from osscompile.runtime.bench.models import bench
-from osscompile.runtime.devices import cuda
+from osscompile.runtime.devices import cuda_driver
 from osscompile.runtime.trials.measure import measure_kernel
 
 pytestmark = needs_gxx
@@ -42,7 +42,7 @@ def stand_in() -> Iterator[None]:
     """Replace the driver and CUDA's compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("osscompile.codegen.cuda.compile_cuda", compile_here)
-        patch.setattr(cuda, "DRIVER", str(cuda_device.driver()))
+        patch.setattr(cuda_driver, "DRIVER", str(cuda_device.driver()))
         yield
 
 

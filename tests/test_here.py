@@ -8,7 +8,7 @@ from cuda_device import H100
 
 from osscompile import here, targets
 from osscompile.here import target_here
-from osscompile.runtime.devices import cuda
+from osscompile.runtime.devices import cuda_driver
 from osscompile.runtime.errors import OsscompileError
 from osscompile.runtime.machine import Machine
 from osscompile.targets import Target, TargetError
@@ -37,13 +37,13 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_machine_without_a_gpu(
     this_machine: Target, nvcc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "DRIVER", "libcuda-none.so")
+    monkeypatch.setattr(cuda_driver, "DRIVER", "libcuda-none.so")
     assert target_here() == this_machine
 
 
 def test_driver_of_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has none of the functions, or one fails."""
-    monkeypatch.setattr(cuda, "DRIVER", None)  # names this process
+    monkeypatch.setattr(cuda_driver, "DRIVER", None)  # names this process
     assert here._cuda_architecture() is None
 
 
@@ -78,7 +78,7 @@ def test_a_gpu_through_tvms_runtime(has_gpu: bool, monkeypatch: pytest.MonkeyPat
     machine = Machine(METAL.system, METAL.architecture, ())
     monkeypatch.setattr(Machine, "here", lambda: machine)
     monkeypatch.setattr(here, "TensorMemory", memory)
-    monkeypatch.setattr(cuda, "DRIVER", "libcuda-none.so")
+    monkeypatch.setattr(cuda_driver, "DRIVER", "libcuda-none.so")
     found = target_here()
     assert (found == METAL) == has_gpu and found.system == METAL.system
     assert asked == ["metal"]

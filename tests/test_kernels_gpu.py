@@ -121,6 +121,14 @@ def test_rms_norm_quantized(gpu: Target, form: Form, kind: str) -> None:
     check_norm_quantized(form, kind, gpu)
 
 
+@pytest.mark.parametrize("hidden", [32, 1184, 2880])
+def test_rms_norm_quantized_of_rows_that_a_group_takes_by_turns_or_not(
+    gpu: Target, hidden: int
+) -> None:
+    """1184 is 37 blocks, which no number of subgroups shares evenly."""
+    check_norm_quantized(PREFILL, "q8", gpu, hidden)
+
+
 @every_form
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_quantize_q8_is_exact(gpu: Target, form: Form, scale: float) -> None:

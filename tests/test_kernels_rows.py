@@ -146,10 +146,10 @@ def test_rms_norm_quantized_is_the_norm_and_its_quantisation(form: Form, kind: s
     check_norm_quantized(form, kind)
 
 
-def check_norm_quantized(form: Form, kind: str, target: Target = HERE) -> None:
-    x, weight = rms_norm(form).inputs
-    kernel = rows.rms_norm_quantized(kind, form.tokens, 96, 1e-5)
-    normed, *quantized = build(kernel, target)(x, weight)
-    assert_close(normed, rms_norm(form).expected)
+def check_norm_quantized(form: Form, kind: str, target: Target = HERE, hidden: int = 96) -> None:
+    case = rms_norm(form, hidden)
+    kernel = rows.rms_norm_quantized(kind, form.tokens, hidden, 1e-5)
+    normed, *quantized = build(kernel, target)(*case.inputs)
+    assert_close(normed, case.expected)
     for actual, expected in zip(quantized, activations(normed, kind)[0], strict=True):
         np.testing.assert_array_equal(actual, expected)

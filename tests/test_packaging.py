@@ -301,8 +301,9 @@ def test_target_has_what_it_needs(name: str) -> None:
 def required_keys(name: str) -> list[str]:
     facts = tomllib.loads((ROOT / "targets" / f"{name}.toml").read_text())
     optional = {"device", "runtime", "variants"}
-    instructions = ("half", "int8_dot", "matrix", "nearest_even", "selects_bytes", "textures")
-    optional |= {f"capabilities.{name}" for name in instructions}
+    instructions = {"half", "int8_dot", "matrix", "bf16_matrix", "nearest_even", "selects_bytes"}
+    others = {"textures", "shared_bytes", "shuffles", "dependent_launch"}
+    optional |= {f"capabilities.{name}" for name in instructions | others}
     tables = [key for key, value in facts.items() if isinstance(value, dict) and key != "tvm"]
     keys = [*facts, *(f"{table}.{key}" for table in tables for key in facts[table])]
     return [key for key in keys if key not in optional]

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from cuda_device import H100
 from opencl_device import OPENCL, needs_opencl
 from smallest_graph import PROFILES, SMALLEST, kernels
 from tvm import ir
 
 from osscompile import cli, compiler, targets
 from osscompile.importer.synthetic import gpt_oss_config
+from osscompile.passes.join_attention import join_attention
 from osscompile.runtime.devices.tvm_cpu import aligned_copy, tensor
 from osscompile.runtime.trials import inputs, measure
 from osscompile.runtime.trials.files import (
@@ -44,7 +46,12 @@ from osscompile.tuning.workloads import Workload, collect_workloads
 
 LARGE = gpt_oss_config(num_layers=2, num_experts=128)
 SMALL = dataclasses.replace(
-    SMALLEST, vocab_size=192, num_experts=8, num_experts_per_token=4, max_context=600
+    SMALLEST,
+    vocab_size=192,
+    head_dim=32,
+    num_experts=8,
+    num_experts_per_token=4,
+    max_context=600,
 )
 MODEL = "synthetic:tiny"
 
@@ -71,7 +78,8 @@ def scheduled_by_compile(target: Target, profile: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(compiler, "_build_libraries", stop)
     with pytest.raises(Packed) as stopped:
         compiler.compile(MODEL, target.name, "unwritten.osc", profile=profile)
-    return Counter(map(kernel_key, kernels(stopped.value.module).values()))
+    module = join_attention(stopped.value.module, target)
+    return Counter(map(kernel_key, kernels(module).values()))
 
 
 def collect(target: Target, profile: str) -> list[Workload]:
@@ -83,7 +91,10 @@ def collect(target: Target, profile: str) -> list[Workload]:
 
 @pytest.mark.parametrize(
     ("name", "profile"),
-    [("x86", "fast"), ("x86", "exact"), ("apple", "fast"), (OPENCL.name, "exact")],
+    [
+        *(("x86", "fast"), ("x86", "exact"), ("apple", "fast")),
+        *((OPENCL.name, "exact"), ("h100", "fast"), ("h100", "exact")),
+    ],
 )
 def test_every_kernel_that_a_compile_schedules_is_emitted(
     name: str, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -122,8 +133,8 @@ def test_every_argument_counts() -> None:
     there would show."""
     kernels_of = {
         (str(w.function.attrs["op"]), *(a.name for a in w.arguments)): w
-        for profile in PROFILES
-        for w in collect(OPENCL, profile)
+        for target, profile in [*((OPENCL, p) for p in PROFILES), (H100, "fast")]
+        for w in collect(target, profile)
     }
     assert len(kernels_of) > 20
     for workload in kernels_of.values():

@@ -17,36 +17,13 @@ from tvm.tirx import transform as tirx
 from ..errors import CompileError
 from ..runtime.devices.program import write_programs
 from ..runtime.manifest import PROGRAMS_SUFFIX
-from ..schedules.gpu import mma, tf32
-from ..schedules.gpu.packed_bytes import DOT, SELECT
+from ..schedules.gpu.wgmma import SWIZZLE_BYTES
 from ..targets import Target
 from .programs import build_programs
+from .ptx import PRELUDE
 from .tools import find_nvcc, run_tool
 
-PRELUDE = f"""\
-static __device__ int {DOT}(unsigned a, unsigned b) {{ return __dp4a(int(a), int(b), 0); }}
-static __device__ void {mma.MMA}(int* c0, int* c1, int* c2, int* c3, unsigned a0, unsigned a1,
-                                   unsigned a2, unsigned a3, unsigned b0, unsigned b1) {{
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
-      : "+r"(*c0), "+r"(*c1), "+r"(*c2), "+r"(*c3)
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}}
-static __device__ void {tf32.MMA}(float* c0, float* c1, float* c2, float* c3, unsigned a0,
-                                  unsigned a1, unsigned a2, unsigned a3, unsigned b0,
-                                  unsigned b1) {{
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
-      : "+f"(*c0), "+f"(*c1), "+f"(*c2), "+f"(*c3)
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}}
-static __device__ unsigned {SELECT}(unsigned low, unsigned high, unsigned selectors) {{
-  unsigned bytes;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
-  return bytes;
-}}
-
-"""
+_DYNAMIC = "extern __shared__ __align__"  # what TVM writes before the memory that a launch adds
 
 
 def build_cuda(module: ir.IRModule, target: Target, output: Path) -> None:
@@ -77,7 +54,9 @@ def cuda_source(module: ir.IRModule, target: Target) -> str:
     built = codegen_build(lower(ir.IRModule(functions)), TvmTarget(target.tvm))
     # If one block at a time is enough, nvcc does not load late to save registers.
     bounds = (r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 1)")
-    return PRELUDE + re.sub(*bounds, str(built.inspect_source()))
+    source = re.sub(*bounds, str(built.inspect_source()))
+    # Matrix units see pieces of rows change places by bits of the address.
+    return PRELUDE + source.replace(f"{_DYNAMIC}(64)", f"{_DYNAMIC}({SWIZZLE_BYTES})")
 
 
 def compile_cuda(source: str, target: Target, output: Path) -> None:
@@ -92,10 +71,18 @@ def compile_cuda(source: str, target: Target, output: Path) -> None:
     with tempfile.TemporaryDirectory(dir=output.parent) as workspace:
         file = Path(workspace, "kernels.cu")
         file.write_text(source, encoding="utf-8")
-        command = [compiler, f"-arch={target.tvm['arch']}", "-fatbin", "-o", str(output), str(file)]
+        command = [*nvcc_command(compiler, target), "-o", str(output), str(file)]
         result = run_tool(command, Path(workspace))
     if result.returncode != 0:
         raise CompileError(
             f"compiling {output.name}: expected nvcc to succeed, it ended with status "
             f"{result.returncode} and said: {result.stderr.strip()[-2000:] or 'nothing'}"
         )
+
+
+def nvcc_command(compiler: str, target: Target) -> list[str]:
+    """Return what makes code for the target's architecture alone: `-arch` would also make some for
+    an older one, which may lack an instruction."""
+    architecture = str(target.tvm["arch"])
+    code = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
+    return [compiler, "-gencode", code, "-fatbin"]

@@ -6,7 +6,7 @@ number of tokens.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from ..runtime.devices.program import (
     Program,
     evaluate,
 )
+from .dependence import mark_dependent
 
 INPUT_DTYPE = "int32"
 _OPERATORS = {
@@ -37,6 +38,7 @@ _OPERATORS = {
     tirx.Max: "max",
 }
 _TAGS = [f"{index}.{axis}" for index in ("blockIdx", "threadIdx") for axis in "xyz"]
+_SHARED = "tirx.use_dyn_shared_memory"  # the tag of the bytes that a launch adds
 
 Place = tuple[str, int]  # a memory, as in an argument of `Launch`
 
@@ -76,7 +78,7 @@ class _Extraction:
             symbols=self.symbols,
             inputs=tuple(Input(p.name, tuple(map(_expression, p.ty.shape))) for p in self.inputs),
             storages=tuple(self.storages),
-            launches=tuple(self.launches),
+            launches=tuple(mark_dependent(self.launches, self.module)),
             result=number,
             result_shape=tuple(_expression(extent) for extent in result.ty.shape),
         )
@@ -111,11 +113,13 @@ class _Extraction:
                 if isinstance(extent, tirx.Var):
                     symbols[extent] = actual
         places = [self.places[argument] for argument in arguments]
-        self.launches += launches_of(kernel, places, symbols, self._storage)
+        self.launches += launches_of(kernel, places, symbols, self._storage, self.symbols)
 
 
-def kernel_launches(kernel: PrimFunc, shapes: Sequence[Sequence[int]]) -> Launches:
-    """Return the launches of one kernel from `split_launches`, for arguments of these shapes."""
+def kernel_launches(module: ir.IRModule, name: str, shapes: Sequence[Sequence[int]]) -> Launches:
+    """Return the launches of one kernel of a module from `split_launches`, for arguments of these
+    shapes."""
+    kernel = module[name]
     symbols = {
         extent: tirx.const(size, "int64")
         for parameter, shape in zip(kernel.params, shapes, strict=True)
@@ -130,7 +134,7 @@ def kernel_launches(kernel: PrimFunc, shapes: Sequence[Sequence[int]]) -> Launch
 
     places = [("bound", i) for i in range(len(shapes))]
     launches = launches_of(kernel, places, symbols, new_storage)
-    return Launches(tuple(storages), tuple(launches))
+    return Launches(tuple(storages), tuple(mark_dependent(launches, module)))
 
 
 def launches_of(
@@ -138,11 +142,13 @@ def launches_of(
     places: Sequence[Place],
     symbols: dict[tirx.Var, Expr],
     new_storage: Callable[[int], Place],
+    most: Mapping[str, int] | None = None,
 ) -> list[Launch]:
     """Return the launches of a kernel from `split_launches`, for arguments in these places.
 
     `symbols` gives its symbolic extents, as constants or in the number of tokens. `new_storage`
-    makes a place of so many bytes for what one launch leaves for the next.
+    makes a place of so many bytes for what one launch leaves for the next; `most` says what the
+    number of tokens may be.
     """
     place_of = dict(zip(kernel.params, places, strict=True))
 
@@ -156,9 +162,8 @@ def launches_of(
     for statement in statements:
         if isinstance(statement, tirx.AllocBuffer):
             buffer = statement.buffer
-            # of a kernel for few rows, whose number the function that calls it knows
-            size = _product([structural_map(e, known) for e in buffer.shape])
-            assert isinstance(size, int), buffer
+            extents = [structural_map(e, known) for e in buffer.shape]
+            size = evaluate(_product(extents), most or {})
             place_of[buffer] = new_storage(size * np.dtype(str(buffer.dtype)).itemsize)
         elif isinstance(statement, tirx.DeclBuffer):  # the same memory in another shape
             place_of[statement.buffer] = place_of[statement.data.args[0]]
@@ -175,8 +180,9 @@ def _launch(
     tags = [str(tag) for tag in call.attrs.launch_params]
     name, *arguments = call.args
     sizes = dict(zip(tags, map(in_tokens, arguments[-len(tags) :]), strict=True))
+    shared_bytes = sizes.pop(_SHARED, 0)
     assert set(sizes) <= set(_TAGS), tags
-    axes = max(_TAGS.index(tag) % 3 for tag in tags) + 1
+    axes = max(_TAGS.index(tag) % 3 for tag in sizes) + 1
     return Launch(
         kernel=str(name.value),
         arguments=tuple(
@@ -185,6 +191,7 @@ def _launch(
         ),
         groups=tuple(sizes.get(tag, 1) for tag in _TAGS[:axes]),
         threads=tuple(sizes.get(tag, 1) for tag in _TAGS[3 : 3 + axes]),
+        shared_bytes=shared_bytes,
     )
 
 

@@ -9,7 +9,9 @@ from ..errors import CompileError
 from ..schedules.records import Records
 from ..targets import Target
 from .expand_exp import expand_exp
+from .join_attention import join_attention
 from .lower_graph import lower_graph
+from .multiply_bfloat16 import multiply_bfloat16
 from .name_rounding import name_rounding
 from .pack_weights import pack_weights
 from .plan_memory import plan_memory
@@ -17,12 +19,16 @@ from .schedule_kernels import schedule_kernels
 from .split_launches import split_launches
 from .store_halves import store_halves
 from .verify import verify
+from .wait_for_launches import wait_for_launches
 
 Pass = Callable[[ir.IRModule, Target], ir.IRModule]
 
 # These run once for all variants of a target, which read the same weights. They run first, because
 # schedules are written for the target's layout.
-SHARED_PASSES: tuple[Pass, ...] = (pack_weights,)
+SHARED_PASSES: tuple[Pass, ...] = (
+    pack_weights,
+    multiply_bfloat16,  # after packing, which knows the kernels of the graph only
+)
 # These run for each variant.
 VARIANT_PASSES: tuple[Pass, ...] = (
     schedule_kernels,
@@ -33,12 +39,14 @@ VARIANT_PASSES: tuple[Pass, ...] = (
 )
 # These run for each variant of a target that the runtime drives launch by launch.
 LAUNCH_PASSES: tuple[Pass, ...] = (
+    join_attention,  # before scheduling: a schedule takes the joined kernel whole
     schedule_kernels,
     expand_exp,
     name_rounding,
     plan_memory,
     store_halves,  # after scheduling, so that rules see the graph's types
-    split_launches,  # last: no pass can read the kernels that it leaves
+    split_launches,  # no other pass can read the kernels that it leaves
+    wait_for_launches,
 )
 
 

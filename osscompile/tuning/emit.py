@@ -16,6 +16,7 @@ from ..passes.expand_exp import expand_exp
 from ..passes.name_rounding import name_rounding
 from ..passes.split_launches import split_launches
 from ..passes.store_halves import store_halves
+from ..passes.wait_for_launches import wait_for_launches
 from ..runtime.devices.program import Launches
 from ..runtime.devices.tvm_cpu import tensor
 from ..runtime.errors import TuningError
@@ -121,11 +122,11 @@ def _build(
     if write_kernels is None:
         build_library(module, target, file)
         return None
-    module = split_launches(store_halves(module, target), target)
+    module = wait_for_launches(split_launches(store_halves(module, target), target), target)
     write_kernels(module, target, file)
     return {
-        CHECKED: kernel_launches(module[FUNCTION], [a.check_shape for a in arguments]),
-        TIMED: kernel_launches(module[FUNCTION], [a.shape for a in arguments]),
+        CHECKED: kernel_launches(module, FUNCTION, [a.check_shape for a in arguments]),
+        TIMED: kernel_launches(module, FUNCTION, [a.shape for a in arguments]),
     }
 
 

@@ -11,7 +11,6 @@ from ..schedules.formats import DIGIT, FP4_OFFSET
 
 Fill: TypeAlias = tuple[str, int, int]  # (one of `FILLS` in `runtime/trials/files.py`, low, high)
 OUTPUT: Fill = ("output", DIGIT, 0)
-IN_PLACE: Fill = ("zeros", 0, 0)  # so that a write elsewhere shows
 # Powers of two that bring the results of products, and the scores of attention, near 1.
 EXPONENTS = {"scales": -12, "xs": -5, "queries": -3}
 EXPONENT_OF_DIGITS = -18  # of xs where whole numbers are in digits
@@ -27,6 +26,12 @@ class Setting:
     rows: int
     position: int
     config: ModelConfig
+
+
+def fill_in_place(setting: Setting) -> Fill:
+    """Return the fill of an argument that is written in place: zeros, which cost an answer nothing,
+    unless the kernel attends to what is there."""
+    return ("normal", 0, 0) if "sinks" in setting.sizes else ("zeros", 0, 0)
 
 
 def fill_of(parameter: tirx.Buffer, setting: Setting) -> Fill:
@@ -69,7 +74,7 @@ def _whole_numbers(name: str, setting: Setting) -> Fill:
         case "wanted":
             return "indices", 0, row_of("x")
         case "row_token":
-            return "indices", 0, row_of("xq")
+            return "indices", 0, row_of("xq" if "xq" in sizes else "xb")
         case "slots":
             return "integers", 0, row_of("row_expert")
         case "row_expert":

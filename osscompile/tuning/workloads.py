@@ -18,6 +18,8 @@ from ..importer.graph import DEFAULT_CHUNK, MOST_WANTED, TOKENS, WANTED, build_g
 from ..kernels.attention import TILES
 from ..kernels.choose import ROWS
 from ..kernels.kv_cache import PAGES, TABLE_PAGES
+from ..passes.join_attention import join_attention
+from ..passes.multiply_bfloat16 import multiply_bfloat16
 from ..passes.pack_weights import pack_weights
 from ..runtime.kv_cache import PAGE_TOKENS
 from ..runtime.manifest import CPU
@@ -27,7 +29,7 @@ from ..schedules.formats import FEW_EXPERT_ROWS, FEW_TOKENS
 from ..schedules.records import kernel_key
 from ..schedules.rule import schedule
 from ..targets import Target
-from .fills import IN_PLACE, OUTPUT, Setting, fill_of
+from .fills import OUTPUT, Setting, fill_in_place, fill_of
 
 # The position of the first new token: attention sees that many keys before it, and new keys go on
 # from the end of a page to the next.
@@ -36,6 +38,7 @@ POSITION = 1270
 # of 64, and fewer where the host would take minutes.
 CHECKED_ROWS = 85
 CHECKED_ELEMENTS = 1 << 20  # in the result at most, unless one row has more
+SEPARATE = -1  # as `relax.call_tir_inplace` says that a result has an argument of its own
 PAGE_SYMBOLS = (PAGES.name, TABLE_PAGES.name)
 
 
@@ -58,7 +61,8 @@ def collect_workloads(config: ModelConfig, profile: str, target: Target) -> list
     module = build_graph(config, profile, config.max_context, DEFAULT_CHUNK).module
     if target.device != CPU:
         module = with_choose(module, config.vocab_size, MOST_WANTED)
-    module = pack_weights(module, target)
+    for rewrite in (pack_weights, multiply_bfloat16, join_attention):  # all that replace kernels
+        module = rewrite(module, target)
     workloads = []
     num_pages = _num_pages(config)
     for kernel, calls in _calls_by_kernel(module, num_pages).items():
@@ -98,17 +102,22 @@ def _calls_by_kernel(module: ir.IRModule, num_pages: int) -> dict[str, list[_Cal
 
 def _argument_types(call: ir.Call) -> list[relax.TensorType]:
     """Return the types of the inputs, then of the outputs that are separate arguments."""
-    types = [field.ty for field in call.args[1].fields]
-    if call.op.name == "relax.call_tir":
-        types += getattr(call.ty, "fields", [call.ty])
-    return types
+    results = zip(getattr(call.ty, "fields", [call.ty]), _places(call), strict=True)
+    inputs = [field.ty for field in call.args[1].fields]
+    return inputs + [result for result, place in results if place == SEPARATE]
 
 
 def _written(call: ir.Call) -> set[int]:
-    if call.op.name == "relax.call_tir_inplace":
-        return {int(i) for i in call.attrs.inplace_indices}
     num_inputs = len(call.args[1].fields)
-    return set(range(num_inputs, len(_argument_types(call))))
+    separate = range(num_inputs, len(_argument_types(call)))
+    return {place for place in _places(call) if place != SEPARATE} | set(separate)
+
+
+def _places(call: ir.Call) -> list[int]:
+    """Return for each result the input in whose place it is written, or `SEPARATE`."""
+    if call.op.name == "relax.call_tir_inplace":
+        return [int(i) for i in call.attrs.inplace_indices]
+    return [SEPARATE] * len(getattr(call.ty, "fields", [call.ty]))
 
 
 def _asks(function: PrimFunc, target: Target) -> bool:
@@ -151,7 +160,7 @@ def _arguments(function: PrimFunc, call: _Call, config: ModelConfig) -> tuple[Ar
     arguments = []
     for i, (parameter, shape) in enumerate(zip(function.params, shapes, strict=True)):
         if i in written:
-            fill = IN_PLACE if i < num_inputs else OUTPUT
+            fill = fill_in_place(setting) if i < num_inputs else OUTPUT
         else:
             fill = fill_of(parameter, setting)
         check_shape = _shape(parameter.shape, checked)

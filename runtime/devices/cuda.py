@@ -8,63 +8,25 @@ they are asked for.
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ArtifactError, OsscompileError
+from .cuda_driver import Address, Driver, DriverError, Handle, Stream, pointer
+from .cuda_launch import LaunchConfig
+from .cuda_staging import Staging
 from .library_file import read_library
 from .memory import DeviceArray, DeviceMemory, Memory, Usage
 from .program import MEMORY, Launch, Launches, Program, evaluate
 
-DRIVER = "libcuda.so.1"
-Handle = ctypes.c_void_p  # of a context, module, function, stream or graph
-Address = ctypes.c_uint64  # in the device's memory
 SIZES = {"int32": 4, "int64": 8}  # bytes of a scalar; those of an address are 8
-_NUMBER, _SIZE, _OUT = ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p  # _OUT: by reference
-# What the driver's functions take. All return a status, 0 for success.
-SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "cuInit": (_NUMBER,),
-    "cuDriverGetVersion": (_OUT,),
-    "cuDeviceGet": (_OUT, ctypes.c_int),
-    "cuDeviceGetName": (_OUT, ctypes.c_int, ctypes.c_int),
-    "cuDevicePrimaryCtxRetain": (_OUT, ctypes.c_int),
-    "cuDevicePrimaryCtxRelease_v2": (ctypes.c_int,),
-    "cuCtxSetCurrent": (Handle,),
-    "cuGetErrorString": (ctypes.c_int, _OUT),
-    "cuStreamCreate": (_OUT, _NUMBER),
-    "cuStreamDestroy_v2": (Handle,),
-    "cuStreamSynchronize": (Handle,),
-    "cuStreamBeginCapture_v2": (Handle, ctypes.c_int),
-    "cuStreamEndCapture": (Handle, _OUT),
-    "cuGraphInstantiateWithFlags": (_OUT, Handle, ctypes.c_ulonglong),
-    "cuGraphDestroy": (Handle,),
-    "cuGraphUpload": (Handle, Handle),
-    "cuGraphLaunch": (Handle, Handle),
-    "cuGraphExecDestroy": (Handle,),
-    "cuEventCreate": (_OUT, _NUMBER),
-    "cuEventRecord": (Handle, Handle),
-    "cuEventElapsedTime": (_OUT, Handle, Handle),
-    "cuEventDestroy_v2": (Handle,),
-    "cuModuleLoadData": (_OUT, ctypes.c_char_p),
-    "cuModuleUnload": (Handle,),
-    "cuModuleGetFunction": (_OUT, Handle, ctypes.c_char_p),
-    "cuFuncGetParamInfo": (Handle, _SIZE, _OUT, _OUT),
-    "cuLaunchKernel": (Handle, *[_NUMBER] * 7, Handle, _OUT, _OUT),
-    "cuMemAlloc_v2": (_OUT, _SIZE),
-    "cuMemFree_v2": (Address,),
-    "cuMemsetD8_v2": (Address, ctypes.c_ubyte, _SIZE),
-    "cuMemcpyHtoD_v2": (Address, _OUT, _SIZE),
-    "cuMemcpyDtoD_v2": (Address, Address, _SIZE),
-    "cuMemcpyHtoDAsync_v2": (Address, _OUT, _SIZE, Handle),
-    "cuMemcpyDtoHAsync_v2": (_OUT, Address, _SIZE, Handle),
-}
-FIRST_DEVICE = 0
-BLOCKING_STREAM = 0
 TIMING_EVENT = 0
-NAME_BYTES = 256  # of a device, at most
+MAX_DYNAMIC_SHARED_BYTES = 8  # attribute of a function
 RELAXED = 2  # capture: other threads may do what they like
+STAGED_BYTES = 4 << 20  # of a copy from the host, at least, that goes through pinned memory
 
 
 class CudaDevice(DeviceMemory):
@@ -91,15 +53,15 @@ class CudaDevice(DeviceMemory):
         code = read_library(image, sha256)
         try:
             self._module = _Module(self._driver, self.opened.stream, code)
-        except _DriverError as error:
+        except DriverError as error:
             raise self._cannot_run(error) from error
 
     @staticmethod
     def open() -> "_Opened":
         """The GPU, without kernels. Raises OsscompileError where there is none."""
-        driver = _Driver()
+        driver = Driver()
         name = driver.open_first_device()
-        return _Opened(name, driver, _Stream(driver), Usage())
+        return _Opened(name, driver, Stream(driver), Usage(), cache(lambda: Staging(driver)))
 
     @property
     def name(self) -> str:
@@ -114,7 +76,7 @@ class CudaDevice(DeviceMemory):
         values = program.bind(inputs)
         try:
             for memory, array in zip(prepared.memory["input"], inputs, strict=True):
-                address, source = memory.handle, _pointer(array)
+                address, source = memory.handle, pointer(array)
                 driver.call("cuMemcpyHtoDAsync_v2", address, source, array.nbytes, self._stream)
             if not program.symbols:  # nothing changes from call to call
                 if prepared.graph is None:
@@ -122,7 +84,7 @@ class CudaDevice(DeviceMemory):
                 driver.call("cuGraphLaunch", prepared.graph.handle, self._stream)
             else:
                 self._launch_all(prepared, values)
-        except _DriverError as error:
+        except DriverError as error:
             raise self._cannot_run(error) from error
         shape = tuple(evaluate(extent, values) for extent in program.result_shape)
         return DeviceArray(prepared.memory["storage"][program.result], shape)
@@ -132,7 +94,7 @@ class CudaDevice(DeviceMemory):
         try:
             self._launch_all(self._prepare(name, bound), {})
             self._driver.call("cuStreamSynchronize", self._stream)
-        except _DriverError as error:
+        except DriverError as error:
             raise self._cannot_run(error) from error
 
     def seconds(self, name: str, calls: Sequence[Sequence[Any]]) -> float:
@@ -155,7 +117,7 @@ class CudaDevice(DeviceMemory):
             driver.call("cuStreamSynchronize", stream)
             elapsed = ctypes.byref(milliseconds), begin.handle, end.handle
             driver.call("cuEventElapsedTime", *elapsed)
-        except _DriverError as error:
+        except DriverError as error:
             raise self._cannot_run(error) from error
         return milliseconds.value * 1e-3 / len(calls)
 
@@ -163,7 +125,7 @@ class CudaDevice(DeviceMemory):
         """Whether it can still be used: an address that is none ends that."""
         try:
             self._driver.call("cuStreamSynchronize", self._stream)
-        except _DriverError:
+        except DriverError:
             return False
         return True
 
@@ -198,7 +160,7 @@ class CudaDevice(DeviceMemory):
             self._driver.call(
                 "cuModuleGetFunction", ctypes.byref(function), self._module.handle, name
             )
-        except _DriverError as error:
+        except DriverError as error:
             raise self._cannot_run(f"{launch.kernel}: {error}") from error
         wanted = self._driver.parameter_sizes(function, len(launch.arguments))
         found = [8 if kind in MEMORY else SIZES[kind] for kind, _ in launch.arguments]
@@ -206,6 +168,11 @@ class CudaDevice(DeviceMemory):
             raise self._cannot_run(
                 f"{launch.kernel} takes parameters of {wanted} bytes, the program gives {found}"
             )
+        try:
+            attribute = MAX_DYNAMIC_SHARED_BYTES, launch.shared_bytes
+            self._driver.call("cuFuncSetAttribute", function, *attribute)
+        except DriverError as error:
+            raise self._cannot_run(f"{launch.kernel}: {error}") from error
         return function
 
     def _launch_all(self, prepared: "_Prepared", values: Mapping[str, int]) -> None:
@@ -219,25 +186,24 @@ class CudaDevice(DeviceMemory):
                     given.append((ctypes.c_int32 if kind == "int32" else ctypes.c_int64)(number))
             pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(v) for v in given))
             groups = [evaluate(count, values) for count in launch.groups]
-            sizes = [*groups, *[1] * (3 - len(groups))]
-            sizes += [*launch.threads, *[1] * (3 - len(groups))]
-            sizes.append(launch.shared_bytes)
-            self._driver.call("cuLaunchKernel", function, *sizes, self._stream, pointers, None)
+            dependent, shared_bytes = launch.dependent, launch.shared_bytes
+            config = LaunchConfig.of(groups, launch.threads, shared_bytes, self._stream, dependent)
+            self._driver.call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
 
     def read(self, memory: Memory, array: np.ndarray) -> None:
-        target = _pointer(array)
+        target = pointer(array)
         copied = target, memory.handle, array.nbytes, self._stream
         try:
             self._driver.call("cuMemcpyDtoHAsync_v2", *copied)
             self._driver.call("cuStreamSynchronize", self._stream)
-        except _DriverError as error:  # of a kernel before too
+        except DriverError as error:  # of a kernel before too
             raise self._cannot_run(error) from error
 
     def _allocate(self, num_bytes: int) -> Memory:
         address = Address()
         try:
             self._driver.call("cuMemAlloc_v2", ctypes.byref(address), num_bytes)
-        except _DriverError as error:
+        except DriverError as error:
             raise OsscompileError(
                 f"GPU: expected room for {num_bytes / 1e6:.1f} MB more, found: {error}; load with "
                 "a smaller context, or compile with a smaller prefill_chunk"
@@ -246,7 +212,11 @@ class CudaDevice(DeviceMemory):
 
     def _write(self, memory: Memory, array: np.ndarray, offset: int) -> None:
         target = memory.handle + offset
-        self._driver.call("cuMemcpyHtoD_v2", target, _pointer(array), array.nbytes)
+        if array.nbytes < STAGED_BYTES:
+            self._driver.call("cuMemcpyHtoD_v2", target, pointer(array), array.nbytes)
+            return
+        self._driver.call("cuStreamSynchronize", self._stream)  # what may use the memory still
+        self.opened.staging().copy(target, array)
 
     def _copy(self, memory: Memory, target: int, source: int, num_bytes: int) -> None:
         start = memory.handle
@@ -267,9 +237,10 @@ class _Opened:
     """A GPU, with the stream of everything that is done on it."""
 
     name: str
-    driver: "_Driver"
-    stream: "_Stream"
+    driver: Driver
+    stream: Stream
     usage: Usage
+    staging: Callable[[], Staging]  # when there is something large to copy, and then the same
 
 
 @dataclass
@@ -281,22 +252,10 @@ class _Prepared:
     graph: "_Graph | None" = None
 
 
-class _Stream:
-    """What is done one after the other, until this object goes."""
-
-    def __init__(self, driver: "_Driver") -> None:
-        self._driver, self.handle = driver, Handle()
-        driver.call("cuStreamCreate", ctypes.byref(self.handle), BLOCKING_STREAM)
-
-    def __del__(self) -> None:
-        if self.handle:
-            self._driver.ignoring("cuStreamDestroy_v2", self.handle)
-
-
 class _Module:
     """Kernels that are loaded, until this object goes."""
 
-    def __init__(self, driver: "_Driver", stream: _Stream, code: bytes) -> None:
+    def __init__(self, driver: Driver, stream: Stream, code: bytes) -> None:
         self._driver, self._stream, self.handle = driver, stream, Handle()
         driver.call("cuModuleLoadData", ctypes.byref(self.handle), code)
 
@@ -309,7 +268,7 @@ class _Module:
 class _Graph:
     """Ready to be launched, until this object goes. Takes what was captured."""
 
-    def __init__(self, driver: "_Driver", captured: Handle) -> None:
+    def __init__(self, driver: Driver, captured: Handle) -> None:
         self._driver, self.handle = driver, Handle()
         try:
             driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self.handle), captured, 0)
@@ -324,89 +283,10 @@ class _Graph:
 class _Event:
     """A time on the device's clock."""
 
-    def __init__(self, driver: "_Driver") -> None:
+    def __init__(self, driver: Driver) -> None:
         self._driver, self.handle = driver, Handle()
         driver.call("cuEventCreate", ctypes.byref(self.handle), TIMING_EVENT)
 
     def __del__(self) -> None:
         if self.handle:
             self._driver.ignoring("cuEventDestroy_v2", self.handle)
-
-
-class _DriverError(OsscompileError):
-    """What the driver said."""
-
-
-class _Driver:
-    """Calls of the driver's library that fail with its words. The GPU's context, with all that was
-    not freed, goes with the last that holds this object."""
-
-    def __init__(self) -> None:
-        self._context = Handle()
-        try:
-            self._library = ctypes.CDLL(DRIVER)
-            for name, arguments in SIGNATURES.items():
-                getattr(self._library, name).argtypes = arguments
-        except (OSError, AttributeError) as error:
-            raise OsscompileError(
-                f"CUDA: expected the driver's {DRIVER}, of CUDA 12.4 or later, found: {error}; "
-                "install NVIDIA's driver"
-            ) from error
-
-    def call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._library, name)(*arguments)
-        if status:
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorString(status, ctypes.byref(text))
-            said = (text.value or b"unknown error").decode(errors="replace")
-            raise _DriverError(f"CUDA, {name}: {said} ({status})")
-
-    def ignoring(self, name: str, *arguments: Any) -> None:
-        """Whatever the driver says: at the end of a process it may be gone before us. Any thread
-        may be the one that collects what is freed so."""
-        self._library.cuCtxSetCurrent(self._context)
-        getattr(self._library, name)(*arguments)
-
-    def __del__(self) -> None:
-        if self._context:
-            self._library.cuDevicePrimaryCtxRelease_v2(FIRST_DEVICE)
-
-    def free(self, address: int) -> None:
-        self.ignoring("cuMemFree_v2", address)
-
-    def open_first_device(self) -> str:
-        """Its name and the driver's version."""
-        device, version = ctypes.c_int(), ctypes.c_int()
-        name = ctypes.create_string_buffer(NAME_BYTES)
-        try:
-            self.call("cuInit", 0)
-            self.call("cuDeviceGet", ctypes.byref(device), FIRST_DEVICE)
-            self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
-            self.call("cuCtxSetCurrent", self._context)
-            self.call("cuDeviceGetName", name, NAME_BYTES, device)
-            self.call("cuDriverGetVersion", ctypes.byref(version))
-        except _DriverError as error:
-            raise OsscompileError(
-                f"CUDA: expected a GPU, found: {error}; is one there, and is its driver loaded "
-                "(`nvidia-smi`)?"
-            ) from error
-        major, minor = version.value // 1000, version.value % 1000 // 10
-        return f"{name.value.decode(errors='replace')} (CUDA driver {major}.{minor})"
-
-    def parameter_sizes(self, function: Handle, most: int) -> list[int]:
-        """Bytes of every parameter of a kernel; of one more than `most` if it has them."""
-        sizes: list[int] = []
-        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-        for index in range(most + 1):
-            try:
-                out = ctypes.byref(offset), ctypes.byref(size)
-                self.call("cuFuncGetParamInfo", function, index, *out)
-            except _DriverError:  # there is no such parameter
-                break
-            sizes.append(size.value)
-        return sizes
-
-
-def _pointer(array: np.ndarray) -> int:
-    assert array.flags.c_contiguous
-    return array.ctypes.data

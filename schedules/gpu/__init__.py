@@ -9,9 +9,11 @@ from .attention_one import attention_one
 from .attention_tf32 import attention_tf32
 from .groups import groups
 from .matvec import matvec
+from .norm import norm
 from .tasks import tasks
 from .threads import threads
 from .tiles import tiles
+from .tiles_bf16 import tiles_bf16
 from .tiles_int8 import tiles_int8
 
 GPU_RULES = (
@@ -19,8 +21,10 @@ GPU_RULES = (
     attention_tf32,
     attention,
     matvec,
+    tiles_bf16,
     tiles_int8,  # takes some of the kernels that `tiles` takes
     tiles,
+    norm,  # takes some of the kernels that `groups` takes
     tasks,  # kernels without blocks: no other rule can read them
     groups,
     threads,  # takes everything that is left

@@ -24,6 +24,7 @@ from ..formats import (
 )
 from ..product import OPS, Product, whole_parts
 from ..records import Choose
+from .launch_before import wait_call
 from .packed_bytes import dot, fp4_bytes
 from .tail import with_tail
 from .texture import load_texel
@@ -31,6 +32,7 @@ from .texture import load_texel
 COLUMNS_TOGETHER = (1, 2, 4, 8, 16)  # one for each subgroup of a work-group
 TURNS_TOGETHER = (1, 2, 3, 4)
 WORDS_WANTED = 24  # words of weights in a thread's registers
+WORDS_WANTED_EARLY = 32  # where they are loaded while the launch before still runs
 BF16_PER_WORD = 2
 VECTOR = 4  # elements: the most that a vector has everywhere
 
@@ -59,7 +61,8 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     turns = -(-parts // threads)
     fitting = [n for n in COLUMNS_TOGETHER if n * threads <= target.max_threads]
     together = choose("columns_together", *whole_parts(columns, fitting, 4))
-    wanted = WORDS_WANTED // (halves * loads * words)
+    most_words = WORDS_WANTED_EARLY if target.has_dependent_launch else WORDS_WANTED
+    wanted = most_words // (halves * loads * words)
     at_once = choose("turns_together", *whole_parts(turns, TURNS_TOGETHER, wanted))
     groups, num_rows = columns // together, product.num_rows
 
@@ -101,19 +104,98 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
         low, high = (fp4_bytes(word, const(j, "int64"), target) for j in range(2))
         return dot(low, xs[first], target) + dot(high, xs[first + 1], target)
 
-    def scaled(
-        total: Buffer, row: Expr, expert: Expr, half: Expr, column: Expr, part: Expr
-    ) -> Expr:
+    def scale_at(expert: Expr, half: Expr, column: Expr, part: Expr) -> Expr:
+        return tensors["scales"][product.weight_at(expert, half, column, part)].astype(scale_dtype)
+
+    def scaled(total: Buffer, scale: Expr, row: Expr, part: Expr) -> Expr:
         if dense:
             return total[0]
-        at = product.weight_at(expert, half, column, part)
-        scale = tensors["scales"][at]
         whole = total[0] if product.digits == 1 else sum_of_digits(lambda digit: total[digit])
         if fp4:
             whole, scale = whole - tensors["xoffset"][row, part], half_e8m0_to_float32(scale)
         return whole.astype("float32") * scale.astype("float32") * tensors["xs"][row, part]
 
     zero = const(0, "float32" if dense else "int32")
+    scale_dtype = "float32" if dense else _dtype_in_registers(tensors["scales"], target)
+    # The launch before SwiGLU's may choose the experts; weights that are known are loaded early.
+    weights_are_known = product.expert is None or halves == 1
+    waits_first = target.has_dependent_launch and not weights_are_known
+    waits_for_activations = target.has_dependent_launch and weights_are_known
+
+    @T.macro
+    def load_weights(word, scale, expert, column, some, thread):  # type: ignore[no-untyped-def]
+        """Load those of a subgroup's next turns."""
+        for turn in T.unroll(at_once):
+            for half in T.unroll(halves):
+                for load in T.unroll(loads):
+                    word[
+                        ((turn * halves + half) * loads + load) * words : (
+                            (turn * halves + half) * loads + load + 1
+                        )
+                        * words
+                    ] = weights(expert, half, column, part_of(some * at_once + turn, thread), load)
+                if not dense:
+                    scale[turn * halves + half] = scale_at(
+                        expert, half, column, part_of(some * at_once + turn, thread)
+                    )
+
+    @T.macro
+    def multiply(total, word, xs, first):  # type: ignore[no-untyped-def]
+        """Multiply a part, whose words begin at `first`."""
+        for digit in T.unroll(product.digits):
+            total[digit] = zero
+            for k in T.unroll(loads * words):
+                total[digit] += terms(word[first + k], xs, k, digit)
+
+    @T.macro
+    def add_products(sums, total, word, scale, xs, flat, row, some, thread):  # type: ignore[no-untyped-def]
+        for turn in T.unroll(at_once):
+            for load in T.unroll(x_elements // VECTOR):
+                xs[load * VECTOR : load * VECTOR + VECTOR] = activations(
+                    flat, row, part_of(some * at_once + turn, thread), load
+                )
+            for half in T.unroll(halves):
+                multiply(total, word, xs, (turn * halves + half) * loads * words)
+                sums[half] += added(
+                    some * at_once + turn,
+                    thread,
+                    scaled(
+                        total,
+                        scale[turn * halves + half],
+                        row,
+                        part_of(some * at_once + turn, thread),
+                    ),
+                )
+
+    @T.macro
+    def compute(flat, row, column, thread):  # type: ignore[no-untyped-def]
+        expert = T.alloc_buffer((1,), "int64", scope="local")
+        word = T.alloc_buffer((at_once * halves * loads * words,), "uint32", scope="local")
+        scale = T.alloc_buffer((at_once * halves,), scale_dtype, scope="local")
+        xs = T.alloc_buffer((x_elements,), x_dtype, scope="local")
+        total = T.alloc_buffer((product.digits,), str(zero.ty), scope="local")
+        sums = T.alloc_buffer((halves,), "float32", scope="local")
+        gate = T.alloc_buffer((1,), "float32", scope="local")
+        up = T.alloc_buffer((1,), "float32", scope="local")
+        if waits_first:
+            T.evaluate(wait_call())
+        expert[0] = product.expert_of(row)
+        for half in T.unroll(halves):
+            sums[half] = T.float32(0)
+        for some in range(T.int64(turns // at_once)):
+            load_weights(word, scale, expert[0], column, some, thread)
+            if waits_for_activations:
+                if some == 0:
+                    T.evaluate(wait_call())
+            add_products(sums, total, word, scale, xs, flat, row, some, thread)
+        if halves == 2:
+            add_both(sums[0], sums[1], gate, up, thread)
+        else:
+            add_up(sums[0], gate, thread)
+        if thread == 0:
+            out[row, column] = product.output(
+                row, column, lambda half: T.Select(half == 0, gate[0], up[0])
+            )
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
@@ -121,76 +203,16 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
         for group in T.thread_binding(num_rows * groups, thread="blockIdx.x"):
             for member in T.thread_binding(T.int64(together), thread="threadIdx.y"):
                 for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
-                    expert = T.alloc_buffer((1,), "int64", scope="local")
-                    word = T.alloc_buffer(
-                        (at_once * halves * loads * words,), "uint32", scope="local"
-                    )
-                    xs = T.alloc_buffer((x_elements,), x_dtype, scope="local")
-                    total = T.alloc_buffer((product.digits,), str(zero.ty), scope="local")
-                    sums = T.alloc_buffer((halves,), "float32", scope="local")
-                    gate = T.alloc_buffer((1,), "float32", scope="local")
-                    up = T.alloc_buffer((1,), "float32", scope="local")
-                    expert[0] = product.expert_of(group // groups)
-                    for half in T.unroll(halves):
-                        sums[half] = T.float32(0)
-                    for some in range(T.int64(turns // at_once)):
-                        for turn in T.unroll(at_once):
-                            for half in T.unroll(halves):
-                                for load in T.unroll(loads):
-                                    word[
-                                        ((turn * halves + half) * loads + load) * words : (
-                                            (turn * halves + half) * loads + load + 1
-                                        )
-                                        * words
-                                    ] = weights(
-                                        expert[0],
-                                        half,
-                                        group % groups * together + member,
-                                        part_of(some * at_once + turn, thread),
-                                        load,
-                                    )
-                        for turn in T.unroll(at_once):
-                            for load in T.unroll(x_elements // VECTOR):
-                                xs[load * VECTOR : load * VECTOR + VECTOR] = activations(
-                                    flat,
-                                    group // groups,
-                                    part_of(some * at_once + turn, thread),
-                                    load,
-                                )
-                            for half in T.unroll(halves):
-                                for digit in T.unroll(product.digits):
-                                    total[digit] = zero
-                                    for k in T.unroll(loads * words):
-                                        total[digit] += terms(
-                                            word[(turn * halves + half) * loads * words + k],
-                                            xs,
-                                            k,
-                                            digit,
-                                        )
-                                sums[half] += added(
-                                    some * at_once + turn,
-                                    thread,
-                                    scaled(
-                                        total,
-                                        group // groups,
-                                        expert[0],
-                                        half,
-                                        group % groups * together + member,
-                                        part_of(some * at_once + turn, thread),
-                                    ),
-                                )
-                    if halves == 2:
-                        add_both(sums[0], sums[1], gate, up, thread)
-                    else:
-                        add_up(sums[0], gate, thread)
-                    if thread == 0:
-                        out[group // groups, group % groups * together + member] = product.output(
-                            group // groups,
-                            group % groups * together + member,
-                            lambda half: T.Select(half == 0, gate[0], up[0]),
-                        )
+                    compute(flat, group // groups, group % groups * together + member, thread)
 
     return body.body
+
+
+def _dtype_in_registers(scales: Buffer, target: Target) -> str:
+    """Return the type of a scale between its load and its use: the one in memory, because to
+    convert it is to wait for it; but not every device has variables of halves."""
+    dtype = str(scales.dtype)
+    return "float32" if dtype == "float16" and not target.has_half else dtype
 
 
 @T.macro

@@ -10,16 +10,21 @@ from collections.abc import Callable
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from ...targets import Target
+from .lanes import combined_lanes
+
 
 def reduction(
-    combine: Callable[[Expr, Expr], Expr], threads: int, count: int
+    combine: Callable[[Expr, Expr], Expr], threads: int, count: int, target: Target
 ) -> Callable[..., object]:
     """Return a macro (numbers, results, all_numbers, some_results, member, thread). It combines the
     `numbers` [count] of all `threads` into `results` [count] float32, the same in every thread.
 
-    It uses `all_numbers` [subgroups, threads, count] and `some_results` [subgroups, `num_slices`,
-    count], both shared, and leaves all threads' numbers in the first.
+    It may use `all_numbers` [subgroups, threads, count] and `some_results` [subgroups,
+    `num_slices`, count], both shared.
     """
+    if target.has_shuffles:
+        return _by_shuffles(combine, count)
     slices = num_slices(threads, count)
 
     def combined(of: Callable[[int], Expr], number: int) -> Expr:
@@ -36,6 +41,17 @@ def reduction(
             )
         for i in T.unroll(count):
             results[i] = combined(lambda j: some_results[member, j, i], slices)
+
+    return reduce  # type: ignore[no-any-return]
+
+
+def _by_shuffles(combine: Callable[[Expr, Expr], Expr], count: int) -> Callable[..., object]:
+    combine_lanes = combined_lanes(combine)
+
+    @T.macro
+    def reduce(numbers, results, all_numbers, some_results, member, thread):  # type: ignore[no-untyped-def]
+        for i in T.unroll(count):
+            combine_lanes(numbers[i], results, i)
 
     return reduce  # type: ignore[no-any-return]
 

@@ -89,6 +89,39 @@ def _body(product: Product, instruction: ModuleType, choose: Choose) -> Stmt:
             i % BLOCK,
         )
 
+    @T.macro
+    def load_weights(weight, tile, first, group, block, thread):  # type: ignore[no-untyped-def]
+        for i in range(T.int64(BLOCK * halves * tile_columns // threads)):
+            weight[place((i * threads + thread) % BLOCK, (i * threads + thread) // BLOCK)] = (
+                weight_of(tile, first, group, block, i * threads + thread)
+            )
+
+    @T.macro
+    def load_activations(x, tile, block, thread):  # type: ignore[no-untyped-def]
+        for i in range(T.int64(BLOCK * tile_rows // threads)):
+            x[place((i * threads + thread) % BLOCK, (i * threads + thread) // BLOCK)] = (
+                product.activation(
+                    row_tiles.row(tile, (i * threads + thread) // BLOCK),
+                    block,
+                    (i * threads + thread) % BLOCK,
+                )
+            )
+
+    @T.macro
+    def compute(tile, group, thread):  # type: ignore[no-untyped-def]
+        weight = T.alloc_buffer(shape(halves * tile_columns), "float32", scope="shared")
+        x = T.alloc_buffer(shape(tile_rows), "float32", scope="shared")
+        sums = T.alloc_buffer(sums_shape, "float32", scope=scope)
+        for first in range(T.int64(tile_rows)):
+            # a loop, because TVM lets no threads wait for each other within a condition
+            for _ in range(T.if_then_else(row_tiles.begins(tile, first), T.int64(1), T.int64(0))):
+                clear(sums)
+                for block in range(T.int64(product.blocks)):
+                    load_weights(weight, tile, first, group, block, thread)
+                    load_activations(x, tile, block, thread)
+                    multiply(sums, x, weight, thread)
+                keep_each(sums, thread, (tile, group, first))
+
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
         for tile in T.thread_binding(row_tiles.count(), thread="blockIdx.y"):
@@ -96,35 +129,6 @@ def _body(product: Product, instruction: ModuleType, choose: Choose) -> Stmt:
                 T.int64(product.columns // tile_columns), thread="blockIdx.x"
             ):
                 for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
-                    weight = T.alloc_buffer(shape(halves * tile_columns), "float32", scope="shared")
-                    x = T.alloc_buffer(shape(tile_rows), "float32", scope="shared")
-                    sums = T.alloc_buffer(sums_shape, "float32", scope=scope)
-                    for first in range(T.int64(tile_rows)):
-                        # a loop, because TVM lets no threads wait for each other within a condition
-                        for _ in range(
-                            T.if_then_else(row_tiles.begins(tile, first), T.int64(1), T.int64(0))
-                        ):
-                            clear(sums)
-                            for block in range(T.int64(product.blocks)):
-                                for i in range(T.int64(BLOCK * halves * tile_columns // threads)):
-                                    weight[
-                                        place(
-                                            (i * threads + thread) % BLOCK,
-                                            (i * threads + thread) // BLOCK,
-                                        )
-                                    ] = weight_of(tile, first, group, block, i * threads + thread)
-                                for i in range(T.int64(BLOCK * tile_rows // threads)):
-                                    x[
-                                        place(
-                                            (i * threads + thread) % BLOCK,
-                                            (i * threads + thread) // BLOCK,
-                                        )
-                                    ] = product.activation(
-                                        row_tiles.row(tile, (i * threads + thread) // BLOCK),
-                                        block,
-                                        (i * threads + thread) % BLOCK,
-                                    )
-                                multiply(sums, x, weight, thread)
-                            keep_each(sums, thread, (tile, group, first))
+                    compute(tile, group, thread)
 
     return body.body

@@ -94,141 +94,150 @@ def _body(product: Product, target: Target, choose: Choose) -> Stmt:
     stored = BLOCK // (FP4_PER_WORD if fp4 else INT8_PER_WORD)  # words in a block of weights
     num_weights, num_activations = depth * weight_rows, depth * digits * tile_rows
 
+    def steps(tile: Expr, first: Expr) -> Expr:
+        """Return in how many steps the tile's rows of an expert are multiplied: in none, if `first`
+        is not the first of them."""
+        count = T.int64(product.blocks // depth)
+        return T.if_then_else(tiles.begins(tile, first), count, T.int64(0))
+
+    # `number` counts blocks of weights, or of activations, of a step over blocks and rows.
+    @T.macro
+    def load_weight(weight, scale, word, expert, group, step, number):  # type: ignore[no-untyped-def]
+        for k in T.unroll(stored // VECTOR):
+            word[k * VECTOR : k * VECTOR + VECTOR] = words.vload(
+                [
+                    *weight_at(
+                        expert, group, number % weight_rows, step * depth + number // weight_rows
+                    ),
+                    k * VECTOR,
+                ],
+                f"uint32x{VECTOR}",
+            )
+        for k in T.unroll(WORDS):
+            weight[number // weight_rows, number % weight_rows, place(number, k)] = weight_bytes(
+                word, k
+            )
+        scale[number // weight_rows, number % weight_rows] = weight_scale(
+            weight_at(expert, group, number % weight_rows, step * depth + number // weight_rows)
+        )
+
+    @T.macro
+    def load_weights(weight, scale, word, expert, group, thread, step):  # type: ignore[no-untyped-def]
+        for i in range(T.int64(-(-num_weights // threads))):
+            if i * threads + thread < num_weights:
+                load_weight(weight, scale, word, expert, group, step, i * threads + thread)
+
+    @T.macro
+    def load_block(x, flat, tile, step, number):  # type: ignore[no-untyped-def]
+        for k in T.unroll(WORDS // VECTOR):
+            x[
+                number // tile_rows // digits,
+                number // tile_rows % digits,
+                number % tile_rows,
+                place(number, k * VECTOR) : place(number, k * VECTOR) + VECTOR,
+            ] = activations(
+                flat,
+                tiles.row(tile, number % tile_rows),
+                step * depth * digits + number // tile_rows,
+                k,
+            )
+
+    @T.macro
+    def load_activations(x, x_scale, flat, tile, thread, step):  # type: ignore[no-untyped-def]
+        for i in range(T.int64(-(-num_activations // threads))):
+            if i * threads + thread < num_activations:
+                load_block(x, flat, tile, step, i * threads + thread)
+        for i in range(T.int64(-(-depth * tile_rows // threads))):
+            if i * threads + thread < depth * tile_rows:
+                x_scale[(i * threads + thread) // tile_rows, (i * threads + thread) % tile_rows] = (
+                    xs[
+                        tiles.row(tile, (i * threads + thread) % tile_rows),
+                        step * depth + (i * threads + thread) // tile_rows,
+                    ]
+                )
+
+    @T.macro
+    def add_digit(total, x, fragment, thread, b, digit, m):  # type: ignore[no-untyped-def]
+        for h in T.unroll(halves):
+            for r in T.unroll(together):
+                for c in T.unroll(columns):
+                    total[h, r, c] = total[h, r, c] * DIGIT
+        multiply(total, x, fragment, thread, b, digit, m)
+
+    @T.macro
+    def add_rows(acc, total, x, x_scale, fragment, scale, thread, b, m):  # type: ignore[no-untyped-def]
+        for h in T.unroll(halves):
+            for r in T.unroll(together):
+                for c in T.unroll(columns):
+                    total[h, r, c] = 0
+        for digit in T.unroll(digits):
+            add_digit(total, x, fragment, thread, b, digit, m)
+        for h in T.unroll(halves):
+            for r in T.unroll(together):
+                for c in T.unroll(columns):
+                    acc[h, m * together + r, c] += (
+                        T.Cast("float32", total[h, r, c])
+                        * scale[b, h * tile_columns + column_at(thread, c, columns)]
+                        * x_scale[b, row_at(thread, m * together + r, rows)]
+                    )
+
+    @T.macro
+    def add_block(acc, total, x, x_scale, fragment, weight, scale, active, thread, b):  # type: ignore[no-untyped-def]
+        load(fragment, weight, thread, b)
+        for m in T.unroll(rows // together):
+            if active[m] != 0:
+                add_rows(acc, total, x, x_scale, fragment, scale, thread, b, m)
+
+    @T.macro
+    def keep(acc, tile, group, thread, first):  # type: ignore[no-untyped-def]
+        for r in T.unroll(rows):
+            if tiles.belongs(tile, row_at(thread, r, rows), first):
+                for c in T.unroll(columns):
+                    out[
+                        tile * tile_rows + row_at(thread, r, rows),
+                        group * tile_columns + column_at(thread, c, columns),
+                    ] = product.output(
+                        tile * tile_rows + row_at(thread, r, rows),
+                        group * tile_columns + column_at(thread, c, columns),
+                        lambda half: acc[half, r, c],
+                    )
+
+    @T.macro
+    def compute(flat, tile, group, thread):  # type: ignore[no-untyped-def]
+        weight = T.alloc_buffer((depth, weight_rows, WORDS), "uint32", scope="shared")
+        scale = T.alloc_buffer((depth, weight_rows), "float32", scope="shared")
+        x = T.alloc_buffer((depth, digits, tile_rows, WORDS), "uint32", scope="shared")
+        x_scale = T.alloc_buffer((depth, tile_rows), "float32", scope="shared")
+        expert = T.alloc_buffer((1,), "int64", scope="local")
+        word = T.alloc_buffer((stored,), "uint32", scope="local")
+        active = T.alloc_buffer((rows // together,), "int32", scope="local")
+        fragment = T.alloc_buffer(fragment_shape(halves, columns), "uint32", scope="local")
+        total = T.alloc_buffer((halves, together, columns), "int32", scope="local")
+        acc = T.alloc_buffer((halves, rows, columns), "float32", scope="local")
+        for first in range(T.int64(tile_rows)):
+            expert[0] = product.expert_of(tiles.row(tile, first))
+            for m in T.unroll(rows // together):
+                active[m] = T.Cast("int32", wanted(tile, thread, m, first))
+            for h, r, c in T.grid(halves, rows, columns):
+                acc[h, r, c] = T.float32(0)
+            for step in range(steps(tile, first)):
+                load_weights(weight, scale, word, expert[0], group, thread, step)
+                load_activations(x, x_scale, flat, tile, thread, step)
+                for b in range(T.int64(depth)):
+                    add_block(acc, total, x, x_scale, fragment, weight, scale, active, thread, b)
+            if tiles.begins(tile, first):
+                keep(acc, tile, group, thread, first)
+
+    num_blocks = product.num_rows * product.blocks * digits
+
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
-        flat = T.decl_buffer(
-            (product.num_rows * product.blocks * digits * WORDS,), "uint32", data=xq.data
-        )
+        flat = T.decl_buffer((num_blocks * WORDS,), "uint32", data=xq.data)
         for tile in T.thread_binding(tiles.count(), thread="blockIdx.y"):
             for group in T.thread_binding(
                 T.int64(product.columns // tile_columns), thread="blockIdx.x"
             ):
                 for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
-                    weight = T.alloc_buffer((depth, weight_rows, WORDS), "uint32", scope="shared")
-                    scale = T.alloc_buffer((depth, weight_rows), "float32", scope="shared")
-                    x = T.alloc_buffer((depth, digits, tile_rows, WORDS), "uint32", scope="shared")
-                    x_scale = T.alloc_buffer((depth, tile_rows), "float32", scope="shared")
-                    expert = T.alloc_buffer((1,), "int64", scope="local")
-                    word = T.alloc_buffer((stored,), "uint32", scope="local")
-                    active = T.alloc_buffer((rows // together,), "int32", scope="local")
-                    fragment = T.alloc_buffer(
-                        fragment_shape(halves, columns), "uint32", scope="local"
-                    )
-                    total = T.alloc_buffer((halves, together, columns), "int32", scope="local")
-                    acc = T.alloc_buffer((halves, rows, columns), "float32", scope="local")
-                    for first in range(T.int64(tile_rows)):
-                        expert[0] = product.expert_of(tiles.row(tile, first))
-                        for m in T.unroll(rows // together):
-                            active[m] = T.Cast("int32", wanted(tile, thread, m, first))
-                        for h, r, c in T.grid(halves, rows, columns):
-                            acc[h, r, c] = T.float32(0)
-                        for step in range(
-                            T.if_then_else(
-                                tiles.begins(tile, first),
-                                T.int64(product.blocks // depth),
-                                T.int64(0),
-                            )
-                        ):
-                            for i in range(T.int64(-(-num_weights // threads))):
-                                if i * threads + thread < num_weights:
-                                    for k in T.unroll(stored // VECTOR):
-                                        word[k * VECTOR : k * VECTOR + VECTOR] = words.vload(
-                                            [
-                                                *weight_at(
-                                                    expert[0],
-                                                    group,
-                                                    (i * threads + thread) % weight_rows,
-                                                    step * depth
-                                                    + (i * threads + thread) // weight_rows,
-                                                ),
-                                                k * VECTOR,
-                                            ],
-                                            f"uint32x{VECTOR}",
-                                        )
-                                    for k in T.unroll(WORDS):
-                                        weight[
-                                            (i * threads + thread) // weight_rows,
-                                            (i * threads + thread) % weight_rows,
-                                            place(i * threads + thread, k),
-                                        ] = weight_bytes(word, k)
-                                    scale[
-                                        (i * threads + thread) // weight_rows,
-                                        (i * threads + thread) % weight_rows,
-                                    ] = weight_scale(
-                                        weight_at(
-                                            expert[0],
-                                            group,
-                                            (i * threads + thread) % weight_rows,
-                                            step * depth + (i * threads + thread) // weight_rows,
-                                        )
-                                    )
-                            for i in range(T.int64(-(-num_activations // threads))):
-                                if i * threads + thread < num_activations:
-                                    for k in T.unroll(WORDS // VECTOR):
-                                        x[
-                                            (i * threads + thread) // tile_rows // digits,
-                                            (i * threads + thread) // tile_rows % digits,
-                                            (i * threads + thread) % tile_rows,
-                                            place(i * threads + thread, k * VECTOR) : place(
-                                                i * threads + thread, k * VECTOR
-                                            )
-                                            + VECTOR,
-                                        ] = activations(
-                                            flat,
-                                            tiles.row(tile, (i * threads + thread) % tile_rows),
-                                            step * depth * digits
-                                            + (i * threads + thread) // tile_rows,
-                                            k,
-                                        )
-                            for i in range(T.int64(-(-depth * tile_rows // threads))):
-                                if i * threads + thread < depth * tile_rows:
-                                    x_scale[
-                                        (i * threads + thread) // tile_rows,
-                                        (i * threads + thread) % tile_rows,
-                                    ] = xs[
-                                        tiles.row(tile, (i * threads + thread) % tile_rows),
-                                        step * depth + (i * threads + thread) // tile_rows,
-                                    ]
-                            for b in range(T.int64(depth)):
-                                load(fragment, weight, thread, b)
-                                for m in T.unroll(rows // together):
-                                    if active[m] != 0:
-                                        for h in T.unroll(halves):
-                                            for r in T.unroll(together):
-                                                for c in T.unroll(columns):
-                                                    total[h, r, c] = 0
-                                        for digit in T.unroll(digits):
-                                            for h in T.unroll(halves):
-                                                for r in T.unroll(together):
-                                                    for c in T.unroll(columns):
-                                                        total[h, r, c] = total[h, r, c] * DIGIT
-                                            multiply(total, x, fragment, thread, b, digit, m)
-                                        for h in T.unroll(halves):
-                                            for r in T.unroll(together):
-                                                for c in T.unroll(columns):
-                                                    acc[h, m * together + r, c] += (
-                                                        T.Cast("float32", total[h, r, c])
-                                                        * scale[
-                                                            b,
-                                                            h * tile_columns
-                                                            + column_at(thread, c, columns),
-                                                        ]
-                                                        * x_scale[
-                                                            b,
-                                                            row_at(thread, m * together + r, rows),
-                                                        ]
-                                                    )
-                        if tiles.begins(tile, first):
-                            for r in T.unroll(rows):
-                                if tiles.belongs(tile, row_at(thread, r, rows), first):
-                                    for c in T.unroll(columns):
-                                        out[
-                                            tile * tile_rows + row_at(thread, r, rows),
-                                            group * tile_columns + column_at(thread, c, columns),
-                                        ] = product.output(
-                                            tile * tile_rows + row_at(thread, r, rows),
-                                            group * tile_columns + column_at(thread, c, columns),
-                                            lambda half: acc[half, r, c],
-                                        )
+                    compute(flat, tile, group, thread)
 
     return body.body

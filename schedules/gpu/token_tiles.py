@@ -1,6 +1,9 @@
 """Tiles of an attention kernel: some tokens and the query heads of a KV head are the rows of a
 tile, which goes through the keys in chunks."""
 
+from collections.abc import Callable
+from typing import Any
+
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
@@ -16,16 +19,16 @@ class TokenTiles:
 
     def __init__(self, function: PrimFunc, together: int, chunk: int) -> None:
         buffers = {parameter.name: parameter for parameter in function.params}
-        self.queries, self.keys, self.values, self.sinks = (
-            buffers[n] for n in ("queries", "keys", "values", "sinks")
+        self.keys, self.values, self.sinks, self.rows, self.tables = (
+            buffers[n] for n in ("keys", "values", "sinks", "rows", "tables")
         )
-        self.rows, self.tables, self.out = (buffers[n] for n in ("rows", "tables", "out"))
+        self.queries: Any = buffers.get("queries")  # of a kernel that rotates them there are none,
+        self.out: Any = buffers.get("out")  # and of one that quantises it
         self.tiles = buffers.get("tiles")  # whose rows several of these tiles share
         self.together, self.chunk = 1 if self.tiles is None else together, chunk
         self.parts = int(function.attrs["tile_rows"]) // self.together
-        self.num_tokens = self.queries.shape[0]
-        self.heads, self.head_dim = (int(e) for e in self.queries.shape[1:])
-        self.kv_heads, page_tiles, _, self.per_tile = (int(e) for e in self.keys.shape[1:])
+        self.num_tokens, self.heads = self.rows.shape[0], int(self.sinks.shape[0])
+        self.kv_heads, page_tiles, self.head_dim, self.per_tile = map(int, self.keys.shape[1:])
         self.per_page = page_tiles * self.per_tile
         self.group = self.heads // self.kv_heads
         self.window = int(function.attrs["window"]) or None
@@ -74,6 +77,9 @@ class TokenTiles:
         count = self.last_key(tile, last_row) // self.chunk + 1 - self.first_chunk(tile)
         return T.Select(self.kept(tile, zero), count, zero)
 
+    def query_at(self, token: Expr, head: Expr, d: Expr) -> Expr:
+        return self.queries[token, head, d]
+
     def key_at(self, tile: Expr, kv_head: Expr, key: Expr, d: Expr) -> Expr:
         page, slot = self.place(tile, key)
         number = self.keys[page, kv_head, slot // self.per_tile, d, slot % self.per_tile]
@@ -82,6 +88,16 @@ class TokenTiles:
     def value_at(self, tile: Expr, kv_head: Expr, key: Expr, d: Expr) -> Expr:
         page, slot = self.place(tile, key)
         return self.values[page, kv_head, slot, d].astype("float32")
+
+    def keep(self) -> Callable[..., object]:
+        """Return a macro (value, token, head, d, ...) that writes an element of the result."""
+        out, head_dim = self.out, self.head_dim
+
+        @T.macro
+        def keep(value, token, head, d, kept, largest, scales, whole):  # type: ignore[no-untyped-def]
+            out[token, head * head_dim + d] = value
+
+        return keep  # type: ignore[no-any-return]
 
     def place(self, tile: Expr, key: Expr) -> tuple[Expr, Expr]:
         """Return the page of a key of the tile's sequence, and where the key lies there."""

@@ -13,8 +13,10 @@
 
 #include <cstdio>
 #include <map>
+#include <set>
 
 #include "../fibres.h"
+#include "early.h"
 #include "warp.h"
 
 using cuda::Function;
@@ -27,37 +29,72 @@ enum { kSuccess, kInvalidValue, kOutOfMemory, kNoDevice = 100, kInvalidImage = 2
        kIllegalAddress = 700, kTooManyResources = 701, kLaunchFailed = 719 };
 
 constexpr unsigned kMaxThreads = 1024;      // in a block
-constexpr size_t kSharedBytes = 48 << 10;  // for a block
+constexpr size_t kSharedBytes = 48 << 10;   // for a block, if its kernel asks for no more
+constexpr size_t kMostSharedBytes = 227 << 10;
+constexpr int kSharedAttribute = 8;         // of a function: bytes that a launch may add
 constexpr size_t kAlignment = 256;          // of memory
 
-struct Memory {
-  void* pages;
-  size_t num_bytes;
+// The driver's own types, as its header has them.
+struct CUlaunchAttribute {
+  int id;
+  char padding[4];
+  union {
+    char bytes[64];
+    int programmaticStreamSerializationAllowed;
+  } value;
 };
+struct CUlaunchConfig {
+  unsigned gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
+  void* hStream;
+  const CUlaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+bool IsDependent(const CUlaunchConfig& config) {
+  constexpr int kProgrammaticStreamSerialization = 6;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const CUlaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id != kProgrammaticStreamSerialization) continue;
+    return attribute.value.programmaticStreamSerializationAllowed;
+  }
+  return false;
+}
+
 struct Call {
   const Function* function;
   Index groups, threads;
+  unsigned added;  // bytes of shared memory
   std::vector<uint64_t> values;  // of the parameters
+  bool dependent;
 };
 using Graph = std::vector<Call>;
 
-std::map<uint64_t, Memory> memories;
+std::map<const Function*, int> may_add;  // bytes of shared memory
 Graph* capturing;
 thread_local void* current_context;  // of every thread its own
 int broken;  // the status since a kernel failed
 std::string why;
-struct sigaction python_handler;
-
-const char kIllegal[] = "illegal address";
-
-void OnFault(int, siginfo_t*, void*) {
-  if (fibres::current) fibres::Fail(kIllegal);
-  sigaction(SIGSEGV, &python_handler, nullptr);  // the access faults again, under this handler
-}
 
 void Declare(void* memory, size_t size) {
   fibres::Declare(memory, size);
   if (fibres::declared_bytes > kSharedBytes) fibres::Fail("a block with too much shared memory");
+}
+
+void Start(const cuda::Asynchronous* started) {
+  const char* wrong = cuda::Start(*started, fibres::current->thread.x);
+  if (wrong) fibres::Fail(wrong);
+}
+
+// Returns shared memory that ends, but for alignment, before a page that nobody may use.
+char* Added(size_t size) {
+  static char* end = nullptr;
+  size_t page = size_t(sysconf(_SC_PAGESIZE)), most = (kMostSharedBytes + page - 1) / page * page;
+  if (!end) {
+    void* pages = mmap(nullptr, most + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    end = static_cast<char*>(pages) + most;
+    mprotect(end, page, PROT_NONE);
+  }
+  return end - (size + 1023) / 1024 * 1024;
 }
 
 // Runs blocks last first, because a GPU may run them in any order.
@@ -66,14 +103,20 @@ void Run(const Call& call) {
   std::vector<void*> parameters;
   for (const uint64_t& value : call.values) parameters.push_back(const_cast<uint64_t*>(&value));
   auto run = [&] { call.function->run(parameters.data()); };
-  for (unsigned i = call.groups.x * call.groups.y * call.groups.z; i-- > 0;) {
+  why.clear();
+  Begin(call.values, call.dependent);
+  for (unsigned i = call.groups.x * call.groups.y * call.groups.z; i-- > 0 && why.empty();) {
     Index group = {i % call.groups.x, i / call.groups.x % call.groups.y,
                    i / call.groups.x / call.groups.y};
-    why = fibres::RunGroup(run, group, call.threads, cuda::Exchange);
-    if (why.empty()) continue;
-    broken = why == kIllegal ? kIllegalAddress : kLaunchFailed;
-    return;
+    have_waited.clear();
+    waited_before_barrier = false;
+    cuda::block = {{}, Added(call.added)};
+    memset(cuda::block.shared, 0xff, call.added);
+    why = fibres::RunGroup(run, group, call.threads, Exchange);
+    if (why.empty() && cuda::LeftBehind()) why = "a block that ends before its products";
   }
+  if (!End() && why.empty()) why = "a dependent launch that never waits";
+  if (!why.empty()) broken = why == kIllegal ? kIllegalAddress : kLaunchFailed;
 }
 
 // Reads the size of a shared library from its header.
@@ -122,6 +165,7 @@ int ptx_module;
 extern "C" {
 
 int fake_launches, fake_graph_launches, fake_freed, fake_devices = 1;
+int fake_pinned;  // buffers that are held, which several threads use
 int fake_graphs, fake_events, fake_modules, fake_streams, fake_contexts;  // not destroyed
 size_t fake_room = size_t(1) << 40;
 
@@ -170,27 +214,41 @@ int cuMemAlloc_v2(uint64_t* address, size_t size) {
   memset(pages, 0xff, used);  // not a number
   mprotect(static_cast<char*>(pages) + used, page, PROT_NONE);
   *address = uint64_t(pages) + used - (size + kAlignment - 1) / kAlignment * kAlignment;
-  memories[*address] = {pages, used + page};
+  memories[*address] = {static_cast<char*>(pages), used};
   return kSuccess;
 }
 int cuMemFree_v2(uint64_t address) {
   if (current_context != &memories) return kInvalidContext;
   Memory memory = memories.at(address);
+  unfinished.erase(&memories.at(address));
   memories.erase(address);
   ++fake_freed;
-  return munmap(memory.pages, memory.num_bytes) ? kInvalidValue : kSuccess;
+  size_t page = size_t(sysconf(_SC_PAGESIZE));
+  return munmap(memory.pages, memory.num_bytes + page) ? kInvalidValue : kSuccess;
 }
 int cuMemsetD8_v2(uint64_t to, unsigned char value, size_t n) {
+  unfinished.clear();
   return memset(reinterpret_cast<void*>(to), value, n), broken;
 }
 int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) {
+  unfinished.clear();  // a copy waits for all launches
   return memcpy(reinterpret_cast<void*>(to), from, n), broken;
 }
 int cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t n) {
   return cuMemcpyHtoD_v2(to, reinterpret_cast<void*>(from), n);
 }
+int cuMemHostAlloc(void** address, size_t size, unsigned) {
+  ++fake_pinned;
+  return *address = malloc(size), kSuccess;
+}
+int cuMemFreeHost(void* address) {
+  --fake_pinned;
+  return free(address), kSuccess;
+}
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void*) {
-  return cuMemcpyHtoD_v2(to, from, n);
+  // It waits for the launches of its own stream only, which are done.
+  if (current_context != &memories) return kInvalidContext;
+  return memcpy(reinterpret_cast<void*>(to), from, n), broken;
 }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void*) {
   return cuMemcpyHtoD_v2(uint64_t(to), reinterpret_cast<void*>(from), n);
@@ -201,7 +259,9 @@ int cuModuleLoadData(void** module, const char* image) {
   *module = is_code ? Load(image) : strstr(image, ".visible .entry") ? &ptx_module : nullptr;
   fake_modules += *module != nullptr;
   if (!*module || *module == &ptx_module) return *module ? kSuccess : kInvalidImage;
-  bool set = Set(*module, "cuda_barrier", fibres::Barrier) && Set(*module, "cuda_ask", fibres::Ask) &&
+  bool set = Set(*module, "cuda_barrier", Barrier) && Set(*module, "cuda_ask", Ask) &&
+             Set(*module, "cuda_let_next_begin", LetNextBegin) && Set(*module, "cuda_start", Start) &&
+             Set(*module, "cuda_added", &cuda::block.shared) &&
              Set(*module, "cuda_declare", Declare) && Set(*module, "cuda_position", &fibres::current);
   struct sigaction handler = {};
   handler.sa_sigaction = OnFault;
@@ -227,10 +287,20 @@ int cuFuncGetParamInfo(const Function* function, size_t index, size_t*, size_t* 
   return kSuccess;
 }
 
-int cuLaunchKernel(const Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned tx,
-                   unsigned ty, unsigned tz, unsigned, void*, void** parameters, void**) {
-  if (tx * ty * tz > function->max_threads) return kTooManyResources;
-  Call call = {function, {gx, gy, gz}, {tx, ty, tz}, std::vector<uint64_t>(function->count)};
+int cuFuncSetAttribute(const Function* function, int attribute, int value) {
+  if (attribute != kSharedAttribute || value > int(kMostSharedBytes)) return kInvalidValue;
+  may_add[function] = value;
+  return kSuccess;
+}
+int cuLaunchKernelEx(const CUlaunchConfig* config, const Function* function, void** parameters,
+                     void**) {
+  Index groups = {config->gridDimX, config->gridDimY, config->gridDimZ};
+  Index threads = {config->blockDimX, config->blockDimY, config->blockDimZ};
+  unsigned added = config->sharedMemBytes;
+  if (threads.x * threads.y * threads.z > function->max_threads) return kTooManyResources;
+  if (added > std::max(kSharedBytes, size_t(may_add[function]))) return kInvalidValue;
+  Call call = {function, groups, threads, added, std::vector<uint64_t>(function->count),
+               IsDependent(*config)};
   for (int i = 0; i < function->count; ++i) {
     memcpy(&call.values[i], parameters[i], function->sizes[i]);
   }
@@ -258,6 +328,7 @@ int cuGraphExecDestroy(Graph* instance) {
 int cuGraphUpload(Graph*, void*) { return kSuccess; }
 int cuGraphLaunch(Graph* graph, void*) {
   ++fake_graph_launches;
+  unfinished.clear();
   for (const Call& call : *graph) Run(call);
   return kSuccess;
 }

@@ -37,18 +37,38 @@ struct Position {  // as in fibres.h
 
 // A lane's request to its warp, with the answer that driver.cc gives.
 struct Request {
-  enum Kind { kActiveMask, kShuffleDown, kShuffle, kMultiply, kMultiplyTf32 } kind;
+  enum Kind {
+    kActiveMask, kShuffleDown, kShuffleXor, kShuffle, kMultiply, kMultiplyTf32, kWaitLaunch,
+    kWaitProducts
+  } kind;
   unsigned mask, value;
-  int lane, width;      // of a shuffle: the distance or the lane
+  int lane, width;      // of a shuffle: the distance, what to change, or the lane
   unsigned a[4], b[2];  // factors of a product
   int c[4];             // sums of a product, or the bits of floats
+  void* fibre;          // that asks; set by driver.cc
 };
+
+// What a thread starts and does not wait for, and what it says about that; see warpgroup.h.
+struct Asynchronous {
+  enum Kind { kBegin, kProduct, kCommit, kWait, kCopy, kCopyCommit, kCopyWait, kShow } kind;
+  int count = 0;  // of a product's sums, or of the groups that a wait leaves
+  float** sums = nullptr;
+  unsigned weights[4] = {};
+  unsigned long long described = 0;
+  void* to = nullptr;
+  const void* from = nullptr;
+};
+
+constexpr unsigned kSharedStart = 1024;  // address in shared memory of what a launch adds
 
 }  // namespace cuda
 
 extern "C" {  // set by driver.cc
 void (*cuda_barrier)();
 void (*cuda_ask)(void* request);
+void (*cuda_let_next_begin)();
+void (*cuda_start)(const cuda::Asynchronous* started);
+char* const* cuda_added;  // shared memory that the launch adds
 void (*cuda_declare)(void* shared_memory, std::size_t size);
 const cuda::Position* const* cuda_position;
 }
@@ -78,12 +98,22 @@ template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned delta, int wi
   return cuda::shuffle(cuda::Request::kShuffleDown, mask, x, int(delta), width);
 }
 
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int lanes, int width) {
+  return cuda::shuffle(cuda::Request::kShuffleXor, mask, x, lanes, width);
+}
+
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
   return c;
 }
 
 // Instructions of PTX, as functions of their names.
+inline void griddepcontrol_wait() {
+  cuda::Request request{cuda::Request::kWaitLaunch};
+  cuda_ask(&request);
+}
+inline void griddepcontrol_launch_dependents() { cuda_let_next_begin(); }
+
 inline void prmt_b32(unsigned& d, unsigned a, unsigned b, unsigned selectors) {
   unsigned long long bytes = a | (unsigned long long)b << 32;
   d = 0;
@@ -120,6 +150,83 @@ inline void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(
   d3 = __builtin_bit_cast(float, request.c[3]);
 }
 
+inline unsigned long __cvta_generic_to_shared(const void* memory) {
+  return static_cast<const char*>(memory) - *cuda_added + cuda::kSharedStart;
+}
+
+namespace cuda {
+
+inline void start(Asynchronous::Kind kind, int count = 0) {
+  Asynchronous started{kind, count};
+  cuda_start(&started);
+}
+
+// Takes the operands of a product one after the other.
+struct Operands {
+  float* sums[128];
+  Asynchronous started{Asynchronous::kProduct};
+  int num_weights = 0, num_flags = 0, flags[4] = {};
+
+  void take(float& sum) { sums[started.count++] = &sum; }
+  void take(unsigned word) { started.weights[num_weights++] = word; }
+  void take(unsigned long long described) { started.described = described; }
+  void take(int flag) { flags[num_flags++] = flag; }
+};
+
+template <class... T> void multiply(T&&... operands) {
+  Operands all;
+  (all.take(operands), ...);
+  all.started.sums = all.sums;
+  bool adds = all.flags[0] == 1 && all.flags[1] == 1 && all.flags[2] == 1 && all.flags[3] == 0;
+  if (!adds || all.num_weights != 4) __builtin_trap();
+  cuda_start(&all.started);
+}
+
+}  // namespace cuda
+
+#define CUDA_WGMMA(name, count)                                      \
+  template <class... T> void name(T&&... operands) {                 \
+    static_assert(sizeof...(T) == count / 2 + 4 + 1 + 4, "operands"); \
+    cuda::multiply(operands...);                                     \
+  }
+CUDA_WGMMA(wgmma_mma_async_sync_aligned_m64n64k16_f32_bf16_bf16, 64)
+CUDA_WGMMA(wgmma_mma_async_sync_aligned_m64n128k16_f32_bf16_bf16, 128)
+#undef CUDA_WGMMA
+inline void wgmma_fence_sync_aligned() { cuda::start(cuda::Asynchronous::kBegin); }
+inline void wgmma_commit_group_sync_aligned() { cuda::start(cuda::Asynchronous::kCommit); }
+inline void wgmma_wait_group_sync_aligned(int later) {
+  cuda::start(cuda::Asynchronous::kWait, later);
+  cuda::Request request{cuda::Request::kWaitProducts};
+  request.lane = int(threadIdx.x);
+  cuda_ask(&request);
+}
+inline void cp_async_cg_shared_global(unsigned to, const void* from, int bytes) {
+  cuda::Asynchronous started{cuda::Asynchronous::kCopy};
+  if (bytes != 16) __builtin_trap();
+  started.to = *cuda_added + to - cuda::kSharedStart;
+  started.from = from;
+  cuda_start(&started);
+}
+inline void cp_async_commit_group() { cuda::start(cuda::Asynchronous::kCopyCommit); }
+inline void cp_async_wait_group(int later) { cuda::start(cuda::Asynchronous::kCopyWait, later); }
+inline void fence_proxy_async_shared_cta() { cuda::start(cuda::Asynchronous::kShow); }
+
+namespace cuda {
+inline unsigned to_bf16(float x) {
+  if (x != x) return 0x7fff;
+  unsigned bits = __builtin_bit_cast(unsigned, x);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline float from_bf16(unsigned bits) { return __builtin_bit_cast(float, bits << 16); }
+}  // namespace cuda
+inline void mul_rn_bf16x2(unsigned& d, unsigned a, unsigned b) {
+  unsigned low = cuda::to_bf16(cuda::from_bf16(a & 0xffff) * cuda::from_bf16(b & 0xffff));
+  d = low | cuda::to_bf16(cuda::from_bf16(a >> 16) * cuda::from_bf16(b >> 16)) << 16;
+}
+inline void cvt_rn_bf16x2_f32(unsigned& d, float high, float low) {
+  d = cuda::to_bf16(high) << 16 | cuda::to_bf16(low);
+}
+
 // Types must agree, unless CUDA has the overload. Given a number and a NaN, they return the number.
 #define CUDA_MIN_MAX(T) \
   inline T min(T x, T y) { return y < x ? y : x; } \
@@ -134,6 +241,7 @@ inline float max(float x, float y) { return __builtin_fmaxf(x, y); }
 
 extern "C" {
 float expf(float);
+float fmaf(float, float, float);
 float logf(float);
 float sqrtf(float);
 float fabsf(float);

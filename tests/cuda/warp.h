@@ -3,6 +3,7 @@
 #define WARP
 
 #include "nvcc.h"
+#include "warpgroup.h"
 
 #undef blockIdx
 #undef threadIdx
@@ -69,6 +70,7 @@ inline bool Multiplies(const Request& request) {
 inline unsigned Source(const Request& request, unsigned lane) {
   unsigned width = unsigned(request.width), first = lane / width * width, at = unsigned(request.lane);
   if (request.kind == Request::kShuffle) return first + at % width;
+  if (request.kind == Request::kShuffleXor) return lane ^ at;
   return lane - first + at < width ? lane + at : lane;
 }
 
@@ -83,14 +85,18 @@ inline bool HaveCome(Request* const* lanes, const Request& request) {
 
 inline unsigned Exchange(void* const* requests, unsigned num_lanes) {
   Request* lanes[kLanes] = {};
-  unsigned given[kLanes], answered = 0, active = 0;
+  unsigned given[kLanes], answered = 0, active = 0, waited = 0;
   for (unsigned i = 0; i < num_lanes; ++i) {
     lanes[i] = static_cast<Request*>(requests[i]);
     given[i] = lanes[i] ? lanes[i]->value : kNoValue;
     if (lanes[i] && lanes[i]->kind == Request::kActiveMask) active |= 1u << i;
+    if (lanes[i] && lanes[i]->kind == Request::kWaitLaunch) waited |= 1u << i;
+    if (!lanes[i] || lanes[i]->kind != Request::kWaitProducts) continue;
+    if (Waited(unsigned(lanes[i]->lane))) waited |= 1u << i;
+    lanes[i] = nullptr;
   }
   for (unsigned i = 0; i < num_lanes; ++i) {
-    if (!lanes[i] || (active | answered) >> i & 1) continue;
+    if (!lanes[i] || (active | waited | answered) >> i & 1) continue;
     if ((lanes[i]->mask >> i & 1) && HaveCome(lanes, *lanes[i])) answered |= lanes[i]->mask;
   }
   for (unsigned i = 0; i < num_lanes; ++i) {
@@ -103,7 +109,7 @@ inline unsigned Exchange(void* const* requests, unsigned num_lanes) {
     bool bytes = lanes[__builtin_ctz(answered)]->kind == Request::kMultiply;
     bytes ? Multiply(lanes) : MultiplyTf32(lanes);
   }
-  return answered | active;
+  return answered | active | waited;
 }
 
 }  // namespace cuda
