@@ -20,7 +20,6 @@ from .errors import CheckpointError, CompileError
 from .importer.choice import with_choose
 from .importer.config import ModelConfig
 from .importer.graph import (
-    DEFAULT_CHUNK,
     PROFILES,
     Parameter,
     build_graph,
@@ -74,7 +73,7 @@ def compile(
     context: int | None = None,
     adapters: str | Path | Iterable[str | Path] | None = None,
     dump: str | Path | None = None,
-    prefill_chunk: int = DEFAULT_CHUNK,
+    prefill_chunk: int | None = None,
     records: str | Path | None = None,
     progress: bool = False,
 ) -> Path:
@@ -87,9 +86,10 @@ def compile(
     `profile`: "fast" (int8 dense weights and activations) or "exact" (bfloat16 weights, float32
     activations). `context`: most positions (default: the model's). `adapters`: folders of LoRA
     adapters of PEFT, merged in order. `dump`: a folder for the IR after each phase.
-    `prefill_chunk`: tokens of one prefill; a smaller one takes less workspace. `records`: a file of
-    `osscompile tune` for the one variant, whose constants are taken before the package's (default:
-    that in the user's own folder, for each variant that has one).
+    `prefill_chunk`: tokens of one prefill (default: the target's, 512 or 2,048); a smaller one
+    takes less workspace. `records`: a file of `osscompile tune` for the one variant, whose
+    constants are taken before the package's (default: that in the user's own folder, for each
+    variant that has one).
     Raises CheckpointError, TargetError or CompileError; nothing is left behind.
     """
     target = target if target is not None else targets.of_this_machine().name
@@ -98,10 +98,11 @@ def compile(
     output = path_option("output", output) if output is not None else None
     dump = path_option("dump", dump) if dump is not None else None
     records = path_option("records", records) if records is not None else None
-    prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
+    given = prefill_chunk if prefill_chunk is not None else machine.prefill_chunk
+    prefill_chunk = whole_number("prefill_chunk", given)
     resolved = open_model(model, adapters)
     config = resolved.source.config
-    context = _check_options(config, profile, context, prefill_chunk)
+    context = _check_options(config, profile, context, prefill_chunk, machine)
     if output is None:
         output = path_option("output", f"{resolved.name}-{machine.name}.osc")
     constants = _read_records(machines, records, progress)
@@ -253,7 +254,9 @@ def _build_libraries(
     return first
 
 
-def _check_options(config: ModelConfig, profile: str, context: int | None, chunk: int) -> int:
+def _check_options(
+    config: ModelConfig, profile: str, context: int | None, chunk: int, target: Target
+) -> int:
     if profile not in PROFILES:
         raise CompileError(
             f"profile: expected one of {', '.join(PROFILES)}, found {profile!r:.200}"
@@ -263,7 +266,7 @@ def _check_options(config: ModelConfig, profile: str, context: int | None, chunk
         raise CompileError(
             f"context: expected 1 to {config.max_context} (the model's limit), found {context}"
         )
-    most = max(DEFAULT_CHUNK, config.max_context)
+    most = max(target.prefill_chunk, config.max_context)
     if not 1 <= chunk <= most:
         raise CompileError(f"prefill_chunk: expected 1 to {most} tokens, found {chunk}")
     return context

@@ -9,6 +9,8 @@ from typing import Any
 from ..runtime.errors import OsscompileError
 from ..runtime.machine import Machine
 
+PREFILL_CHUNK = 512  # longer prompts take several calls
+
 
 class TargetError(OsscompileError):
     """A target is unknown, incomplete, or cannot run what was asked of it."""
@@ -25,6 +27,7 @@ class Target:
     family: str  # of its schedules: "cpu" or "gpu"
     runtime: str  # that executes its artifacts: "tvm" (a shared library), "opencl" or "cuda"
     device: str  # of TVM's runtime: "cpu" or "metal"; empty for other runtimes
+    prefill_chunk: int  # tokens of one prefill call, unless a compile says otherwise
     tvm: dict[str, Any]  # the TVM target
     system: str  # platform.system() where artifacts run, or "any"
     architecture: str  # platform.machine() where artifacts run, or "any"
@@ -85,6 +88,7 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             family=facts["family"],
             runtime=runtime,
             device=facts.get("device", "cpu" if runtime == "tvm" else ""),
+            prefill_chunk=facts.get("prefill_chunk", PREFILL_CHUNK),
             tvm=facts["tvm"],
             system=machine["system"],
             architecture=machine["architecture"],

@@ -114,6 +114,7 @@ def test_nano_artifact(tmp_path: Path) -> None:
     artifact = osscompile.compile("nano", "h100", tmp_path / "nano.osc", context=1024)
     manifest = read_manifest(artifact)
     assert manifest.runtime == "cuda" and {"lib.fatbin", "lib.launches"} <= set(manifest.files)
+    assert manifest.chunk == H100.prefill_chunk == 2048
 
 
 def test_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -300,7 +300,7 @@ def test_target_has_what_it_needs(name: str) -> None:
 
 def required_keys(name: str) -> list[str]:
     facts = tomllib.loads((ROOT / "targets" / f"{name}.toml").read_text())
-    optional = {"device", "runtime", "variants"}
+    optional = {"device", "prefill_chunk", "runtime", "variants"}
     instructions = {"half", "int8_dot", "matrix", "bf16_matrix", "nearest_even", "selects_bytes"}
     others = {"textures", "shared_bytes", "shuffles", "dependent_launch"}
     optional |= {f"capabilities.{name}" for name in instructions | others}

@@ -30,7 +30,6 @@ from ..schedules.formats import (
 )
 from .config import ModelConfig
 
-DEFAULT_CHUNK = 512  # tokens of one prefill call; longer prompts take several
 MOST_WANTED = 64  # of one step: logits take 800 kB a row
 TOKENS = tirx.Var("tokens", "int64")  # number of tokens within a kernel
 WANTED = tirx.Var("wanted_rows", "int64")  # number of those whose logits are wanted

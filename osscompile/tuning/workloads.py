@@ -14,7 +14,7 @@ from tvm_ffi import structural_map
 
 from ..importer.choice import with_choose
 from ..importer.config import ModelConfig
-from ..importer.graph import DEFAULT_CHUNK, MOST_WANTED, TOKENS, WANTED, build_graph
+from ..importer.graph import MOST_WANTED, TOKENS, WANTED, build_graph
 from ..kernels.attention import TILES
 from ..kernels.choose import ROWS
 from ..kernels.kv_cache import PAGES, TABLE_PAGES
@@ -28,7 +28,7 @@ from ..runtime.trials.files import Argument
 from ..schedules.formats import FEW_EXPERT_ROWS, FEW_TOKENS
 from ..schedules.records import kernel_key
 from ..schedules.rule import schedule
-from ..targets import Target
+from ..targets import PREFILL_CHUNK, Target
 from .fills import OUTPUT, Setting, fill_in_place, fill_of
 
 # The position of the first new token: attention sees that many keys before it, and new keys go on
@@ -58,7 +58,7 @@ def collect_workloads(config: ModelConfig, profile: str, target: Target) -> list
     prefill chunk where the number of tokens is symbolic."""
     kinds = sorted(set(config.sliding))  # one layer of each kind has all kernels
     config = dataclasses.replace(config, num_layers=len(kinds), sliding=tuple(kinds))
-    module = build_graph(config, profile, config.max_context, DEFAULT_CHUNK).module
+    module = build_graph(config, profile, config.max_context, PREFILL_CHUNK).module
     if target.device != CPU:
         module = with_choose(module, config.vocab_size, MOST_WANTED)
     for rewrite in (pack_weights, multiply_bfloat16, join_attention):  # all that replace kernels
@@ -132,12 +132,12 @@ def _asks(function: PrimFunc, target: Target) -> bool:
 
 
 def _position(config: ModelConfig) -> int:
-    return max(0, min(POSITION, config.max_context - DEFAULT_CHUNK))
+    return max(0, min(POSITION, config.max_context - PREFILL_CHUNK))
 
 
 def _num_pages(config: ModelConfig) -> int:
     """Pages of a sequence that ends with a chunk, and one that is read in vain."""
-    return -(-(_position(config) + DEFAULT_CHUNK) // PAGE_TOKENS) + 1
+    return -(-(_position(config) + PREFILL_CHUNK) // PAGE_TOKENS) + 1
 
 
 def _arguments(function: PrimFunc, call: _Call, config: ModelConfig) -> tuple[Argument, ...]:
