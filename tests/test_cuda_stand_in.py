@@ -316,6 +316,41 @@ def test_matrix_units_multiply_the_upper_bits_of_floats(image: Path) -> None:
     np.testing.assert_allclose(found, read[0] @ read[1] + c, rtol=0, atol=2e-6)
 
 
+def test_matrix_units_multiply_halves_that_were_loaded_transposed(image: Path) -> None:
+    """The units multiply 16 x 16 by 16 x 8 and add. The second factor lies by inputs, not by
+    columns: a load gives its words for two products, of which each warp does one."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((16, 16)).astype(np.float16) for _ in range(2))
+    body = """  extern __shared__ __align__(1024) unsigned shared[];
+  int lane = threadIdx.x % 32, half = threadIdx.x / 32, row = lane >> 2, quad = lane % 4;
+  for (int i = threadIdx.x; i < 128; i += 64) shared[i] = b[i];
+  __syncthreads();
+  unsigned words[4];
+  load_transposed(words, shared, lane % 16 * 8 + lane / 16 * 4);
+  float sums[4] = {0, 0, 0, 1};
+  mma_16x8x16(sums, sums + 1, sums + 2, sums + 3, a[row * 8 + quad], a[(row + 8) * 8 + quad],
+              a[row * 8 + quad + 4], a[(row + 8) * 8 + quad + 4], words[half * 2],
+              words[half * 2 + 1]);
+  for (int i = 0; i < 4; ++i) ((float*)out)[threadIdx.x * 4 + i] = sums[i];"""
+    arrays = [x.reshape(-1).view(np.int32) for x in (a, b)]
+    out = run_kernel(image, body, 64, *arrays, added=512).view(np.float32)
+    found = out.reshape(2, 8, 4, 2, 2).transpose(3, 1, 0, 2, 4).reshape(16, 16)
+    added = np.zeros((16, 16))
+    added[8:, 1::2] = 1
+    expected = a.astype(np.float64) @ b.astype(np.float64) + added
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4e-6)
+
+
+def test_halves_are_rounded_to_even_and_powers_flushed(image: Path) -> None:
+    body = """  ((unsigned*)out)[0] = pack_f16x2(1.00048828125f, -1e6f);
+  ((float*)out)[1] = exp2_approximately(-3.0f);
+  ((float*)out)[2] = exp2_approximately(-126.5f);
+  ((float*)out)[3] = exp2_approximately(-1e30f);"""
+    found = run_kernel(image, body, 1)[:4].view(np.float32)
+    assert found[:1].view(np.float16).tolist() == [1.0, -np.inf]
+    assert found[1:].tolist() == [0.125, 0, 0]
+
+
 def test_bytes_are_selected_and_signs_repeated(image: Path) -> None:
     """The result is what NVIDIA describes for prmt without a mode."""
     low, high = 0x83020100, 0x87060504

@@ -13,6 +13,7 @@ import pytest
 import reference
 from cuda_device import H100
 from kernel_cases import (
+    CLOSE,
     DECODE,
     HERE,
     PREFILL,
@@ -32,6 +33,7 @@ from kernel_cases import (
     of_any_width,
     rms_norm,
     rotate_queries,
+    row_facts,
     split_qkv,
 )
 from metal_device import needs_gxx, on_this_machine
@@ -198,8 +200,10 @@ def test_attention_of_sequences_together(gpu: Target, window: int | None) -> Non
 def test_attention_with_the_heads_of_gpt_oss(gpu: Target, form: Form) -> None:
     layer = Layer(128, "float16", heads=64, kv_heads=8, head_dim=64, target=gpu)
     qkv = layer.tokens(64, 131 if form is DECODE else 140)
-    layer.run(qkv[:130], 0)
-    assert_close(layer.run(qkv[130:], 130, form), layer.expected(qkv)[130:])
+    layer.append(qkv[:130], row_facts(np.arange(130)))
+    rounds = form is PREFILL and gpu.bf16_matrix is not None  # test_kernels_attention_f16.py
+    out = layer.run(qkv[130:], 130, form)
+    assert_close(out, layer.expected(qkv)[130:], 2e-4 if rounds else CLOSE)
 
 
 @every_window

@@ -1,6 +1,6 @@
 """Functions that CUDA sources begin with: instructions of PTX that schedules call by name."""
 
-from ..schedules.gpu import launch_before, mma, tf32, wgmma
+from ..schedules.gpu import launch_before, mma, mma_f16, tf32, wgmma
 from ..schedules.gpu.packed_bytes import DOT, SELECT
 
 _ANY = f"""\
@@ -57,6 +57,29 @@ static __device__ unsigned {wgmma.PACK}(float low, float high) {{
 }}
 static __device__ unsigned shared_address(const void* memory) {{
   return unsigned(__cvta_generic_to_shared(memory));
+}}
+static __device__ void {mma_f16.MMA}(float* c0, float* c1, float* c2, float* c3, unsigned a0,
+                                    unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                                    unsigned b1) {{
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
+      : "+f"(*c0), "+f"(*c1), "+f"(*c2), "+f"(*c3)
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}}
+static __device__ void {mma_f16.LOAD}(unsigned* d, const void* memory, int word) {{
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(memory) + word * 4) : "memory");
+}}
+static __device__ unsigned {mma_f16.PACK}(float low, float high) {{
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}}
+static __device__ float {mma_f16.EXP2}(float x) {{
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }}
 // rows of 128 bytes, eight of which lie together, with pieces that change places
 static __device__ unsigned long long {wgmma.DESCRIBE}(const void* memory) {{

@@ -12,7 +12,10 @@ from ..schedules.formats import DIGIT, FP4_OFFSET
 Fill: TypeAlias = tuple[str, int, int]  # (one of `FILLS` in `runtime/trials/files.py`, low, high)
 OUTPUT: Fill = ("output", DIGIT, 0)
 # Powers of two that bring the results of products, and the scores of attention, near 1.
-EXPONENTS = {"scales": -12, "xs": -5, "queries": -3}
+EXPONENTS = {"scales": -12, "xs": -5, "keys": -3}
+# Whole numbers where schedules may round to float16: it has them, and the rounded weights of values
+# that are near each other give what exact weights give.
+WHOLE = {"queries": (-2, 3), "values": (64, 80)}
 EXPONENT_OF_DIGITS = -18  # of xs where whole numbers are in digits
 
 
@@ -52,6 +55,8 @@ def fill_of(parameter: tirx.Buffer, setting: Setting) -> Fill:
         return "bfloat16", -5, 0  # so that the router's logits are near 1 too
     if name == "sinks":
         return "integers", 3, 10  # scores: each counts like several of a window or the context
+    if name in WHOLE:
+        return "integers", *WHOLE[name]
     if name == "xs" and len(setting.sizes["xq"]) == 4:
         return "normal", EXPONENT_OF_DIGITS, 0
     return "normal", EXPONENTS.get(name, 0), 0

@@ -5,6 +5,7 @@ in between are computed where they are needed.
 """
 
 from .attention import attention
+from .attention_f16 import attention_f16
 from .attention_one import attention_one
 from .attention_tf32 import attention_tf32
 from .groups import groups
@@ -18,6 +19,7 @@ from .tiles_int8 import tiles_int8
 
 GPU_RULES = (
     attention_one,
+    attention_f16,  # takes some of the kernels that the next takes
     attention_tf32,
     attention,
     matvec,

@@ -36,6 +36,14 @@ class TokenTiles:
     def count(self) -> Expr:
         return self.num_tokens if self.tiles is None else self.tiles.shape[0] * self.parts
 
+    def latest(self, number: Expr) -> Expr:
+        """Return the tiles of later rows first: of a long prompt they see most keys, and the launch
+        ends sooner if the shortest work begins last."""
+        assert self.tiles is not None
+        # TVM divides a difference wrongly if its second number has a part of the tile
+        shared = self.tiles.shape[0] - 1 - number // self.parts
+        return shared * self.parts + number % self.parts
+
     def token_of(self, tile: Expr, row: Expr) -> Expr:
         """Return the token of a row; rows past the last token repeat it, and are not kept."""
         if self.tiles is None:
@@ -101,8 +109,12 @@ class TokenTiles:
 
     def place(self, tile: Expr, key: Expr) -> tuple[Expr, Expr]:
         """Return the page of a key of the tile's sequence, and where the key lies there."""
-        table = self._fact(tile, const(0, "int64"), TABLE)
-        return self.tables[table + key // self.per_page].astype("int64"), key % self.per_page
+        page = self.tables[self.table(tile) + key // self.per_page]
+        return page.astype("int64"), key % self.per_page
+
+    def table(self, tile: Expr) -> Expr:
+        """Return where the table of the tile's sequence begins."""
+        return self._fact(tile, const(0, "int64"), TABLE)
 
     def _fact(self, tile: Expr, row: Expr, column: int) -> Expr:
         return self.rows[self.token_of(tile, row), column].astype("int64")

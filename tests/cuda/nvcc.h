@@ -22,6 +22,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -38,14 +41,15 @@ struct Position {  // as in fibres.h
 // A lane's request to its warp, with the answer that driver.cc gives.
 struct Request {
   enum Kind {
-    kActiveMask, kShuffleDown, kShuffleXor, kShuffle, kMultiply, kMultiplyTf32, kWaitLaunch,
-    kWaitProducts
+    kActiveMask, kShuffleDown, kShuffleXor, kShuffle, kMultiply, kMultiplyTf32, kMultiplyF16,
+    kLoadMatrices, kWaitLaunch, kWaitProducts
   } kind;
   unsigned mask, value;
   int lane, width;      // of a shuffle: the distance, what to change, or the lane
-  unsigned a[4], b[2];  // factors of a product
+  unsigned a[4], b[2];  // factors of a product; a: what matrices a lane has loaded
   int c[4];             // sums of a product, or the bits of floats
   void* fibre;          // that asks; set by driver.cc
+  const void* row;      // of a matrix
 };
 
 // What a thread starts and does not wait for, and what it says about that; see warpgroup.h.
@@ -150,6 +154,31 @@ inline void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(
   d3 = __builtin_bit_cast(float, request.c[3]);
 }
 
+inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(
+    float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+    unsigned b0, unsigned b1, float c0, float c1, float c2, float c3) {
+  auto bits = [](float x) { return __builtin_bit_cast(int, x); };
+  cuda::Request request{cuda::Request::kMultiplyF16, ~0u, 0, 0, 0, {a0, a1, a2, a3}, {b0, b1},
+                        {bits(c0), bits(c1), bits(c2), bits(c3)}};
+  cuda_ask(&request);
+  d0 = __builtin_bit_cast(float, request.c[0]);
+  d1 = __builtin_bit_cast(float, request.c[1]);
+  d2 = __builtin_bit_cast(float, request.c[2]);
+  d3 = __builtin_bit_cast(float, request.c[3]);
+}
+
+inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(unsigned& d0, unsigned& d1, unsigned& d2,
+                                                           unsigned& d3, unsigned row) {
+  cuda::Request request{cuda::Request::kLoadMatrices, ~0u};
+  request.row = *cuda_added + row - cuda::kSharedStart;
+  if (row % 16) __builtin_trap();
+  cuda_ask(&request);
+  d0 = request.a[0];
+  d1 = request.a[1];
+  d2 = request.a[2];
+  d3 = request.a[3];
+}
+
 inline unsigned long __cvta_generic_to_shared(const void* memory) {
   return static_cast<const char*>(memory) - *cuda_added + cuda::kSharedStart;
 }
@@ -226,6 +255,10 @@ inline void mul_rn_bf16x2(unsigned& d, unsigned a, unsigned b) {
 inline void cvt_rn_bf16x2_f32(unsigned& d, float high, float low) {
   d = cuda::to_bf16(high) << 16 | cuda::to_bf16(low);
 }
+inline void cvt_rn_f16x2_f32(unsigned& d, float high, float low) {
+  auto bits = [](float x) { return unsigned(__builtin_bit_cast(unsigned short, _Float16(x))); };
+  d = bits(high) << 16 | bits(low);
+}
 
 // Types must agree, unless CUDA has the overload. Given a number and a NaN, they return the number.
 #define CUDA_MIN_MAX(T) \
@@ -246,6 +279,11 @@ float logf(float);
 float sqrtf(float);
 float fabsf(float);
 float nearbyintf(float);
+}
+// What is too small to be normal is zero, in and out; the last bits are as a GPU has them not.
+inline void ex2_approx_ftz_f32(float& d, float x) {
+  auto flushed = [](float y) { return __builtin_fabsf(y) < 0x1p-126f ? 0 : y; };
+  d = flushed(__builtin_exp2f(flushed(x)));
 }
 
 // --- The entry by which driver.cc finds a kernel ----------------------------------------------

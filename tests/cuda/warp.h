@@ -2,6 +2,8 @@
 #ifndef WARP
 #define WARP
 
+#include <cstring>
+
 #include "nvcc.h"
 #include "warpgroup.h"
 
@@ -62,8 +64,58 @@ inline void MultiplyTf32(Request* const* lanes) {
   }
 }
 
-inline bool Multiplies(const Request& request) {
-  return request.kind == Request::kMultiply || request.kind == Request::kMultiplyTf32;
+// mma.m16n8k16 of halves; lanes hold "Matrix Fragments for mma.m16n8k16 with floating point type".
+inline void MultiplyF16(Request* const* lanes) {
+  float a[16][16], b[8][16];  // b: by columns
+  auto half = [](unsigned word, int i) {
+    return float(__builtin_bit_cast(_Float16, (unsigned short)(word >> 16 * i)));
+  };
+  for (int lane = 0; lane < int(kLanes); ++lane) {
+    int group = lane >> 2, in_group = lane % 4;
+    for (int i = 0; i < 8; ++i) {
+      int row = (0 <= i && i < 2) || (4 <= i && i < 6) ? group : group + 8;
+      int column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+      a[row][column] = half(lanes[lane]->a[i / 2], i % 2);
+    }
+    for (int i = 0; i < 4; ++i) {
+      int row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
+      b[group][row] = half(lanes[lane]->b[i / 2], i % 2);
+    }
+  }
+  for (int lane = 0; lane < int(kLanes); ++lane) {
+    int group = lane >> 2, in_group = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
+      float sum = __builtin_bit_cast(float, lanes[lane]->c[i]);
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
+      lanes[lane]->c[i] = __builtin_bit_cast(int, sum);
+    }
+  }
+}
+
+// ldmatrix of four 8 x 8 matrices of halves, transposed: lanes 8 m to 8 m + 7 name the rows of matrix
+// m, and every lane gets two neighbours of a column of each, row 2 (lane % 4) in the lower half.
+inline void LoadMatrices(Request* const* lanes) {
+  unsigned short number[4][8][8];
+  for (unsigned lane = 0; lane < kLanes; ++lane) memcpy(number[lane / 8][lane % 8], lanes[lane]->row, 16);
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    unsigned column = lane / 4, row = lane % 4 * 2;
+    for (int m = 0; m < 4; ++m) {
+      lanes[lane]->a[m] = number[m][row][column] | unsigned(number[m][row + 1][column]) << 16;
+    }
+  }
+}
+
+// Whether this is work of the whole warp.
+inline bool IsWork(const Request& request) {
+  return Request::kMultiply <= request.kind && request.kind <= Request::kLoadMatrices;
+}
+
+inline void Work(Request::Kind kind, Request* const* lanes) {
+  if (kind == Request::kMultiply) Multiply(lanes);
+  if (kind == Request::kMultiplyTf32) MultiplyTf32(lanes);
+  if (kind == Request::kMultiplyF16) MultiplyF16(lanes);
+  if (kind == Request::kLoadMatrices) LoadMatrices(lanes);
 }
 
 // Returns the lane whose value one gets; beyond its part of the warp a lane gets its own.
@@ -101,14 +153,11 @@ inline unsigned Exchange(void* const* requests, unsigned num_lanes) {
   }
   for (unsigned i = 0; i < num_lanes; ++i) {
     if (active >> i & 1) lanes[i]->mask = active;
-    if (!(answered >> i & 1) || Multiplies(*lanes[i])) continue;
+    if (!(answered >> i & 1) || IsWork(*lanes[i])) continue;
     unsigned source = Source(*lanes[i], i);
     lanes[i]->value = lanes[i]->mask >> source & 1 ? given[source] : kNoValue;
   }
-  if (answered && Multiplies(*lanes[__builtin_ctz(answered)])) {
-    bool bytes = lanes[__builtin_ctz(answered)]->kind == Request::kMultiply;
-    bytes ? Multiply(lanes) : MultiplyTf32(lanes);
-  }
+  if (answered) Work(lanes[__builtin_ctz(answered)]->kind, lanes);
   return answered | active | waited;
 }
 
