@@ -48,5 +48,7 @@ def add_lanes_before(total, before, lane):  # type: ignore[no-untyped-def]
     before[0] = 0
     for i in T.unroll(5):
         other[0] = _other(total, T.shift_left(1, i))
-        before[0] += T.Select(T.bitwise_and(T.Cast("int32", lane), T.shift_left(1, i)) != 0, other[0], 0)
+        before[0] += T.Select(
+            T.bitwise_and(T.Cast("int32", lane), T.shift_left(1, i)) != 0, other[0], 0
+        )
         total[0] += other[0]

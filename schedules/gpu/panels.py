@@ -20,8 +20,8 @@ from .launch_before import wait_call
 
 QUAD = 4  # inputs of a thread
 QUADS = PANEL // QUAD  # in a panel
-MEMBERS = 8  # subgroups of a work-group
-THREADS = MEMBERS * LANES
+THREADS = 256  # of a work-group that rounds
+MEMBERS = (4, 8, 12, 16, 24)  # subgroups of one that norms
 
 
 def panels(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -30,7 +30,8 @@ def panels(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
     if op == "round_bf16":
         return _round(function)
     if op == "rms_norm_bf16" and target.has_shuffles:
-        return _norm(function, target.has_dependent_launch)
+        members = choose("members", MEMBERS, 8)
+        return _norm(function, members, target.has_dependent_launch)
     return None
 
 
@@ -58,11 +59,12 @@ def _round(function: PrimFunc) -> Schedule:
     return Schedule(function.with_body(body.body))
 
 
-def _norm(function: PrimFunc, waits: bool) -> Schedule:
+def _norm(function: PrimFunc, members: int, waits: bool) -> Schedule:
     """A work-group has a row."""
     x, weight, *outs, xb = function.params
     num_rows, inputs, quads = x.shape[0], int(x.shape[1]), _quads(xb)
-    turns, keeps = -(-quads // THREADS), bool(outs)
+    threads = members * LANES
+    turns, keeps = -(-quads // threads), bool(outs)
     stages, load, write = Stages(function), _load(x), _write(xb, inputs)
 
     def normed(row: Expr, value: Expr, scale: Expr, total: Expr) -> Expr:
@@ -74,24 +76,24 @@ def _norm(function: PrimFunc, waits: bool) -> Schedule:
     def load_row(values, scales, row, thread):  # type: ignore[no-untyped-def]
         for turn in T.unroll(turns):
             scales[turn * QUAD : turn * QUAD + QUAD] = _vector(
-                weight, (), T.min(turn * THREADS + thread, quads - 1), inputs
+                weight, (), T.min(turn * threads + thread, quads - 1), inputs
             )
         if waits:
             T.evaluate(wait_call())
         for turn in T.unroll(turns):
-            load(values, turn * QUAD, row, T.min(turn * THREADS + thread, quads - 1))
+            load(values, turn * QUAD, row, T.min(turn * threads + thread, quads - 1))
 
     @T.macro
     def add_squares(total, values, all_members, member, lane):  # type: ignore[no-untyped-def]
         total[0] = T.float32(0)
         for turn in T.unroll(turns):
-            if (turn * THREADS + member * LANES + lane) * QUAD < inputs:
+            if (turn * threads + member * LANES + lane) * QUAD < inputs:
                 for i in T.unroll(QUAD):
                     total[0] += values[turn * QUAD + i] * values[turn * QUAD + i]
         add_lanes(total[0], total, 0)
         if lane == 0:
             all_members[member] = total[0]
-        total[0] = T.Select(lane < MEMBERS, all_members[lane % MEMBERS], T.float32(0))
+        total[0] = T.Select(lane < members, all_members[T.min(lane, members - 1)], T.float32(0))
         add_lanes(total[0], total, 0)
 
     @T.macro
@@ -108,19 +110,19 @@ def _norm(function: PrimFunc, waits: bool) -> Schedule:
         values = T.alloc_buffer((turns * QUAD,), "float32", scope="local")
         scales = T.alloc_buffer((turns * QUAD,), "float32", scope="local")
         total = T.alloc_buffer((1,), "float32", scope="local")
-        all_members = T.alloc_buffer((MEMBERS,), "float32", scope="shared")
+        all_members = T.alloc_buffer((members,), "float32", scope="shared")
         load_row(values, scales, row, member * LANES + lane)
         add_squares(total, values, all_members, member, lane)
         for i in T.unroll(turns * QUAD):
             values[i] = normed(row, values[i], scales[i], total[0])
         for turn in T.unroll(turns):
-            if turn * THREADS + member * LANES + lane < quads:
-                write_normed(values, turn * QUAD, row, turn * THREADS + member * LANES + lane)
+            if turn * threads + member * LANES + lane < quads:
+                write_normed(values, turn * QUAD, row, turn * threads + member * LANES + lane)
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
         for row in T.thread_binding(num_rows, thread="blockIdx.x"):
-            for member in T.thread_binding(T.int64(MEMBERS), thread="threadIdx.y"):
+            for member in T.thread_binding(T.int64(members), thread="threadIdx.y"):
                 for lane in T.thread_binding(T.int64(LANES), thread="threadIdx.x"):
                     normalise(row, member, lane)
 

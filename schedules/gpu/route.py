@@ -1,5 +1,5 @@
-"""Schedule the router's product: a work-group computes 16 rows x 32 experts, and its subgroups share
-out the inputs.
+"""Schedule the router's product: a work-group computes 16 rows x 32 experts, and its subgroups
+share out the inputs.
 
 A thread loads four neighbouring inputs of two rows, and of a column in each matrix, at once. They
 are its numbers for two products of the matrix unit: which input comes in which place does not
@@ -15,7 +15,7 @@ from tvm.tirx import Buffer, PrimFunc, Stmt
 
 from ...targets import Target
 from ..formats import BLOCK, const, is_few
-from ..product import Product
+from ..product import Product, whole_parts
 from ..records import Choose
 from .lanes import LANES
 from .mma import product
@@ -24,10 +24,10 @@ from .tf32 import MMA, rest, upper
 
 ROWS = 16  # of a matrix
 COLUMNS = 8
-MATRICES = 4  # of columns in a work-group, at most
+MATRICES = (1, 2, 4)  # of columns in a work-group
 INPUTS = 16  # in a step: of two products
-MEMBERS = 12  # subgroups of a work-group, at most
-STEPS = 5  # whose inputs a thread loads before it multiplies, at most
+MEMBERS = (1, 2, 4, 6, 9, 12, 15, 18)  # subgroups of a work-group
+STEPS = (1, 2, 3, 4, 5, 6)  # whose inputs a thread loads before it multiplies
 
 
 def route(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -38,20 +38,20 @@ def route(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None
     product = Product(function)
     if is_few(product.num_rows) or product.columns % COLUMNS:
         return None
-    return with_tail(function, _body(product), target, choose)
+    return with_tail(function, _body(product, choose), target, choose)
 
 
-def _most(count: int, bound: int) -> int:
-    """Return the greatest divisor of `count` up to `bound`."""
-    return max(n for n in range(1, bound + 1) if count % n == 0)
-
-
-def _body(router: Product) -> Stmt:
-    x, weight, out = router.tensors["x"], router.tensors["weight"], router.out
-    num_rows, matrices = router.num_rows, _most(router.columns // COLUMNS, MATRICES)
+def _body(router: Product, choose: Choose) -> Stmt:
+    x, weight, out, num_rows = (
+        router.tensors["x"],
+        router.tensors["weight"],
+        router.out,
+        router.num_rows,
+    )
+    matrices = choose("matrices", *whole_parts(router.columns // COLUMNS, MATRICES, 4))
     steps, columns = router.blocks * BLOCK // INPUTS, matrices * COLUMNS
-    members = _most(steps, MEMBERS)
-    at_once = _most(steps // members, STEPS)
+    members = choose("members", *whole_parts(steps, MEMBERS, 12))
+    at_once = choose("steps_together", *whole_parts(steps // members, STEPS, 5))
     threads = members * LANES
     multiply = _multiply(matrices)
 

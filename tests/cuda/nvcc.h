@@ -23,6 +23,7 @@ struct uint3 {
   struct alignas(sizeof(type) < 8 ? 4 * sizeof(type) : 16) name##4 {            \
     type x, y, z, w;                                                            \
   };                                                                            \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }              \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 CUDA_VECTORS(int, int)
 CUDA_VECTORS(uint, unsigned)
