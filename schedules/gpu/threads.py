@@ -52,7 +52,8 @@ def _bind(sch: Schedule, block: SBlockRV, target: Target, wide: bool) -> None:
 
 
 def _lanes(extent: Expr, target: Target) -> int:
-    """Return how many neighbours of a row fill a thread's vector, or divide the row."""
+    """Return how many neighbours of a row fill a thread's vector, or divide the row. What is read
+    side by side begins at such multiples too: heads, and rows of any tensor, do."""
     wanted = target.load_bits // WORD_BITS
     return math.gcd(int(extent), wanted) if isinstance(extent, IntImm) else 1
 
