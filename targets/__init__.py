@@ -37,6 +37,7 @@ class Target:
     num_registers: int  # for vectors
     max_threads: int  # in a work-group; 0 for a CPU, as `subgroup_size` is
     subgroup_size: int  # threads that execute an instruction together
+    load_bits: int  # that a thread loads or stores at once; 0 for a CPU
     shared_bytes: int  # of memory that a launch may give a work-group; 0 if only kernels declare it
     int8_dot: str | None  # instruction that sums products of bytes
     matrix: str | None  # instruction that multiplies matrices of float32
@@ -98,6 +99,7 @@ def load_variants(name: str, folder: Path | None = None) -> tuple[Target, ...]:
             num_registers=0 if is_gpu else capabilities["num_registers"],
             max_threads=capabilities["max_threads"] if is_gpu else 0,
             subgroup_size=capabilities["subgroup_size"] if is_gpu else 0,
+            load_bits=capabilities.get("load_bits", 32) if is_gpu else 0,
             shared_bytes=capabilities.get("shared_bytes", 0),
             int8_dot=capabilities.get("int8_dot"),
             matrix=capabilities.get("matrix"),

@@ -22,6 +22,7 @@ from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import matmul, rows
 from osscompile.kernels.quantize import quantize
 from osscompile.passes.multiply_bfloat16 import product_in_bfloat16, rounded_to_bfloat16
+from osscompile.schedules.gpu import expert_tiles
 from osscompile.schedules.gpu.threads import threads
 from osscompile.schedules.gpu.tiles_bf16 import tiles_bf16
 from osscompile.schedules.records import answering
@@ -100,7 +101,13 @@ def check_swiglu(
     assert_close(from_panels(out, columns), bf16(np.stack(expected)), 1e-3)
 
 
-def check_sum(num_rows: tuple[int, ...], inputs: int, columns: int, scales: Any = None) -> None:
+def check_sum(
+    num_rows: tuple[int, ...],
+    inputs: int,
+    columns: int,
+    scales: Any = None,
+    rule: Rule | None = None,
+) -> None:
     row_expert, num_experts, tokens = experts_of(num_rows), len(num_rows), 7
     x = numbers(31, len(row_expert), inputs)
     blocks, default = mxfp4_weights(34, inputs, num_experts, columns)
@@ -117,7 +124,7 @@ def check_sum(num_rows: tuple[int, ...], inputs: int, columns: int, scales: Any 
     weights = rng.dirichlet(np.ones(4), tokens).astype(np.float32)
     residual = numbers(24, tokens, columns)
     kernel = matmul.moe_mxfp4_sum("q8", TOKENS, EXPERT_ROWS, num_experts, inputs, columns, 4)
-    built = build(product_in_bfloat16(kernel, gathered=False), H100)
+    built = build(product_in_bfloat16(kernel, gathered=False), H100, rule=rule)
     rest = row_expert, slots, weights, residual
     out, sums = built(panels(x), mxfp4_words(blocks), scales, bias, *rest)
     assert_close(out, expected)
@@ -149,6 +156,18 @@ ROWS_OF_EXPERTS = [
 def test_experts_without_rows_and_with_tiles_that_end_anywhere(num_rows: tuple[int, ...]) -> None:
     check_sum(num_rows, 64, 64)
     check_swiglu(num_rows, 64, 64)
+
+
+def test_experts_whose_rows_many_threads_look_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each several times, and several rows at once."""
+    monkeypatch.setattr(expert_tiles, "THREADS", 8)
+    monkeypatch.setattr(expert_tiles, "TOGETHER", 3)
+
+    def rule(*arguments: Any) -> Any:
+        return tiles_bf16(*arguments)
+
+    check_sum((0, 30, 0, 1, 60), 32, 20, rule=rule)
+    check_sum((17, 31, 0, 0, 0), 32, 20, rule=rule)
 
 
 @pytest.mark.parametrize(("inputs", "columns"), [(32, 20), (192, 130)])

@@ -34,6 +34,7 @@ from kernel_cases import (
     rms_norm,
     rotate_queries,
     row_facts,
+    route_bf16,
     split_qkv,
 )
 from metal_device import needs_gxx, on_this_machine
@@ -172,6 +173,18 @@ def test_route_without_numbers_still_names_different_experts(gpu: Target, form: 
 @pytest.mark.parametrize("kind", CHOICES)
 def test_sort_by_expert(gpu: Target, form: Form, kind: str) -> None:
     check_sort(form, choices(kind, form, 8, 4), 8, gpu)
+
+
+@pytest.mark.parametrize(("top_k", "count"), [(1, 1025), (2, 1024), (3, 5), (4, 1500)])
+def test_sort_by_expert_of_tokens_that_threads_share_or_not(top_k: int, count: int) -> None:
+    """A work-group has 1024 threads; they load two or four choices at once."""
+    form = Form("prefill", TOKENS, count)
+    check_sort(form, choices("one_expert_unused", form, 8, top_k), 8, H100)
+
+
+@pytest.mark.parametrize(("inputs", "num_experts"), [(96, 128), (2880, 32), (64, 24)])
+def test_route_whose_inputs_and_experts_many_share(inputs: int, num_experts: int) -> None:
+    route_bf16(PREFILL, inputs, num_experts).check(H100)
 
 
 @every_form

@@ -8,6 +8,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx import transform as tirx
 
 from ..targets import Target
+from .select_vectors import select_vectors
 
 # TVM's own pipeline for GPUs, without the passes for other GPUs, and without HoistIfThenElse and
 # RemoveNoOp, which took half of the time and only wrote one condition in another way. It ends
@@ -29,6 +30,7 @@ _PASSES = (
     tirx.NarrowDataType(32),
     s_tir.LoopPartition(),
     tirx.VectorizeLoop(),
+    select_vectors,
     tirx.StorageRewrite(),
     tirx.UnrollLoop(),
     s_tir.RenormalizeSplitPattern(),

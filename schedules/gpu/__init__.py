@@ -11,6 +11,9 @@ from .attention_tf32 import attention_tf32
 from .groups import groups
 from .matvec import matvec
 from .norm import norm
+from .panels import panels
+from .route import route
+from .sort import sort
 from .tasks import tasks
 from .threads import threads
 from .tiles import tiles
@@ -24,10 +27,13 @@ GPU_RULES = (
     attention,
     matvec,
     tiles_bf16,
+    route,  # takes a kernel that `tiles` takes
     tiles_int8,  # takes some of the kernels that `tiles` takes
     tiles,
     norm,  # takes some of the kernels that `groups` takes
+    sort,  # takes a kernel that `tasks` takes
     tasks,  # kernels without blocks: no other rule can read them
+    panels,  # takes some of the kernels that `groups` takes
     groups,
     threads,  # takes everything that is left
 )

@@ -19,7 +19,7 @@ from ...targets import Target
 from ..records import Choose
 from ..tail import parts_of_root, rooted
 from .tasks import bound
-from .threads import is_sum
+from .threads import THREADS, WORD_BITS, is_sum
 
 
 def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
@@ -35,6 +35,11 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
     prefix = _common_prefix([_axes(sch, block) for block in stages])
     if prefix == 0 or (len(stages) == 1 and not is_sum(sch, stages[0])):
         return None
+    if target.load_bits > WORD_BITS and _have_same_elements(sch, stages):
+        for block in stages:
+            _, thread = sch.split(sch.fuse(*sch.get_loops(block)), [None, THREADS])
+            sch.bind(thread, "threadIdx.x")
+        return _with_one_grid(function, sch)
     while prefix > 1 and _most(sch, stages, prefix) < target.subgroup_size:
         prefix -= 1  # threads without work are worse than fewer groups
     alone = [block for block in stages if _is_alone(sch, block, prefix)]
@@ -57,6 +62,11 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
         shared = sch.fuse(*(own or [unit]))
         _, thread = sch.split(shared, [None, threads])
         sch.bind(thread, "threadIdx.x")
+    return _with_one_grid(function, sch)
+
+
+def _with_one_grid(function: PrimFunc, sch: Schedule) -> Schedule:
+    """Bind the outer loop of all stages to the same groups."""
     statements, buffers = parts_of_root(sch.mod["main"])
     group = tirx.Var("group", "int64")
     bodies = [
@@ -66,6 +76,14 @@ def groups(function: PrimFunc, target: Target, choose: Choose) -> Schedule | Non
     body = SeqStmt(bodies) if len(bodies) > 1 else bodies[0]
     loop = bound(group, statements[0].extent, "blockIdx.x", body)
     return Schedule(function.with_body(rooted([loop], buffers)))
+
+
+def _have_same_elements(sch: Schedule, stages: list[SBlockRV]) -> bool:
+    """Whether all stages compute tensors of the same extents, and none is a sum or read by another:
+    threads may then have an element of each."""
+    axes = [_axes(sch, block) for block in stages]
+    same = len({len(a) for a in axes}) == 1 and _common_prefix(axes) == len(axes[0])
+    return same and not any(is_sum(sch, b) or sch.get_consumers(b) for b in stages)
 
 
 def _axes(sch: Schedule, block: SBlockRV) -> list[Expr]:

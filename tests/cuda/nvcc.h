@@ -16,21 +16,21 @@
 struct uint3 {
   unsigned x, y, z;
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(8) ushort4 {
-  unsigned short x, y, z, w;
-};
+#define CUDA_VECTORS(name, type)                                                \
+  struct alignas(2 * sizeof(type)) name##2 {                                    \
+    type x, y;                                                                  \
+  };                                                                            \
+  struct alignas(sizeof(type) < 8 ? 4 * sizeof(type) : 16) name##4 {            \
+    type x, y, z, w;                                                            \
+  };                                                                            \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }              \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+CUDA_VECTORS(int, int)
+CUDA_VECTORS(uint, unsigned)
+CUDA_VECTORS(float, float)
+CUDA_VECTORS(ushort, unsigned short)
+CUDA_VECTORS(longlong, long long)
+#undef CUDA_VECTORS
 
 namespace cuda {
 
