@@ -218,6 +218,9 @@ class CudaDevice(DeviceMemory):
 
     def _launch_all(self, prepared: "_Prepared", values: Mapping[str, int]) -> None:
         for launch, function in prepared.launches:
+            groups = [evaluate(count, values) for count in launch.groups]
+            if 0 in groups:
+                continue
             given: list[Any] = []
             for kind, value in launch.arguments:
                 if kind in MEMORY:
@@ -226,7 +229,6 @@ class CudaDevice(DeviceMemory):
                     number = evaluate(value, values)
                     given.append((ctypes.c_int32 if kind == "int32" else ctypes.c_int64)(number))
             pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(v) for v in given))
-            groups = [evaluate(count, values) for count in launch.groups]
             dependent, shared_bytes = launch.dependent, launch.shared_bytes
             config = LaunchConfig.of(groups, launch.threads, shared_bytes, self._stream, dependent)
             self._driver.call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)

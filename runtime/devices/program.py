@@ -43,7 +43,7 @@ ITEM_BYTES = 4  # of an input's int32 and the result's float32
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel over groups x threads, along one to three axes.
+    """A kernel over groups x threads, along one to three axes; without groups nothing is launched.
 
     `arguments`, in the kernel's order: (one of MEMORY, number of it), or (dtype, expression).
     """
@@ -200,7 +200,7 @@ def _launch(fields: dict[str, Any], counts: dict[str, int], symbols: Mapping[str
     threads = tuple(_number(n, 1, f"{kernel}, threads of a group") for n in fields["threads"])
     _number(math.prod(threads), 1, f"{kernel}, threads of a group", MAX_GROUPS)
     groups = tuple(
-        _expression(count, symbols, 1, f"{kernel}, groups", MAX_GROUPS)
+        _expression(count, symbols, 0, f"{kernel}, groups", MAX_GROUPS)
         for count in fields["groups"]
     )
     if not 1 <= len(threads) == len(groups) <= 3:

@@ -26,6 +26,7 @@ from .bf16_results import write
 from .bf16_steps import multiply
 from .bf16_tile import Tile
 from .expert_tiles import list_tiles, tile_list
+from .few_bf16 import few_bf16, most_rows
 from .tail import with_tail
 
 OPS = ("dense_int8_bf16", "moe_mxfp4_swiglu_bf16", "moe_mxfp4_sum_bf16")
@@ -43,27 +44,41 @@ def tiles_bf16(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
     if str(function.attrs["op"]) not in OPS or target.bf16_matrix != "wgmma":
         return None
     product = Product(function)
-    if is_few(product.num_rows):
-        return None
+    few = few_bf16(product, target, choose)
+    if few is not None and is_few(product.num_rows):
+        launches, between = few
+    else:
+        least = 1 if few is None else most_rows(product) + 1
+        launches, between = _launches(product, target, choose, least)
+        if few is not None:  # whose launches have no groups where there are more rows
+            launches, between = few[0] + launches, few[1] + between
+    body = rooted(launches, between)
+    if product.halves == 2:  # which writes panels itself
+        return Schedule(function.with_body(body))
+    return with_tail(function, body, target, choose)
+
+
+def _launches(
+    product: Product, target: Target, choose: Choose, least: int
+) -> tuple[list[Stmt], list[Buffer]]:
+    """Return the launches for `least` rows or more, and memory between them."""
     warpgroups = choose("warpgroups", WARPGROUPS, 2)
     rows = choose("rows_together", ROWS, 128)
     tile = Tile(product, warpgroups, rows, 1)
     fitting = [n for n in STAGES if n * tile.stage_words * 4 <= target.shared_bytes]
     tile = replace(tile, stages=choose("stages", fitting, 4))
     if product.expert is None:
-        return with_tail(function, _body(tile, None), target, choose)
+        return [_body(tile, None, least)], []
     experts = int(product.tensors["words"].shape[0])
     listed = tile_list(product, experts, rows)
-    launches = [list_tiles(product, listed, experts, rows), _body(tile, listed)]
-    body = rooted(launches, [listed])
-    if product.halves == 2:  # which writes panels itself
-        return Schedule(function.with_body(body))
-    return with_tail(function, body, target, choose)
+    return [list_tiles(product, listed, experts, rows), _body(tile, listed, least)], [listed]
 
 
-def _body(tile: Tile, listed: Buffer | None) -> Stmt:
+def _body(tile: Tile, listed: Buffer | None, least: int) -> Stmt:
     product, rows, threads = tile.product, tile.rows, tile.threads
     count = (product.num_rows + (rows - 1)) // rows if listed is None else listed.shape[0]
+    if least > 1:
+        count = count * T.min((product.num_rows - 1) // (least - 1), T.int64(1))
     compute = _compute(tile)
 
     def bound(number: Expr, side: int) -> Expr:

@@ -62,8 +62,34 @@ inline void MultiplyTf32(Request* const* lanes) {
   }
 }
 
+// mma.m16n8k16 of bfloat16; lanes hold "Matrix Fragments for mma.m16n8k16 with floating point type".
+inline void MultiplyBf16(Request* const* lanes) {
+  float a[16][16], b[8][16];  // b: by columns
+  for (int lane = 0; lane < int(kLanes); ++lane) {
+    int group = lane >> 2, in_group = lane % 4;
+    for (int i = 0; i < 8; ++i) {
+      int row = i % 4 < 2 ? group : group + 8, column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+      a[row][column] = FromBf16(lanes[lane]->a[i / 2] >> i % 2 * 16 & 0xffff);
+    }
+    for (int i = 0; i < 4; ++i) {
+      int row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
+      b[group][row] = FromBf16(lanes[lane]->b[i / 2] >> i % 2 * 16 & 0xffff);
+    }
+  }
+  for (int lane = 0; lane < int(kLanes); ++lane) {
+    int group = lane >> 2, in_group = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
+      float sum = __builtin_bit_cast(float, lanes[lane]->c[i]);
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
+      lanes[lane]->c[i] = __builtin_bit_cast(int, sum);
+    }
+  }
+}
+
 inline bool Multiplies(const Request& request) {
-  return request.kind == Request::kMultiply || request.kind == Request::kMultiplyTf32;
+  return request.kind == Request::kMultiply || request.kind == Request::kMultiplyTf32 ||
+         request.kind == Request::kMultiplyBf16;
 }
 
 // Returns the lane whose value one gets; beyond its part of the warp a lane gets its own.
@@ -106,8 +132,10 @@ inline unsigned Exchange(void* const* requests, unsigned num_lanes) {
     lanes[i]->value = lanes[i]->mask >> source & 1 ? given[source] : kNoValue;
   }
   if (answered && Multiplies(*lanes[__builtin_ctz(answered)])) {
-    bool bytes = lanes[__builtin_ctz(answered)]->kind == Request::kMultiply;
-    bytes ? Multiply(lanes) : MultiplyTf32(lanes);
+    Request::Kind kind = lanes[__builtin_ctz(answered)]->kind;
+    if (kind == Request::kMultiply) Multiply(lanes);
+    if (kind == Request::kMultiplyTf32) MultiplyTf32(lanes);
+    if (kind == Request::kMultiplyBf16) MultiplyBf16(lanes);
   }
   return answered | active | waited;
 }
