@@ -78,7 +78,7 @@ class _Extraction:
             symbols=self.symbols,
             inputs=tuple(Input(p.name, tuple(map(_expression, p.ty.shape))) for p in self.inputs),
             storages=tuple(self.storages),
-            launches=tuple(mark_dependent(self.launches, self.module)),
+            launches=tuple(mark_dependent(self.launches, self.module, self.symbols)),
             result=number,
             result_shape=tuple(_expression(extent) for extent in result.ty.shape),
         )

@@ -235,7 +235,7 @@ def _expression(
     """An expression that gives a number from `low` to below `end`, whatever the symbols stand
     for."""
     expression = _parse_expression(value, symbols)
-    for bound in _bounds(expression, symbols):
+    for bound in bounds(expression, symbols):
         _number(bound, low, f"{what}, {expression} of up to {dict(symbols)}", end)
     return expression
 
@@ -250,12 +250,13 @@ def _parse_expression(value: Any, symbols: Mapping[str, int], depth: int = 0) ->
     operator, a, b = value
     if operator not in OPERATORS:
         raise ValueError(f"{operator!r} as the operator of an expression")
+    parsed = [operator, *(_parse_expression(part, symbols, depth + 1) for part in (a, b))]
     if operator == "//":
-        _number(b, 1, "a divisor")
-    return [operator, *(_parse_expression(part, symbols, depth + 1) for part in (a, b))]
+        _number(bounds(parsed[2], symbols)[0], 1, "a divisor")
+    return parsed
 
 
-def _bounds(expression: Expression, symbols: Mapping[str, int]) -> tuple[int, int]:
+def bounds(expression: Expression, symbols: Mapping[str, int]) -> tuple[int, int]:
     """What an expression is at least and at most, or less and more: every operator has its extremes
     at the ends of its arguments."""
     if isinstance(expression, int):
@@ -263,7 +264,7 @@ def _bounds(expression: Expression, symbols: Mapping[str, int]) -> tuple[int, in
     if isinstance(expression, str):
         return 1, symbols[expression]
     operator, a, b = expression
-    pairs = ((x, y) for x in _bounds(a, symbols) for y in _bounds(b, symbols))
+    pairs = ((x, y) for x in bounds(a, symbols) for y in bounds(b, symbols))
     ends = [OPERATORS[operator](x, y) for x, y in pairs]
     for end in ends:
         _number(end, 1 - MAX_NUMBER, f"{expression} of up to {dict(symbols)}")

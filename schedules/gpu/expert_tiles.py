@@ -20,8 +20,8 @@ def tile_list(product: Product, experts: int, size: int) -> Buffer:
     return tirx.decl_buffer((count, tirx.const(2, "int64")), "int32", "expert_tiles")
 
 
-def list_tiles(product: Product, tiles: Buffer, experts: int, size: int) -> Stmt:
-    """Return a launch in which a thread lists the tiles of an expert."""
+def list_tiles(product: Product, tiles: Buffer, experts: int, size: int, used: Expr) -> Stmt:
+    """Return a launch in which a thread lists the tiles of an expert; none where `used` is 0."""
     row_expert, num_rows = product.expert, product.num_rows
     assert row_expert is not None
 
@@ -42,7 +42,7 @@ def list_tiles(product: Product, tiles: Buffer, experts: int, size: int) -> Stmt
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
-        for _group in T.thread_binding(T.int64(1), thread="blockIdx.x"):
+        for _group in T.thread_binding(used, thread="blockIdx.x"):
             for expert in T.thread_binding(T.int64(experts), thread="threadIdx.x"):
                 first = T.alloc_buffer((1,), "int64", scope="local")
                 end = T.alloc_buffer((1,), "int64", scope="local")

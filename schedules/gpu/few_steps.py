@@ -9,7 +9,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from ..formats import BLOCK, PANEL, const
+from ..formats import PANEL, const
 from . import mma_bf16, wgmma
 from .few_tile import PIECE_BYTES, FewTile
 from .weight_words import PAIRS, Fp4Words
@@ -36,7 +36,7 @@ class Lane:
 
 
 def copy_strip(tile: FewTile) -> Callable[..., object]:
-    """Return statements that start the copies of a work-group's s-th strip, if there is one."""
+    """Return statements that start the copies of a strip into a stage."""
     product, threads = tile.product, tile.threads
     row_pieces = tile.row_words // PIECE
     half_pieces, scale_pieces = tile.columns * row_pieces, tile.scale_bytes // PIECE_BYTES
@@ -53,9 +53,7 @@ def copy_strip(tile: FewTile) -> Callable[..., object]:
                 "void",
                 wgmma.COPY,
                 T.address_of(
-                    shared[
-                        stage + number // row_pieces * tile.stride + number % row_pieces * PIECE
-                    ]
+                    shared[stage + number // row_pieces * tile.stride + number % row_pieces * PIECE]
                 ),
                 T.address_of(
                     stored.words[
@@ -91,29 +89,9 @@ def copy_strip(tile: FewTile) -> Callable[..., object]:
     num_words, num_scales = product.halves * half_pieces, product.halves * scale_pieces
 
     @T.macro
-    def copy(shared, stored, expert, part, s, thread):  # type: ignore[no-untyped-def]
-        if T.And(s < tile.each, part * tile.each + s < tile.strips):
-            copy_pieces(
-                copy_words,
-                num_words,
-                shared,
-                stored,
-                expert,
-                part * tile.each + s,
-                tile.stage(s),
-                thread,
-            )
-            copy_pieces(
-                copy_scales,
-                num_scales,
-                shared,
-                stored,
-                expert,
-                part * tile.each + s,
-                tile.stage(s),
-                thread,
-            )
-        T.evaluate(T.call_extern("void", wgmma.COPY_COMMIT))
+    def copy(shared, stored, expert, strip, stage, thread):  # type: ignore[no-untyped-def]
+        copy_pieces(copy_words, num_words, shared, stored, expert, strip, stage, thread)
+        copy_pieces(copy_scales, num_scales, shared, stored, expert, strip, stage, thread)
 
     return copy  # type: ignore[no-any-return]
 

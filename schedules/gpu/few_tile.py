@@ -19,15 +19,14 @@ BANKS = 32  # of shared memory: words whose number has the same rest lie in one
 
 @dataclass(frozen=True)
 class FewTile:
-    """A work-group multiplies up to `rows` rows of activations with `each` strips of 16 rows of
-    weights, one strip after the other: those of 16 columns, or of 8 with both halves.
+    """A work-group multiplies up to `rows` rows of activations with strips of 16 rows of weights,
+    one after the other: those of 16 columns, or of 8 with both halves.
 
     A stage of shared memory holds a strip: its rows of stored words, then their scales.
     """
 
     product: Product
     rows: int
-    each: int
     stages: int
 
     @property
@@ -54,11 +53,6 @@ class FewTile:
     @property
     def strips(self) -> int:
         return self.product.columns // self.columns
-
-    @property
-    def parts(self) -> int:
-        """Work-groups that divide the strips; the last may have fewer."""
-        return -(-self.strips // self.each)
 
     @property
     def num_sums(self) -> int:

@@ -26,7 +26,7 @@ from .bf16_results import write
 from .bf16_steps import multiply
 from .bf16_tile import Tile
 from .expert_tiles import list_tiles, tile_list
-from .few_bf16 import few_bf16, most_rows
+from .few_bf16 import are_few, few_bf16
 from .tail import with_tail
 
 OPS = ("dense_int8_bf16", "moe_mxfp4_swiglu_bf16", "moe_mxfp4_sum_bf16")
@@ -48,9 +48,9 @@ def tiles_bf16(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
     if few is not None and is_few(product.num_rows):
         launches, between = few
     else:
-        least = 1 if few is None else most_rows(product) + 1
-        launches, between = _launches(product, target, choose, least)
-        if few is not None:  # whose launches have no groups where there are more rows
+        used = T.int64(1) if few is None else 1 - are_few(product)
+        launches, between = _launches(product, target, choose, used)
+        if few is not None:  # whose launches have no groups where these have some
             launches, between = few[0] + launches, few[1] + between
     body = rooted(launches, between)
     if product.halves == 2:  # which writes panels itself
@@ -59,26 +59,24 @@ def tiles_bf16(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
 
 
 def _launches(
-    product: Product, target: Target, choose: Choose, least: int
+    product: Product, target: Target, choose: Choose, used: Expr
 ) -> tuple[list[Stmt], list[Buffer]]:
-    """Return the launches for `least` rows or more, and memory between them."""
+    """Return launches, without groups where `used` is 0, and memory between them."""
     warpgroups = choose("warpgroups", WARPGROUPS, 2)
     rows = choose("rows_together", ROWS, 128)
     tile = Tile(product, warpgroups, rows, 1)
     fitting = [n for n in STAGES if n * tile.stage_words * 4 <= target.shared_bytes]
     tile = replace(tile, stages=choose("stages", fitting, 4))
     if product.expert is None:
-        return [_body(tile, None, least)], []
+        return [_body(tile, None, used)], []
     experts = int(product.tensors["words"].shape[0])
     listed = tile_list(product, experts, rows)
-    return [list_tiles(product, listed, experts, rows), _body(tile, listed, least)], [listed]
+    return [list_tiles(product, listed, experts, rows, used), _body(tile, listed, used)], [listed]
 
 
-def _body(tile: Tile, listed: Buffer | None, least: int) -> Stmt:
+def _body(tile: Tile, listed: Buffer | None, used: Expr) -> Stmt:
     product, rows, threads = tile.product, tile.rows, tile.threads
     count = (product.num_rows + (rows - 1)) // rows if listed is None else listed.shape[0]
-    if least > 1:
-        count = count * T.min((product.num_rows - 1) // (least - 1), T.int64(1))
     compute = _compute(tile)
 
     def bound(number: Expr, side: int) -> Expr:
@@ -96,7 +94,7 @@ def _body(tile: Tile, listed: Buffer | None, least: int) -> Stmt:
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
-        for number in T.thread_binding(count, thread="blockIdx.y"):
+        for number in T.thread_binding(count * used, thread="blockIdx.y"):
             for group in T.thread_binding(T.int64(tile.groups), thread="blockIdx.x"):
                 for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
                     shared = T.alloc_buffer(
