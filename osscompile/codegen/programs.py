@@ -203,7 +203,7 @@ def _expression(value: Expr) -> Expression:
     if isinstance(value, tirx.Var):
         assert value.name in SYMBOLS, value
         return str(value.name)
-    return [_OPERATORS[type(value)], _expression(value.a), _expression(value.b)]
+    return _OPERATORS[type(value)], _expression(value.a), _expression(value.b)
 
 
 def _product(extents: Sequence[Expr]) -> Expression:

@@ -3,8 +3,8 @@
 The graph quantises activations to int8, for all targets. Here the kernels of functions for several
 rows lose the stages that make and multiply int8, and get those of
 `kernels/bfloat16.py`: one tensor of panels takes the place of whole numbers, scales and offsets.
-Rows are gathered where they are multiplied, and what nobody reads any more is no result. The function
-for one row, whose speed memory alone limits, stays as it is.
+Rows are gathered where they are multiplied, and what nobody reads any more is no result. The
+function for one row, whose speed memory alone limits, stays as it is.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 This file defines the format, JSON (`osscompile/codegen/programs.py` writes it), and checks all of
 it when it is read. Sizes that depend on a call are expressions: a whole number, a symbol, which
-stands for an extent of an input, or [operator, expression, expression].
+stands for an extent of an input, or (operator, expression, expression).
 """
 
 import json
@@ -20,7 +20,7 @@ from ..errors import ArtifactError
 from ..manifest import Manifest
 from ..step import ANY, FEW
 
-Expression: TypeAlias = Any  # int | symbol | [operator, Expression, Expression]
+Expression: TypeAlias = Any  # int | symbol | (operator, Expression, Expression)
 TOKENS, TILES, WANTED_ROWS, CHANGES = SYMBOLS = ("tokens", "tiles", "wanted_rows", "changes")
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
@@ -250,7 +250,7 @@ def _parse_expression(value: Any, symbols: Mapping[str, int], depth: int = 0) ->
     operator, a, b = value
     if operator not in OPERATORS:
         raise ValueError(f"{operator!r} as the operator of an expression")
-    parsed = [operator, *(_parse_expression(part, symbols, depth + 1) for part in (a, b))]
+    parsed = operator, *(_parse_expression(part, symbols, depth + 1) for part in (a, b))
     if operator == "//":
         _number(bounds(parsed[2], symbols)[0], 1, "a divisor")
     return parsed
