@@ -40,8 +40,8 @@ STRIPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # of a work-group
 PARTS = 132  # work-groups that run together
 PARTS_OF_EXPERT = 24
 # With more rows of activations, on average of an expert, tiles of many multiply sooner.
-MOST_ROWS = 64
-MOST_ROWS_OF_EXPERT = 8
+MOST_ROWS = 128
+MOST_ROWS_OF_EXPERT = 16
 
 
 def are_few(product: Product) -> Expr:
