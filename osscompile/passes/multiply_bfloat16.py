@@ -4,7 +4,7 @@ The graph quantises activations to int8, for all targets. Here the kernels of fu
 rows lose the stages that make and multiply int8, and get those of
 `kernels/bfloat16.py`: one tensor of panels takes the place of whole numbers, scales and offsets.
 Rows are gathered where they are multiplied, and what nobody reads any more is no result. The
-function for one row, whose speed memory alone limits, stays as it is.
+functions for one row and for two, which hardly share weights, stay as they are.
 """
 
 from collections.abc import Mapping
@@ -27,6 +27,7 @@ OPS = {
     "moe_mxfp4_swiglu_q8": "moe_mxfp4_swiglu_bf16",
     "moe_mxfp4_sum_q8": "moe_mxfp4_sum_bf16",
 }
+MOST_ROWS_OF_INT8 = 2  # of a function: up to there every row reads its weights by itself
 GATHER = "gather_rows"
 QUANTISED = ("xq", "xs", "xoffset")  # three tensors of a product
 MADE = ("xq_out", "xs_out", "xoffset_out")  # those that a product makes for the next
@@ -91,11 +92,11 @@ def _panels(name: str, rows: ir.Expr, inputs: int) -> Buffer:
 
 
 def _has_several_rows(function: relax.Function | PrimFunc) -> bool:
-    """Whether this is a function of the graph, for more than one row."""
+    """Whether this is a function of the graph, for more rows than int8 is best for."""
     if not isinstance(function, relax.Function):
         return False
     rows = function.params[0].ty.shape[0]
-    return isinstance(rows, tirx.Var) or int(rows) > 1
+    return isinstance(rows, tirx.Var) or int(rows) > MOST_ROWS_OF_INT8
 
 
 class _Rewrite:
