@@ -21,14 +21,7 @@ from ..records import Choose
 from . import wgmma
 from .expert_tiles import list_tiles, tile_list
 from .few_results import MOST_READ, Of, finish_strip, keep_sums, read_early
-from .few_steps import (
-    PRODUCTS,
-    Lane,
-    Stored,
-    copy_strip,
-    load_activations,
-    multiply_strip,
-)
+from .few_steps import PRODUCTS, Lane, Stored, copy_strip, load_activations, multiply_strip
 from .few_tile import FewTile
 from .launch_before import wait_call
 from .mma_bf16 import TOKENS, WARP
@@ -66,8 +59,8 @@ def few_bf16(
     tile = replace(tile, stages=choose("few_stages", stages, max(ahead, default=stages[0])))
     used = T.int64(1) if is_few(product.num_rows) else are_few(product)
     wanted = PARTS if product.expert is None else PARTS_OF_EXPERT
-    few = (n for n in STRIPS if -(-tile.strips // n) <= wanted)
-    each = choose("few_strips", STRIPS, next(few, max(STRIPS)))
+    enough = (n for n in STRIPS if -(-tile.strips // n) <= wanted)
+    each = choose("few_strips", STRIPS, next(enough, max(STRIPS)))
     if product.expert is None:
         return [_body(tile, None, each, used, target)], []
     experts = int(product.tensors["words"].shape[0])
