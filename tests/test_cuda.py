@@ -76,16 +76,17 @@ def test_copies_that_run_meanwhile_read_early() -> None:
     """A product that has its activations copied before it waits cannot begin before the norm ends;
     as it is, it waits first."""
     module = run_passes(imported("fast"), H100, SHARED_PASSES + LAUNCH_PASSES)
-    launches = build_programs(module)["step"].launches
+    step = build_programs(module)["step"]
+    launches, most = step.launches, step.symbols
     norm, product = (
         next(launch for launch in launches if launch.kernel.startswith(f"{name}_bf16"))
         for name in ("rms_norm", "dense_int8")
     )
-    assert mark_dependent([norm, product], module)[1].dependent
+    assert mark_dependent([norm, product], module, most)[1].dependent
     kernel = module[product.kernel]
     wait, *rest = kernel.body.seq
     module[product.kernel] = kernel.with_body(tirx.SeqStmt([*rest, wait]))
-    assert not mark_dependent([norm, product], module)[1].dependent
+    assert not mark_dependent([norm, product], module, most)[1].dependent
 
 
 @needs_nvcc
