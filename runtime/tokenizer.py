@@ -63,6 +63,7 @@ class Tokenizer:
             ) from error
         added = self._backend.get_added_tokens_decoder()
         self._added: dict[int, Any] = dict(sorted(added.items()))
+        self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for
         self.special: dict[str, int] = {
             token.content: id for id, token in self._added.items() if token.special
         }
@@ -105,11 +106,15 @@ class Tokenizer:
         UTF-8 characters (see StreamDecoder).
         """
         id = int(id)
+        known = self._bytes.get(id)
+        if known is None and 0 <= id < self.vocab_size:
+            known = self._bytes[id] = self._find_bytes(id)
+        return known or b""
+
+    def _find_bytes(self, id: int) -> bytes:
         if id in self._added:
             name: str = self._added[id].content
             return name.encode()
-        if not 0 <= id < self.vocab_size:
-            return b""
         token: str | None = self._backend.id_to_token(id)
         return b"" if token is None else _spelled(token)
 

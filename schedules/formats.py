@@ -119,6 +119,12 @@ def panel_input(place: Expr) -> Expr:
     return q * 16 + s // 2 * 8 + h * 4 + s % 2 + side * 2
 
 
+def panel_place(k: Expr) -> Expr:
+    """Return where input k of a panel lies: `panel_input` of it is k."""
+    q, s, h, side = k // 16, k % 16 // 8 * 2 + k % 2, k // 4 % 2, k // 2 % 2
+    return s * 16 + h * 8 + q * 2 + side
+
+
 def half_e8m0_to_float32(exponent: Expr) -> Expr:
     """Convert uint8 e8m0 to float32 0.5 x 2^(exponent - 127); the half undoes the 2 of 2 x fp4."""
     scale = tirx.reinterpret("float32", exponent.astype("uint32") << const(23, "uint32"))

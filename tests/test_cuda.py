@@ -83,16 +83,17 @@ def test_copies_that_run_meanwhile_read_early() -> None:
     """A product that has its activations copied before it waits cannot begin before the norm ends;
     as it is, it waits first."""
     module = run_passes(imported("fast"), H100, SHARED_PASSES + LAUNCH_PASSES)
-    launches = build_programs(module)["step"].launches
+    step = build_programs(module)["step"]
+    launches, most = step.launches, step.symbols
     norm, product = (
-        next(launch for launch in launches if launch.kernel == f"{name}_bf16_kernel")
+        next(launch for launch in launches if launch.kernel.startswith(f"{name}_bf16"))
         for name in ("rms_norm", "dense_int8")
     )
-    assert mark_dependent([norm, product], module)[1].dependent
+    assert mark_dependent([norm, product], module, most)[1].dependent
     kernel = module[product.kernel]
     wait, *rest = kernel.body.seq
     module[product.kernel] = kernel.with_body(tirx.SeqStmt([*rest, wait]))
-    assert not mark_dependent([norm, product], module)[1].dependent
+    assert not mark_dependent([norm, product], module, most)[1].dependent
 
 
 @needs_nvcc
@@ -155,7 +156,7 @@ ONE, TOKENS = ("int64", 1), ("int64", "tokens")
 def program(max_tokens: int, *, add: tuple[Any, ...] | None = None) -> Program:
     """Return a program for 2 x ids + position + the number of calls before + 7."""
     count, symbols = (TOKENS, {"tokens": max_tokens}) if max_tokens > 1 else (ONE, {})
-    groups = ["//", ["+", count[1], 1], 2]
+    groups = "//", ("+", count[1], 1), 2
     launches = (
         Launch("twice", (OUT, IDS, count), (groups,), (2,)),
         Launch("add", (*(add or (OUT, POSITION, CACHE, count)), ("int32", 7)), (1, 1), (1, 1)),
@@ -225,12 +226,46 @@ def test_a_device_that_is_dropped_leaves_nothing(driver: ctypes.CDLL, image: Pat
     assert usage.num_bytes == 0 and count(driver, "fake_freed") == 4
 
 
-def test_many_tokens_are_launched(driver: ctypes.CDLL, image: Path) -> None:
+def test_many_tokens_are_launched_and_as_many_again_are_a_graph(
+    driver: ctypes.CDLL, image: Path
+) -> None:
     device = CudaDevice(image, {"prefill": program(5)})
     bound = [device.tensor(device.zeros((1, 4), "float32"))]
     assert call(device, "prefill", bound, 1, 2, 3, 4, 5) == [109, 111, 113, 115, 117]
     assert call(device, "prefill", bound, 1, 2) == [110, 112]
     assert count(driver, "fake_graph_launches") == 0 and count(driver, "fake_launches") == 4
+    assert call(device, "prefill", bound, 5, 6) == [119, 121]
+    assert call(device, "prefill", bound, 7, 8) == [124, 126]
+    assert count(driver, "fake_graph_launches") == 2 and count(driver, "fake_launches") == 4
+    other = [device.tensor(np.float32([10, 0, 0, 0]))]
+    assert call(device, "prefill", other, 1, 2) == [119, 121]
+
+
+def test_graphs_that_were_not_used_for_long_go(
+    driver: ctypes.CDLL, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "MOST_GRAPHS", 2)
+    device = CudaDevice(image, {"prefill": program(5)})
+    bound = [device.tensor(device.zeros((1, 4), "float32"))]
+    for length in (1, 2, 1, 2, 1, 3, 3):  # two of 1, one of 2 and one of 3 are graphs
+        call(device, "prefill", bound, *range(length))
+    assert count(driver, "fake_graph_launches") == 4 and count(driver, "fake_graphs") == 2
+    call(device, "prefill", bound, 0)
+    assert count(driver, "fake_graph_launches") == 5 and count(driver, "fake_graphs") == 2
+    call(device, "prefill", bound, 0, 1)  # is recorded again
+    assert count(driver, "fake_graph_launches") == 6 and count(driver, "fake_graphs") == 2
+
+
+def test_a_launch_without_groups_is_none(driver: ctypes.CDLL, image: Path) -> None:
+    two = program(5)
+    twice, add = two.launches
+    some = dataclasses.replace(twice, groups=(("*", twice.groups[0], ("-", "tokens", 1)),))
+    device = CudaDevice(image, {"prefill": dataclasses.replace(two, launches=(some, add))})
+    bound = [device.tensor(device.zeros((1, 4), "float32"))]
+    call(device, "prefill", bound, 1)
+    assert count(driver, "fake_launches") == 1
+    call(device, "prefill", bound, 1, 2)
+    assert count(driver, "fake_launches") == 3
 
 
 def test_memory_bound_anew_is_used(driver: ctypes.CDLL, image: Path) -> None:

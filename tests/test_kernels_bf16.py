@@ -15,6 +15,7 @@ from kernel_cases import LIMIT, assert_close, mxfp4_weights, numbers, q8_weights
 from kernel_runner import Array, Rule, build
 from metal_device import needs_gxx
 from reference import F64
+from tvm import tirx
 from tvm.tirx import PrimFunc
 
 from osscompile.importer.graph import EXPERT_ROWS, TOKENS
@@ -22,6 +23,7 @@ from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import matmul, rows
 from osscompile.kernels.quantize import quantize
 from osscompile.passes.multiply_bfloat16 import product_in_bfloat16, rounded_to_bfloat16
+from osscompile.schedules.formats import FEW_EXPERT_ROWS, FEW_TOKENS
 from osscompile.schedules.gpu import expert_tiles
 from osscompile.schedules.gpu.threads import threads
 from osscompile.schedules.gpu.tiles_bf16 import tiles_bf16
@@ -62,17 +64,21 @@ def chosen(**constants: int) -> Rule:
     return lambda function, target, _: tiles_bf16(function, target, answering(constants))
 
 
-def swiglu_kernel(inputs: int, columns: int, num_experts: int) -> PrimFunc:
-    kernel = matmul.moe_mxfp4_swiglu("q8", EXPERT_ROWS, num_experts, inputs, columns, LIMIT)
+def swiglu_kernel(
+    inputs: int, columns: int, num_experts: int, rows: tirx.Var = EXPERT_ROWS
+) -> PrimFunc:
+    kernel = matmul.moe_mxfp4_swiglu("q8", rows, num_experts, inputs, columns, LIMIT)
     return rounded_to_bfloat16(product_in_bfloat16(kernel, gathered=True), keep=False)
 
 
-def check_dense(count: int, inputs: int, columns: int, rule: Rule | None = None) -> None:
+def check_dense(
+    count: int, inputs: int, columns: int, rule: Rule | None = None, rows: tirx.Var = TOKENS
+) -> None:
     x = numbers(25, count, inputs)
     codes, scales = q8_weights(26, columns, inputs)
     bias, residual = numbers(29, columns), numbers(30, count, columns)
     weights = bf16((codes * scales[..., None].astype(np.float32)).reshape(columns, inputs))
-    kernel = matmul.dense_q8(TOKENS, inputs, columns, True, True)
+    kernel = matmul.dense_q8(rows, inputs, columns, True, True)
     built = build(product_in_bfloat16(kernel, gathered=False), H100, rule=rule)
     out = built(panels(x), codes.view("<u4"), scales, bias, residual)
     assert_close(out, bf16(x) @ weights.T + bias + residual)
@@ -84,7 +90,11 @@ def experts_of(num_rows: tuple[int, ...]) -> Array:
 
 
 def check_swiglu(
-    num_rows: tuple[int, ...], inputs: int, columns: int, rule: Rule | None = None
+    num_rows: tuple[int, ...],
+    inputs: int,
+    columns: int,
+    rule: Rule | None = None,
+    rows: tirx.Var = EXPERT_ROWS,
 ) -> None:
     row_expert, num_experts = experts_of(num_rows), len(num_rows)
     x = numbers(31, 1 + len(row_expert) // 2, inputs)
@@ -95,7 +105,7 @@ def check_swiglu(
     for row, e in zip(bf16(x)[row_token], row_expert.tolist(), strict=True):
         gate, up = reference.dequantize_mxfp4(blocks[e], scales[e]) @ row + bias[e]
         expected.append(reference.swiglu(gate, up, LIMIT))
-    built = build(swiglu_kernel(inputs, columns, num_experts), H100, rule=rule)
+    built = build(swiglu_kernel(inputs, columns, num_experts, rows), H100, rule=rule)
     out = built(panels(x), row_token, mxfp4_words(blocks), scales, bias, row_expert)
     # float32 sums round to another bfloat16 in few cases
     assert_close(from_panels(out, columns), bf16(np.stack(expected)), 1e-3)
@@ -175,6 +185,53 @@ def test_experts_of_any_width(inputs: int, columns: int) -> None:
     check_sum((3, 70), inputs, columns)
     check_swiglu((3, 70), inputs, columns)
 
+
+# --- Products of few rows ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 16, 17, 128, 129])
+def test_dense_with_rows_around_the_end_of_a_tile_and_of_few(count: int) -> None:
+    """Warps have two panels or one, the last panel is half, and strips end within a work-group."""
+    check_dense(count, 1056, 48)
+
+
+@pytest.mark.parametrize(
+    "num_rows", [(0, 1, 0, 8, 0), (9, 0, 16, 17), (0, 35, 0), (34, 17, 0)], ids=repr
+)
+def test_few_rows_of_an_expert(num_rows: tuple[int, ...]) -> None:
+    """51 rows of three experts are many, others few."""
+    check_sum(num_rows, 576, 64)
+    check_swiglu(num_rows, 576, 64)
+
+
+FEW = [(8, 2, 1), (8, 8, 3), (16, 2, 4), (16, 6, 96)]  # rows, stages, strips
+
+
+@pytest.mark.parametrize(("rows", "stages", "strips"), FEW)
+def test_every_tile_and_ring_of_few_rows(rows: int, stages: int, strips: int) -> None:
+    rule = chosen(few_rows=rows, few_stages=stages, few_strips=strips)
+    check_dense(21, 544, 80, rule)
+    check_swiglu((3, 0, 9), 576, 64, rule)
+
+
+def test_products_of_a_known_number_of_rows() -> None:
+    """The functions for two to eight rows have the launches for few rows alone."""
+    check_dense(8, 2880, 64, rows=FEW_TOKENS)
+    check_swiglu((0, 9), 2880, 64, rows=FEW_EXPERT_ROWS)
+    check_dense(2, 64, 20, rows=FEW_TOKENS)  # shapes for which there are only tiles of many
+
+
+def test_few_rows_whose_numbers_are_none_show_in_their_rows_only() -> None:
+    x = numbers(25, 9, 512)
+    x[2, 40] = np.nan
+    codes, scales = q8_weights(26, 64, 512)
+    kernel = product_in_bfloat16(matmul.dense_q8(TOKENS, 512, 64, False, False), gathered=False)
+    out = build(kernel, H100)(panels(x), codes.view("<u4"), scales)
+    np.testing.assert_array_equal(np.isnan(out).all(axis=1), np.arange(9) == 2)
+    np.testing.assert_array_equal(np.isnan(out).any(axis=1), np.arange(9) == 2)
+
+
+# --- Products of many rows --------------------------------------------------------------------
 
 TILES = [(1, 64, 3), (1, 128, 4), (2, 64, 8), (4, 128, 4)]  # warpgroups, rows, stages
 

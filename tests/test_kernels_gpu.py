@@ -33,8 +33,8 @@ from kernel_cases import (
     of_any_width,
     rms_norm,
     rotate_queries,
-    row_facts,
     route_bf16,
+    row_facts,
     split_qkv,
 )
 from metal_device import needs_gxx, on_this_machine

@@ -1,5 +1,5 @@
-"""The pass that multiplies many rows as bfloat16 changes the functions for any number of rows, on
-targets that have such units, and nothing else."""
+"""The pass that multiplies many rows as bfloat16 changes the functions for several rows, on targets
+that have such units, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ def called(module: ir.IRModule, function: str) -> list[PrimFunc]:
     return found
 
 
-def test_no_kernel_for_any_number_of_rows_takes_int8() -> None:
+@pytest.mark.parametrize("function", ["step", "step_4", "step_8"])
+def test_no_kernel_for_several_rows_takes_int8(function: str) -> None:
     _, module = rewritten("fast")
     verify(module, H100, ("pack_weights", "multiply_bfloat16"))
-    ops = [str(kernel.attrs["op"]) for kernel in called(module, "step")]
+    ops = [str(kernel.attrs["op"]) for kernel in called(module, function)]
     assert {"dense_int8_bf16", "moe_mxfp4_swiglu_bf16", "moe_mxfp4_sum_bf16"} < set(ops)
     assert "gather_rows" not in ops and "quantize_q8" not in ops
-    for kernel in called(module, "step"):
+    for kernel in called(module, function):
         assert all(str(p.dtype) != "int8" for p in kernel.params), kernel.attrs["op"]
 
 
@@ -55,14 +56,11 @@ def test_numbers_that_only_became_panels_are_no_result() -> None:
     assert [p.name for p in swiglu.params] == names
 
 
-def test_functions_for_a_few_rows_stay() -> None:
+@pytest.mark.parametrize("function", ["step_1", "step_2"])
+def test_functions_for_one_row_and_for_two_stay(function: str) -> None:
     before, after = rewritten("fast")
-    functions = [f for f, value in before.functions_items() if isinstance(value, relax.Function)]
-    few = [f.name_hint for f in functions if f.name_hint != "step"]
-    assert few
-    for name in few:
-        pairs = zip(called(before, name), called(after, name), strict=True)
-        assert all(structural_equal(a, b) for a, b in pairs)
+    pairs = zip(called(before, function), called(after, function), strict=True)
+    assert all(structural_equal(a, b) for a, b in pairs)
 
 
 def test_kernels_that_nobody_calls_go() -> None:

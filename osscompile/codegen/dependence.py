@@ -1,34 +1,39 @@
 """Find the launches that may begin before the one before them has ended."""
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tvm import ir, tirx
 from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_walk
 
-from ..runtime.devices.program import MEMORY, Launch
+from ..runtime.devices.program import MEMORY, Launch, bounds
 from ..schedules.gpu.launch_before import is_wait
 
 Places = set[tuple[str, int]]
 
 
-def mark_dependent(launches: Sequence[Launch], module: ir.IRModule) -> list[Launch]:
+def mark_dependent(
+    launches: Sequence[Launch], module: ir.IRModule, symbols: Mapping[str, int] | None = None
+) -> list[Launch]:
     """Mark every launch as dependent whose kernel waits itself for the launch before, and reads
-    nothing before it waits that the launch before writes.
+    nothing before it waits that the launch before writes. `symbols`: the most that each stands for.
 
     What an earlier launch wrote is there then: the one before waited for it before it let this one
-    begin. The first launch is none: what is before it, in another call, may be no kernel.
+    begin. One that may have no groups may not be the one before: then that is an earlier one. The
+    first launch is not marked: what is before it, in another call, may be no kernel.
     """
     uses = {kernel: _Uses(module[kernel]) for kernel in {launch.kernel for launch in launches}}
-    marked = list(launches[:1])
-    for before, launch in itertools.pairwise(launches):
+    marked: list[Launch] = []
+    late: Places = set()  # what launches write that may be the one before
+    for launch in launches:
         use = uses[launch.kernel]
-        late = _places(before, uses[before.kernel].written)
         dependent = use.waits and not late & _places(launch, use.read_early)
-        marked.append(dataclasses.replace(launch, dependent=dependent))
+        marked.append(dataclasses.replace(launch, dependent=dependent and bool(marked)))
+        written = _places(launch, use.written)
+        always = all(bounds(count, symbols or {})[0] > 0 for count in launch.groups)
+        late = written if always else late | written
     return marked
 
 

@@ -78,7 +78,7 @@ class _Extraction:
             symbols=self.symbols,
             inputs=tuple(Input(p.name, tuple(map(_expression, p.ty.shape))) for p in self.inputs),
             storages=tuple(self.storages),
-            launches=tuple(mark_dependent(self.launches, self.module)),
+            launches=tuple(mark_dependent(self.launches, self.module, self.symbols)),
             result=number,
             result_shape=tuple(_expression(extent) for extent in result.ty.shape),
         )
@@ -203,7 +203,7 @@ def _expression(value: Expr) -> Expression:
     if isinstance(value, tirx.Var):
         assert value.name in SYMBOLS, value
         return str(value.name)
-    return [_OPERATORS[type(value)], _expression(value.a), _expression(value.b)]
+    return _OPERATORS[type(value)], _expression(value.a), _expression(value.b)
 
 
 def _product(extents: Sequence[Expr]) -> Expression:

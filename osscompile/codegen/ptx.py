@@ -1,6 +1,6 @@
 """Functions that CUDA sources begin with: instructions of PTX that schedules call by name."""
 
-from ..schedules.gpu import launch_before, mma, mma_f16, tf32, wgmma
+from ..schedules.gpu import launch_before, mma, mma_bf16, mma_f16, tf32, wgmma
 from ..schedules.gpu.packed_bytes import DOT, SELECT
 
 _ANY = f"""\
@@ -45,6 +45,13 @@ static __device__ void {wgmma.COMMIT}() {{
 static __device__ void {wgmma.WAIT}() {{
   asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
 }}
+static __device__ void {mma_bf16.MMA}(float* c, const unsigned* a, const unsigned* b) {{
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}}
+static __device__ void {mma_bf16.LEAVE}(float* to, float sum) {{ *to = sum; }}
 static __device__ unsigned {wgmma.MULTIPLY_PAIRS}(unsigned a, unsigned b) {{
   unsigned product;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));

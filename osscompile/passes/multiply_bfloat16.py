@@ -1,10 +1,10 @@
 """Multiply many rows of activations as bfloat16, where the target's matrix units take it.
 
-The graph quantises activations to int8, for all targets. Here the kernels of functions for any
-number of rows lose the stages that make and multiply int8, and get those of
+The graph quantises activations to int8, for all targets. Here the kernels of functions for several
+rows lose the stages that make and multiply int8, and get those of
 `kernels/bfloat16.py`: one tensor of panels takes the place of whole numbers, scales and offsets.
-Rows are gathered where they are multiplied, and what nobody reads any more is no result. Functions
-for a few rows, whose speed memory limits, stay as they are.
+Rows are gathered where they are multiplied, and what nobody reads any more is no result. The
+functions for one row and for two, which hardly share weights, stay as they are.
 """
 
 from collections.abc import Mapping
@@ -27,6 +27,7 @@ OPS = {
     "moe_mxfp4_swiglu_q8": "moe_mxfp4_swiglu_bf16",
     "moe_mxfp4_sum_q8": "moe_mxfp4_sum_bf16",
 }
+MOST_ROWS_OF_INT8 = 2  # of a function: up to there every row reads its weights by itself
 GATHER = "gather_rows"
 QUANTISED = ("xq", "xs", "xoffset")  # three tensors of a product
 MADE = ("xq_out", "xs_out", "xoffset_out")  # those that a product makes for the next
@@ -36,11 +37,11 @@ PANELS = {"xq": "xb", "xq_out": "xb_out"}  # what takes the place of the three t
 
 
 def multiply_bfloat16(module: ir.IRModule, target: Target) -> ir.IRModule:
-    """Rewrite the functions for any number of rows, and drop the kernels that nobody calls."""
+    """Rewrite the functions for several rows, and drop the kernels that nobody calls."""
     if target.bf16_matrix is None:
         return module
     functions = dict(module.functions_items())
-    rewritten = {n: f for n, f in functions.items() if _has_any_rows(f)}
+    rewritten = {n: f for n, f in functions.items() if _has_several_rows(f)}
     kept = {n: f for n, f in functions.items() if n not in rewritten}
     builder = relax.BlockBuilder(ir.IRModule(kept))
     for name, function in rewritten.items():
@@ -90,11 +91,12 @@ def _panels(name: str, rows: ir.Expr, inputs: int) -> Buffer:
     return tirx.decl_buffer(shape, "uint16", name)
 
 
-def _has_any_rows(function: relax.Function | PrimFunc) -> bool:
-    """Whether this is a function of the graph, for a symbolic number of rows."""
+def _has_several_rows(function: relax.Function | PrimFunc) -> bool:
+    """Whether this is a function of the graph, for more rows than int8 is best for."""
     if not isinstance(function, relax.Function):
         return False
-    return isinstance(function.params[0].ty.shape[0], tirx.Var)
+    rows = function.params[0].ty.shape[0]
+    return isinstance(rows, tirx.Var) or int(rows) > MOST_ROWS_OF_INT8
 
 
 class _Rewrite:

@@ -63,7 +63,7 @@ class Report:
     decode: dict[int, Timing]
     device: str | None = None  # that ran the kernels, if the CPU did not
     device_bytes: int | None = None  # of its memory, held after all runs, or as planned
-    # By numbers of sequences: steps that tell a token of each, the bytes that such a step must
+    # By numbers of sequences: steps that choose a token of each, the bytes that such a step must
     # read, and the median of reads by turns with them.
     sequences: dict[int, Timing] = field(default_factory=dict)
     sequences_bytes: dict[int, int] = field(default_factory=dict)

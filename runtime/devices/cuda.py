@@ -1,8 +1,8 @@
 """Run CUDA kernels, and the functions of an artifact, through the driver's own library.
 
-A function of one token is recorded as a CUDA graph when it is first called; from then on a call
-copies the token and its position to the device and launches the graph. Logits stay there, unless
-they are asked for.
+A function is recorded as a CUDA graph when it is called again with as many rows; from then on such
+a call copies the tokens and their positions to the device and launches the graph. Logits stay
+there, unless they are asked for.
 """
 
 import ctypes
@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError, OsscompileError
-from .cuda_driver import Address, Driver, DriverError, Handle, Stream, pointer
-from .cuda_launch import LaunchConfig
+from .cuda_driver import Driver, DriverError, Handle, Stream, pointer
+from .cuda_launch import Numbers, ReadyLaunch
 from .cuda_staging import Staging
 from .library_file import read_library
 from .memory import DeviceArray, DeviceMemory, Memory, Usage
 from .program import MEMORY, Launch, Launches, Program, evaluate
 
 SIZES = {"int32": 4, "int64": 8}  # bytes of a scalar; those of an address are 8
+MOST_GRAPHS = 64  # of a function: each takes about a megabyte
+MOST_SEEN = 4096  # numbers of rows of which it is known that they came before
 TIMING_EVENT = 0
 MAX_DYNAMIC_SHARED_BYTES = 8  # attribute of a function
 RELAXED = 2  # capture: other threads may do what they like
@@ -78,12 +80,7 @@ class CudaDevice(DeviceMemory):
             for memory, array in zip(prepared.memory["input"], inputs, strict=True):
                 address, source = memory.handle, pointer(array)
                 driver.call("cuMemcpyHtoDAsync_v2", address, source, array.nbytes, self._stream)
-            if not program.symbols:  # nothing changes from call to call
-                if prepared.graph is None:
-                    prepared.graph = self._record(lambda: self._launch_all(prepared, {}))
-                driver.call("cuGraphLaunch", prepared.graph.handle, self._stream)
-            else:
-                self._launch_all(prepared, values)
+            self._launch(prepared, values)
         except DriverError as error:
             raise self._cannot_run(error) from error
         shape = tuple(evaluate(extent, values) for extent in program.result_shape)
@@ -137,7 +134,7 @@ class CudaDevice(DeviceMemory):
             ]
             prepared = self._prepared[name] = _Prepared(launches, self.own_memory(name))
         if prepared.memory.get("bound") is not bound:
-            prepared.memory, prepared.graph = prepared.memory | {"bound": bound}, None
+            prepared.bind(bound, self._stream)
         return prepared
 
     def _record(self, launch: Callable[[], object]) -> "_Graph":
@@ -175,20 +172,29 @@ class CudaDevice(DeviceMemory):
             raise self._cannot_run(f"{launch.kernel}: {error}") from error
         return function
 
+    def _launch(self, prepared: "_Prepared", values: Mapping[str, int]) -> None:
+        """Launch what is prepared: as a graph, if it was called with these values before."""
+        key = tuple(values.values())
+        graph = prepared.graphs.pop(key, None)
+        if graph is None and (key in prepared.seen or not values):
+            graph = self._record(lambda: self._launch_all(prepared, values))
+        if graph is None:
+            if len(prepared.seen) == MOST_SEEN:
+                prepared.seen.clear()
+            prepared.seen.add(key)
+            self._launch_all(prepared, values)
+            return
+        prepared.graphs[key] = graph  # the last is the one used last
+        if len(prepared.graphs) > MOST_GRAPHS:
+            del prepared.graphs[next(iter(prepared.graphs))]
+        self._driver.call("cuGraphLaunch", graph.handle, self._stream)
+
     def _launch_all(self, prepared: "_Prepared", values: Mapping[str, int]) -> None:
-        for launch, function in prepared.launches:
-            given: list[Any] = []
-            for kind, value in launch.arguments:
-                if kind in MEMORY:
-                    given.append(Address(prepared.memory[kind][value].handle))
-                else:
-                    number = evaluate(value, values)
-                    given.append((ctypes.c_int32 if kind == "int32" else ctypes.c_int64)(number))
-            pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(v) for v in given))
-            groups = [evaluate(count, values) for count in launch.groups]
-            dependent, shared_bytes = launch.dependent, launch.shared_bytes
-            config = LaunchConfig.of(groups, launch.threads, shared_bytes, self._stream, dependent)
-            self._driver.call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
+        numbers = Numbers(values)
+        for launch in prepared.ready:
+            if launch.set(numbers):
+                arguments = launch.config, launch.function, launch.pointers, None
+                self._driver.call("cuLaunchKernelEx", *arguments)
 
     def read(self, memory: Memory, array: np.ndarray) -> None:
         target = pointer(array)
@@ -243,13 +249,23 @@ class _Opened:
     staging: Callable[[], Staging]  # when there is something large to copy, and then the same
 
 
-@dataclass
 class _Prepared:
     """A program with its memory and its kernels."""
 
-    launches: list[tuple[Launch, Handle]]
-    memory: dict[str, Sequence[Memory]]  # by kind of argument
-    graph: "_Graph | None" = None
+    def __init__(
+        self, launches: list[tuple[Launch, Handle]], own_memory: dict[str, Sequence[Memory]]
+    ) -> None:
+        self._launches, self.memory = launches, own_memory  # by kind of argument
+        self.ready: list[ReadyLaunch] = []
+        self.seen: set[tuple[int, ...]] = set()  # numbers of rows in calls
+        self.graphs: dict[tuple[int, ...], _Graph] = {}  # by them
+
+    def bind(self, bound: Sequence[Any], stream: Handle) -> None:
+        """From now on all is launched on this memory."""
+        self.memory = self.memory | {"bound": bound}
+        self.graphs = {}
+        addresses = {kind: [m.handle for m in some] for kind, some in self.memory.items()}
+        self.ready = [ReadyLaunch(n, function, addresses, stream) for n, function in self._launches]
 
 
 class _Module:

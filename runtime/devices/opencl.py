@@ -132,10 +132,12 @@ class OpenCLDevice(DeviceMemory):
         """The event of every launch."""
         events = []
         for launch, kernel, _ in prepared.launches:
+            counts = [evaluate(count, values) for count in launch.groups]
+            if 0 in counts:
+                continue
             for i, (kind, value) in enumerate(launch.arguments):
                 if kind not in MEMORY:
                     kernel.set_arg(i, np.dtype(kind).type(evaluate(value, values)))
-            counts = [evaluate(count, values) for count in launch.groups]
             work_items = [n * threads for n, threads in zip(counts, launch.threads, strict=True)]
             enqueue = self._cl.enqueue_nd_range_kernel
             events.append(enqueue(queue, kernel, work_items, launch.threads))

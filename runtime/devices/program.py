@@ -2,7 +2,7 @@
 
 This file defines the format, JSON (`osscompile/codegen/programs.py` writes it), and checks all of
 it when it is read. Sizes that depend on a call are expressions: a whole number, a symbol, which
-stands for an extent of an input, or [operator, expression, expression].
+stands for an extent of an input, or (operator, expression, expression).
 """
 
 import json
@@ -20,7 +20,7 @@ from ..errors import ArtifactError
 from ..manifest import Manifest
 from ..step import ANY, FEW
 
-Expression: TypeAlias = Any  # int | symbol | [operator, Expression, Expression]
+Expression: TypeAlias = Any  # int | symbol | (operator, Expression, Expression)
 TOKENS, TILES, WANTED_ROWS, CHANGES = SYMBOLS = ("tokens", "tiles", "wanted_rows", "changes")
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
@@ -43,7 +43,7 @@ ITEM_BYTES = 4  # of an input's int32 and the result's float32
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel over groups x threads, along one to three axes.
+    """A kernel over groups x threads, along one to three axes; without groups nothing is launched.
 
     `arguments`, in the kernel's order: (one of MEMORY, number of it), or (dtype, expression).
     """
@@ -200,7 +200,7 @@ def _launch(fields: dict[str, Any], counts: dict[str, int], symbols: Mapping[str
     threads = tuple(_number(n, 1, f"{kernel}, threads of a group") for n in fields["threads"])
     _number(math.prod(threads), 1, f"{kernel}, threads of a group", MAX_GROUPS)
     groups = tuple(
-        _expression(count, symbols, 1, f"{kernel}, groups", MAX_GROUPS)
+        _expression(count, symbols, 0, f"{kernel}, groups", MAX_GROUPS)
         for count in fields["groups"]
     )
     if not 1 <= len(threads) == len(groups) <= 3:
@@ -235,7 +235,7 @@ def _expression(
     """An expression that gives a number from `low` to below `end`, whatever the symbols stand
     for."""
     expression = _parse_expression(value, symbols)
-    for bound in _bounds(expression, symbols):
+    for bound in bounds(expression, symbols):
         _number(bound, low, f"{what}, {expression} of up to {dict(symbols)}", end)
     return expression
 
@@ -250,12 +250,13 @@ def _parse_expression(value: Any, symbols: Mapping[str, int], depth: int = 0) ->
     operator, a, b = value
     if operator not in OPERATORS:
         raise ValueError(f"{operator!r} as the operator of an expression")
+    parsed = operator, *(_parse_expression(part, symbols, depth + 1) for part in (a, b))
     if operator == "//":
-        _number(b, 1, "a divisor")
-    return [operator, *(_parse_expression(part, symbols, depth + 1) for part in (a, b))]
+        _number(bounds(parsed[2], symbols)[0], 1, "a divisor")
+    return parsed
 
 
-def _bounds(expression: Expression, symbols: Mapping[str, int]) -> tuple[int, int]:
+def bounds(expression: Expression, symbols: Mapping[str, int]) -> tuple[int, int]:
     """What an expression is at least and at most, or less and more: every operator has its extremes
     at the ends of its arguments."""
     if isinstance(expression, int):
@@ -263,7 +264,7 @@ def _bounds(expression: Expression, symbols: Mapping[str, int]) -> tuple[int, in
     if isinstance(expression, str):
         return 1, symbols[expression]
     operator, a, b = expression
-    pairs = ((x, y) for x in _bounds(a, symbols) for y in _bounds(b, symbols))
+    pairs = ((x, y) for x in bounds(a, symbols) for y in bounds(b, symbols))
     ends = [OPERATORS[operator](x, y) for x, y in pairs]
     for end in ends:
         _number(end, 1 - MAX_NUMBER, f"{expression} of up to {dict(symbols)}")

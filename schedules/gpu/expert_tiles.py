@@ -23,9 +23,9 @@ def tile_list(product: Product, experts: int, size: int) -> Buffer:
     return tirx.decl_buffer((count, tirx.const(2, "int64")), "int32", "expert_tiles")
 
 
-def list_tiles(product: Product, tiles: Buffer, experts: int, size: int) -> Stmt:
-    """Return a launch that lists the tiles of all experts. Its threads look for rows of another
-    expert than that of the row before; then a thread has an expert."""
+def list_tiles(product: Product, tiles: Buffer, experts: int, size: int, used: Expr) -> Stmt:
+    """Return a launch that lists the tiles of all experts; none where `used` is 0. Its threads look
+    for rows of another expert than that of the row before; then a thread has an expert."""
     row_expert, num_rows = product.expert, product.num_rows
     assert row_expert is not None and experts < THREADS
 
@@ -75,7 +75,7 @@ def list_tiles(product: Product, tiles: Buffer, experts: int, size: int) -> Stmt
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
-        for _group in T.thread_binding(T.int64(1), thread="blockIdx.x"):
+        for _group in T.thread_binding(used, thread="blockIdx.x"):
             for thread in T.thread_binding(T.int64(THREADS), thread="threadIdx.x"):
                 firsts = T.alloc_buffer((experts + 1,), "int32", scope="shared")
                 list_all(firsts, thread)

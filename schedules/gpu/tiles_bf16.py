@@ -26,6 +26,7 @@ from .bf16_results import write
 from .bf16_steps import multiply
 from .bf16_tile import Tile
 from .expert_tiles import list_tiles, tile_list
+from .few_bf16 import are_few, few_bf16
 from .tail import with_tail
 
 OPS = ("dense_int8_bf16", "moe_mxfp4_swiglu_bf16", "moe_mxfp4_sum_bf16")
@@ -43,25 +44,37 @@ def tiles_bf16(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
     if str(function.attrs["op"]) not in OPS or target.bf16_matrix != "wgmma":
         return None
     product = Product(function)
-    if is_few(product.num_rows):
-        return None
+    few = few_bf16(product, target, choose)
+    if few is not None and is_few(product.num_rows):
+        launches, between = few
+    else:
+        used = T.int64(1) if few is None else 1 - are_few(product)
+        launches, between = _launches(product, target, choose, used)
+        if few is not None:  # whose launches have no groups where these have some
+            launches, between = few[0] + launches, few[1] + between
+    body = rooted(launches, between)
+    if product.halves == 2:  # which writes panels itself
+        return Schedule(function.with_body(body))
+    return with_tail(function, body, target, choose)
+
+
+def _launches(
+    product: Product, target: Target, choose: Choose, used: Expr
+) -> tuple[list[Stmt], list[Buffer]]:
+    """Return launches, without groups where `used` is 0, and memory between them."""
     warpgroups = choose("warpgroups", WARPGROUPS, 2)
     rows = choose("rows_together", ROWS, 128)
     tile = Tile(product, warpgroups, rows, 1)
     fitting = [n for n in STAGES if n * tile.stage_words * 4 <= target.shared_bytes]
     tile = replace(tile, stages=choose("stages", fitting, 4))
     if product.expert is None:
-        return with_tail(function, _body(tile, None), target, choose)
+        return [_body(tile, None, used)], []
     experts = int(product.tensors["words"].shape[0])
     listed = tile_list(product, experts, rows)
-    launches = [list_tiles(product, listed, experts, rows), _body(tile, listed)]
-    body = rooted(launches, [listed])
-    if product.halves == 2:  # which writes panels itself
-        return Schedule(function.with_body(body))
-    return with_tail(function, body, target, choose)
+    return [list_tiles(product, listed, experts, rows, used), _body(tile, listed, used)], [listed]
 
 
-def _body(tile: Tile, listed: Buffer | None) -> Stmt:
+def _body(tile: Tile, listed: Buffer | None, used: Expr) -> Stmt:
     product, rows, threads = tile.product, tile.rows, tile.threads
     count = (product.num_rows + (rows - 1)) // rows if listed is None else listed.shape[0]
     compute = _compute(tile)
@@ -81,7 +94,7 @@ def _body(tile: Tile, listed: Buffer | None) -> Stmt:
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
-        for number in T.thread_binding(count, thread="blockIdx.y"):
+        for number in T.thread_binding(count * used, thread="blockIdx.y"):
             for group in T.thread_binding(T.int64(tile.groups), thread="blockIdx.x"):
                 for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
                     shared = T.alloc_buffer(

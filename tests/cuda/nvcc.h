@@ -42,7 +42,7 @@ struct Position {  // as in fibres.h
 struct Request {
   enum Kind {
     kActiveMask, kShuffleDown, kShuffleXor, kShuffle, kMultiply, kMultiplyTf32, kMultiplyF16,
-    kLoadMatrices, kWaitLaunch, kWaitProducts
+    kMultiplyBf16, kLoadMatrices, kWaitLaunch, kWaitProducts
   } kind;
   unsigned mask, value;
   int lane, width;      // of a shuffle: the distance, what to change, or the lane
@@ -141,31 +141,26 @@ inline void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(
   d3 = request.c[3];
 }
 
-inline void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(
-    float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-    unsigned b0, unsigned b1, float c0, float c1, float c2, float c3) {
-  auto bits = [](float x) { return __builtin_bit_cast(int, x); };
-  cuda::Request request{cuda::Request::kMultiplyTf32, ~0u, 0, 0, 0, {a0, a1, a2, a3}, {b0, b1},
-                        {bits(c0), bits(c1), bits(c2), bits(c3)}};
+namespace cuda {
+inline void multiply_floats(Request::Kind kind, float* const (&d)[4], const unsigned (&a)[4],
+                            const unsigned (&b)[2], const float (&c)[4]) {
+  Request request{kind, ~0u, 0, 0, 0, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {}};
+  for (int i = 0; i < 4; ++i) request.c[i] = __builtin_bit_cast(int, c[i]);
   cuda_ask(&request);
-  d0 = __builtin_bit_cast(float, request.c[0]);
-  d1 = __builtin_bit_cast(float, request.c[1]);
-  d2 = __builtin_bit_cast(float, request.c[2]);
-  d3 = __builtin_bit_cast(float, request.c[3]);
+  for (int i = 0; i < 4; ++i) *d[i] = __builtin_bit_cast(float, request.c[i]);
 }
-
-inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(
-    float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-    unsigned b0, unsigned b1, float c0, float c1, float c2, float c3) {
-  auto bits = [](float x) { return __builtin_bit_cast(int, x); };
-  cuda::Request request{cuda::Request::kMultiplyF16, ~0u, 0, 0, 0, {a0, a1, a2, a3}, {b0, b1},
-                        {bits(c0), bits(c1), bits(c2), bits(c3)}};
-  cuda_ask(&request);
-  d0 = __builtin_bit_cast(float, request.c[0]);
-  d1 = __builtin_bit_cast(float, request.c[1]);
-  d2 = __builtin_bit_cast(float, request.c[2]);
-  d3 = __builtin_bit_cast(float, request.c[3]);
-}
+}  // namespace cuda
+#define CUDA_MMA(name, kind)                                                                   \
+  inline void name(float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1,       \
+                   unsigned a2, unsigned a3, unsigned b0, unsigned b1, float c0, float c1,     \
+                   float c2, float c3) {                                                       \
+    cuda::multiply_floats(cuda::Request::kind, {&d0, &d1, &d2, &d3}, {a0, a1, a2, a3}, {b0, b1}, \
+                          {c0, c1, c2, c3});                                                   \
+  }
+CUDA_MMA(mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32, kMultiplyTf32)
+CUDA_MMA(mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32, kMultiplyF16)
+CUDA_MMA(mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32, kMultiplyBf16)
+#undef CUDA_MMA
 
 inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(unsigned& d0, unsigned& d1, unsigned& d2,
                                                            unsigned& d3, unsigned row) {

@@ -64,22 +64,19 @@ inline void MultiplyTf32(Request* const* lanes) {
   }
 }
 
-// mma.m16n8k16 of halves; lanes hold "Matrix Fragments for mma.m16n8k16 with floating point type".
-inline void MultiplyF16(Request* const* lanes) {
+// mma.m16n8k16 of halves or bfloat16; lanes hold "Matrix Fragments for mma.m16n8k16 with floating
+// point type".
+inline void Multiply16(Request* const* lanes, float (*to_float)(unsigned short)) {
   float a[16][16], b[8][16];  // b: by columns
-  auto half = [](unsigned word, int i) {
-    return float(__builtin_bit_cast(_Float16, (unsigned short)(word >> 16 * i)));
-  };
   for (int lane = 0; lane < int(kLanes); ++lane) {
     int group = lane >> 2, in_group = lane % 4;
     for (int i = 0; i < 8; ++i) {
-      int row = (0 <= i && i < 2) || (4 <= i && i < 6) ? group : group + 8;
-      int column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
-      a[row][column] = half(lanes[lane]->a[i / 2], i % 2);
+      int row = i % 4 < 2 ? group : group + 8, column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+      a[row][column] = to_float(lanes[lane]->a[i / 2] >> i % 2 * 16 & 0xffff);
     }
     for (int i = 0; i < 4; ++i) {
       int row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
-      b[group][row] = half(lanes[lane]->b[i / 2], i % 2);
+      b[group][row] = to_float(lanes[lane]->b[i / 2] >> i % 2 * 16 & 0xffff);
     }
   }
   for (int lane = 0; lane < int(kLanes); ++lane) {
@@ -114,7 +111,10 @@ inline bool IsWork(const Request& request) {
 inline void Work(Request::Kind kind, Request* const* lanes) {
   if (kind == Request::kMultiply) Multiply(lanes);
   if (kind == Request::kMultiplyTf32) MultiplyTf32(lanes);
-  if (kind == Request::kMultiplyF16) MultiplyF16(lanes);
+  auto half = [](unsigned short bits) { return float(__builtin_bit_cast(_Float16, bits)); };
+  auto bf16 = [](unsigned short bits) { return float(FromBf16(bits)); };
+  if (kind == Request::kMultiplyF16) Multiply16(lanes, half);
+  if (kind == Request::kMultiplyBf16) Multiply16(lanes, bf16);
   if (kind == Request::kLoadMatrices) LoadMatrices(lanes);
 }
 
