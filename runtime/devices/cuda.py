@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError, OsscompileError
-from .cuda_driver import Driver, DriverError, Handle, Stream, pointer
+from .cuda_driver import Address, Driver, DriverError, Handle, Stream, pointer
 from .cuda_launch import Numbers, ReadyLaunch
 from .cuda_staging import Staging
 from .library_file import read_library
