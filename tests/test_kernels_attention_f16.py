@@ -55,6 +55,16 @@ def test_windows_that_are_no_whole_pages(window: int) -> None:
 
 
 @every_window
+@pytest.mark.parametrize("start", [62, 63, 64, 126, 127, 128])
+def test_parts_that_begin_around_the_border_of_a_page(window: int | None, start: int) -> None:
+    """The first row of the tile does not see the page's last key, or just does."""
+    layer = layer_of(window)
+    qkv = layer.tokens(start, start + 20)
+    layer.append(qkv[:start], row_facts(np.arange(start)))
+    assert_close(layer.run(qkv[start:], start), layer.expected(qkv)[start:], ROUNDED)
+
+
+@every_window
 def test_prompt_in_parts_and_one_more_token(window: int | None) -> None:
     layer_of(window).check_in_parts(18)
 
