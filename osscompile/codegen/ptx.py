@@ -2,6 +2,7 @@
 
 from ..schedules.gpu import launch_before, mma, tf32, wgmma
 from ..schedules.gpu.packed_bytes import DOT, SELECT
+from ..schedules.gpu.top_lanes import GREATEST, LEAST
 
 _ANY = f"""\
 static __device__ int {DOT}(unsigned a, unsigned b) {{ return __dp4a(int(a), int(b), 0); }}
@@ -25,6 +26,8 @@ static __device__ unsigned {SELECT}(unsigned low, unsigned high, unsigned select
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
   return bytes;
 }}
+static __device__ int {GREATEST}(int x) {{ return __reduce_max_sync(0xffffffffu, x); }}
+static __device__ int {LEAST}(int x) {{ return __reduce_min_sync(0xffffffffu, x); }}
 
 """
 

@@ -10,6 +10,9 @@ from .attention_tf32 import attention_tf32
 from .groups import groups
 from .matvec import matvec
 from .norm import norm
+from .route_one import route_one
+from .sum_one import sum_one
+from .swiglu_one import swiglu_one
 from .tasks import tasks
 from .threads import threads
 from .tiles import tiles
@@ -20,6 +23,9 @@ GPU_RULES = (
     attention_one,
     attention_tf32,
     attention,
+    route_one,
+    swiglu_one,
+    sum_one,
     matvec,
     tiles_bf16,
     tiles_int8,  # takes some of the kernels that `tiles` takes

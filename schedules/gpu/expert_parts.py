@@ -1,0 +1,151 @@
+"""Multiply the row of one token by rows of its experts' weights: a subgroup computes a sum, and its
+threads take blocks of 32 inputs by turns.
+
+A byte is looked up for each code: twice a weight's magnitude where it is positive, and again where
+it is negative; else 0. So a block's sum is one sum of products less another.
+"""
+
+from collections.abc import Callable
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from ...targets import Target
+from ..formats import BLOCK, FP4_PER_WORD, INT8_PER_WORD, const
+from .lanes import LANES
+from .packed_bytes import SELECT, dot_by_instruction
+
+WORDS = BLOCK // FP4_PER_WORD  # of a block of weights: a load
+PIECE = 4  # words of activations in a load, of which a block has two
+PIECES = BLOCK // INT8_PER_WORD // PIECE
+_MAGNITUDES = (0x03020100, 0x0C080604)  # twice those of the codes 0 to 7
+_SIGNS = 0x88888888
+# Codes lie in the order 0 4 1 5 2 6 3 7, and bytes of activations are moved to that order.
+_ORDERS = (0x5140, 0x7362)
+
+
+class ExpertParts:
+    """What a kernel reads: xq, xs, words and scales, as in `osscompile/kernels/matmul.py`."""
+
+    def __init__(self, function: PrimFunc) -> None:
+        tensors = {parameter.name: parameter for parameter in function.params}
+        self.xq, self.xs = tensors["xq"], tensors["xs"]
+        self.words, self.scales = tensors["words"], tensors["scales"]
+        self.halves = int(self.words.shape[1]) if len(self.words.shape) == 5 else 1
+        self.columns, self.blocks = map(int, self.words.shape[-3:-1])
+        self.rows = int(self.xq.shape[0])
+        self.turns = -(-self.blocks // LANES)
+
+    def part(self, turn: Expr, thread: Expr) -> Expr:
+        """Return a thread's block; turns past the last repeat that, and `factor` is 0 there."""
+        return T.min(turn * LANES + thread, const(self.blocks - 1, "int64"))
+
+    def factor(self, row: Expr, turn: Expr, thread: Expr) -> Expr:
+        """Return half the scale of a block of activations, because weights are doubled."""
+        exists = turn * LANES + thread < self.blocks
+        scale = self.xs[row, self.part(turn, thread)] * const(0.5, "float32")
+        return T.Select(exists, scale, const(0, "float32"))
+
+    def load(self) -> Callable[..., object]:
+        """Return a macro (word, scale, slot, expert, column, turn, thread) that loads a block of a
+        column's weights, of both halves, into word [slots, halves, WORDS] uint32 and scale [slots,
+        halves] uint8."""
+        halves, part, at = self.halves, self.part, self._at
+        words, scales = self.words, self.scales
+
+        @T.macro
+        def load(word, scale, slot, expert, column, turn, thread):  # type: ignore[no-untyped-def]
+            for half in T.unroll(halves):
+                word[slot, half, 0:WORDS] = words.vload(
+                    [*at(expert, half, column, part(turn, thread)), 0], f"uint32x{WORDS}"
+                )
+                scale[slot, half] = scales[at(expert, half, column, part(turn, thread))]
+
+        return load  # type: ignore[no-any-return]
+
+    def stage(self, threads: int) -> Callable[..., object]:
+        """Return a macro (staged, flat, four, number) by which a work-group of so many threads, each
+        of which says its number, copies the activations to staged [rows, PIECES, blocks, PIECE]
+        uint32, shared. `flat` is xq in words, and four [2, PIECE] uint32 a thread's."""
+        pieces = self.rows * self.blocks * PIECES
+        blocks = self.blocks
+
+        def moved(four: Buffer, i: int) -> Expr:
+            return _select(four[0, i // 2 * 2], four[0, i // 2 * 2 + 1], _ORDERS[i % 2])
+
+        @T.macro
+        def copy(staged, flat, four, piece):  # type: ignore[no-untyped-def]
+            four[0, 0:PIECE] = flat.vload([piece * PIECE], f"uint32x{PIECE}")
+            four[1, 0] = moved(four, 0)
+            four[1, 1] = moved(four, 1)
+            four[1, 2] = moved(four, 2)
+            four[1, 3] = moved(four, 3)
+            staged[
+                piece // (blocks * PIECES), piece % PIECES, piece // PIECES % blocks, 0:PIECE
+            ] = four.vload([1, 0], f"uint32x{PIECE}")
+
+        @T.macro
+        def stage(staged, flat, four, number):  # type: ignore[no-untyped-def]
+            for i in T.unroll(pieces // threads):
+                copy(staged, flat, four, i * threads + number)
+            if number < pieces % threads:
+                copy(staged, flat, four, pieces // threads * threads + number)
+
+        return stage  # type: ignore[no-any-return]
+
+    def multiply(self) -> Callable[..., object]:
+        """Return a macro (sums, total, x, word, scale, slot, staged, row, turn, thread, factor) that
+        adds the products of a loaded block to sums [halves] float32. A thread has total [2] int32
+        and x [PIECES, PIECE] uint32 for itself."""
+        halves, part = self.halves, self.part
+
+        @T.macro
+        def multiply(sums, total, x, word, scale, slot, staged, row, turn, thread, factor):  # type: ignore[no-untyped-def]
+            for i in T.unroll(PIECES):
+                x[i, 0:PIECE] = staged.vload(
+                    [row, i, part(turn, thread), 0], f"uint32x{PIECE}"
+                )
+            for half in T.unroll(halves):
+                for sign in T.unroll(2):
+                    total[sign] = 0
+                for k in T.unroll(2 * WORDS):
+                    for sign in T.unroll(2):
+                        total[sign] += dot_by_instruction(
+                            _magnitudes(word[slot, half, k // 2], k % 2, sign), x[k // 4, k % 4]
+                        )
+                sums[half] += T.Cast("float32", total[0] - total[1]) * (
+                    _power(scale[slot, half]) * factor
+                )
+
+        return multiply  # type: ignore[no-any-return]
+
+    def _at(self, expert: Expr, half: Expr, column: Expr, part: Expr) -> tuple[Expr, ...]:
+        """Return the first indices of a block in words and scales."""
+        middle = (half,) if self.halves == 2 else ()
+        return (expert.astype("int64"), *middle, column, part)
+
+
+def takes_parts(target: Target) -> bool:
+    return target.selects_bytes and target.int8_dot is not None
+
+
+def _magnitudes(word: Expr, half: Expr, sign: Expr) -> Expr:
+    """Return twice the magnitudes of four codes, the lower or the higher, that have this sign; the
+    others give 0, which the highest bit of such a byte is."""
+    codes = word >> (half * 16).astype("uint32")
+    return _select(
+        *(const(m, "uint32") for m in _MAGNITUDES),
+        codes ^ (sign.astype("uint32") * const(_SIGNS, "uint32")),
+    )
+
+
+def _select(low: Expr, high: Expr, selectors: Expr | int) -> Expr:
+    if isinstance(selectors, int):
+        selectors = const(selectors, "uint32")
+    return T.call_pure_extern("uint32", SELECT, low, high, selectors)
+
+
+def _power(exponent: Expr) -> Expr:
+    """Return 2^(e - 127)."""
+    return T.reinterpret("float32", exponent.astype("uint32") << const(23, "uint32"))

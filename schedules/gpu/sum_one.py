@@ -1,0 +1,141 @@
+"""Schedule down, the weighted sum and the residual of one token: a subgroup computes a column, of
+all experts one after the other. The experts are known before the launch before has ended, and so
+the weights of some are loaded while it still runs."""
+
+from tvm.ir import Expr
+from tvm.s_tir import Schedule
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from ...targets import Target
+from ..formats import const
+from ..product import whole_parts
+from ..records import Choose
+from ..stages import Load, Stages, always
+from .expert_parts import PIECE, PIECES, WORDS, ExpertParts
+from .lanes import LANES, add_lanes
+from .launch_before import wait_call
+from .of_one_token import SUM_OP
+from .top_lanes import num_each, top_lanes
+
+COLUMNS_TOGETHER = (1, 2, 4, 8, 16)  # one for each subgroup of a work-group
+COLUMNS_WANTED = 8
+AHEAD = (1, 2, 4)  # experts whose weights are loaded before they are needed
+AHEAD_WANTED = 2
+
+
+def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
+    """Schedule `SUM_OP`; declines others."""
+    if str(function.attrs["op"]) != SUM_OP:
+        return None
+    parts, stages = ExpertParts(function), Stages(function)
+    xq, (logits, residual, sums_of) = parts.xq, function.params[-3:]
+    top_k, turns = parts.rows, parts.turns
+    together = choose(
+        "columns_together", *whole_parts(parts.columns, COLUMNS_TOGETHER, COLUMNS_WANTED)
+    )
+    ahead = min(choose("experts_ahead", AHEAD, AHEAD_WANTED), top_k)
+    waits = target.has_dependent_launch
+    find_top = top_lanes(logits, top_k)
+    load, multiply, stage = parts.load(), parts.multiply(), parts.stage(together * LANES)
+    zero = const(0, "int64")
+
+    def power(ids: Buffer, k: Expr) -> Expr:
+        known: Load = lambda at: ids[at[1]]  # noqa: E731
+        return stages.value("powers", (zero, k), {"ids": known})
+
+    def share(powers: Buffer, k: Expr) -> Expr:
+        """Return the weight of an expert."""
+        total = powers[0]
+        for i in range(1, top_k):
+            total = total + powers[i]
+        known: Load = lambda at: powers[at[1]]  # noqa: E731
+        return stages.value("weights", (zero, k), {"powers": known, "total": always(total)})
+
+    def result(column: Expr, products: Expr, kept: Buffer, ids: Buffer, shares: Buffer) -> Expr:
+        """Return the residual, the weighted biases, and the weighted products."""
+        expert: Load = lambda at: ids[at[0]]  # noqa: E731
+        out: Load = lambda at: stages.value(  # noqa: E731
+            "out", at, {"acc": always(const(0, "float32")), "row_expert": expert}
+        )
+        loads = {
+            "residual": always(kept[0]),
+            "slots": lambda at: at[1].astype("int32"),
+            "out": out,
+            "weights": lambda at: shares[at[1]],
+        }
+        return stages.value("sums", (zero, column), loads) + products
+
+    @T.macro
+    def choose_experts(ids, powers, shares, thread):  # type: ignore[no-untyped-def]
+        bits = T.alloc_buffer((num_each(logits),), "int32", scope="local")
+        best = T.alloc_buffer((1,), "int32", scope="local")
+        find_top(ids, bits, best, thread)
+        for k in T.unroll(top_k):
+            powers[k] = power(ids, k)
+        for k in T.unroll(top_k):
+            shares[k] = share(powers, k)
+
+    @T.macro
+    def compute(flat, column, member, thread):  # type: ignore[no-untyped-def]
+        ids = T.alloc_buffer((top_k,), "int32", scope="local")
+        powers = T.alloc_buffer((top_k,), "float32", scope="local")
+        shares = T.alloc_buffer((top_k,), "float32", scope="local")
+        kept = T.alloc_buffer((1,), "float32", scope="local")
+        word = T.alloc_buffer((ahead * turns, 1, WORDS), "uint32", scope="local")
+        scale = T.alloc_buffer((ahead * turns, 1), "uint8", scope="local")
+        four = T.alloc_buffer((2, PIECE), "uint32", scope="local")
+        staged = T.alloc_buffer((top_k, PIECES, parts.blocks, PIECE), "uint32", scope="shared")
+        x = T.alloc_buffer((PIECES, PIECE), "uint32", scope="local")
+        total = T.alloc_buffer((2,), "int32", scope="local")
+        sums = T.alloc_buffer((1,), "float32", scope="local")
+        products = T.alloc_buffer((1,), "float32", scope="local")
+        choose_experts(ids, powers, shares, thread)
+        for k in T.unroll(ahead):
+            for turn in T.unroll(turns):
+                load(word, scale, k * turns + turn, ids[k], column, turn, thread)
+        kept[0] = residual[0, column]
+        if waits:
+            T.evaluate(wait_call())
+        stage(staged, flat, four, member * LANES + thread)
+        products[0] = T.float32(0)
+        for k in T.unroll(top_k):
+            sums[0] = T.float32(0)
+            for turn in T.unroll(turns):
+                multiply(
+                    sums,
+                    total,
+                    x,
+                    word,
+                    scale,
+                    k % ahead * turns + turn,
+                    staged,
+                    k,
+                    turn,
+                    thread,
+                    parts.factor(k, turn, thread),
+                )
+                if k + ahead < top_k:
+                    load(
+                        word,
+                        scale,
+                        k % ahead * turns + turn,
+                        ids[k + ahead],
+                        column,
+                        turn,
+                        thread,
+                    )
+            products[0] += sums[0] * shares[k]
+        add_lanes(products[0], products, 0)
+        if thread == 0:
+            sums_of[0, column] = result(column, products[0], kept, ids, shares)
+
+    @T.prim_func(private=True, s_tir=True, check_well_formed=False)
+    def body() -> None:
+        flat = T.decl_buffer((top_k * parts.blocks * PIECES * PIECE,), "uint32", data=xq.data)
+        for group in T.thread_binding(T.int64(parts.columns // together), thread="blockIdx.x"):
+            for member in T.thread_binding(T.int64(together), thread="threadIdx.y"):
+                for thread in T.thread_binding(T.int64(LANES), thread="threadIdx.x"):
+                    compute(flat, group * together + member, member, thread)
+
+    return Schedule(function.with_body(body.body))
