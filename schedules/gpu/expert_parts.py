@@ -14,7 +14,8 @@ from tvm.tirx import Buffer, PrimFunc
 from ...targets import Target
 from ..formats import BLOCK, FP4_PER_WORD, INT8_PER_WORD, const
 from .lanes import LANES
-from .packed_bytes import SELECT, dot_by_instruction
+from .packed_bytes import ADD_DOT, SELECT
+from .top_lanes import GREATEST
 
 WORDS = BLOCK // FP4_PER_WORD  # of a block of weights: a load
 PIECE = 4  # words of activations in a load, of which a block has two
@@ -50,7 +51,7 @@ class ExpertParts:
     def load(self) -> Callable[..., object]:
         """Return a macro (word, scale, slot, expert, column, turn, thread) that loads a block of a
         column's weights, of both halves, into word [slots, halves, WORDS] uint32 and scale [slots,
-        halves] uint8."""
+        halves] uint32."""
         halves, part, at = self.halves, self.part, self._at
         words, scales = self.words, self.scales
 
@@ -60,7 +61,9 @@ class ExpertParts:
                 word[slot, half, 0:WORDS] = words.vload(
                     [*at(expert, half, column, part(turn, thread)), 0], f"uint32x{WORDS}"
                 )
-                scale[slot, half] = scales[at(expert, half, column, part(turn, thread))]
+                scale[slot, half] = T.Cast(
+                    "uint32", scales[at(expert, half, column, part(turn, thread))]
+                )
 
         return load  # type: ignore[no-any-return]
 
@@ -95,13 +98,13 @@ class ExpertParts:
         return stage  # type: ignore[no-any-return]
 
     def multiply(self) -> Callable[..., object]:
-        """Return a macro (sums, total, x, word, scale, slot, staged, row, turn, thread, factor) that
-        adds the products of a loaded block to sums [halves] float32. A thread has total [2] int32
-        and x [PIECES, PIECE] uint32 for itself."""
+        """Return a macro (sums, total, x, word, scale, slot, staged, row, turn, thread, factor, table)
+        that adds the products of a loaded block to sums [halves] float32. A thread has total [2]
+        int32 and x [PIECES, PIECE] uint32 for itself; see `table_call`."""
         halves, part = self.halves, self.part
 
         @T.macro
-        def multiply(sums, total, x, word, scale, slot, staged, row, turn, thread, factor):  # type: ignore[no-untyped-def]
+        def multiply(sums, total, x, word, scale, slot, staged, row, turn, thread, factor, table):  # type: ignore[no-untyped-def]
             for i in T.unroll(PIECES):
                 x[i, 0:PIECE] = staged.vload(
                     [row, i, part(turn, thread), 0], f"uint32x{PIECE}"
@@ -111,8 +114,10 @@ class ExpertParts:
                     total[sign] = 0
                 for k in T.unroll(2 * WORDS):
                     for sign in T.unroll(2):
-                        total[sign] += dot_by_instruction(
-                            _magnitudes(word[slot, half, k // 2], k % 2, sign), x[k // 4, k % 4]
+                        total[sign] = _add_dot(
+                            _magnitudes(word[slot, half, k // 2], k % 2, sign, table),
+                            x[k // 4, k % 4],
+                            total[sign],
                         )
                 sums[half] += T.Cast("float32", total[0] - total[1]) * (
                     _power(scale[slot, half]) * factor
@@ -130,14 +135,25 @@ def takes_parts(target: Target) -> bool:
     return target.selects_bytes and target.int8_dot is not None
 
 
-def _magnitudes(word: Expr, half: Expr, sign: Expr) -> Expr:
+def table_call() -> Expr:
+    """Return the first half of what codes are looked up in, uint32, in a way that keeps it in a
+    register: a compiler that knows the number writes it down anew for every look-up."""
+    return T.call_extern("int32", GREATEST, T.int32(_MAGNITUDES[0])).astype("uint32")
+
+
+def _magnitudes(word: Expr, half: Expr, sign: Expr, table: Expr) -> Expr:
     """Return twice the magnitudes of four codes, the lower or the higher, that have this sign; the
     others give 0, which the highest bit of such a byte is."""
     codes = word >> (half * 16).astype("uint32")
     return _select(
-        *(const(m, "uint32") for m in _MAGNITUDES),
+        table,
+        const(_MAGNITUDES[1], "uint32"),
         codes ^ (sign.astype("uint32") * const(_SIGNS, "uint32")),
     )
+
+
+def _add_dot(a: Expr, b: Expr, total: Expr) -> Expr:
+    return T.call_pure_extern("int32", ADD_DOT, a, b, total)
 
 
 def _select(low: Expr, high: Expr, selectors: Expr | int) -> Expr:
@@ -148,4 +164,4 @@ def _select(low: Expr, high: Expr, selectors: Expr | int) -> Expr:
 
 def _power(exponent: Expr) -> Expr:
     """Return 2^(e - 127)."""
-    return T.reinterpret("float32", exponent.astype("uint32") << const(23, "uint32"))
+    return T.reinterpret("float32", exponent << const(23, "uint32"))

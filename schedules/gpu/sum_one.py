@@ -12,10 +12,11 @@ from ..formats import const
 from ..product import whole_parts
 from ..records import Choose
 from ..stages import Load, Stages, always
-from .expert_parts import PIECE, PIECES, WORDS, ExpertParts
+from .expert_parts import PIECE, PIECES, WORDS, ExpertParts, table_call
 from .lanes import LANES, add_lanes
 from .launch_before import wait_call
 from .of_one_token import SUM_OP
+from .room import room_call, rooms
 from .top_lanes import num_each, top_lanes
 
 COLUMNS_TOGETHER = (1, 2, 4, 8, 16)  # one for each subgroup of a work-group
@@ -34,6 +35,7 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
     together = choose(
         "columns_together", *whole_parts(parts.columns, COLUMNS_TOGETHER, COLUMNS_WANTED)
     )
+    room = choose("room", *rooms(together))
     ahead = min(choose("experts_ahead", AHEAD, AHEAD_WANTED), top_k)
     waits = target.has_dependent_launch
     find_top = top_lanes(logits, top_k)
@@ -83,13 +85,16 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
         shares = T.alloc_buffer((top_k,), "float32", scope="local")
         kept = T.alloc_buffer((1,), "float32", scope="local")
         word = T.alloc_buffer((ahead * turns, 1, WORDS), "uint32", scope="local")
-        scale = T.alloc_buffer((ahead * turns, 1), "uint8", scope="local")
+        scale = T.alloc_buffer((ahead * turns, 1), "uint32", scope="local")
         four = T.alloc_buffer((2, PIECE), "uint32", scope="local")
         staged = T.alloc_buffer((top_k, PIECES, parts.blocks, PIECE), "uint32", scope="shared")
         x = T.alloc_buffer((PIECES, PIECE), "uint32", scope="local")
         total = T.alloc_buffer((2,), "int32", scope="local")
+        table = T.alloc_buffer((1,), "uint32", scope="local")
         sums = T.alloc_buffer((1,), "float32", scope="local")
         products = T.alloc_buffer((1,), "float32", scope="local")
+        T.evaluate(room_call(room))
+        table[0] = table_call()
         choose_experts(ids, powers, shares, thread)
         for k in T.unroll(ahead):
             for turn in T.unroll(turns):
@@ -114,6 +119,7 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
                     turn,
                     thread,
                     parts.factor(k, turn, thread),
+                    table[0],
                 )
                 if k + ahead < top_k:
                     load(

@@ -11,11 +11,12 @@ from ...targets import Target
 from ..formats import BLOCK, const
 from ..records import Choose
 from ..stages import Load, Stages, always
-from .expert_parts import PIECE, PIECES, WORDS, ExpertParts
+from .expert_parts import PIECE, PIECES, WORDS, ExpertParts, table_call
 from .lanes import LANES, add_lanes
 from .launch_before import wait_call
 from .of_one_token import SWIGLU_OP
 from .quantize_lanes import quantize_lanes
+from .room import room_call, rooms
 from .top_lanes import num_each, top_lanes
 
 SUBGROUPS = (4, 8, 16)  # in a work-group
@@ -31,6 +32,7 @@ def swiglu_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
     logits = function.params[-4]
     top_k, turns, halves = int(quantized[0].shape[0]), parts.turns, parts.halves
     members = choose("subgroups", SUBGROUPS, SUBGROUPS_WANTED)
+    room = choose("room", *rooms(members))
     columns, groups = BLOCK // members, parts.columns // BLOCK
     waits = target.has_dependent_launch
     find_top = top_lanes(logits, top_k)
@@ -76,14 +78,17 @@ def swiglu_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
         best = T.alloc_buffer((1,), "int32", scope="local")
         expert = T.alloc_buffer((1,), "int32", scope="local")
         word = T.alloc_buffer((turns, halves, WORDS), "uint32", scope="local")
-        scale = T.alloc_buffer((turns, halves), "uint8", scope="local")
+        scale = T.alloc_buffer((turns, halves), "uint32", scope="local")
         four = T.alloc_buffer((2, PIECE), "uint32", scope="local")
         staged = T.alloc_buffer((1, PIECES, parts.blocks, PIECE), "uint32", scope="shared")
         factor = T.alloc_buffer((turns,), "float32", scope="local")
         x = T.alloc_buffer((PIECES, PIECE), "uint32", scope="local")
         total = T.alloc_buffer((2,), "int32", scope="local")
+        table = T.alloc_buffer((1,), "uint32", scope="local")
         sums = T.alloc_buffer((halves,), "float32", scope="local")
         both = T.alloc_buffer((halves, BLOCK), "float32", scope="shared")
+        T.evaluate(room_call(room))
+        table[0] = table_call()
         if waits:
             T.evaluate(wait_call())
         find_top(ids, bits, best, thread)
@@ -98,7 +103,18 @@ def swiglu_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
                 sums[half] = T.float32(0)
             for turn in T.unroll(turns):
                 multiply(
-                    sums, total, x, word, scale, turn, staged, zero, turn, thread, factor[turn]
+                    sums,
+                    total,
+                    x,
+                    word,
+                    scale,
+                    turn,
+                    staged,
+                    zero,
+                    turn,
+                    thread,
+                    factor[turn],
+                    table[0],
                 )
                 if i + 1 < columns:
                     load(
