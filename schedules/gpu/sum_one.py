@@ -40,7 +40,7 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
     waits = target.has_dependent_launch
     find_top = top_lanes(logits, top_k)
     load, multiply, stage = parts.load(), parts.multiply(), parts.stage(together * LANES)
-    zero = const(0, "int64")
+    zero, nothing = const(0, "int64"), const(0, "float32")
 
     def power(ids: Buffer, k: Expr) -> Expr:
         known: Load = lambda at: ids[at[1]]  # noqa: E731
@@ -54,19 +54,15 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
         known: Load = lambda at: powers[at[1]]  # noqa: E731
         return stages.value("weights", (zero, k), {"powers": known, "total": always(total)})
 
-    def result(column: Expr, products: Expr, kept: Buffer, ids: Buffer, shares: Buffer) -> Expr:
-        """Return the residual, the weighted biases, and the weighted products."""
-        expert: Load = lambda at: ids[at[0]]  # noqa: E731
-        out: Load = lambda at: stages.value(  # noqa: E731
-            "out", at, {"acc": always(const(0, "float32")), "row_expert": expert}
+    def begin(column: Expr, thread: Expr, ids: Buffer, shares: Buffer) -> Expr:
+        """Return what a thread begins its sum with: one has the residual, and the first ones have
+        an expert's weighted bias each."""
+        expert, weight = _of_thread(ids, thread), _of_thread(shares, thread)
+        loads = {"acc": always(nothing), "row_expert": always(expert)}
+        bias = stages.value("out", (thread, column), loads)
+        return T.Select(thread < top_k, bias * weight, nothing) + T.Select(
+            thread == 0, residual[0, column], nothing
         )
-        loads = {
-            "residual": always(kept[0]),
-            "slots": lambda at: at[1].astype("int32"),
-            "out": out,
-            "weights": lambda at: shares[at[1]],
-        }
-        return stages.value("sums", (zero, column), loads) + products
 
     @T.macro
     def choose_experts(ids, powers, shares, thread):  # type: ignore[no-untyped-def]
@@ -83,7 +79,6 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
         ids = T.alloc_buffer((top_k,), "int32", scope="local")
         powers = T.alloc_buffer((top_k,), "float32", scope="local")
         shares = T.alloc_buffer((top_k,), "float32", scope="local")
-        kept = T.alloc_buffer((1,), "float32", scope="local")
         word = T.alloc_buffer((ahead * turns, 1, WORDS), "uint32", scope="local")
         scale = T.alloc_buffer((ahead * turns, 1), "uint32", scope="local")
         four = T.alloc_buffer((2, PIECE), "uint32", scope="local")
@@ -99,11 +94,10 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
         for k in T.unroll(ahead):
             for turn in T.unroll(turns):
                 load(word, scale, k * turns + turn, ids[k], column, turn, thread)
-        kept[0] = residual[0, column]
+        products[0] = begin(column, thread, ids, shares)
         if waits:
             T.evaluate(wait_call())
         stage(staged, flat, four, member * LANES + thread)
-        products[0] = T.float32(0)
         for k in T.unroll(top_k):
             sums[0] = T.float32(0)
             for turn in T.unroll(turns):
@@ -134,7 +128,7 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
             products[0] += sums[0] * shares[k]
         add_lanes(products[0], products, 0)
         if thread == 0:
-            sums_of[0, column] = result(column, products[0], kept, ids, shares)
+            sums_of[0, column] = products[0]
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
@@ -145,3 +139,11 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
                     compute(flat, group * together + member, member, thread)
 
     return Schedule(function.with_body(body.body))
+
+
+def _of_thread(values: Buffer, thread: Expr) -> Expr:
+    """Return the element of a thread's number; threads past the last have the last."""
+    value = values[int(values.shape[0]) - 1]
+    for k in reversed(range(int(values.shape[0]) - 1)):
+        value = T.Select(thread == k, values[k], value)
+    return value

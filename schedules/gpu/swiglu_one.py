@@ -29,7 +29,7 @@ def swiglu_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
         return None
     parts, stages = ExpertParts(function), Stages(function)
     xq, (*quantized,) = parts.xq, function.params[-3:]
-    logits = function.params[-4]
+    bias, logits = function.params[-5:-3]
     top_k, turns, halves = int(quantized[0].shape[0]), parts.turns, parts.halves
     members = choose("subgroups", SUBGROUPS, SUBGROUPS_WANTED)
     room = choose("room", *rooms(members))
@@ -49,19 +49,23 @@ def swiglu_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
             expert = T.Select(row == k, ids[k], expert)
         return expert
 
-    def result(row: Expr, column: Expr, expert: Buffer, both: Buffer) -> Expr:
-        """Return SwiGLU of the sums of a column, one of the work-group's."""
-        acc: Load = lambda at: both[at[1], column % BLOCK]  # noqa: E731
-        return stages.value("out", (row, column), {"acc": acc, "row_expert": always(expert[0])})
+    def result(row: Expr, column: Expr, both: Buffer, biases: Buffer) -> Expr:
+        """Return SwiGLU of the sums and the biases of a column, one of the work-group's."""
+
+        def of(shared: Buffer) -> Load:
+            return lambda at: shared[at[1], column % BLOCK]
+
+        loads = {"acc": of(both), "bias": of(biases), "row_expert": always(const(0, "int32"))}
+        return stages.value("out", (row, column), loads)
 
     @T.macro
-    def finish(row, group, thread, expert, both):  # type: ignore[no-untyped-def]
+    def finish(row, group, thread, both, biases):  # type: ignore[no-untyped-def]
         kept = T.alloc_buffer((1,), "float32", scope="local")
         largest = T.alloc_buffer((1,), "uint32", scope="local")
         scales = T.alloc_buffer((1,), "float32", scope="local")
         whole = T.alloc_buffer((1,), "int32", scope="local")
         quantize(
-            result(row, group * BLOCK + thread, expert, both),
+            result(row, group * BLOCK + thread, both, biases),
             row,
             group,
             thread,
@@ -89,12 +93,15 @@ def swiglu_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
         both = T.alloc_buffer((halves, BLOCK), "float32", scope="shared")
         T.evaluate(room_call(room))
         table[0] = table_call()
+        biases = T.alloc_buffer((halves, BLOCK), "float32", scope="shared")
         if waits:
             T.evaluate(wait_call())
         find_top(ids, bits, best, thread)
         expert[0] = chosen(ids, row)
         for turn in T.unroll(turns):
             load(word, scale, turn, expert[0], column_of(group, zero, member), turn, thread)
+        if member < halves:
+            biases[member, thread] = bias[expert[0], member, group * BLOCK + thread]
         stage(staged, flat, four, member * LANES + thread)
         for turn in T.unroll(turns):
             factor[turn] = parts.factor(zero, turn, thread)
@@ -131,7 +138,7 @@ def swiglu_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
                 if thread == 0:
                     both[half, i * members + member] = sums[half]
         if member == 0:
-            finish(row, group, thread, expert, both)
+            finish(row, group, thread, both, biases)
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
