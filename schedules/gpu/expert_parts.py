@@ -67,33 +67,39 @@ class ExpertParts:
 
         return load  # type: ignore[no-any-return]
 
+    def rounds(self, threads: int) -> int:
+        """Return how many pieces a thread copies, where so many share the activations."""
+        return -(-self.rows * self.blocks * PIECES // threads)
+
     def stage(self, threads: int) -> Callable[..., object]:
-        """Return a macro (staged, flat, four, number) by which a work-group of so many threads, each
-        of which says its number, copies the activations to staged [rows, PIECES, blocks, PIECE]
-        uint32, shared. `flat` is xq in words, and four [2, PIECE] uint32 a thread's."""
-        pieces = self.rows * self.blocks * PIECES
-        blocks = self.blocks
+        """Return a macro (staged, flat, pieces, moved, number) by which a work-group of so many
+        threads, each of which says its number, copies the activations to staged [rows, PIECES,
+        blocks, PIECE] uint32, shared. `flat` is xq in words; a thread has pieces [`rounds`, PIECE]
+        and moved [PIECE] uint32 for itself. All are loaded before the first is stored."""
+        count, rounds, blocks = self.rows * self.blocks * PIECES, self.rounds(threads), self.blocks
 
-        def moved(four: Buffer, i: int) -> Expr:
-            return _select(four[0, i // 2 * 2], four[0, i // 2 * 2 + 1], _ORDERS[i % 2])
-
-        @T.macro
-        def copy(staged, flat, four, piece):  # type: ignore[no-untyped-def]
-            four[0, 0:PIECE] = flat.vload([piece * PIECE], f"uint32x{PIECE}")
-            four[1, 0] = moved(four, 0)
-            four[1, 1] = moved(four, 1)
-            four[1, 2] = moved(four, 2)
-            four[1, 3] = moved(four, 3)
-            staged[
-                piece // (blocks * PIECES), piece % PIECES, piece // PIECES % blocks, 0:PIECE
-            ] = four.vload([1, 0], f"uint32x{PIECE}")
+        def in_order(pieces: Buffer, i: Expr, j: int) -> Expr:
+            return _select(pieces[i, j // 2 * 2], pieces[i, j // 2 * 2 + 1], _ORDERS[j % 2])
 
         @T.macro
-        def stage(staged, flat, four, number):  # type: ignore[no-untyped-def]
-            for i in T.unroll(pieces // threads):
-                copy(staged, flat, four, i * threads + number)
-            if number < pieces % threads:
-                copy(staged, flat, four, pieces // threads * threads + number)
+        def store(staged, moved, piece):  # type: ignore[no-untyped-def]
+            if piece < count:
+                staged[
+                    piece // (blocks * PIECES), piece % PIECES, piece // PIECES % blocks, 0:PIECE
+                ] = moved.vload([0], f"uint32x{PIECE}")
+
+        @T.macro
+        def stage(staged, flat, pieces, moved, number):  # type: ignore[no-untyped-def]
+            for i in T.unroll(rounds):
+                pieces[i, 0:PIECE] = flat.vload(
+                    [T.min(i * threads + number, T.int64(count - 1)) * PIECE], f"uint32x{PIECE}"
+                )
+            for i in T.unroll(rounds):
+                moved[0] = in_order(pieces, i, 0)
+                moved[1] = in_order(pieces, i, 1)
+                moved[2] = in_order(pieces, i, 2)
+                moved[3] = in_order(pieces, i, 3)
+                store(staged, moved, i * threads + number)
 
         return stage  # type: ignore[no-any-return]
 

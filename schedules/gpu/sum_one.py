@@ -40,6 +40,7 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
     waits = target.has_dependent_launch
     find_top = top_lanes(logits, top_k)
     load, multiply, stage = parts.load(), parts.multiply(), parts.stage(together * LANES)
+    width = turns * LANES  # of a row's blocks, and some that are none
     zero, nothing = const(0, "int64"), const(0, "float32")
 
     def power(ids: Buffer, k: Expr) -> Expr:
@@ -57,18 +58,20 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
     def begin(column: Expr, thread: Expr, ids: Buffer, shares: Buffer) -> Expr:
         """Return what a thread begins its sum with: one has the residual, and the first ones have
         an expert's weighted bias each."""
-        expert, weight = _of_thread(ids, thread), _of_thread(shares, thread)
+        expert, weight = _element(ids, thread), _element(shares, thread)
         loads = {"acc": always(nothing), "row_expert": always(expert)}
         bias = stages.value("out", (thread, column), loads)
         return T.Select(thread < top_k, bias * weight, nothing) + T.Select(
             thread == 0, residual[0, column], nothing
         )
 
+    def factor(number: Expr, shares: Buffer) -> Expr:
+        """Return what products with the number-th block are multiplied by."""
+        row, place = number // width, number % width
+        return parts.factor(row, place // LANES, place % LANES) * _element(shares, row)
+
     @T.macro
-    def choose_experts(ids, powers, shares, thread):  # type: ignore[no-untyped-def]
-        bits = T.alloc_buffer((num_each(logits),), "int32", scope="local")
-        best = T.alloc_buffer((1,), "int32", scope="local")
-        find_top(ids, bits, best, thread)
+    def weigh(ids, powers, shares):  # type: ignore[no-untyped-def]
         for k in T.unroll(top_k):
             powers[k] = power(ids, k)
         for k in T.unroll(top_k):
@@ -77,29 +80,38 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
     @T.macro
     def compute(flat, column, member, thread):  # type: ignore[no-untyped-def]
         ids = T.alloc_buffer((top_k,), "int32", scope="local")
+        bits = T.alloc_buffer((num_each(logits),), "int32", scope="local")
+        best = T.alloc_buffer((1,), "int32", scope="local")
         powers = T.alloc_buffer((top_k,), "float32", scope="local")
         shares = T.alloc_buffer((top_k,), "float32", scope="local")
         word = T.alloc_buffer((ahead * turns, 1, WORDS), "uint32", scope="local")
         scale = T.alloc_buffer((ahead * turns, 1), "uint32", scope="local")
-        four = T.alloc_buffer((2, PIECE), "uint32", scope="local")
+        pieces = T.alloc_buffer((parts.rounds(together * LANES), PIECE), "uint32", scope="local")
+        moved = T.alloc_buffer((PIECE,), "uint32", scope="local")
         staged = T.alloc_buffer((top_k, PIECES, parts.blocks, PIECE), "uint32", scope="shared")
         x = T.alloc_buffer((PIECES, PIECE), "uint32", scope="local")
         total = T.alloc_buffer((2,), "int32", scope="local")
         table = T.alloc_buffer((1,), "uint32", scope="local")
         sums = T.alloc_buffer((1,), "float32", scope="local")
-        products = T.alloc_buffer((1,), "float32", scope="local")
+        factors = T.alloc_buffer((top_k, width), "float32", scope="shared")
         T.evaluate(room_call(room))
         table[0] = table_call()
-        choose_experts(ids, powers, shares, thread)
+        find_top(ids, bits, best, thread)
         for k in T.unroll(ahead):
             for turn in T.unroll(turns):
                 load(word, scale, k * turns + turn, ids[k], column, turn, thread)
-        products[0] = begin(column, thread, ids, shares)
+        weigh(ids, powers, shares)
+        sums[0] = begin(column, thread, ids, shares)
         if waits:
             T.evaluate(wait_call())
-        stage(staged, flat, four, member * LANES + thread)
+        for i in T.unroll(-(-top_k * width // (together * LANES))):
+            if (i * together + member) * LANES + thread < top_k * width:
+                factors[
+                    ((i * together + member) * LANES + thread) // width,
+                    ((i * together + member) * LANES + thread) % width,
+                ] = factor((i * together + member) * LANES + thread, shares)
+        stage(staged, flat, pieces, moved, member * LANES + thread)
         for k in T.unroll(top_k):
-            sums[0] = T.float32(0)
             for turn in T.unroll(turns):
                 multiply(
                     sums,
@@ -112,7 +124,7 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
                     k,
                     turn,
                     thread,
-                    parts.factor(k, turn, thread),
+                    factors[k, turn * LANES + thread],
                     table[0],
                 )
                 if k + ahead < top_k:
@@ -125,10 +137,9 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
                         turn,
                         thread,
                     )
-            products[0] += sums[0] * shares[k]
-        add_lanes(products[0], products, 0)
+        add_lanes(sums[0], sums, 0)
         if thread == 0:
-            sums_of[0, column] = products[0]
+            sums_of[0, column] = sums[0]
 
     @T.prim_func(private=True, s_tir=True, check_well_formed=False)
     def body() -> None:
@@ -141,9 +152,9 @@ def sum_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | No
     return Schedule(function.with_body(body.body))
 
 
-def _of_thread(values: Buffer, thread: Expr) -> Expr:
-    """Return the element of a thread's number; threads past the last have the last."""
+def _element(values: Buffer, number: Expr) -> Expr:
+    """Return an element, for numbers past the last that; values stay in registers."""
     value = values[int(values.shape[0]) - 1]
     for k in reversed(range(int(values.shape[0]) - 1)):
-        value = T.Select(thread == k, values[k], value)
+        value = T.Select(number == k, values[k], value)
     return value

@@ -83,7 +83,8 @@ def swiglu_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
         expert = T.alloc_buffer((1,), "int32", scope="local")
         word = T.alloc_buffer((turns, halves, WORDS), "uint32", scope="local")
         scale = T.alloc_buffer((turns, halves), "uint32", scope="local")
-        four = T.alloc_buffer((2, PIECE), "uint32", scope="local")
+        pieces = T.alloc_buffer((parts.rounds(members * LANES), PIECE), "uint32", scope="local")
+        moved = T.alloc_buffer((PIECE,), "uint32", scope="local")
         staged = T.alloc_buffer((1, PIECES, parts.blocks, PIECE), "uint32", scope="shared")
         factor = T.alloc_buffer((turns,), "float32", scope="local")
         x = T.alloc_buffer((PIECES, PIECE), "uint32", scope="local")
@@ -102,7 +103,7 @@ def swiglu_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule |
             load(word, scale, turn, expert[0], column_of(group, zero, member), turn, thread)
         if member < halves:
             biases[member, thread] = bias[expert[0], member, group * BLOCK + thread]
-        stage(staged, flat, four, member * LANES + thread)
+        stage(staged, flat, pieces, moved, member * LANES + thread)
         for turn in T.unroll(turns):
             factor[turn] = parts.factor(zero, turn, thread)
         for i in T.unroll(columns):
