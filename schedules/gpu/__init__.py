@@ -9,6 +9,7 @@ from .attention_one import attention_one
 from .attention_tf32 import attention_tf32
 from .groups import groups
 from .matvec import matvec
+from .narrow import narrow
 from .norm import norm
 from .route_one import route_one
 from .sum_one import sum_one
@@ -31,6 +32,7 @@ GPU_RULES = (
     tiles_int8,  # takes some of the kernels that `tiles` takes
     tiles,
     norm,  # takes some of the kernels that `groups` takes
+    narrow,  # takes one of the kernels that `tasks` takes
     tasks,  # kernels without blocks: no other rule can read them
     groups,
     threads,  # takes everything that is left
