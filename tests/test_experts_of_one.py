@@ -155,7 +155,9 @@ def test_a_broken_router_shows(kind: str) -> None:
     of = SIZES[0]
     logits, *_ = chosen(of, kind)
     activations, residual = quantized_rows(of.top_k, of.inner), numbers(10, 1, of.hidden)
-    assert np.isnan(build(of.joined().total, H100)(*activations, *of.down(), logits, residual)).all()
+    assert np.isnan(
+        build(of.joined().total, H100)(*activations, *of.down(), logits, residual)
+    ).all()
 
 
 def test_the_joined_kernels_without_a_schedule() -> None:
@@ -184,5 +186,7 @@ def test_rows_of_one_and_repeated_rows() -> None:
     np.testing.assert_array_equal(found[0], [7, 0, 3, 2])
     np.testing.assert_array_equal(found[1], [[0, 1, 2, 3]])
     token = quantized_rows(1, 64)
-    for tensor, repeated in zip(token, build(experts.repeat_row(4, 64), HERE, scheduled=False)(*token), strict=True):
+    for tensor, repeated in zip(
+        token, build(experts.repeat_row(4, 64), HERE, scheduled=False)(*token), strict=True
+    ):
         np.testing.assert_array_equal(repeated, np.repeat(tensor, 4, axis=0))

@@ -7,7 +7,9 @@ from ..schedules.gpu.top_lanes import GREATEST, LEAST
 
 _ANY = f"""\
 static __device__ int {DOT}(unsigned a, unsigned b) {{ return __dp4a(int(a), int(b), 0); }}
-static __device__ int {ADD_DOT}(unsigned a, unsigned b, int c) {{ return __dp4a(int(a), int(b), c); }}
+static __device__ int {ADD_DOT}(unsigned a, unsigned b, int c) {{
+  return __dp4a(int(a), int(b), c);
+}}
 static __device__ void {mma.MMA}(int* c0, int* c1, int* c2, int* c3, unsigned a0, unsigned a1,
                                    unsigned a2, unsigned a3, unsigned b0, unsigned b1) {{
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "

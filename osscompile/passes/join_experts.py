@@ -131,9 +131,7 @@ class _Joiner:
         norm = values[norm_of].args[1].fields
         first = self._call(joined.route, [*norm, *route[1:]])
         *activation, logits = first[1:]
-        second = self._call(
-            joined.swiglu, [*(b.var for b in activation), *swiglu[3:6], logits.var]
-        )
+        second = self._call(joined.swiglu, [*(b.var for b in activation), *swiglu[3:6], logits.var])
         third = self._call(
             joined.total, [*(b.var for b in second[1:]), *total[3:6], logits.var, total[9]]
         )
@@ -164,7 +162,9 @@ def _concatenated(op: str, parts: Sequence[PrimFunc], parameters: Sequence[Buffe
     """Return a kernel that runs all parts; what is none of its parameters is memory in between."""
     bodies = [parts_of_root(part) for part in parts]
     statements = [statement for some, _ in bodies for statement in some]
-    buffers = [b for part, (_, own) in zip(parts, bodies, strict=True) for b in (*part.params, *own)]
+    buffers = [
+        b for part, (_, own) in zip(parts, bodies, strict=True) for b in (*part.params, *own)
+    ]
     between = {buffer: None for buffer in buffers if buffer not in set(parameters)}
     joined = PrimFunc(list(parameters), rooted(statements, list(between)), parts[0].ret_type)
     return joined.with_attr({"op": op, "s_tir": True, "tirx.noalias": True})

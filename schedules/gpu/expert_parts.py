@@ -104,17 +104,15 @@ class ExpertParts:
         return stage  # type: ignore[no-any-return]
 
     def multiply(self) -> Callable[..., object]:
-        """Return a macro (sums, total, x, word, scale, slot, staged, row, turn, thread, factor, table)
-        that adds the products of a loaded block to sums [halves] float32. A thread has total [2]
-        int32 and x [PIECES, PIECE] uint32 for itself; see `table_call`."""
+        """Return a macro (sums, total, x, word, scale, slot, staged, row, turn, thread, factor,
+        table) that adds the products of a loaded block to sums [halves] float32. A thread has total
+        [2] int32 and x [PIECES, PIECE] uint32 for itself; `table` is what `table_call` gives."""
         halves, part = self.halves, self.part
 
         @T.macro
         def multiply(sums, total, x, word, scale, slot, staged, row, turn, thread, factor, table):  # type: ignore[no-untyped-def]
             for i in T.unroll(PIECES):
-                x[i, 0:PIECE] = staged.vload(
-                    [row, i, part(turn, thread), 0], f"uint32x{PIECE}"
-                )
+                x[i, 0:PIECE] = staged.vload([row, i, part(turn, thread), 0], f"uint32x{PIECE}")
             for half in T.unroll(halves):
                 for sign in T.unroll(2):
                     total[sign] = 0

@@ -21,7 +21,7 @@ def route_one(function: PrimFunc, target: Target, choose: Choose) -> Schedule | 
     if str(function.attrs["op"]) != ROUTE_OP:
         return None
     assert target.subgroup_size == BLOCK == LANES
-    x, norm, router, bias, *quantized, logits = function.params
+    x, norm, router, _bias, *quantized, logits = function.params
     experts, blocks = int(logits.shape[1]), int(x.shape[1]) // BLOCK
     members = num_members(blocks, target)
     turns = blocks // members
