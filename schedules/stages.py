@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from tvm.ir import Expr, TensorLoad
-from tvm.s_tir import Schedule
+from tvm.s_tir import SBlock, Schedule
 from tvm.tirx import PrimFunc, Var
 from tvm_ffi import structural_map
 
@@ -21,7 +21,7 @@ class Stages:
     def __init__(self, function: PrimFunc) -> None:
         sch = Schedule(function)
         stages = [sch.get(block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
-        self._stages = {}
+        self._stages: dict[str, SBlock] = {}
         for stage in stages:
             again = f"{stage.name_hint}_1" if stage.name_hint in self._stages else stage.name_hint
             self._stages[again] = stage

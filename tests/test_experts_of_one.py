@@ -3,6 +3,7 @@ judge, and with logits that are equal, huge, or no numbers."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +12,14 @@ from cuda_device import H100
 from kernel_cases import HERE, LIMIT, assert_close, bf16_bits, int32, mxfp4_weights, numbers
 from kernel_runner import Array, build
 from metal_device import needs_gxx
+from smallest_graph import imported
 from tvm.tirx import PrimFunc
 
+from osscompile.codegen.cuda import cuda_source
+from osscompile.codegen.programs import build_programs
 from osscompile.importer.weights import mxfp4_words
 from osscompile.kernels import experts, matmul, rows
+from osscompile.passes import LAUNCH_PASSES, SHARED_PASSES, run_passes
 from osscompile.passes.join_experts import Joined, join_kernels
 
 pytestmark = needs_gxx
@@ -190,3 +195,23 @@ def test_rows_of_one_and_repeated_rows() -> None:
         token, build(experts.repeat_row(4, 64), HERE, scheduled=False)(*token), strict=True
     ):
         np.testing.assert_array_equal(repeated, np.repeat(tensor, 4, axis=0))
+
+
+def test_only_one_token_of_the_profile_fast_has_them() -> None:
+    """Several rows share experts, so theirs are sorted; products of digits stay as they are."""
+    for profile, joined in (("fast", {"step_1"}), ("exact", set())):
+        module = run_passes(imported(profile), H100, SHARED_PASSES + LAUNCH_PASSES)
+        programs = build_programs(module)
+        for name, program in programs.items():
+            kernels = {launch.kernel for launch in program.launches}
+            assert ("moe_mxfp4_sum_step_q8_kernel" in kernels) == (name in joined)
+            sorts = any(kernel.startswith(("sort_by_expert", "gather_rows")) for kernel in kernels)
+            assert sorts == (name not in joined)
+
+
+def test_room_for_several_work_groups() -> None:
+    """What a kernel asks for is what its bounds say; others have a processor for themselves."""
+    module = run_passes(imported("fast"), H100, SHARED_PASSES + LAUNCH_PASSES)
+    source = cuda_source(module, H100)
+    assert "__launch_bounds__(256, 3) moe_mxfp4_swiglu_step_q8_kernel(" in source
+    assert re.search(r"__launch_bounds__\(\d+, 1\) route_step_q8_kernel\(", source)

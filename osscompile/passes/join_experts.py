@@ -18,6 +18,7 @@ from tvm.tirx import Buffer, PrimFunc
 from tvm_ffi import structural_map
 
 from ..kernels.experts import repeat_row, rows_of_one
+from ..schedules.gpu.expert_parts import takes_parts
 from ..schedules.gpu.of_one_token import ROUTE_OP, SUM_OP, SWIGLU_OP, takes_one_token
 from ..schedules.tail import parts_of_root, rooted
 from ..targets import Target
@@ -28,6 +29,8 @@ NUM_ROUTING = 2  # stages of the router that make logits; the others choose
 
 def join_experts(module: ir.IRModule, target: Target) -> ir.IRModule:
     """Join the kernels where schedules of the target take the joined ones."""
+    if not takes_parts(target):
+        return module
     builder = BlockBuilder(module)
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):

@@ -136,7 +136,8 @@ class ExpertParts:
 
 
 def takes_parts(target: Target) -> bool:
-    return target.selects_bytes and target.int8_dot is not None
+    """Whether a target has the instructions."""
+    return target.has_shuffles and target.selects_bytes and target.int8_dot is not None
 
 
 def table_call() -> Expr:

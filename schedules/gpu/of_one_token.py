@@ -18,8 +18,7 @@ def takes_one_token(route: PrimFunc, swiglu: PrimFunc, target: Target) -> bool:
     lie row by row."""
     words = next(p for p in swiglu.params if p.name == "words")
     return (
-        target.has_shuffles
-        and takes_parts(target)
+        takes_parts(target)
         and len(words.shape) == 5
         and int(words.shape[2]) % BLOCK == 0
         and num_turns(int(route.params[0].shape[1]) // BLOCK, target) <= TURNS
