@@ -1,5 +1,7 @@
 """The kernels of one token's experts, which `osscompile/passes/join_experts.py` makes."""
 
+import math
+
 from tvm.tirx import PrimFunc
 
 from ...targets import Target
@@ -10,6 +12,7 @@ from .lanes import LANES
 ROUTE_OP = "route_step_q8"
 SWIGLU_OP = "moe_mxfp4_swiglu_step_q8"
 SUM_OP = "moe_mxfp4_sum_step_q8"
+SHARED_BYTES = 40 << 10  # for the activations of all experts, at most
 TURNS = 8  # of the blocks of the norm's row, at most: a thread has as many numbers in registers
 
 
@@ -17,10 +20,12 @@ def takes_one_token(route: PrimFunc, swiglu: PrimFunc, target: Target) -> bool:
     """Whether there are schedules of such kernels: subgroups quantise blocks, and read weights that
     lie row by row."""
     words = next(p for p in swiglu.params if p.name == "words")
+    whole_numbers = swiglu.params[-3]  # a row for each expert
     return (
         takes_parts(target)
         and len(words.shape) == 5
         and int(words.shape[2]) % BLOCK == 0
+        and math.prod(map(int, whole_numbers.shape)) <= SHARED_BYTES
         and num_turns(int(route.params[0].shape[1]) // BLOCK, target) <= TURNS
     )
 

@@ -19,7 +19,7 @@ from .of_one_token import SUM_OP
 from .room import room_call, rooms
 from .top_lanes import num_each, top_lanes
 
-COLUMNS_TOGETHER = (1, 2, 4, 8, 16)  # one for each subgroup of a work-group
+COLUMNS_TOGETHER = (4, 8, 16)  # one for each subgroup of a work-group
 COLUMNS_WANTED = 8
 AHEAD = (1, 2, 4)  # experts whose weights are loaded before they are needed
 AHEAD_WANTED = 2
