@@ -58,6 +58,13 @@ def extent(value: Index) -> Expr:
     return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
+def ordered_bits(x: Expr) -> Expr:
+    """Return int32 in the order of the float32; both zeros give the same."""
+    bits = tirx.reinterpret("int32", x)
+    magnitude = bits & const(0x7FFFFFFF, "int32")
+    return tirx.Select(bits < const(0, "int32"), -magnitude, bits)
+
+
 def fp4_offset_by_12(word: Expr, position: Expr) -> Expr:
     """Return 2 x value + 12, int32 in 0..24, of the fp4 at `position` 0..7 of a uint32 word.
 

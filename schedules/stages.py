@@ -3,20 +3,28 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from tvm.ir import Expr, TensorLoad
-from tvm.s_tir import Schedule
+from tvm.s_tir import SBlock, Schedule
 from tvm.tirx import PrimFunc, Var
 from tvm_ffi import structural_map
 
 Load = Callable[[Sequence[Expr]], Expr]  # the value of a stage at these indices
 
 
+def always(value: Expr) -> Load:
+    """Answer with the same value for all indices."""
+    return lambda indices: value
+
+
 class Stages:
-    """The stages of a kernel made of blocks."""
+    """The stages of a kernel made of blocks; the second of a name has `_1` behind it."""
 
     def __init__(self, function: PrimFunc) -> None:
         sch = Schedule(function)
         stages = [sch.get(block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
-        self._stages = {stage.name_hint: stage for stage in stages}
+        self._stages: dict[str, SBlock] = {}
+        for stage in stages:
+            again = f"{stage.name_hint}_1" if stage.name_hint in self._stages else stage.name_hint
+            self._stages[again] = stage
 
     def value(self, name: str, at: Sequence[Expr], loads: Mapping[str, Load]) -> Expr:
         """Return what a stage that is no sum has at these indices; `loads` answers for what it

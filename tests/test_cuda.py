@@ -64,19 +64,20 @@ def test_source_of_gpt_oss(num_experts: int, profile: str) -> None:
 
 
 def test_launches_begin_early_but_where_they_read_early_what_the_one_before_writes() -> None:
-    """The down projection loads its experts' weights early, and so reads early which these are."""
+    """The down projection loads its experts' weights early, and so reads early which these are:
+    the launch before must not be what writes the logits."""
     module = run_passes(imported("fast"), H100, SHARED_PASSES + LAUNCH_PASSES)
     programs = build_programs(module)
     for program in programs.values():
         dependent = [launch.dependent for launch in program.launches]
         assert dependent == [False] + [True] * (len(dependent) - 1)
     launches = programs["step_1"].launches
-    sort, down = (
+    route, down = (
         next(launch for launch in launches if launch.kernel.startswith(name))
-        for name in ("sort_by_expert", "moe_mxfp4_sum")
+        for name in ("route_step", "moe_mxfp4_sum_step")
     )
-    assert not mark_dependent([sort, down], module)[1].dependent
-    assert mark_dependent([launches[0], down], module)[1].dependent
+    assert not mark_dependent([route, down], module)[1].dependent
+    assert mark_dependent([launches[1], down], module)[1].dependent
 
 
 def test_copies_that_run_meanwhile_read_early() -> None:

@@ -17,12 +17,16 @@ from tvm.tirx import transform as tirx
 from ..errors import CompileError
 from ..runtime.devices.program import write_programs
 from ..runtime.manifest import PROGRAMS_SUFFIX
+from ..schedules.gpu.room import ROOM
 from ..schedules.gpu.wgmma import SWIZZLE_BYTES
 from ..targets import Target
 from .programs import build_programs
 from .ptx import PRELUDE
 from .tools import find_nvcc, run_tool
 
+_GLOBAL = 'extern "C" __global__'  # what a kernel begins with
+_NAME = re.compile(r"__launch_bounds__\((\d+)\) (\w+)\(")
+_ROOM_CALL = re.compile(rf"\b{ROOM}\((\d+)\);")
 _DYNAMIC = "extern __shared__ __align__"  # what TVM writes before the memory that a launch adds
 
 
@@ -52,11 +56,24 @@ def cuda_source(module: ir.IRModule, target: Target) -> str:
         if isinstance(function, PrimFunc) and "calling_conv" in function.attrs
     }
     built = codegen_build(lower(ir.IRModule(functions)), TvmTarget(target.tvm))
-    # If one block at a time is enough, nvcc does not load late to save registers.
-    bounds = (r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 1)")
-    source = re.sub(*bounds, str(built.inspect_source()))
+    source = _with_bounds(str(built.inspect_source()))
     # Matrix units see pieces of rows change places by bits of the address.
     return PRELUDE + source.replace(f"{_DYNAMIC}(64)", f"{_DYNAMIC}({SWIZZLE_BYTES})")
+
+
+def _with_bounds(source: str) -> str:
+    """Say how many blocks of each kernel a processor shall have registers for: one, unless the
+    kernel asks for room. If one is enough, nvcc does not load late to save registers."""
+    rooms = {}
+    for kernel in source.split(_GLOBAL):
+        name, room = _NAME.search(kernel), _ROOM_CALL.search(kernel)
+        if name and room:
+            rooms[name[2]] = room[1]
+
+    def bounds(match: re.Match[str]) -> str:
+        return f"__launch_bounds__({match[1]}, {rooms.get(match[2], 1)}) {match[2]}("
+
+    return _NAME.sub(bounds, source)
 
 
 def compile_cuda(source: str, target: Target, output: Path) -> None:

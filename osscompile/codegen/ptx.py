@@ -1,10 +1,15 @@
 """Functions that CUDA sources begin with: instructions of PTX that schedules call by name."""
 
 from ..schedules.gpu import launch_before, mma, mma_bf16, mma_f16, tf32, wgmma
-from ..schedules.gpu.packed_bytes import DOT, SELECT
+from ..schedules.gpu.packed_bytes import ADD_DOT, DOT, SELECT
+from ..schedules.gpu.room import ROOM
+from ..schedules.gpu.top_lanes import GREATEST, LEAST
 
 _ANY = f"""\
 static __device__ int {DOT}(unsigned a, unsigned b) {{ return __dp4a(int(a), int(b), 0); }}
+static __device__ int {ADD_DOT}(unsigned a, unsigned b, int c) {{
+  return __dp4a(int(a), int(b), c);
+}}
 static __device__ void {mma.MMA}(int* c0, int* c1, int* c2, int* c3, unsigned a0, unsigned a1,
                                    unsigned a2, unsigned a3, unsigned b0, unsigned b1) {{
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
@@ -25,6 +30,9 @@ static __device__ unsigned {SELECT}(unsigned low, unsigned high, unsigned select
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
   return bytes;
 }}
+static __device__ void {ROOM}(int) {{}}
+static __device__ int {GREATEST}(int x) {{ return __reduce_max_sync(0xffffffffu, x); }}
+static __device__ int {LEAST}(int x) {{ return __reduce_min_sync(0xffffffffu, x); }}
 
 """
 

@@ -23,8 +23,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from ..runtime.chooser import HIGH, LOW, OPTIONS, SCALE, mask_words
 from ..runtime.constraint import MASK_BITS
-from ..schedules.formats import const
-from .experts import ordered_bits
+from ..schedules.formats import const, ordered_bits
 
 ROWS = tirx.Var("choice_rows", "int64")  # of which a token is chosen
 CHANGES = tirx.Var("changes", "int64")  # of logits

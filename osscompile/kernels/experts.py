@@ -10,7 +10,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from ..schedules.formats import Index, const, extent
+from ..schedules.formats import BLOCK, Index, const, extent, ordered_bits
 
 
 def chosen(logits: te.Tensor, top_k: int) -> list[te.Tensor]:
@@ -51,13 +51,6 @@ def chosen(logits: te.Tensor, top_k: int) -> list[te.Tensor]:
     return [places, ids, weights]
 
 
-def ordered_bits(x: Expr) -> Expr:
-    """Return int32 in the order of the float32; both zeros give the same."""
-    bits = tirx.reinterpret("int32", x)
-    magnitude = bits & const(0x7FFFFFFF, "int32")
-    return tirx.Select(bits < const(0, "int32"), -magnitude, bits)
-
-
 @cache
 def sort_by_expert(tokens: Index, experts: int, top_k: int) -> PrimFunc:
     """Sort (token, choice) pairs by expert, so that the rows of one expert follow each other.
@@ -90,3 +83,30 @@ def sort_by_expert(tokens: Index, experts: int, top_k: int) -> PrimFunc:
                     row[0] += 1
 
     return sort
+
+
+@cache
+def rows_of_one(top_k: int) -> PrimFunc:
+    """What `sort_by_expert` is for, for a single token, whose experts all differ: ids [1, top_k]
+    int32 -> row_expert [top_k] and slots [1, top_k] int32, in the order of choice."""
+    ids = te.placeholder((extent(1), extent(top_k)), "int32", name="ids")
+    row_expert = te.compute((extent(top_k),), lambda i: ids[0, i], name="row_expert")
+    slots = te.compute((extent(1), extent(top_k)), lambda i, k: k.astype("int32"), name="slots")
+    return te.create_prim_func([ids, row_expert, slots]).with_attr("op", "rows_of_one")
+
+
+@cache
+def repeat_row(top_k: int, inputs: int) -> PrimFunc:
+    """The tensors xq, xs and xoffset of one row of int8 activations -> the same of top_k rows."""
+    blocks = extent(inputs // BLOCK)
+    xq = te.placeholder((extent(1), blocks, extent(BLOCK)), "int8", name="xq")
+    xs = te.placeholder((extent(1), blocks), "float32", name="xs")
+    xoffset = te.placeholder((extent(1), blocks), "int32", name="xoffset")
+
+    def repeated(tensor: te.Tensor) -> te.Tensor:
+        shape = (extent(top_k), *tensor.shape[1:])
+        name = f"{tensor.op.name}_row"
+        return te.compute(shape, lambda i, *rest: tensor[(0, *rest)], name=name)
+
+    tensors = [xq, xs, xoffset]
+    return te.create_prim_func([*tensors, *map(repeated, tensors)]).with_attr("op", "repeat_row")

@@ -18,9 +18,8 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from ..runtime.chooser import COUNT, LEAST, OPTIONS, SCALE, SHARE, mask_words
-from ..schedules.formats import const, extent
+from ..schedules.formats import const, extent, ordered_bits
 from .choose import HIDDEN, ROWS, checked_score, within
-from .experts import ordered_bits
 
 DIGIT_BITS = 4
 DIGITS = 1 << DIGIT_BITS

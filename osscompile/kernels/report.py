@@ -12,9 +12,8 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from ..runtime.chooser import REPORTED, mask_words
-from ..schedules.formats import const, extent
+from ..schedules.formats import const, extent, ordered_bits
 from .choose import HIDDEN, ROWS, better, checked_score
-from .experts import ordered_bits
 from .limit import num_parts
 
 _NO_ID = 0x7FFFFFFF  # behind all others with the same score

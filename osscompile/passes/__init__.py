@@ -10,6 +10,7 @@ from ..schedules.records import Records
 from ..targets import Target
 from .expand_exp import expand_exp
 from .join_attention import join_attention
+from .join_experts import join_experts
 from .lower_graph import lower_graph
 from .multiply_bfloat16 import multiply_bfloat16
 from .name_rounding import name_rounding
@@ -40,6 +41,7 @@ VARIANT_PASSES: tuple[Pass, ...] = (
 # These run for each variant of a target that the runtime drives launch by launch.
 LAUNCH_PASSES: tuple[Pass, ...] = (
     join_attention,  # before scheduling: a schedule takes the joined kernel whole
+    join_experts,
     schedule_kernels,
     expand_exp,
     name_rounding,

@@ -19,6 +19,7 @@ from ..kernels.attention import TILES
 from ..kernels.choose import ROWS
 from ..kernels.kv_cache import PAGES, TABLE_PAGES
 from ..passes.join_attention import join_attention
+from ..passes.join_experts import join_experts
 from ..passes.multiply_bfloat16 import multiply_bfloat16
 from ..passes.pack_weights import pack_weights
 from ..runtime.kv_cache import PAGE_TOKENS
@@ -61,7 +62,8 @@ def collect_workloads(config: ModelConfig, profile: str, target: Target) -> list
     module = build_graph(config, profile, config.max_context, PREFILL_CHUNK).module
     if target.device != CPU:
         module = with_choose(module, config.vocab_size, MOST_WANTED)
-    for rewrite in (pack_weights, multiply_bfloat16, join_attention):  # all that replace kernels
+    # all that replace kernels
+    for rewrite in (pack_weights, multiply_bfloat16, join_attention, join_experts):
         module = rewrite(module, target)
     workloads = []
     num_pages = _num_pages(config)

@@ -2,7 +2,8 @@
 
 `DOT` and `SELECT` name functions that a target's source begins with.
 
-DOT, int32 (uint32 a, uint32 b), sums the products of the four signed bytes of each.
+DOT, int32 (uint32 a, uint32 b), sums the products of the four signed bytes of each. ADD_DOT takes
+an int32 to add the sum to, too.
 SELECT, uint32 (uint32 low, uint32 high, uint32 selectors), returns a byte for each of the lowest
 four nibbles of the selectors. A nibble's lower three bits number one of the eight bytes; where its
 highest bit is set, the result is that byte's sign, eight times.
@@ -15,6 +16,7 @@ from ...targets import Target
 from ..formats import FP4_OFFSET, INT8_PER_WORD, const, fp4_bytes_offset_by_12, int8_of_word
 
 DOT = "dot_4x8"
+ADD_DOT = "add_dot_4x8"
 SELECT = "select_bytes"
 
 # 12 + 2 x value of the codes 0 to 7, and 12 - 2 x value, as unsigned bytes

@@ -106,6 +106,15 @@ template <class T> T __shfl_xor_sync(unsigned mask, T x, int lanes, int width) {
   return cuda::shuffle(cuda::Request::kShuffleXor, mask, x, lanes, width);
 }
 
+inline int __reduce_max_sync(unsigned mask, int x) {
+  for (int i = 16; i; i /= 2) {
+    int other = __shfl_xor_sync(mask, x, i, 32);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+inline int __reduce_min_sync(unsigned mask, int x) { return ~__reduce_max_sync(mask, ~x); }
+
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
   return c;

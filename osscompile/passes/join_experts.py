@@ -1,0 +1,194 @@
+"""For one token, make three kernels of what follows attention in a layer:
+
+- the norm, quantising and the router's logits;
+- gate/up, SwiGLU and quantising;
+- down, the weighted sum and the residual.
+
+The last two choose the experts themselves, from the logits. A token's experts all differ, so its
+rows need neither sorting nor gathering. What the kernels leave for each other becomes memory of the
+joined ones, which a schedule need not use.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tvm import ir, relax, tirx
+from tvm.relax import BlockBuilder
+from tvm.tirx import Buffer, PrimFunc
+from tvm_ffi import structural_map
+
+from ..kernels.experts import repeat_row, rows_of_one
+from ..schedules.gpu.expert_parts import takes_parts
+from ..schedules.gpu.of_one_token import ROUTE_OP, SUM_OP, SWIGLU_OP, takes_one_token
+from ..schedules.tail import parts_of_root, rooted
+from ..targets import Target
+from .drop_uncalled import drop_uncalled
+
+NUM_ROUTING = 2  # stages of the router that make logits; the others choose
+
+
+def join_experts(module: ir.IRModule, target: Target) -> ir.IRModule:
+    """Join the kernels where schedules of the target take the joined ones."""
+    if not takes_parts(target):
+        return module
+    builder = BlockBuilder(module)
+    for name, function in module.functions_items():
+        if isinstance(function, relax.Function):
+            builder.update_func(name, _Joiner(builder, module, target).join(function))
+    return drop_uncalled(builder.get().with_attrs(module.attrs or {}))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The three kernels: see `join_kernels` for what each takes and returns."""
+
+    route: PrimFunc
+    swiglu: PrimFunc
+    total: PrimFunc
+
+
+def join_kernels(norm: PrimFunc, route: PrimFunc, swiglu: PrimFunc, total: PrimFunc) -> Joined:
+    """Return the kernels of
+    - x, the norm's weight, router, bias -> xq, xs, xoffset, logits;
+    - xq, xs, xoffset, words, scales, bias, logits -> xq_out, xs_out, xoffset_out;
+    - xq, xs, xoffset, words, scales, bias, logits, residual -> sums.
+    """
+    x, weight, normed, *quantized = norm.params
+    _, router, router_bias, logits, places, ids, weights = route.params
+    top_k, inputs = int(ids.shape[1]), int(x.shape[1])
+    logits = tirx.decl_buffer(logits.shape, str(logits.dtype), "logits")
+    route = _with_buffers(route, [normed, router, router_bias, logits, places, ids, weights])
+    scoring, choosing = _split(route)
+
+    first = _concatenated(
+        ROUTE_OP, [norm, scoring], [x, weight, router, router_bias, *quantized, logits]
+    )
+    *rows, words, scales, bias, row_expert, _out, xq_out, xs_out, xoffset_out = swiglu.params
+    slots = tirx.decl_buffer((1, top_k), "int32", "slots")
+    own = _with_buffers(rows_of_one(top_k), [ids, row_expert, slots])
+    token = [tirx.decl_buffer((1, *r.shape[1:]), str(r.dtype), r.name) for r in rows]
+    repeated = _with_buffers(repeat_row(top_k, inputs), [*token, *rows])
+    parameters = [*token, words, scales, bias, logits, xq_out, xs_out, xoffset_out]
+    second = _concatenated(SWIGLU_OP, [choosing, own, repeated, swiglu], parameters)
+
+    *rows, words, scales, bias, row_expert, slots, its_weights, residual, _out, sums = total.params
+    own = _with_buffers(rows_of_one(top_k), [ids, row_expert, slots])
+    renamed = {its_weights: weights}
+    total = _with_buffers(total, [renamed.get(p, p) for p in total.params])
+    parameters = [*rows, words, scales, bias, logits, residual, sums]
+    return Joined(first, second, _concatenated(SUM_OP, [choosing, own, total], parameters))
+
+
+class _Joiner:
+    def __init__(self, builder: BlockBuilder, module: ir.IRModule, target: Target) -> None:
+        self.builder, self.module, self.target = builder, module, target
+
+    def join(self, function: relax.Function) -> relax.Function:
+        bindings = [b for block in function.body.blocks for b in block.bindings]
+        values = {binding.var: binding.value for binding in bindings}
+        replaced: dict[relax.Var, list[relax.VarBinding]] = {}
+        for variable, value in values.items():
+            source = value.tuple_value if isinstance(value, relax.TupleGetItem) else None
+            if source is not None and self._is_sum_of_one(values[source]) and value.index == 1:
+                replaced |= self._replace(variable, source, values)
+        if not replaced:
+            return function
+        kept = [b for binding in bindings for b in replaced.get(binding.var, [binding])]
+        body = self.builder.normalize(relax.SeqExpr([relax.BindingBlock(kept)], function.body.body))
+        return relax.Function(
+            function.params, body, function.ret_ty, function.is_pure, function.attrs
+        )
+
+    def _kernel(self, call: ir.Expr) -> PrimFunc:
+        return self.module[call.args[0]]
+
+    def _is_sum_of_one(self, value: ir.Expr) -> bool:
+        """Whether this is the last call of a chain, for a single token."""
+        if not isinstance(value, ir.Call) or not isinstance(value.args[0], ir.GlobalVar):
+            return False
+        kernel = self._kernel(value)
+        rows = kernel.params[-1].shape[0]
+        is_one = isinstance(rows, tirx.IntImm) and int(rows) == 1
+        return str(kernel.attrs["op"]) == "moe_mxfp4_sum_q8" and is_one
+
+    def _replace(
+        self,
+        variable: relax.Var,
+        last: relax.Var,
+        values: Mapping[relax.Var, ir.Expr],
+    ) -> dict[relax.Var, list[relax.VarBinding]]:
+        """Return the bindings that take the places of those of a chain, none for most; `variable`
+        is the result, an item of `last`."""
+
+        def source(item: relax.Var) -> relax.Var:
+            return values[item].tuple_value
+
+        total = values[last].args[1].fields
+        swiglu_of, sort_of, route_of = source(total[0]), source(total[6]), source(total[8])
+        swiglu, route = values[swiglu_of].args[1].fields, values[route_of].args[1].fields
+        gather_of, norm_of = source(swiglu[0]), source(route[0])
+        chain = (norm_of, route_of, swiglu_of, last)
+        joined = join_kernels(*(self._kernel(values[v]) for v in chain))
+        if not takes_one_token(joined.route, joined.swiglu, self.target):
+            return {}
+        norm = values[norm_of].args[1].fields
+        first = self._call(joined.route, [*norm, *route[1:]])
+        *activation, logits = first[1:]
+        second = self._call(joined.swiglu, [*(b.var for b in activation), *swiglu[3:6], logits.var])
+        third = self._call(
+            joined.total, [*(b.var for b in second[1:]), *total[3:6], logits.var, total[9]]
+        )
+        gone = {*chain, gather_of, sort_of}
+        replaced: dict[relax.Var, list[relax.VarBinding]] = {v: [] for v in gone}
+        for item, value in values.items():
+            if isinstance(value, relax.TupleGetItem) and value.tuple_value in gone:
+                replaced[item] = []
+        (result,) = third
+        return replaced | {variable: [*first, *second, relax.VarBinding(variable, result.value)]}
+
+    def _call(self, kernel: PrimFunc, arguments: Sequence[relax.Var]) -> list[relax.VarBinding]:
+        """Return the bindings of a call's result, and of its items if it has several."""
+        outputs = kernel.params[len(arguments) :]
+        types = [relax.TensorType(p.shape, str(p.dtype)) for p in outputs]
+        name = self.builder.add_func(kernel, str(kernel.attrs["op"]))
+        call = relax.call_tir(name, list(arguments), types if len(types) > 1 else types[0])
+        call = self.builder.normalize(call)
+        result = relax.Var("step", call.ty)
+        bindings = [relax.VarBinding(result, call)]
+        for i, ty in enumerate(types if len(types) > 1 else ()):
+            item = self.builder.normalize(relax.TupleGetItem(result, i))
+            bindings.append(relax.VarBinding(relax.Var("item", ty), item))
+        return bindings
+
+
+def _concatenated(op: str, parts: Sequence[PrimFunc], parameters: Sequence[Buffer]) -> PrimFunc:
+    """Return a kernel that runs all parts; what is none of its parameters is memory in between."""
+    bodies = [parts_of_root(part) for part in parts]
+    statements = [statement for some, _ in bodies for statement in some]
+    buffers = [
+        b for part, (_, own) in zip(parts, bodies, strict=True) for b in (*part.params, *own)
+    ]
+    between = {buffer: None for buffer in buffers if buffer not in set(parameters)}
+    joined = PrimFunc(list(parameters), rooted(statements, list(between)), parts[0].ret_type)
+    return joined.with_attr({"op": op, "s_tir": True, "tirx.noalias": True})
+
+
+def _split(route: PrimFunc) -> tuple[PrimFunc, PrimFunc]:
+    """Return the part of the router that makes logits, and the part that chooses."""
+    statements, between = parts_of_root(route)
+    x, weight, bias, logits, *chosen = route.params
+    (acc,) = (buffer for buffer in between if buffer.name == "acc")
+    parts = []
+    for some, inner, parameters in (
+        (statements[:NUM_ROUTING], [acc], [x, weight, bias, logits]),
+        (statements[NUM_ROUTING:], [b for b in between if b is not acc], [logits, *chosen]),
+    ):
+        parts.append(PrimFunc(parameters, rooted(some, inner), route.ret_type))
+    return parts[0], parts[1]
+
+
+def _with_buffers(kernel: PrimFunc, buffers: Sequence[Buffer]) -> PrimFunc:
+    """Return the kernel with these parameters in place of its own."""
+    renamed = dict(zip(kernel.params, buffers, strict=True))
+    rename = (tirx.Var, lambda variable: renamed.get(variable, variable))
+    return PrimFunc(list(buffers), structural_map(kernel.body, rename), kernel.ret_type)
