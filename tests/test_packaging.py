@@ -302,7 +302,7 @@ def required_keys(name: str) -> list[str]:
     facts = tomllib.loads((ROOT / "targets" / f"{name}.toml").read_text())
     optional = {"device", "prefill_chunk", "runtime", "variants"}
     instructions = {"half", "int8_dot", "matrix", "bf16_matrix", "nearest_even", "selects_bytes"}
-    others = {"textures", "shared_bytes", "shuffles", "dependent_launch"}
+    others = {"load_bits", "textures", "shared_bytes", "shuffles", "dependent_launch"}
     optional |= {f"capabilities.{name}" for name in instructions | others}
     tables = [key for key, value in facts.items() if isinstance(value, dict) and key != "tvm"]
     keys = [*facts, *(f"{table}.{key}" for table in tables for key in facts[table])]
