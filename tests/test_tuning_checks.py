@@ -23,6 +23,7 @@ from tvm import ir
 from osscompile import cli, compiler, targets
 from osscompile.importer.synthetic import gpt_oss_config
 from osscompile.passes.join_attention import join_attention
+from osscompile.passes.join_experts import join_experts
 from osscompile.runtime.devices.tvm_cpu import aligned_copy, tensor
 from osscompile.runtime.trials import inputs, measure
 from osscompile.runtime.trials.files import (
@@ -78,7 +79,7 @@ def scheduled_by_compile(target: Target, profile: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(compiler, "_build_libraries", stop)
     with pytest.raises(Packed) as stopped:
         compiler.compile(MODEL, target.name, "unwritten.osc", profile=profile)
-    module = join_attention(stopped.value.module, target)
+    module = join_experts(join_attention(stopped.value.module, target), target)
     return Counter(map(kernel_key, kernels(module).values()))
 
 
