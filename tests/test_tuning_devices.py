@@ -257,7 +257,7 @@ def test_machine_without_the_device(
         lambda plan: plan["candidates"][0].update(programs=[]),
         lambda plan: plan["candidates"][0]["programs"].pop(TIMED),
         lambda plan: launch(plan).update(kernel="a b"),
-        lambda plan: launch(plan).update(groups=[0]),
+        lambda plan: launch(plan).update(groups=[-1]),
         lambda plan: launch(plan).update(threads=["tokens"]),
         lambda plan: launch(plan)["arguments"].append(["bound", 2]),
         lambda plan: launch(plan)["arguments"].append(["input", 0]),
