@@ -5,26 +5,26 @@ from ..schedules.gpu.packed_bytes import ADD_DOT, DOT, SELECT
 from ..schedules.gpu.room import ROOM
 from ..schedules.gpu.top_lanes import GREATEST, LEAST
 
+
+def _mma(name: str, instruction: str, number: str, register: str) -> str:
+    """Return the product of a warp's matrices, added to four sums of a thread."""
+    return f"""\
+static __device__ void {name}({number}* c0, {number}* c1, {number}* c2, {number}* c3, unsigned a0,
+                              unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {{
+  asm("mma.sync.aligned.{instruction} "
+      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
+      : "+{register}"(*c0), "+{register}"(*c1), "+{register}"(*c2), "+{register}"(*c3)
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}}"""
+
+
 _ANY = f"""\
 static __device__ int {DOT}(unsigned a, unsigned b) {{ return __dp4a(int(a), int(b), 0); }}
 static __device__ int {ADD_DOT}(unsigned a, unsigned b, int c) {{
   return __dp4a(int(a), int(b), c);
 }}
-static __device__ void {mma.MMA}(int* c0, int* c1, int* c2, int* c3, unsigned a0, unsigned a1,
-                                   unsigned a2, unsigned a3, unsigned b0, unsigned b1) {{
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
-      : "+r"(*c0), "+r"(*c1), "+r"(*c2), "+r"(*c3)
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}}
-static __device__ void {tf32.MMA}(float* c0, float* c1, float* c2, float* c3, unsigned a0,
-                                  unsigned a1, unsigned a2, unsigned a3, unsigned b0,
-                                  unsigned b1) {{
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
-      : "+f"(*c0), "+f"(*c1), "+f"(*c2), "+f"(*c3)
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}}
+{_mma(mma.MMA, "m16n8k32.row.col.s32.s8.s8.s32", "int", "r")}
+{_mma(tf32.MMA, "m16n8k8.row.col.f32.tf32.tf32.f32", "float", "f")}
 static __device__ unsigned {SELECT}(unsigned low, unsigned high, unsigned selectors) {{
   unsigned bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
@@ -73,14 +73,7 @@ static __device__ unsigned {wgmma.PACK}(float low, float high) {{
 static __device__ unsigned shared_address(const void* memory) {{
   return unsigned(__cvta_generic_to_shared(memory));
 }}
-static __device__ void {mma_f16.MMA}(float* c0, float* c1, float* c2, float* c3, unsigned a0,
-                                    unsigned a1, unsigned a2, unsigned a3, unsigned b0,
-                                    unsigned b1) {{
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
-      : "+f"(*c0), "+f"(*c1), "+f"(*c2), "+f"(*c3)
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}}
+{_mma(mma_f16.MMA, "m16n8k16.row.col.f32.f16.f16.f32", "float", "f")}
 static __device__ void {mma_f16.LOAD}(unsigned* d, const void* memory, int word) {{
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{%0, %1, %2, %3}}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])

@@ -9,20 +9,19 @@ rows need neither sorting nor gathering. What the kernels leave for each other b
 joined ones, which a schedule need not use.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import ir, relax, tirx
 from tvm.relax import BlockBuilder
-from tvm.tirx import Buffer, PrimFunc
-from tvm_ffi import structural_map
+from tvm.tirx import PrimFunc
 
 from ..kernels.experts import repeat_row, rows_of_one
 from ..schedules.gpu.expert_parts import takes_parts
 from ..schedules.gpu.of_one_token import ROUTE_OP, SUM_OP, SWIGLU_OP, takes_one_token
 from ..schedules.tail import parts_of_root, rooted
 from ..targets import Target
-from .drop_uncalled import drop_uncalled
+from .joining import Replaced, Values, concatenated, replace_bindings, with_buffers
 
 NUM_ROUTING = 2  # stages of the router that make logits; the others choose
 
@@ -32,10 +31,7 @@ def join_experts(module: ir.IRModule, target: Target) -> ir.IRModule:
     if not takes_parts(target):
         return module
     builder = BlockBuilder(module)
-    for name, function in module.functions_items():
-        if isinstance(function, relax.Function):
-            builder.update_func(name, _Joiner(builder, module, target).join(function))
-    return drop_uncalled(builder.get().with_attrs(module.attrs or {}))
+    return replace_bindings(module, builder, _Joiner(builder, module, target).find)
 
 
 @dataclass(frozen=True)
@@ -57,47 +53,40 @@ def join_kernels(norm: PrimFunc, route: PrimFunc, swiglu: PrimFunc, total: PrimF
     _, router, router_bias, logits, places, ids, weights = route.params
     top_k, inputs = int(ids.shape[1]), int(x.shape[1])
     logits = tirx.decl_buffer(logits.shape, str(logits.dtype), "logits")
-    route = _with_buffers(route, [normed, router, router_bias, logits, places, ids, weights])
+    route = with_buffers(route, [normed, router, router_bias, logits, places, ids, weights])
     scoring, choosing = _split(route)
 
-    first = _concatenated(
-        ROUTE_OP, [norm, scoring], [x, weight, router, router_bias, *quantized, logits]
+    first = concatenated(
+        {"op": ROUTE_OP}, [norm, scoring], [x, weight, router, router_bias, *quantized, logits]
     )
     *rows, words, scales, bias, row_expert, _out, xq_out, xs_out, xoffset_out = swiglu.params
     slots = tirx.decl_buffer((1, top_k), "int32", "slots")
-    own = _with_buffers(rows_of_one(top_k), [ids, row_expert, slots])
+    own = with_buffers(rows_of_one(top_k), [ids, row_expert, slots])
     token = [tirx.decl_buffer((1, *r.shape[1:]), str(r.dtype), r.name) for r in rows]
-    repeated = _with_buffers(repeat_row(top_k, inputs), [*token, *rows])
+    repeated = with_buffers(repeat_row(top_k, inputs), [*token, *rows])
     parameters = [*token, words, scales, bias, logits, xq_out, xs_out, xoffset_out]
-    second = _concatenated(SWIGLU_OP, [choosing, own, repeated, swiglu], parameters)
+    second = concatenated({"op": SWIGLU_OP}, [choosing, own, repeated, swiglu], parameters)
 
     *rows, words, scales, bias, row_expert, slots, its_weights, residual, _out, sums = total.params
-    own = _with_buffers(rows_of_one(top_k), [ids, row_expert, slots])
+    own = with_buffers(rows_of_one(top_k), [ids, row_expert, slots])
     renamed = {its_weights: weights}
-    total = _with_buffers(total, [renamed.get(p, p) for p in total.params])
+    total = with_buffers(total, [renamed.get(p, p) for p in total.params])
     parameters = [*rows, words, scales, bias, logits, residual, sums]
-    return Joined(first, second, _concatenated(SUM_OP, [choosing, own, total], parameters))
+    return Joined(first, second, concatenated({"op": SUM_OP}, [choosing, own, total], parameters))
 
 
 class _Joiner:
     def __init__(self, builder: BlockBuilder, module: ir.IRModule, target: Target) -> None:
         self.builder, self.module, self.target = builder, module, target
 
-    def join(self, function: relax.Function) -> relax.Function:
-        bindings = [b for block in function.body.blocks for b in block.bindings]
-        values = {binding.var: binding.value for binding in bindings}
-        replaced: dict[relax.Var, list[relax.VarBinding]] = {}
+    def find(self, values: Values) -> Replaced:
+        """Return what takes the place of the chains of a function."""
+        replaced: Replaced = {}
         for variable, value in values.items():
             source = value.tuple_value if isinstance(value, relax.TupleGetItem) else None
             if source is not None and self._is_sum_of_one(values[source]) and value.index == 1:
                 replaced |= self._replace(variable, source, values)
-        if not replaced:
-            return function
-        kept = [b for binding in bindings for b in replaced.get(binding.var, [binding])]
-        body = self.builder.normalize(relax.SeqExpr([relax.BindingBlock(kept)], function.body.body))
-        return relax.Function(
-            function.params, body, function.ret_ty, function.is_pure, function.attrs
-        )
+        return replaced
 
     def _kernel(self, call: ir.Expr) -> PrimFunc:
         return self.module[call.args[0]]
@@ -111,12 +100,7 @@ class _Joiner:
         is_one = isinstance(rows, tirx.IntImm) and int(rows) == 1
         return str(kernel.attrs["op"]) == "moe_mxfp4_sum_q8" and is_one
 
-    def _replace(
-        self,
-        variable: relax.Var,
-        last: relax.Var,
-        values: Mapping[relax.Var, ir.Expr],
-    ) -> dict[relax.Var, list[relax.VarBinding]]:
+    def _replace(self, variable: relax.Var, last: relax.Var, values: Values) -> Replaced:
         """Return the bindings that take the places of those of a chain, none for most; `variable`
         is the result, an item of `last`."""
 
@@ -139,7 +123,7 @@ class _Joiner:
             joined.total, [*(b.var for b in second[1:]), *total[3:6], logits.var, total[9]]
         )
         gone = {*chain, gather_of, sort_of}
-        replaced: dict[relax.Var, list[relax.VarBinding]] = {v: [] for v in gone}
+        replaced: Replaced = {v: [] for v in gone}
         for item, value in values.items():
             if isinstance(value, relax.TupleGetItem) and value.tuple_value in gone:
                 replaced[item] = []
@@ -161,18 +145,6 @@ class _Joiner:
         return bindings
 
 
-def _concatenated(op: str, parts: Sequence[PrimFunc], parameters: Sequence[Buffer]) -> PrimFunc:
-    """Return a kernel that runs all parts; what is none of its parameters is memory in between."""
-    bodies = [parts_of_root(part) for part in parts]
-    statements = [statement for some, _ in bodies for statement in some]
-    buffers = [
-        b for part, (_, own) in zip(parts, bodies, strict=True) for b in (*part.params, *own)
-    ]
-    between = {buffer: None for buffer in buffers if buffer not in set(parameters)}
-    joined = PrimFunc(list(parameters), rooted(statements, list(between)), parts[0].ret_type)
-    return joined.with_attr({"op": op, "s_tir": True, "tirx.noalias": True})
-
-
 def _split(route: PrimFunc) -> tuple[PrimFunc, PrimFunc]:
     """Return the part of the router that makes logits, and the part that chooses."""
     statements, between = parts_of_root(route)
@@ -185,10 +157,3 @@ def _split(route: PrimFunc) -> tuple[PrimFunc, PrimFunc]:
     ):
         parts.append(PrimFunc(parameters, rooted(some, inner), route.ret_type))
     return parts[0], parts[1]
-
-
-def _with_buffers(kernel: PrimFunc, buffers: Sequence[Buffer]) -> PrimFunc:
-    """Return the kernel with these parameters in place of its own."""
-    renamed = dict(zip(kernel.params, buffers, strict=True))
-    rename = (tirx.Var, lambda variable: renamed.get(variable, variable))
-    return PrimFunc(list(buffers), structural_map(kernel.body, rename), kernel.ret_type)

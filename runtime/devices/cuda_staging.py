@@ -23,10 +23,10 @@ class Staging:
 
     def __init__(self, driver: Driver) -> None:
         count = min(MOST_THREADS, usable_threads())
+        self._threads = ThreadPoolExecutor(count, "osscompile copies", driver.enter)
         self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
         for _ in range(count):
             self._buffers.put(_Buffer(driver))
-        self._threads = ThreadPoolExecutor(count, "osscompile copies", driver.enter)
 
     def copy(self, target: int, array: np.ndarray) -> None:
         """Copy a contiguous array to an address of the device, which nothing else uses now; it is

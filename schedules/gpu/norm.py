@@ -9,7 +9,7 @@ from tvm.tirx import PrimFunc
 from ...targets import Target
 from ..formats import BLOCK
 from ..records import Choose
-from ..stages import Load, Stages
+from ..stages import Stages, always
 from .lanes import LANES, add_lanes
 from .launch_before import wait_call
 from .quantize_lanes import quantize_lanes
@@ -35,7 +35,7 @@ def norm(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
     def normed(row: Expr, column: Expr, value: Expr, scale: Expr, total: Expr) -> Expr:
         loads = {"x": value, "weight": scale, "total": total}
         return stages.value(
-            "out", (row, column), {name: _always(loaded) for name, loaded in loads.items()}
+            "out", (row, column), {name: always(loaded) for name, loaded in loads.items()}
         )
 
     @T.macro
@@ -90,7 +90,3 @@ def norm(function: PrimFunc, target: Target, choose: Choose) -> Schedule | None:
                     normalise(row, member, thread)
 
     return Schedule(function.with_body(body.body))
-
-
-def _always(value: Expr) -> Load:
-    return lambda indices: value

@@ -14,7 +14,7 @@ from tvm.tirx import Buffer, PrimFunc
 from ...targets import Target
 from ..formats import PANEL, const, float32_to_bf16
 from ..records import Choose
-from ..stages import Load, Stages
+from ..stages import Stages, always
 from .lanes import LANES, add_lanes
 from .launch_before import wait_call
 
@@ -70,7 +70,7 @@ def _norm(function: PrimFunc, members: int, waits: bool) -> Schedule:
     def normed(row: Expr, value: Expr, scale: Expr, total: Expr) -> Expr:
         loads = {"x": value, "weight": scale, "total": total}
         at = (row, const(0, "int64"))
-        return stages.value("out", at, {name: _always(number) for name, number in loads.items()})
+        return stages.value("out", at, {name: always(number) for name, number in loads.items()})
 
     @T.macro
     def load_row(values, scales, row, thread):  # type: ignore[no-untyped-def]
@@ -177,7 +177,3 @@ def _write(xb: Buffer, inputs: int) -> Callable[..., object]:
             )
 
     return write  # type: ignore[no-any-return]
-
-
-def _always(value: Expr) -> Load:
-    return lambda indices: value
